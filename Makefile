@@ -1,0 +1,37 @@
+# Thin: each target makes the environment first, then calls one tool.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help reproduce test lint lock
+
+help:
+	@echo "make reproduce   environment from the lock, then the embedded experiment, end to end"
+	@echo "make test        environment, then the whole test suite"
+	@echo "make lint        environment, then format, lint, types and import rules"
+	@echo "make lock        resolve requirements.lock again from pyproject.toml"
+
+$(VENV)/.ready: requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, found " + sys.version)'
+	$(PYTHON) -m venv --clear $(VENV)
+	pip --disable-pip-version-check install --quiet --require-hashes -r requirements.lock
+	touch $@
+
+reproduce: $(VENV)/.ready
+	snakemake --cores all
+
+test: $(VENV)/.ready
+	python -m pytest
+
+lint: $(VENV)/.ready
+	ruff format --check .
+	ruff check .
+	snakefmt --check Snakefile workflow
+	mypy
+	lint-imports
+
+lock: $(VENV)/.ready
+	pip --disable-pip-version-check install --quiet uv
+	uv pip compile pyproject.toml --all-extras --universal --generate-hashes --python-version 3.11 \
+	  --no-header --no-annotate --quiet -o requirements.lock

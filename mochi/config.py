@@ -1,0 +1,539 @@
+"""What an experiment says, checked before anything is computed.
+
+An *experiment* file (`config/*.yaml`) describes one table of results. `resolve` turns
+(experiment, method, seed) into a *run*: complete in itself, holding only what that run depends on,
+and written as `run.yaml`. Every stage of the pipeline reads the run and nothing else.
+
+Scientific numbers have no defaults here: they stand in the experiment file, each with its source.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import field_validator, model_validator
+
+RUN_VERSION = 1
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a file; its text is one line for each mistake."""
+
+
+def _read_number(value: object) -> object:
+    """YAML 1.1 reads `1e-4` as a string; a person means a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Real = Annotated[float, BeforeValidator(_read_number)]
+PositiveReal = Annotated[Real, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """Frozen, strict, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# ---------------------------------------------------------------- data
+
+
+class PhotoPatches(Section):
+    """Patches of the photographs that scikit-image and scikit-learn carry (design: embedded data)."""
+
+    source: Literal["photo-patches"]
+    name: Name
+    patch_size: Count
+    """Side of a patch, pixels."""
+    train_per_photo: Count
+    val_per_photo: Count
+    seed: CountOrZero
+
+
+class Folder(Section):
+    """Your own images: `path/{train,val}/<class>/*`, or any tree of unlabelled images."""
+
+    source: Literal["folder"]
+    name: Name
+    path: str
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.01
+    """Largest share of files that may be set aside as unreadable before preparation refuses."""
+
+
+Dataset = Annotated[PhotoPatches | Folder, Field(discriminator="source")]
+
+
+class Augmentation(Section):
+    """Two random views of an image. `v1` and `v2` are MoCo's (facebookresearch/moco main_moco.py)."""
+
+    version: Literal["v1", "v2"]
+    image_size: Count
+    """Side of a view, pixels."""
+    min_scale: Annotated[Real, Field(gt=0, le=1)]
+    """Smallest share of the image's area that a random crop may cover."""
+    blur: bool = True
+    """Version 2 blurs half of the views; at 32 px the blur of 224-px recipes removes the image."""
+
+    @model_validator(mode="after")
+    def _v1_has_no_blur(self) -> Self:
+        if self.version == "v1" and "blur" in self.model_fields_set and self.blur:
+            raise ValueError("blur belongs to version v2; leave it out with v1")
+        return self
+
+
+# ---------------------------------------------------------------- model and training
+
+
+class Encoder(Section):
+    architecture: Literal["resnet10", "resnet18", "resnet50"]
+    """resnet10 has one basic block a stage; the others are torchvision's."""
+    stem: Literal["imagenet", "half", "full"]
+    """imagenet: 7x7 stride 2 and max-pool; half: 3x3 stride 2; full: 3x3 stride 1 (CIFAR)."""
+    width: Count
+    """Channels of the first stage (64 in the paper's ResNet-50)."""
+
+
+class Mixing(Section):
+    """Synthetic hard negatives (MoCHi section 3): pool N, s from pairs, s' from the query."""
+
+    num_hardest: Count
+    num_pair_synthetics: CountOrZero
+    num_query_synthetics: CountOrZero
+    warmup_epochs: CountOrZero
+    """Epochs at the start without synthesis."""
+    through_query: bool = False
+    """Let gradients flow into the query inside a query mix. The paper's text leaves it open; every
+    public re-implementation detaches, and so do we unless this says otherwise."""
+
+    @model_validator(mode="after")
+    def _enough_to_mix(self) -> Self:
+        if self.num_pair_synthetics and self.num_hardest < 2:
+            raise ValueError(
+                f"num_hardest: found {self.num_hardest}; a pair needs at least 2 hardest negatives"
+            )
+        if not self.num_pair_synthetics and not self.num_query_synthetics:
+            raise ValueError(
+                "mixing with num_pair_synthetics = num_query_synthetics = 0 is plain MoCo; "
+                "leave `mixing` out"
+            )
+        return self
+
+
+class Untrained(Section):
+    """`random-init`: the floor of every table."""
+
+    objective: Literal["none"]
+
+
+class Training(Section):
+    """What every trained encoder shares."""
+
+    epochs: Count
+    batch_size: Count
+    lr: PositiveReal
+    momentum: Annotated[Real, Field(ge=0, lt=1)]
+    weight_decay: Annotated[Real, Field(ge=0)]
+    schedule: Literal["cosine", "step"]
+    """cosine: per epoch, to zero without a floor. step: times 0.1 at 60% and 80% (MoCo-v1)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 where the device has it in hardware."""
+    checkpoint_minutes: PositiveReal = 5.0
+    """A resume checkpoint is written at every epoch's end and at least this often."""
+
+
+class Supervised(Training):
+    """Cross-entropy on the labels: the ceiling of every table."""
+
+    objective: Literal["supervised"]
+
+
+class Contrastive(Training):
+    """MoCo (He et al. 2020) and, with `mixing`, MoCHi."""
+
+    objective: Literal["contrastive"]
+    head: Literal["linear", "mlp"]
+    """MoCo-v1 has a linear projection head, MoCo-v2 an MLP."""
+    embedding_dim: Count
+    queue_size: Count
+    """K."""
+    temperature: PositiveReal
+    """tau."""
+    key_momentum: Annotated[Real, Field(ge=0, le=1)]
+    bn_groups: Count
+    """Groups of the global batch whose batch-norm statistics are separate (MoCo: one for each GPU)."""
+    mixing: Mixing | None = None
+    class_oracle: bool = False
+    """Drop negatives of the query's own class, by label: MoCHi's upper bound, not a method."""
+    matching_epochs: list[CountOrZero] = []
+    """Epochs whose mean matching probabilities of the hardest 1024 are recorded (figure 2)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.mixing is not None:
+            if self.mixing.num_hardest > self.queue_size:
+                raise ValueError(
+                    f"mixing.num_hardest: found {self.mixing.num_hardest}; the queue holds only "
+                    f"queue_size = {self.queue_size} negatives; lower num_hardest or raise queue_size"
+                )
+            if self.mixing.warmup_epochs >= self.epochs:
+                raise ValueError(
+                    f"mixing.warmup_epochs: found {self.mixing.warmup_epochs}; must be smaller than "
+                    f"epochs = {self.epochs}, or nothing is ever mixed"
+                )
+        if self.bn_groups * 2 > self.batch_size:
+            raise ValueError(
+                f"bn_groups: found {self.bn_groups}; batch_size = {self.batch_size} leaves fewer than "
+                f"2 images a group; at most {max(self.batch_size // 2, 1)}"
+            )
+        late = [epoch for epoch in self.matching_epochs if epoch >= self.epochs]
+        if late:
+            raise ValueError(f"matching_epochs: found {late}; epochs count from 0 to {self.epochs - 1}")
+        return self
+
+
+Objective = Annotated[Untrained | Supervised | Contrastive, Field(discriminator="objective")]
+
+# ---------------------------------------------------------------- evaluation
+
+
+class LinearProbe(Section):
+    """Linear classification on the frozen encoder."""
+
+    protocol: Name
+    """Name of the protocol, printed in every table."""
+    epochs: Count
+    batch_size: Count
+    lr: PositiveReal
+    lr_candidates: list[PositiveReal] = []
+    """Trained beside `lr` on the same features; the best on a held-out part of train is reported
+    beside the protocol's own, never instead of it."""
+    momentum: Annotated[Real, Field(ge=0, lt=1)]
+    weight_decay: Annotated[Real, Field(ge=0)]
+    lr_drops: list[Count]
+    """Epochs at whose start the learning rate is multiplied by lr_drop_factor."""
+    lr_drop_factor: Annotated[Real, Field(gt=0, lt=1)]
+    min_scale: Annotated[Real, Field(gt=0, le=1)] | None
+    """Random-resized-crop training of the probe; null: one pass over uncropped images, cached."""
+    standardize: bool = False
+    """Scale each feature to unit variance on train, so that one lr fits every encoder."""
+
+    @model_validator(mode="after")
+    def _drops_in_range(self) -> Self:
+        late = [epoch for epoch in self.lr_drops if epoch >= self.epochs]
+        if late:
+            raise ValueError(f"lr_drops: found {late}; the probe trains for {self.epochs} epochs only")
+        return self
+
+
+class NearestNeighbours(Section):
+    """Weighted k-nearest-neighbour classification (Wu et al. 2018, arXiv:1805.01978)."""
+
+    k: Count
+    temperature: PositiveReal
+
+
+class Evaluation(Section):
+    image_size: Count
+    """Side of the centre crop, pixels."""
+    resize: Count
+    """Short side before the centre crop, pixels."""
+    batch_size: Count = 256
+    linear: LinearProbe | None = None
+    knn: NearestNeighbours | None = None
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        if self.resize < self.image_size:
+            raise ValueError(
+                f"resize: found {self.resize}; must be at least image_size = {self.image_size}"
+            )
+        return self
+
+
+# ---------------------------------------------------------------- experiment and run
+
+
+class Experiment(Section):
+    """One table of results."""
+
+    name: Name
+    title: str
+    dataset: Dataset
+    seeds: Annotated[list[CountOrZero], Field(min_length=1)]
+    encoder: Encoder
+    augmentation: Augmentation
+    pretrain: dict[str, Any]
+    """The shared recipe: fields of `Contrastive`. A method overrides them key by key."""
+    methods: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
+    """Row name -> what differs. Beside recipe keys: `seeds`, `augmentation`."""
+    evaluation: Evaluation
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        return _distinct_seeds(seeds)
+
+
+class Run(Section):
+    """(experiment, method, seed), resolved. What a stage depends on is `settings(run, stage)`."""
+
+    version: int
+    experiment: Name
+    method: Name
+    seed: CountOrZero
+    dataset: Name
+    encoder: Encoder
+    augmentation: Augmentation
+    pretrain: Objective
+    evaluation: Evaluation
+
+
+def _distinct_seeds(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"found {seeds}; seeds must be distinct, or a spread over them means nothing")
+    return seeds
+
+
+_METHOD_ONLY = {"seeds", "augmentation"}
+_MOCHI_NAME = re.compile(r"^mochi-(\d+)-(\d+)-(\d+)(?:-.*)?$")
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read and check an experiment file, every method resolved once.
+
+    Raises:
+        ConfigError: with one line for each mistake: file, key path, what was found, what is allowed.
+    """
+    return parse_experiment(_read_yaml(path), str(path))
+
+
+def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
+    """Check a mapping that came from `origin`; see `load_experiment`."""
+    experiment: Experiment = _validate(TypeAdapter(Experiment), data, origin)
+    for method in experiment.methods:
+        for seed in method_seeds(experiment, method, origin):
+            resolve(experiment, method, seed, origin)
+    return experiment
+
+
+def method_seeds(experiment: Experiment, method: str, origin: str = "experiment") -> list[int]:
+    """The method's own seeds, or the experiment's."""
+    seeds = experiment.methods[method].get("seeds", experiment.seeds)
+    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ConfigError(
+            f"{origin}: methods.{method}.seeds: found {seeds!r}; allowed: a list of integers >= 0"
+        )
+    try:
+        return _distinct_seeds(seeds)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: methods.{method}.seeds: {error}") from None
+
+
+def resolve(experiment: Experiment, method: str, seed: int, origin: str = "experiment") -> Run:
+    """The run of one method and seed: shared recipe and method merged, foreign keys left behind."""
+    if method not in experiment.methods:
+        raise ConfigError(f"{origin}: methods: {_did_you_mean(method, list(experiment.methods))}")
+    own = {key: value for key, value in experiment.methods[method].items() if key not in _METHOD_ONLY}
+    objective = own.get("objective", "contrastive")
+    model = {"none": Untrained, "supervised": Supervised}.get(objective, Contrastive)
+    known = set(Contrastive.model_fields)
+    for place, keys in (("pretrain", experiment.pretrain), (f"methods.{method}", own)):
+        for key in keys:
+            if key not in known:
+                allowed = sorted(known | (_METHOD_ONLY if place != "pretrain" else set()))
+                raise ConfigError(f"{origin}: {place}.{key}: {_did_you_mean(key, allowed)}")
+    merged = {**experiment.pretrain, **own, "objective": objective}
+    recipe = {key: value for key, value in merged.items() if key in model.model_fields or key in own}
+    augmentation = {
+        **experiment.augmentation.model_dump(exclude_unset=True),
+        **experiment.methods[method].get("augmentation", {}),
+    }
+    run: Run = _validate(
+        TypeAdapter(Run),
+        {
+            "version": RUN_VERSION,
+            "experiment": experiment.name,
+            "method": method,
+            "seed": seed,
+            "dataset": experiment.dataset.name,
+            "encoder": experiment.encoder.model_dump(),
+            "augmentation": augmentation,
+            "pretrain": recipe,
+            "evaluation": experiment.evaluation.model_dump(),
+        },
+        origin,
+        rename={"pretrain": f"methods.{method}", "augmentation": f"methods.{method}.augmentation"},
+    )
+    _check_name(run, origin)
+    return run
+
+
+def _check_name(run: Run, origin: str) -> None:
+    """A row called mochi-N-s-s' must be what it says."""
+    match = _MOCHI_NAME.match(run.method)
+    if run.method.startswith("mochi") and not match:
+        raise ConfigError(
+            f"{origin}: methods.{run.method}: found that name; a MoCHi row is called "
+            "mochi-N-s-s', for example mochi-1024-512-256"
+        )
+    if not match:
+        return
+    promised = tuple(int(number) for number in match.groups())
+    mixing = run.pretrain.mixing if isinstance(run.pretrain, Contrastive) else None
+    carried = mixing and (
+        mixing.num_hardest,
+        mixing.num_pair_synthetics,
+        mixing.num_query_synthetics,
+    )
+    if carried != promised:
+        raise ConfigError(
+            f"{origin}: methods.{run.method}.mixing: found (N, s, s') = {carried}; the row's name "
+            f"promises {promised}; make them agree"
+        )
+
+
+def write_run(run: Run) -> str:
+    """The text of run.yaml."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_run(path: Path) -> Run:
+    """Read a run.yaml.
+
+    Raises:
+        ConfigError: not readable, from another version, or not a run.
+    """
+    data = _read_yaml(path)
+    version = data.get("version")
+    if version != RUN_VERSION:
+        raise ConfigError(
+            f"{path}: version: found {version!r}; this program reads run files of version "
+            f"{RUN_VERSION}; write it again with `python -m mochi resolve`"
+        )
+    run: Run = _validate(TypeAdapter(Run), data, str(path))
+    return run
+
+
+def settings(run: Run, stage: str) -> dict[str, Any]:
+    """What the results of a stage depend on, of everything the run says (labels left out).
+
+    `pretrain` ignores the evaluation; `linear` and `knn` ignore each other and the recipe, whose
+    effect reaches them through the encoder's bytes.
+    """
+    everything = run.model_dump(mode="json")
+    if stage == "pretrain":
+        kept = {key: everything[key] for key in ("seed", "dataset", "encoder", "augmentation", "pretrain")}
+        kept["pretrain"].pop("checkpoint_minutes", None)
+        return kept
+    evaluation = everything["evaluation"]
+    shared = {key: evaluation[key] for key in ("image_size", "resize", "batch_size")}
+    return {
+        **{key: everything[key] for key in ("seed", "dataset", "encoder")},
+        "evaluation": shared,
+        stage: evaluation[stage],
+    }
+
+
+def digest(value: object) -> str:
+    """Short sha256 of a JSON-like value, for params and provenance."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- reading and messages
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, where plain YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is written twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: found {type(data).__name__}; expected keys and values")
+    return data
+
+
+def _validate(
+    adapter: TypeAdapter[Any],
+    data: Mapping[str, Any],
+    origin: str,
+    rename: Mapping[str, str] | None = None,
+) -> Any:
+    try:
+        return adapter.validate_python(dict(data))
+    except ValidationError as error:
+        lines = [_message(dict(item), origin, rename or {}) for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _message(error: dict[str, Any], origin: str, rename: Mapping[str, str]) -> str:
+    """file: key.path: found X; allowed Y."""
+    tags = {"none", "supervised", "contrastive", "photo-patches", "folder"}
+    path = [str(part) for part in error["loc"] if part not in tags]
+    where = ".".join([rename.get(path[0], path[0]), *path[1:]]) if path else "(top level)"
+    found, text = error["input"], error["msg"].removeprefix("Value error, ")
+    match error["type"]:
+        case "extra_forbidden":
+            body = _did_you_mean(path[-1], _siblings(path))
+        case "missing":
+            body = "missing; this key is required"
+        case "value_error":
+            # Cross-field rules name the key and the values themselves.
+            body = text
+        case _:
+            shown = repr(found) if len(repr(found)) < 80 else type(found).__name__
+            body = f"found {shown}; allowed: {text.removeprefix('Input should be ')}"
+    return f"{origin}: {where}: {body}"
+
+
+def _did_you_mean(key: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(key, allowed, n=1)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown key {key!r}; {guess}allowed: {', '.join(sorted(allowed))}"
+
+
+def _siblings(path: list[str]) -> list[str]:
+    """The keys allowed beside the last part of a path, found by walking the models."""
+    fields: dict[str, set[str]] = {}
+    for model in (
+        Experiment, Run, PhotoPatches, Folder, Augmentation, Encoder, Mixing, Contrastive, Evaluation,
+        LinearProbe, NearestNeighbours,
+    ):  # fmt: skip
+        fields[model.__name__] = set(model.model_fields)
+    owners = {
+        "dataset": "Folder", "augmentation": "Augmentation", "encoder": "Encoder", "mixing": "Mixing",
+        "pretrain": "Contrastive", "evaluation": "Evaluation", "linear": "LinearProbe",
+        "knn": "NearestNeighbours",
+    }  # fmt: skip
+    owner = owners.get(path[-2], "Experiment") if len(path) > 1 else "Experiment"
+    return sorted(fields[owner])

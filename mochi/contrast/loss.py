@@ -42,7 +42,7 @@ def contrastive_loss(
 ) -> ContrastiveLoss:
     """InfoNCE against the queue and the synthetic negatives of `rule`.
 
-    Computed in float32 even under autocast (float64 for float64 inputs). The gradient reaches `query` alone.
+    Computed in float32 even under autocast (float64 for float64 inputs). Only `query` gets a gradient.
 
     Args:
         query: (B, C) unit queries.

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mochi.data.decode import open_image
+from mochi.errors import UserError
 
 MANIFEST_VERSION = 1
 UNLABELLED = -1
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Images that are missing, foreign or unusable; its text says what to do."""
 
 

@@ -84,7 +84,82 @@ class Folder(Section):
     """Largest share of files that may be set aside as unreadable before preparation refuses."""
 
 
-Dataset = Annotated[PhotoPatches | Folder, Field(discriminator="source")]
+class Download(Section):
+    """What every downloaded data set shares. Contents are checked whatever they come from."""
+
+    name: Name
+    archive: str | None = None
+    """The official archive, brought by hand: nothing is downloaded."""
+    mirrors: list[str] = []
+    """Addresses of the archive, tried before the known ones."""
+
+
+class Cifar(Download):
+    """CIFAR (Krizhevsky 2009), binary version; its test images are the split `val`."""
+
+    source: Literal["cifar10", "cifar100"]
+
+
+class Stl10(Download):
+    """STL-10 (Coates et al. 2011): train holds the unlabelled images too; test is the split `val`."""
+
+    source: Literal["stl10"]
+
+
+class Imagenette(Download):
+    """Ten easy classes of ImageNet (fast.ai), version 2."""
+
+    source: Literal["imagenette"]
+    size: Literal["full", "320px", "160px"]
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class ImageNet(Section):
+    """ILSVRC 2012 from its official archives or an extracted tree; never downloaded, by its terms."""
+
+    source: Literal["imagenet"]
+    name: Name
+    path: str
+    """Holds ILSVRC2012_img_{train,val}.tar or train/<wnid>/, and val/<wnid>/ or the devkit's labels."""
+    subset: Literal["all", "imagenet100"]
+    """imagenet100: the 100 classes of CMC's list, which MoCHi cites."""
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class Voc(Section):
+    """PASCAL VOC in place: images are checked and listed, never copied."""
+
+    source: Literal["voc"]
+    name: Name
+    path: str
+    """Holds VOC2007/ and VOC2012/, each with JPEGImages, Annotations and ImageSets/Main."""
+    years: Annotated[list[str], Field(min_length=1)]
+    """Folders below `path`, for example VOC2007."""
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class Coco(Section):
+    """COCO in place: images are checked and listed, never copied."""
+
+    source: Literal["coco"]
+    name: Name
+    path: str
+    """Holds annotations/instances_<split>.json and <split>/."""
+    splits: Annotated[list[Name], Field(min_length=1)]
+    """For example train2017, val2017."""
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+Dataset = Annotated[
+    PhotoPatches | Folder | Cifar | Stl10 | Imagenette | ImageNet | Voc | Coco,
+    Field(discriminator="source"),
+]
+
+
+_DATASETS: dict[str, type[Section]] = {
+    "photo-patches": PhotoPatches, "folder": Folder, "cifar10": Cifar, "cifar100": Cifar, "stl10": Stl10,
+    "imagenette": Imagenette, "imagenet": ImageNet, "voc": Voc, "coco": Coco,
+}  # fmt: skip
 
 
 class Augmentation(Section):
@@ -515,13 +590,15 @@ def _validate(
 
 def _message(error: dict[str, Any], origin: str, rename: Mapping[str, str]) -> str:
     """file: key.path: found X; allowed Y."""
-    tags = {"none", "supervised", "contrastive", "photo-patches", "folder"}
+    tags = {"none", "supervised", "contrastive", *_DATASETS}
     path = [str(part) for part in error["loc"] if part not in tags]
     where = ".".join([rename.get(path[0], path[0]), *path[1:]]) if path else "(top level)"
     found, text = error["input"], error["msg"].removeprefix("Value error, ")
     match error["type"]:
         case "extra_forbidden":
-            body = _did_you_mean(path[-1], _siblings(path))
+            source = next((_DATASETS[tag] for tag in error["loc"] if tag in _DATASETS), None)
+            allowed = sorted(source.model_fields) if source else _siblings(path)
+            body = _did_you_mean(path[-1], allowed)
         case "missing":
             body = "missing; this key is required"
         case "value_error":
@@ -543,12 +620,12 @@ def _siblings(path: list[str]) -> list[str]:
     """The keys allowed beside the last part of a path, found by walking the models."""
     fields: dict[str, set[str]] = {}
     for model in (
-        Experiment, Run, PhotoPatches, Folder, Augmentation, Encoder, Mixing, Contrastive, Evaluation,
+        Experiment, Run, Augmentation, Encoder, Mixing, Contrastive, Evaluation,
         LinearProbe, NearestNeighbours,
     ):  # fmt: skip
         fields[model.__name__] = set(model.model_fields)
     owners = {
-        "dataset": "Folder", "augmentation": "Augmentation", "encoder": "Encoder", "mixing": "Mixing",
+        "augmentation": "Augmentation", "encoder": "Encoder", "mixing": "Mixing",
         "pretrain": "Contrastive", "evaluation": "Evaluation", "linear": "LinearProbe",
         "knn": "NearestNeighbours",
     }  # fmt: skip

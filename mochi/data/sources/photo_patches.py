@@ -4,6 +4,8 @@ It is recognition of texture and colour, and patches of one photograph are false
 another: good for showing that a pipeline works, not for claims about a method.
 """
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,12 +19,13 @@ _FLAT = 2.0
 """A patch whose grey levels deviate less than this shows nothing (night sky, the mask of a lens)."""
 
 
-def collect(config: PhotoPatches) -> Origin:
+def collect(config: PhotoPatches, cache: Path) -> Origin:
     """Cut the patches of every photograph, distinct places, each inside one cell of its split.
 
     Raises:
         DataError: a photograph is missing or another, or a split asks for more patches than there are.
     """
+    del cache
     pictures = [load(photograph) for photograph in PHOTOGRAPHS]
     wanted = {"train": config.train_per_photo, "val": config.val_per_photo}
     return Origin(
@@ -43,7 +46,7 @@ def _split(config: PhotoPatches, split: str, count: int, pictures: list[NDArray[
             images[photo * count + number] = picture[top : top + side, left : left + side]
             paths.append(f"{PHOTOGRAPHS[photo].path}#{left},{top}")
     labels = np.repeat(np.arange(len(pictures)), count)
-    return ArraySplit(images, labels, paths)
+    return ArraySplit(images.shape, lambda: iter([images]), labels, paths)
 
 
 def _places(

@@ -38,15 +38,14 @@ def collect(config: PhotoPatches, cache: Path) -> Origin:
 
 def _split(config: PhotoPatches, split: str, count: int, pictures: list[NDArray[np.uint8]]) -> ArraySplit:
     side = config.patch_size
-    images = np.empty((count * len(pictures), side, side, 3), np.uint8)
-    paths = []
+    images, paths = [], []
     for photo, picture in enumerate(pictures):
-        places = _places(config, split, photo, picture, count)
-        for number, (top, left) in enumerate(places):
-            images[photo * count + number] = picture[top : top + side, left : left + side]
+        for top, left in _places(config, split, photo, picture, count):
+            images.append(picture[top : top + side, left : left + side])
             paths.append(f"{PHOTOGRAPHS[photo].path}#{left},{top}")
     labels = np.repeat(np.arange(len(pictures)), count)
-    return ArraySplit(images.shape, lambda: iter([images]), labels, paths)
+    shape = (len(images), side, side, 3)
+    return ArraySplit(shape, lambda: iter([np.stack(images)]), labels, paths)
 
 
 def _places(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,11 +53,8 @@ class Origin:
     """Only check and list: the images stay where they are."""
 
 
-class Progress(Protocol):
-    """Called with the number of images done and the number in all."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show it."""
+Progress = Callable[[int, int], None]
+"""Called with the number of images done and the number in all."""
 
 
 def class_counts(labels: NDArray[np.int64], classes: list[str]) -> dict[str, int]:

@@ -8,20 +8,22 @@ import importlib.util
 import io
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from mochi.benchmark import data_memory as memory
+from mochi.benchmark.bare_decode import decode_files
+from mochi.benchmark.rows import Row, row
 from mochi.config import Augmentation, Folder
 from mochi.data import augment, crops
 from mochi.data.loading import two_views
@@ -29,9 +31,6 @@ from mochi.data.origin import in_batches
 from mochi.data.photographs import PHOTOGRAPHS, load
 from mochi.data.prepare import prepare
 from mochi.data.shards import StoredSplit, open_dataset
-
-Row = dict[str, Any]
-"""part, ours and beside (medians), unit, ratio (ours / beside), spread of the ratio, runs, note."""
 
 _WIDTH, _HEIGHT = 500, 375  # the usual size of ImageNet's photographs
 
@@ -46,31 +45,17 @@ def run(*, repeats: int = 5, num_images: int = 1024, scratch: Path | None = None
     """
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
-        _make_jpegs(folder / "photos" / "train" / "any", num_images)
+        _make_pictures(folder, num_images)
         rows = [
             *_small_views(repeats),
             *_large_views(folder, repeats),
+            *_loaders(folder, repeats),
             _preparation(folder, repeats),
-            *_memory(folder),
+            *memory.rows(prepared(folder, "photos"), folder),
         ]
     if importlib.util.find_spec("lightly") is None:
-        rows.append(_row("lightly's MoCoV2Transform", [], [], "views/s", note="lightly is not installed"))
+        rows.append(row("a DataLoader with lightly", [], [], "views/s", note="lightly is not installed"))
     return rows
-
-
-def _row(part: str, ours: list[float], beside: list[float], unit: str, *, note: str = "") -> Row:
-    """Medians, and the median ratio with its range; pairs were timed one after the other."""
-    ratios = [mine / other for mine, other in zip(ours, beside, strict=True)]
-    return {
-        "part": part,
-        "ours": statistics.median(ours) if ours else None,
-        "beside": statistics.median(beside) if beside else None,
-        "unit": unit,
-        "ratio": statistics.median(ratios) if ratios else None,
-        "spread": [min(ratios), max(ratios)] if ratios else None,
-        "runs": len(ours),
-        "note": note,
-    }
 
 
 def _by_turns(
@@ -120,7 +105,7 @@ def _small_views(repeats: int) -> list[Row]:
         for name, images in (("8-bit tensors", planes), ("Pillow images", pictures)):
             work = per_image(images)
             times = _by_turns(repeats, lambda: _rate(512, ours), lambda work=work: _rate(512, work))  # type: ignore[misc]
-            rows_out.append(_row(f"two views of 32 px beside torchvision v2 on {name}", *times, "views/s"))
+            rows_out.append(row(f"two views of 32 px beside torchvision v2 on {name}", *times, "views/s"))
     return rows_out
 
 
@@ -158,7 +143,7 @@ class _one_thread:  # noqa: N801 - reads as a verb where it is used
 
 def _large_views(folder: Path, repeats: int) -> list[Row]:
     """64 JPEGs a batch to two normalised views of 224 pixels, one thread, no workers on either side."""
-    split = _prepared(folder, "photos")
+    split = prepared(folder, "photos")
     config = Augmentation(version="v2", image_size=224, min_scale=0.2)
     epoch = iter(range(10**9))
     count = 64
@@ -191,7 +176,7 @@ def _large_views(folder: Path, repeats: int) -> list[Row]:
                 lambda work=work: _rate(2 * count, work),  # type: ignore[misc]
             )
             rows.append(
-                _row(
+                row(
                     f"two views of 224 px from JPEG bytes beside Pillow and torchvision, {name}",
                     *rates,
                     "views/s",
@@ -200,22 +185,30 @@ def _large_views(folder: Path, repeats: int) -> list[Row]:
     return rows
 
 
-def _make_jpegs(folder: Path, count: int) -> None:
-    """Distinct JPEGs of 500 x 375: windows of the photographs, enlarged where they are smaller."""
-    folder.mkdir(parents=True)
+def _make_pictures(folder: Path, count: int) -> None:
+    """Distinct JPEGs of 500 x 375 in photos/, and twice as many PNGs of 32 x 32 in small/.
+
+    They are windows of the photographs, enlarged where they are smaller.
+    """
     photos = [Image.fromarray(load(photograph)) for photograph in PHOTOGRAPHS]
-    for number in range(count):
-        photo = photos[number % len(photos)]
-        side = 0.6 + 0.4 * (number * 0.618 % 1)
-        width, height = int(photo.width * side), int(photo.height * side)
-        left, top = (photo.width - width) * number % 7 // 7, (photo.height - height) * number % 5 // 5
-        window = photo.crop((left, top, left + width, top + height))
-        window.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC).save(
-            folder / f"{number}.jpg", quality=90
-        )
+    for name, number_of, size in (("photos", count, (_WIDTH, _HEIGHT)), ("small", 2 * count, (32, 32))):
+        target = folder / name / "train" / "any"
+        target.mkdir(parents=True)
+        for number in range(number_of):
+            photo = photos[number % len(photos)]
+            share = 0.6 + 0.4 * (number * 0.618 % 1)
+            width, height = int(photo.width * share), int(photo.height * share)
+            left, top = (
+                (photo.width - width) * (number % 7) // 7,
+                (photo.height - height) * (number % 5) // 5,
+            )
+            window = photo.crop((left, top, left + width, top + height))
+            window = window.resize(size, Image.Resampling.BICUBIC)
+            window.save(target / f"{number}.{'jpg' if name == 'photos' else 'png'}")
 
 
-def _prepared(folder: Path, name: str) -> StoredSplit:
+def prepared(folder: Path, name: str) -> StoredSplit:
+    """The pictures of `folder / name` as a stored split."""
     out = folder / "data" / name
     prepare(Folder(source="folder", name=name, path=str(folder / name)), out, jobs=1)
     return open_dataset(out).split("train")
@@ -239,108 +232,81 @@ def _preparation(folder: Path, repeats: int) -> Row:
 
         def work() -> None:
             with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-                list(pool.map(_decode, tasks))
+                list(pool.map(decode_files, tasks))
 
         return _rate(len(paths), work)
 
     note = f"{len(paths)} JPEGs of {_WIDTH} x {_HEIGHT}, {jobs} processes"
     rates = _by_turns(repeats, ours, bare)
-    return _row("preparation beside a bare decode loop", *rates, "images/s", note=note)
+    return row("preparation beside a bare decode loop", *rates, "images/s", note=note)
 
 
-def _decode(paths: list[str]) -> None:
-    for path in paths:
-        Image.open(path).convert("RGB")
+# ---------------------------------------------------------------- whole loaders, all cores
 
 
-# ---------------------------------------------------------------- memory
+def _loaders(folder: Path, repeats: int) -> list[Row]:
+    """An epoch through ours and through an ordinary DataLoader, on all cores, at 32 and 224 pixels.
 
+    The ordinary one decodes with Pillow and makes both views on its workers, one a core; where lightly is
+    installed, its transform is run the same way.
+    """
+    cores = os.cpu_count() or 1
+    transforms: dict[str, Callable[[int], Callable[[Any], Any]]] = {
+        "torchvision": lambda size: _torchvision(size, blur=size > 32)
+    }
+    if importlib.util.find_spec("lightly") is not None:
+        lightly = importlib.import_module("lightly.transforms")
+        transforms["lightly"] = lambda size: lightly.MoCoV2Transform(input_size=size)
+    rows = []
+    for size, name in ((32, "small"), (224, "photos")):
+        split = prepared(folder, name)
+        config = Augmentation(version="v2", image_size=size, min_scale=0.2, blur=size > 32)
+        paths = [str(path) for path in sorted((folder / name).rglob("*.*g"))]
+        workers = 0 if split.pixels is not None else cores
+        epoch = iter(range(10**9))
 
-def _memory(folder: Path) -> list[Row]:
-    """Resident memory over 20 epochs, and private memory of a worker with a million rows."""
-    if not Path("/proc/self/smaps_rollup").exists():
-        return [_row("memory", [], [], "MB", note="/proc/self/smaps_rollup is not there to measure with")]
-    split = _prepared(folder, "photos")
-    config = Augmentation(version="v2", image_size=32, min_scale=0.2)
-    resident = []
-    for epoch in range(20):
-        of_workers = _epoch(split, config, epoch, workers=2)
-        resident.append(_megabytes(os.getpid(), "Rss") + sum(of_workers))
-    rows = [
-        _row(
-            "resident memory of loader and workers, epoch 20 beside epoch 2",
-            [resident[-1]],
-            [resident[1]],
-            "MB",
-        )
-    ]
-    small = _enlarged(split, len(split))
-    large = _enlarged(split, 1_000_000)
-    for workers in (1, 4):
-        sizes = [
-            max(_epoch(each, config, 0, workers=workers, field="Anonymous")) for each in (large, small)
-        ]
-        note = f"{workers} workers; the largest of them"
-        rows.append(
-            _row(
-                "private memory of a worker, 1,000,000 rows beside few",
-                [sizes[0]],
-                [sizes[1]],
-                "MB",
-                note=note,
+        def ours() -> float:
+            return _steady_rate(
+                two_views(
+                    split,  # noqa: B023 - called before the next turn of the loop
+                    config,  # noqa: B023
+                    batch_size=64,
+                    seed=0,
+                    epoch=next(epoch),  # noqa: B023
+                    device=torch.device("cpu"),
+                    workers=workers,  # noqa: B023
+                )
             )
-        )
+
+        for library, make in transforms.items():
+            images = _Pictures(paths, make(size), both_at_once=library == "lightly")
+            loader = DataLoader(images, 64, shuffle=True, num_workers=cores, drop_last=True)
+            rates = _by_turns(repeats, ours, lambda loader=loader: _steady_rate(iter(loader)))  # type: ignore[misc]
+            part = f"an epoch of two views of {size} px beside a DataLoader with {library}"
+            rows.append(row(part, *rates, "views/s", note=f"{cores} cores"))
     return rows
 
 
-class _Enlarged(StoredSplit):
-    """A split repeated until it has `count` rows: its index is as long as that of a large set."""
+class _Pictures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Two views of each file, the usual way."""
 
-    def __init__(self, split: StoredSplit, count: int) -> None:
-        super().__init__(split.folder, split.name, split.entry | {"count": count})
-        self._real = int(split.entry["count"])
+    def __init__(self, paths: list[str], transform: Callable[[Any], Any], *, both_at_once: bool) -> None:
+        self.paths, self.transform, self.both_at_once = paths, transform, both_at_once
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_real": self._real}
+    def __len__(self) -> int:
+        return len(self.paths)
 
-    @property
-    def labels(self) -> Any:
-        """(count,) zeros, one page of memory for all."""
-        return np.broadcast_to(np.int64(0), len(self))
-
-    def encoded(self, row: int) -> pa.Buffer:
-        """The image whose repetition the row is."""
-        return super().encoded(row % self._real)
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = Image.open(self.paths[row]).convert("RGB")
+        if self.both_at_once:
+            query, key = self.transform(image)
+            return query, key
+        return self.transform(image), self.transform(image)
 
 
-def _enlarged(split: StoredSplit, count: int) -> StoredSplit:
-    return _Enlarged(split, count)
-
-
-def _epoch(
-    split: StoredSplit, config: Augmentation, epoch: int, *, workers: int, field: str = "Rss"
-) -> list[float]:
-    """Read an epoch (at most 16 batches); returns `field` of each worker, in MB, before the last batch."""
-    batches = two_views(
-        split, config, batch_size=64, seed=0, epoch=epoch, device=torch.device("cpu"), workers=workers
-    )
-    sizes: list[float] = []
-    for number, _ in enumerate(batches):
-        sizes = [
-            _megabytes(process.pid, field)
-            for process in multiprocessing.active_children()
-            if process.pid is not None
-        ]
-        if number == 14:
-            break
-    assert isinstance(batches, Generator)
-    batches.close()
-    return sizes
-
-
-def _megabytes(process: int, field: str) -> float:
-    """`field` of /proc/<pid>/smaps_rollup: Rss is everything resident, Anonymous what no file backs."""
-    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1000
-    raise AssertionError(f"smaps_rollup has no {field}")
+def _steady_rate(batches: Iterator[Any]) -> float:
+    """Views a second from the second batch of 64 on: the start of the workers is left out."""
+    next(batches)
+    start = time.perf_counter()
+    count = sum(1 for _ in batches)
+    return 2 * 64 * count / (time.perf_counter() - start)

@@ -68,13 +68,14 @@ def resolve(
     seed: Annotated[int, typer.Option(help="One of its seeds.")],
     out: Annotated[Path, typer.Option(help="The run.yaml to write.")],
     config: ConfigFile = Path("config/config.yaml"),
+    stage: Annotated[str | None, typer.Option(help="Keep only what this stage depends on.")] = None,
 ) -> None:
     """Write run.yaml: one method and seed of an experiment, complete in itself."""
     from mochi import config as configuration
     from mochi.running.atomic import write_text
 
     run = configuration.resolve(configuration.load_experiment(config), method, seed, str(config))
-    write_text(out, configuration.write_run(run))
+    write_text(out, configuration.write_run(configuration.only_for(run, stage) if stage else run))
 
 
 @app.command()
@@ -123,7 +124,7 @@ def pretrain(
     from mochi.config import load_run
 
     _prepare_process(threads, out, work)
-    stage.run(load_run(run), data, out, work, workers=workers, events=events)
+    stage.run(load_run(run, "pretrain"), data, out, work, workers=workers, events=events)
 
 
 @app.command()
@@ -140,7 +141,7 @@ def linear(
     from mochi.evaluation import linear as stage
 
     _prepare_process(threads, out)
-    stage.run(load_run(run), data, encoder, out, workers=workers)
+    stage.run(load_run(run, "linear"), data, encoder, out, workers=workers)
 
 
 @app.command()
@@ -157,7 +158,7 @@ def knn(
     from mochi.evaluation import knn as stage
 
     _prepare_process(threads, out)
-    stage.run(load_run(run), data, encoder, out, workers=workers)
+    stage.run(load_run(run, "knn"), data, encoder, out, workers=workers)
 
 
 @app.command()

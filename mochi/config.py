@@ -30,6 +30,8 @@ from pydantic import (
 from mochi.errors import UserError
 
 RUN_VERSION = 1
+EVALUATIONS = ("linear", "knn")
+"""Stages that judge a frozen encoder; each has its section in `Evaluation`."""
 
 
 class ConfigError(UserError):
@@ -305,7 +307,7 @@ class Experiment(Section):
 
 
 class Run(Section):
-    """(experiment, method, seed), resolved. What a stage depends on is `settings(run, stage)`."""
+    """(experiment, method, seed), resolved: whole, or `only_for` one stage and empty elsewhere."""
 
     version: int
     experiment: Name
@@ -313,9 +315,9 @@ class Run(Section):
     seed: CountOrZero
     dataset: Name
     encoder: Encoder
-    augmentation: Augmentation
-    pretrain: Objective
-    evaluation: Evaluation
+    augmentation: Augmentation | None
+    pretrain: Objective | None
+    evaluation: Evaluation | None
 
 
 def _distinct_seeds(seeds: list[int]) -> list[int]:
@@ -450,11 +452,11 @@ def write_run(run: Run) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_run(path: Path) -> Run:
-    """Read a run.yaml.
+def load_run(path: Path, stage: str) -> Run:
+    """Read a run.yaml for a stage.
 
     Raises:
-        ConfigError: not readable, from another version, or not a run.
+        ConfigError: not readable, from another version, no run, or without what the stage needs.
     """
     data = _read_yaml(path)
     version = data.get("version")
@@ -464,27 +466,35 @@ def load_run(path: Path) -> Run:
             f"{RUN_VERSION}; write it again with `python -m mochi resolve`"
         )
     run: Run = _validate(TypeAdapter(Run), data, str(path))
+    needed = run.pretrain if stage == "pretrain" else getattr(run.evaluation, stage, None)
+    if needed is None:
+        raise ConfigError(
+            f"{path}: says nothing about the stage {stage}; expected a run resolved for it: write it again "
+            f"with `python -m mochi resolve --stage {stage}`, or add {stage} to the experiment"
+        )
     return run
 
 
-def settings(run: Run, stage: str) -> dict[str, Any]:
-    """What the results of a stage depend on, of everything the run says (labels left out).
+def only_for(run: Run, stage: str) -> Run:
+    """The part of a run that the results of a stage depend on; the rest is empty.
 
-    `pretrain` ignores the evaluation; `linear` and `knn` ignore each other and the recipe, whose
-    effect reaches them through the encoder's bytes.
+    Pretraining ignores the evaluation. An evaluation ignores the others and the recipe, whose effect
+    reaches it through the encoder's bytes. So editing one thing re-runs what depends on it and no more.
     """
-    everything = run.model_dump(mode="json")
     if stage == "pretrain":
-        kept = {key: everything[key] for key in ("seed", "dataset", "encoder", "augmentation", "pretrain")}
+        return run.model_copy(update={"evaluation": None})
+    assert run.evaluation is not None
+    others = {name: None for name in EVALUATIONS if name != stage}
+    evaluation = run.evaluation.model_copy(update=others)
+    return run.model_copy(update={"augmentation": None, "pretrain": None, "evaluation": evaluation})
+
+
+def settings(run: Run, stage: str) -> dict[str, Any]:
+    """What `only_for` keeps, as JSON, without names and without what changes no result."""
+    kept = only_for(run, stage).model_dump(mode="json", exclude={"version", "experiment", "method"})
+    if kept["pretrain"]:
         kept["pretrain"].pop("checkpoint_minutes", None)
-        return kept
-    evaluation = everything["evaluation"]
-    shared = {key: evaluation[key] for key in ("image_size", "resize", "batch_size")}
-    return {
-        **{key: everything[key] for key in ("seed", "dataset", "encoder")},
-        "evaluation": shared,
-        stage: evaluation[stage],
-    }
+    return kept
 
 
 def digest(value: object) -> str:

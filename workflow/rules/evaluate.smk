@@ -1,10 +1,10 @@
 # What frozen encoders are worth.
-EVALUATIONS = [task for task in ("linear", "knn") if getattr(EXPERIMENT.evaluation, task)]
+EVALUATIONS = [task for task in configuration.EVALUATIONS if getattr(EXPERIMENT.evaluation, task)]
 
 
 rule evaluate:
     input:
-        run=ancient(RUN + "/run.yaml"),
+        run=RUN + "/{task}/run.yaml",
         manifest=MANIFEST,
         encoder=RUN + "/pretrain/encoder.safetensors",
     output:
@@ -15,7 +15,6 @@ rule evaluate:
     params:
         data=DATA,
         out=lambda wildcards, output: Path(output.metrics).parent,
-        settings=lambda wildcards: settings_of(wildcards.task)(wildcards),
         code=lambda wildcards: code_digest(f"mochi.evaluation.{wildcards.task}"),
     threads: THREADS_PER_RUN
     resources:

@@ -17,7 +17,8 @@ if workflow.config_settings.config:
 if len(workflow.overwrite_configfiles) > 1:
     raise WorkflowError("one experiment at a time: --configfile takes a single file")
 
-CONFIG = str((workflow.overwrite_configfiles or ["config/config.yaml"])[0])
+# Relative, so that a clone elsewhere has the same inputs.
+CONFIG = os.path.relpath((workflow.overwrite_configfiles or ["config/config.yaml"])[0])
 try:
     EXPERIMENT = configuration.load_experiment(Path(CONFIG))
 except configuration.ConfigError as error:
@@ -60,17 +61,16 @@ def of_every_run(pattern):
     return [pattern.format(**run) for run in RUNS]
 
 
-# run.yaml is small and says more than any one stage needs. Stages take it as `ancient` and depend on the
-# digest of their part instead, so that editing the probe does not train an encoder again.
+# What a stage depends on and no more: editing the probe changes the probe's run.yaml alone.
 rule resolve:
     input:
         config=ancient(CONFIG),
     output:
-        RUN + "/run.yaml",
+        RUN + "/{stage}/run.yaml",
     params:
-        run=lambda wildcards: configuration.digest(run_of(wildcards).model_dump(mode="json")),
+        settings=lambda wildcards: settings_of(wildcards.stage)(wildcards),
     log:
-        f"logs/{NAME}/{{method}}/seed{{seed}}/resolve.log",
+        f"logs/{NAME}/{{method}}/seed{{seed}}/{{stage}}.resolve.log",
     shell:
         "python -m mochi resolve --config {input.config:q} --method {wildcards.method:q}"
-        " --seed {wildcards.seed} --out {output:q} 2> {log:q}"
+        " --seed {wildcards.seed} --stage {wildcards.stage} --out {output:q} 2> {log:q}"

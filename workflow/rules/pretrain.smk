@@ -1,7 +1,7 @@
 # One encoder for each method and seed.
 rule pretrain:
     input:
-        run=ancient(RUN + "/run.yaml"),
+        run=RUN + "/pretrain/run.yaml",
         manifest=MANIFEST,
     output:
         encoder=RUN + "/pretrain/encoder.safetensors",
@@ -14,7 +14,6 @@ rule pretrain:
         # Declared to nobody: Snakemake deletes what it knows of before it runs a job again.
         work=f"work/{NAME}/{{method}}/seed{{seed}}",
         events=f"logs/{NAME}/{{method}}/seed{{seed}}/tensorboard",
-        settings=settings_of("pretrain"),
         code=code_digest("mochi.pretrain"),
     threads: THREADS_PER_RUN
     resources:

@@ -1,5 +1,7 @@
 # What frozen encoders are worth.
-EVALUATIONS = [task for task in configuration.EVALUATIONS if getattr(EXPERIMENT.evaluation, task)]
+EVALUATIONS = [
+    task for task in configuration.EVALUATIONS if getattr(EXPERIMENT.evaluation, task)
+]
 
 
 rule evaluate:
@@ -10,19 +12,19 @@ rule evaluate:
     output:
         metrics=RUN + "/{task}/metrics.json",
         provenance=RUN + "/{task}/provenance.json",
-    wildcard_constraints:
-        task="linear|knn",
-    params:
-        data=DATA,
-        out=lambda wildcards, output: Path(output.metrics).parent,
-        code=lambda wildcards: code_digest(f"mochi.evaluation.{wildcards.task}"),
-    threads: THREADS_PER_RUN
-    resources:
-        gpu=GPUS_PER_RUN,
     log:
         f"logs/{NAME}/{{method}}/seed{{seed}}/{{task}}.log",
     benchmark:
         f"logs/{NAME}/{{method}}/seed{{seed}}/{{task}}.tsv"
+    wildcard_constraints:
+        task="linear|knn",
+    threads: THREADS_PER_RUN
+    resources:
+        gpu=GPUS_PER_RUN,
+    params:
+        data=DATA,
+        out=lambda wildcards, output: Path(output.metrics).parent,
+        code=lambda wildcards: code_digest(f"mochi.evaluation.{wildcards.task}"),
     shell:
         "python -m mochi {wildcards.task} --run {input.run:q} --data {params.data:q}"
         " --encoder {input.encoder:q} --out {params.out:q} --threads {threads}"

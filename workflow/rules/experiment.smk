@@ -42,19 +42,25 @@ wildcard_constraints:
 
 # Snakemake does not count GPUs; unless told otherwise, run one GPU job at a time.
 if "gpu" not in workflow.global_resources:
-    workflow.register_resource("gpu", Resource("gpu", int(os.environ.get("MOCHI_GPUS", "1"))))
+    workflow.register_resource(
+        "gpu", Resource("gpu", int(os.environ.get("MOCHI_GPUS", "1")))
+    )
 GPUS_PER_RUN = 1 if shutil.which("nvidia-smi") else 0
 # On processors two runs of one thread side by side beat one run of two threads.
 THREADS_PER_RUN = 8 if GPUS_PER_RUN else 1
 
 
 def run_of(wildcards):
-    return configuration.resolve(EXPERIMENT, wildcards.method, int(wildcards.seed), CONFIG)
+    return configuration.resolve(
+        EXPERIMENT, wildcards.method, int(wildcards.seed), CONFIG
+    )
 
 
 def settings_of(stage):
     """A param: the digest of all settings that the stage's results depend on."""
-    return lambda wildcards: configuration.digest(configuration.settings(run_of(wildcards), stage))
+    return lambda wildcards: configuration.digest(
+        configuration.settings(run_of(wildcards), stage)
+    )
 
 
 def of_every_run(pattern):
@@ -67,10 +73,10 @@ rule resolve:
         config=ancient(CONFIG),
     output:
         RUN + "/{stage}/run.yaml",
-    params:
-        settings=lambda wildcards: settings_of(wildcards.stage)(wildcards),
     log:
         f"logs/{NAME}/{{method}}/seed{{seed}}/{{stage}}.resolve.log",
+    params:
+        settings=lambda wildcards: settings_of(wildcards.stage)(wildcards),
     shell:
         "python -m mochi resolve --config {input.config:q} --method {wildcards.method:q}"
         " --seed {wildcards.seed} --stage {wildcards.stage} --out {output:q} 2> {log:q}"

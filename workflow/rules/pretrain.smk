@@ -8,6 +8,13 @@ rule pretrain:
         metrics=RUN + "/pretrain/metrics.csv",
         matching=RUN + "/pretrain/matching.csv",
         provenance=RUN + "/pretrain/provenance.json",
+    log:
+        f"logs/{NAME}/{{method}}/seed{{seed}}/pretrain.log",
+    benchmark:
+        f"logs/{NAME}/{{method}}/seed{{seed}}/pretrain.tsv"
+    threads: THREADS_PER_RUN
+    resources:
+        gpu=GPUS_PER_RUN,
     params:
         data=DATA,
         out=lambda wildcards, output: Path(output.encoder).parent,
@@ -15,13 +22,6 @@ rule pretrain:
         work=f"work/{NAME}/{{method}}/seed{{seed}}",
         events=f"logs/{NAME}/{{method}}/seed{{seed}}/tensorboard",
         code=code_digest("mochi.pretrain"),
-    threads: THREADS_PER_RUN
-    resources:
-        gpu=GPUS_PER_RUN,
-    log:
-        f"logs/{NAME}/{{method}}/seed{{seed}}/pretrain.log",
-    benchmark:
-        f"logs/{NAME}/{{method}}/seed{{seed}}/pretrain.tsv"
     shell:
         "python -m mochi pretrain --run {input.run:q} --data {params.data:q} --out {params.out:q}"
         " --work {params.work:q} --events {params.events:q} --threads {threads}"

@@ -215,11 +215,11 @@ class PhotoScenes(Section):
 
     image_size: Annotated[int, Field(ge=32)]
     """Side of a scene, pixels."""
-    num_classes: Count
-    """Photographs whose pieces are the objects; the others are backgrounds only."""
     num_train: Count
     num_test: Count
     seed: CountOrZero
+    """Also decides which cells are for training: as in photo-patches, or test scenes show what an
+    encoder was pretrained on."""
 
 
 class DetectionData(Section):
@@ -233,7 +233,8 @@ class DetectionData(Section):
     """voc: `<folder>/<image set>`, for example VOC2007/trainval; coco: the split's name."""
     test: Annotated[list[str], Field(min_length=1)]
     classes: Annotated[list[str], Field(min_length=1)] | None = None
-    """Names in the order of their labels, from 1. Required by voc; coco takes the file's categories."""
+    """Names in the order of their labels, from 1. Required by voc; coco takes the file's categories. For
+    scenes: the photographs whose pieces are the objects; the others are backgrounds."""
     rule: Literal["11-point", "all-point"] | None = None
     """voc: the average precision that fills AP, AP50 and AP75; the others are reported beside it."""
     broken_objects: Literal["drop", "fail"]
@@ -247,6 +248,8 @@ class DetectionData(Section):
     def _voc_says_more(self) -> Self:
         if self.format == "voc" and (self.classes is None or self.rule is None):
             raise ValueError("format voc needs `classes` (names in order) and `rule` (11-point or all-point)")
+        if self.scenes is not None and self.classes is None:
+            raise ValueError("scenes need `classes`: the names of the photographs that are objects")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes: found {self.classes}; names must be distinct")
         return self

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mochi.running.atomic import replacing
 
@@ -113,3 +114,39 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = item
     return flat
+
+
+def pack(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors that training changes: parameters, buffers, and the optimizer's state."""
+    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if value is not None:
+                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    return tensors
+
+
+def unpack(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put back what `pack` took; every tensor must find its place.
+
+    Raises:
+        CheckpointError: names are missing or left over.
+    """
+    own = {
+        name.removeprefix("module."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("module.")
+    }
+    expected = set(module.state_dict())
+    if own.keys() != expected:
+        raise CheckpointError(
+            f"the checkpoint does not fit the model: missing {sorted(expected - own.keys())[:5]}, "
+            f"left over {sorted(own.keys() - expected)[:5]}"
+        )
+    module.load_state_dict(own)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -74,10 +74,3 @@ def mean_over_ranks(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values = values / world_size()
     return values
-
-
-def share_buffers(module: nn.Module) -> None:
-    """Give every rank rank 0's buffers (batch-norm running statistics), as DDP does at each step."""
-    if world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)

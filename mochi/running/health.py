@@ -3,8 +3,10 @@
 import math
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -13,17 +15,18 @@ class NonFiniteError(RuntimeError):
     """A loss that is not a number: training cannot go on."""
 
 
-def check_finite(loss: float, *, step: int, lr: float, scale: float, last_good: str) -> None:
+def check_finite(loss: float, *, step: int, lr: float, last_good: Path) -> None:
     """Stop at the first loss that is not finite.
 
     Raises:
-        NonFiniteError: names the step, the learning rate, the features' scale and the last good checkpoint.
+        NonFiniteError: names the step, the learning rate and the last good checkpoint.
     """
     if not math.isfinite(loss):
+        checkpoint = f"{last_good}" if last_good.exists() else "none yet"
         raise NonFiniteError(
-            f"the loss is {loss} at step {step} (learning rate {lr:.6g}, feature spread {scale:.3g}); "
-            f"last good checkpoint: {last_good}. Lower the learning rate or look at the images of this step; "
-            "the same command goes on from that checkpoint"
+            f"the loss is {loss} at step {step} (learning rate {lr:.6g}); expected a finite number. "
+            f"Last good checkpoint: {checkpoint}. Lower the learning rate, or look for images without "
+            "contrast or with values out of range; the same command goes on from that checkpoint"
         )
 
 
@@ -87,3 +90,16 @@ def verdict(*, loss: float, chance: float, spread: float, queue_fill: float, dim
     if loss > 0.98 * chance:
         return "at chance: nothing learnt yet; normal in the first epochs, a fault later"
     return "learning"
+
+
+def write_events(folder: Path | None, row: Mapping[str, Any]) -> None:
+    """Add an epoch's numbers to the TensorBoard events in `folder`; None: do nothing."""
+    if folder is None:
+        return
+    # Imported here: it takes a second that most commands need not spend.
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+    with SummaryWriter(str(folder)) as writer:
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(name, value, row["epoch"])

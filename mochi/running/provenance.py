@@ -25,11 +25,12 @@ _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyarrow", "scikit-image
 def code_digest(*modules: str) -> str:
     """Digest of what `modules` execute: their syntax trees and those of all of mochi they import.
 
-    Comments, docstrings and layout do not count; a changed formula does. Example:
+    Comments, docstrings and layout do not count; a changed formula does. Neither does `mochi.config`:
+    what it says reaches a stage as its settings, whose digest stands beside this one. Example:
     `code_digest("mochi.pretrain")`.
     """
     total = hashlib.sha256()
-    for name in sorted(imported_modules(*modules)):
+    for name in sorted(imported_modules(*modules) - {"mochi.config"}):
         total.update(f"{name}\n{_executed_text(_source_of(name))}\n".encode())
     return total.hexdigest()[:16]
 

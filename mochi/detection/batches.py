@@ -81,6 +81,7 @@ class Images:
 
     def __init__(self, annotations: Annotations, keep: bool = True) -> None:
         self.annotations = annotations
+        self.of_one_size = len({(image.height, image.width) for image in annotations.images}) == 1
         size = sum(3 * image.height * image.width for image in annotations.images)
         self._cache: dict[int, NDArray[np.uint8]] | None = {} if keep and size <= _CACHE_BYTES else None
 

@@ -259,7 +259,7 @@ class DetectionData(Section):
     @model_validator(mode="after")
     def _voc_says_more(self) -> Self:
         if self.format == "voc" and (self.classes is None or self.rule is None):
-            raise ValueError("format voc needs `classes` (names in order) and `rule` (11-point or all-point)")
+            raise ValueError("format voc needs `classes` (in order) and `rule` (11-point or all-point)")
         if self.scenes is not None and self.classes is None:
             raise ValueError("scenes need `classes`: the names of the photographs that are objects")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mochi.errors import UserError
+
 # A COCO segmentation: run lengths {"size": [H, W], "counts": ...}, compressed.
 RunLengths = dict[str, Any]
 
 
-class AnnotationError(ValueError):
+class AnnotationError(UserError):
     """Annotations that cannot be used; the text names file and object and says what to do."""
 
 
@@ -51,7 +53,9 @@ class Annotations:
 
     def report(self) -> dict[str, Any]:
         """Counts for a log and for provenance, the class table included."""
-        labels = np.concatenate([image.labels for image in self.images]) if self.images else np.zeros(0, int)
+        labels = (
+            np.concatenate([image.labels for image in self.images]) if self.images else np.zeros(0, int)
+        )
         counts = np.bincount(labels, minlength=len(self.classes) + 1)
         return {
             "images": len(self.images),
@@ -71,7 +75,9 @@ def _check(image: AnnotatedImage, num_classes: int) -> None:
         )
     sides = image.boxes[:, 2:] - image.boxes[:, :2]
     if not np.isfinite(image.boxes).all() or (sides <= 0).any():
-        raise AnnotationError(f"{image.path}: found a box without an area or not finite; readers drop those")
+        raise AnnotationError(
+            f"{image.path}: found a box without an area or not finite; readers drop those"
+        )
 
 
 def clip(boxes: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from mochi.data.decode import Unreadable, open_image, to_rgb
+from mochi.data.decode import UnreadableError, open_image, to_rgb
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
 from mochi.detection.coco import decode_masks
 
@@ -136,13 +136,15 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     """
     try:
         return np.asarray(to_rgb(open_image(path.read_bytes())))
-    except (OSError, Unreadable) as error:
+    except (OSError, UnreadableError) as error:
         raise AnnotationError(f"{path}: cannot be read as an image: {error}") from None
 
 
 def collate(items: Sequence[Item], stride: int) -> Batch:
     """Normalise, pad to a common multiple of the stride."""
-    height, width = (-(-max(item.image.shape[axis] for item in items) // stride) * stride for axis in (1, 2))
+    height, width = (
+        -(-max(item.image.shape[axis] for item in items) // stride) * stride for axis in (1, 2)
+    )
     images = torch.zeros(len(items), 3, height, width)
     sizes = []
     for slot, item in zip(images, items, strict=True):
@@ -153,7 +155,7 @@ def collate(items: Sequence[Item], stride: int) -> Batch:
 
 
 class TrainingItems(Dataset[list[Item]]):
-    """Micro-batch number -> its items: shuffled, wide and tall images apart, resized and mirrored at random.
+    """Micro-batch number -> its items: shuffled, wide and tall apart, resized and mirrored at random.
 
     Every image is seen once an epoch; an epoch's last micro-batch is filled up from its beginning. Wide
     and tall images are kept apart, as in detectron2, so that little of a batch is padding.
@@ -173,7 +175,8 @@ class TrainingItems(Dataset[list[Item]]):
         epoch, place = divmod(number, self.per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffle(epoch))
-        return self._epoch[1][place]
+        chosen: NDArray[np.int64] = self._epoch[1][place]
+        return chosen
 
     def _shuffle(self, epoch: int) -> NDArray[np.int64]:
         """(per_epoch, micro_batch)."""
@@ -208,8 +211,8 @@ def stream(dataset: TrainingItems, numbers: Sequence[int], workers: int) -> Iter
     if workers == 0:
         return (dataset[number] for number in numbers)
     loader: Any = DataLoader(
-        dataset, batch_size=None, sampler=numbers, num_workers=workers, collate_fn=_unchanged  # type: ignore[arg-type]
-    )  # fmt: skip
+        dataset, batch_size=None, sampler=numbers, num_workers=workers, collate_fn=_unchanged
+    )
     return iter(loader)
 
 

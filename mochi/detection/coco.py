@@ -42,7 +42,7 @@ def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotation
             raise AnnotationError(f"{where}: image_id {item.get('image_id')!r} is not among the images")
         if item.get("category_id") not in labels:
             raise AnnotationError(
-                f"{where}: category_id {item.get('category_id')!r} is not among the categories {list(labels)}"
+                f"{where}: category_id {item.get('category_id')!r} is not a category: {list(labels)}"
             )
         objects[item["image_id"]].append(item)
     images = []
@@ -159,7 +159,8 @@ def write(root: Path, split: str, annotations: Annotations, segmentations: Seque
         annotations: images, boxes, labels and crowds.
         segmentations: for each image one polygon list or run lengths an object, as COCO writes them.
     """
-    images, objects = [], []
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     for number, (image, shapes) in enumerate(zip(annotations.images, segmentations, strict=True), start=1):
         images.append(
             {"id": number, "file_name": image.path.name, "height": image.height, "width": image.width}

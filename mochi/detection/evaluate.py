@@ -117,7 +117,7 @@ class _Truth:
         return _Truth(key[order], boxes[order], ignored[order], positives)
 
     def best_match(self, image: Integers, labels: Integers, boxes: Floats) -> tuple[Integers, Floats]:
-        """(M,) object that each detection overlaps most, the first of equals, and the overlap; 0, -1 without."""
+        """(M,) object each detection overlaps most, the first of equals, and the overlap; -1 if none."""
         key = image * len(self.positives) + labels
         first = np.searchsorted(self.keys, key, side="left")
         counts = np.searchsorted(self.keys, key, side="right") - first
@@ -152,7 +152,9 @@ def voc_metrics(curves: Any, classes: tuple[str, ...], rule: str) -> dict[str, A
     """AP (mean over thresholds .5 to .95), AP50, AP75 by `rule`, percent; the other rule beside it."""
     metrics: dict[str, Any] = {}
     for each in (rule, "all-point" if rule == "11-point" else "11-point"):
-        table = 100 * np.array([[curve.average_precision(each) for curve in row] for row in curves])  # (T, K)
+        table = 100 * np.array(
+            [[curve.average_precision(each) for curve in row] for row in curves]
+        )  # (T, K)
         present = table[:, ~np.isnan(table[0])]
         means = present.mean(axis=1) if present.size else np.zeros(len(THRESHOLDS))
         prefix = "" if each == rule else f"{each.replace('-', '_')}_"
@@ -176,7 +178,7 @@ def coco_metrics(annotations: Annotations, detections: Detections) -> dict[str, 
     faster-coco-eval; the images' ids do not matter, so strings are as good as numbers.
     """
     truth = _coco_truth(annotations)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for prefix, kind in (("", "bbox"), ("mask_", "segm")):
         if kind == "segm" and detections.masks is None:
             continue
@@ -194,7 +196,8 @@ def coco_metrics(annotations: Annotations, detections: Detections) -> dict[str, 
 
 
 def _coco_truth(annotations: Annotations) -> Any:
-    images, objects = [], []
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     for number, image in enumerate(annotations.images, start=1):
         images.append({"id": number, "height": image.height, "width": image.width})
         for index, (x0, y0, x1, y1) in enumerate(image.boxes.astype(np.float64).tolist()):
@@ -218,9 +221,12 @@ def _coco_results(detections: Detections, kind: str) -> list[dict[str, Any]]:
     corners = detections.boxes.astype(np.float64)
     corners[:, 2:] -= corners[:, :2]
     rows = zip(
-        (detections.image + 1).tolist(), detections.labels.tolist(), detections.scores.tolist(), corners.tolist(),
+        (detections.image + 1).tolist(),
+        detections.labels.tolist(),
+        detections.scores.tolist(),
+        corners.tolist(),
         strict=True,
-    )  # fmt: skip
+    )
     results = [
         {"image_id": image, "category_id": label, "score": score, "bbox": box}
         for image, label, score, box in rows

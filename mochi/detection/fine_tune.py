@@ -167,7 +167,9 @@ class FineTuning:
             tensors, state = found
             checkpoint.unpack(tensors, self.detector, self._optimizer)
             self.step, self.vanished = state["step"], state["vanished"]
-            logger.info("fine-tuning seed %d resumes at step %d of %d", seed, self.step, self._schedule.steps)
+            logger.info(
+                "fine-tuning seed %d resumes at step %d of %d", seed, self.step, self._schedule.steps
+            )
 
     def train(self, label: str, log: Callable[[dict[str, Any]], None] | None = None) -> Detector:
         """All steps that are left, then batch-norm statistics settled; the detector is ready to judge.
@@ -212,7 +214,7 @@ class FineTuning:
         for _ in range(self._accumulate):
             losses = self._losses(next(batches))
             total = sum(losses.values(), torch.zeros((), device=self._recipe.device))
-            (total / self._accumulate).backward()  # type: ignore[no-untyped-call]
+            (total / self._accumulate).backward()
             for name, loss in {"loss": total, **losses}.items():
                 sums[name] = sums.get(name, 0.0) + loss.item() / self._accumulate
         check_finite(sums["loss"], step=self.step, lr=lr, last_good=self._saved)

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mochi.detection.model import Detector
+from mochi.errors import UserError
 
 
-class InitialisationError(ValueError):
+class InitialisationError(UserError):
     """The encoder does not fit the detector; the text is the table of what does not."""
 
 
@@ -42,13 +43,15 @@ def load_encoder(detector: Detector, path: Path) -> dict[str, dict[str, str]]:
         raise InitialisationError(
             f"{path}: does not fit the detector's encoder ({len(wrong)} of {len(slots)} tensors):\n"
             + "\n".join(wrong)
-            + "\nUse the encoder.safetensors of a run with the same `encoder` section, or convert with `import`"
+            + "\nUse the encoder of a run with the same `encoder` section, or convert it with `import`"
         )
     with torch.no_grad():
         for name, slot in slots.items():
             slot.copy_(weights[name])
     unequal = [
-        name for name, slot in encoder_tensors(detector).items() if not torch.equal(slot.cpu(), weights[name])
+        name
+        for name, slot in encoder_tensors(detector).items()
+        if not torch.equal(slot.cpu(), weights[name])
     ]
     assert not unequal, f"not copied: {unequal}"
     return {

@@ -37,8 +37,9 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H / stride, W / stride), float32 even under autocast."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        return self.layer3(self.layer2(self.layer1(x))).float()
+        x: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return x.float()
 
 
 class RegionHead(nn.Module):
@@ -51,7 +52,8 @@ class RegionHead(nn.Module):
 
     def forward(self, regions: Tensor) -> Tensor:
         """See the class."""
-        return self.norm(self.layer4(regions)).float()
+        features: Tensor = self.norm(self.layer4(regions))
+        return features.float()
 
 
 class Anchors(nn.Module):
@@ -91,7 +93,11 @@ class Proposals(RegionProposalNetwork):  # type: ignore[misc]
     """torchvision's region proposals with detectron2's loss: L1, divided by the samples asked for."""
 
     def compute_loss(
-        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+        self,
+        objectness: Tensor,
+        pred_bbox_deltas: Tensor,
+        labels: list[Tensor],
+        regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Objectness and box loss over the anchors sampled."""
         positive, negative = (
@@ -128,13 +134,13 @@ class MaskPredictor(nn.Sequential):
     """A deconvolution to 256 channels and one mask for each class, (R, D, s, s) -> (R, K, 2 s, 2 s)."""
 
     def __init__(self, num_features: int, num_classes: int) -> None:
-        super().__init__(
-            nn.ConvTranspose2d(num_features, 256, 2, 2), nn.ReLU(), nn.Conv2d(256, num_classes, 1)
-        )
-        nn.init.kaiming_normal_(self[0].weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self[0].bias)
-        nn.init.normal_(self[2].weight, std=0.001)
-        nn.init.zeros_(self[2].bias)
+        deconvolution, masks = nn.ConvTranspose2d(num_features, 256, 2, 2), nn.Conv2d(256, num_classes, 1)
+        super().__init__(deconvolution, nn.ReLU(), masks)
+        nn.init.kaiming_normal_(deconvolution.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(masks.weight, std=0.001)
+        for layer in (deconvolution, masks):
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
 
 
 class Res5RoIHeads(RoIHeads):  # type: ignore[misc]
@@ -239,7 +245,8 @@ class Detector(nn.Module):
         super().__init__()
         self.stride = stride
         self.backbone = Backbone(encoder)
-        channels = encoder.layer4[0].conv1.in_channels
+        # res4 has half as many channels as res5 in every ResNet.
+        channels = encoder.num_features // 2
         anchors = Anchors(config.anchor_sizes, config.anchor_ratios, stride)
         before, after = zip(config.proposals_train, config.proposals_test, strict=True)
         self.proposals = Proposals(

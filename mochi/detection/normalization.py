@@ -23,7 +23,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         """(B, C, H, W) -> (B, C, H, W)."""
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         assert self.num_batches_tracked is not None
         channels = self.num_features
         values = input.float()
@@ -40,7 +41,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
-        return (values * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+        result: Tensor = values * scale[:, None, None] + shift[:, None, None]
+        return result.to(input.dtype)
 
 
 @torch.no_grad()
@@ -63,7 +65,7 @@ def settle_statistics(model: nn.Module, batches: Iterable[Any], run: Any) -> int
         if isinstance(layer, nn.BatchNorm2d) and layer.training and layer.track_running_stats
     ]
     momenta = [layer.momentum for layer in layers]
-    sums = [(torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)) for layer in layers]  # type: ignore[arg-type]
+    sums = [torch.zeros_like(_statistics(layer)) for layer in layers]
     number = 0
     for layer in layers:
         # The running statistics become those of the last batch alone.
@@ -71,12 +73,17 @@ def settle_statistics(model: nn.Module, batches: Iterable[Any], run: Any) -> int
     for batch in batches:
         run(batch)
         number += 1
-        for layer, (mean, variance) in zip(layers, sums, strict=True):
-            mean += layer.running_mean
-            variance += layer.running_var
-    for layer, momentum, (mean, variance) in zip(layers, momenta, sums, strict=True):
+        for layer, total in zip(layers, sums, strict=True):
+            total.add_(_statistics(layer))
+    for layer, momentum, total in zip(layers, momenta, sums, strict=True):
         layer.momentum = momentum
         if number:
-            layer.running_mean = distributed.mean_over_ranks(mean / number)
-            layer.running_var = distributed.mean_over_ranks(variance / number)
+            layer.running_mean, layer.running_var = distributed.mean_over_ranks(total / number)
     return number
+
+
+def _statistics(layer: nn.BatchNorm2d) -> Tensor:
+    """(2, C) running mean and variance."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return torch.stack([layer.running_mean, layer.running_var])

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 

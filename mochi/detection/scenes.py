@@ -1,4 +1,4 @@
-"""photo-scenes: polygon pieces of photographs pasted on other photographs, a detection set without a download.
+"""photo-scenes: pieces of photographs pasted on other photographs, a detection set without a download.
 
 The class of an object is the photograph that its piece comes from. Boxes and masks are exact, because
 what is pasted is the mask. Pieces and backgrounds come from cells of their own split alone, so that no
@@ -26,7 +26,7 @@ from mochi.running.atomic import write_json
 logger = logging.getLogger(__name__)
 
 # Sides of a piece as shares of the scene's.
-_SMALLEST, _LARGEST = 0.16, 0.5
+_SMALLEST, _LARGEST = 0.2, 0.5
 _MAX_OBJECTS = 4
 _DIFFICULT_SHARE, _CROWD_SHARE = 0.06, 0.06
 # How much of the background shines through a difficult piece.
@@ -62,7 +62,9 @@ def run(data: DetectionData) -> dict[str, Any]:
         OSError: the disk is full or the folder read-only.
     """
     if data.scenes is None or data.classes is None:
-        raise ConfigError(f"{data.path}: this detection set has no `scenes` section, so nothing is made for it")
+        raise ConfigError(
+            f"{data.path}: this detection set has no `scenes` section, so nothing is made for it"
+        )
     root = Path(data.path)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as name:
@@ -213,20 +215,23 @@ def _add_crowd(scene: _Scene, quarry: _Quarry, size: int, rng: np.random.Generat
             _paste(scene, quarry, label, mask, rng, 1.0)
             together |= mask
     if together.any():
-        _record(scene, label, together, _uncompressed(together), difficult=False, truncated=False, crowd=True)
+        _record(
+            scene, label, together, _uncompressed(together), difficult=False, truncated=False, crowd=True
+        )
 
 
 def _shape(
     size: int, rng: np.random.Generator, smallest: float, largest: float
 ) -> tuple[list[float], NDArray[np.bool_], bool]:
-    """A random star-shaped polygon [x, y, ...], its mask as COCO draws it, and whether the border cuts it."""
-    half_height, half_width = size * rng.uniform(smallest, largest, 2) / 2
+    """A random star-shaped polygon [x, y, ...], its mask as COCO draws it, whether the border cuts it."""
+    side = size * rng.uniform(smallest, largest)
+    stretch = rng.uniform(2 / 3, 3 / 2) ** 0.5
     y, x = rng.uniform(0.08, 0.92, 2) * size
-    corners = int(rng.integers(5, 10))
-    angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
-    reach = rng.uniform(0.75, 1.0, corners)
-    xs = x + half_width * reach * np.cos(angles)
-    ys = y + half_height * reach * np.sin(angles)
+    corners = int(rng.integers(6, 11))
+    angles = 2 * np.pi * (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) / corners
+    reach = rng.uniform(0.8, 1.0, corners) * side / 2
+    xs = x + stretch * reach * np.cos(angles)
+    ys = y + reach / stretch * np.sin(angles)
     cut = bool(min(xs.min(), ys.min()) < 0 or max(xs.max(), ys.max()) > size)
     polygon = np.stack([xs, ys], axis=1).clip(0, size).round(2).reshape(-1).tolist()
     mask = coco.decode_masks([coco.run_lengths([polygon], size, size)], size, size)[0].astype(bool)

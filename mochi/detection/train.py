@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 _HEADLINE = ("AP", "AP50", "AP75")
 
 
-def run(run: Run, set_name: str, encoder_file: Path, out: Path, work: Path, events: Path | None = None) -> None:
+def run(
+    run: Run, set_name: str, encoder_file: Path, out: Path, work: Path, events: Path | None = None
+) -> None:
     """Fine-tune the run's encoder on a detection set and write metrics, provenance and pictures.
 
     Args:
@@ -49,9 +51,8 @@ def run(run: Run, set_name: str, encoder_file: Path, out: Path, work: Path, even
     """
     watch = Stopwatch()
     if set_name not in run.evaluation.detection:
-        raise ConfigError(
-            f"detection set: found {set_name!r}; this run has {', '.join(run.evaluation.detection) or 'none'}"
-        )
+        known = ", ".join(run.evaluation.detection) or "none"
+        raise ConfigError(f"detection set: found {set_name!r}; this run has {known}")
     chosen = run.evaluation.detection[set_name]
     device = distributed.pick_device()
     make_deterministic()
@@ -93,7 +94,9 @@ def read_splits(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annot
             read = []
             for name in names:
                 folder, _, image_set = name.rpartition("/")
-                read.append(voc.read(Path(data.path) / folder, image_set, data.classes, data.broken_objects))
+                read.append(
+                    voc.read(Path(data.path) / folder, image_set, data.classes, data.broken_objects)
+                )
         parts.append(merge(read))
         logger.info("%s: %s", " + ".join(names), json.dumps(parts[-1].report()))
     if parts[0].classes != parts[1].classes:
@@ -107,7 +110,9 @@ def judge(annotations: Annotations, detections: Detections, data: DetectionData)
         return dict(coco_metrics(annotations, detections))
     assert data.rule is not None
     metrics = voc_metrics(voc_curves(annotations, detections), annotations.classes, data.rule)
-    return metrics | {f"coco_{name}": value for name, value in coco_metrics(annotations, detections).items()}
+    return metrics | {
+        f"coco_{name}": value for name, value in coco_metrics(annotations, detections).items()
+    }
 
 
 @dataclass
@@ -137,7 +142,8 @@ class _Stage:
         training = self.recipe.settings.training
         if len(training.lr) == 1:
             return training.lr[0], {}
-        assert training.validation is not None and training.choose_iterations is not None
+        assert training.validation is not None
+        assert training.choose_iterations is not None
         rest, part = split_off(train, training.validation, seed=0)
         learnt = Images(for_training(rest, self.recipe.settings.data.empty_images))
         judged = Images(part)
@@ -148,7 +154,9 @@ class _Stage:
             if found is None:
                 found = {"AP50": None}
                 try:
-                    detector, _ = self._train(learnt, rate, training.choose_iterations, training.seeds[0], name)
+                    detector, _ = self._train(
+                        learnt, rate, training.choose_iterations, training.seeds[0], name
+                    )
                     detections = self._detect(detector, judged)
                     found = {"AP50": judge(part, detections, self.recipe.settings.data)["AP50"]}
                 except NonFiniteError as error:
@@ -159,9 +167,7 @@ class _Stage:
         logger.info("learning rate %g chosen on %d validation images: %s", best, len(part.images), tries)
         return best, tries
 
-    def fine_tuned(
-        self, train: Images, test: Images, rate: float, seed: int, out: Path
-    ) -> dict[str, Any]:
+    def fine_tuned(self, train: Images, test: Images, rate: float, seed: int, out: Path) -> dict[str, Any]:
         """Metrics of one fine-tuning and the encoder's checksums; pictures too for the first seed."""
         name = f"seed{seed}"
         found = self._finished(name)
@@ -261,7 +267,5 @@ def summarise(
         "iterations": training.iterations,
         "batch_size": training.batch_size,
         "checksums": results[0]["checksums"],
-        "fine_tunings": {
-            str(seed): single for seed, single in zip(training.seeds, singles, strict=True)
-        },
+        "fine_tunings": {str(seed): single for seed, single in zip(training.seeds, singles, strict=True)},
     }

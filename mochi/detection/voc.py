@@ -5,10 +5,10 @@ so that (1, 1, W, H) covers the image. A file in which a box starts below 1 coun
 """
 
 import math
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import numpy as np
 from PIL import Image
@@ -58,10 +58,10 @@ def _read_image(
 ) -> AnnotatedImage:
     path = root / "Annotations" / f"{name}.xml"
     try:
-        tree = ElementTree.parse(path).getroot()  # noqa: S314
+        tree = ET.parse(path).getroot()  # noqa: S314
     except FileNotFoundError:
         raise AnnotationError(f"{path}: no such file, though an image set lists {name}") from None
-    except ElementTree.ParseError as error:
+    except ET.ParseError as error:
         raise AnnotationError(f"{path}: is not valid XML: {error}") from None
     image_path = _image_path(root, name, tree.findtext("filename"))
     boxes, labels, difficult = [], [], []
@@ -99,7 +99,7 @@ def _read_image(
     )
 
 
-def _read_box(item: ElementTree.Element) -> tuple[list[float] | None, str]:
+def _read_box(item: ET.Element) -> tuple[list[float] | None, str]:
     """The four numbers as written, and what is wrong with them, if anything."""
     bounds = item.find("bndbox")
     if bounds is None:
@@ -159,29 +159,29 @@ def write(
     Boxes are rounded outwards to whole pixels, as a person draws them.
     """
     for image, cut in zip(annotations.images, truncated, strict=True):
-        tree = ElementTree.Element("annotation")
+        tree = ET.Element("annotation")
         _text(tree, "folder", root.name)
         _text(tree, "filename", image.path.name)
-        size = ElementTree.SubElement(tree, "size")
+        size = ET.SubElement(tree, "size")
         for tag, value in (("width", image.width), ("height", image.height), ("depth", 3)):
             _text(size, tag, str(value))
         _text(tree, "segmented", "0")
         for index, (box, label) in enumerate(zip(image.boxes, image.labels, strict=True)):
-            item = ElementTree.SubElement(tree, "object")
+            item = ET.SubElement(tree, "object")
             _text(item, "name", annotations.classes[label - 1])
             _text(item, "pose", "Unspecified")
             _text(item, "truncated", str(int(cut[index])))
             _text(item, "difficult", str(int(image.ignored[index])))
-            bounds = ElementTree.SubElement(item, "bndbox")
+            bounds = ET.SubElement(item, "bndbox")
             corners = (math.floor(box[0]) + 1, math.floor(box[1]) + 1, math.ceil(box[2]), math.ceil(box[3]))
             for side, corner in zip(_SIDES, corners, strict=True):
                 _text(bounds, side, str(corner))
-        ElementTree.indent(tree)
+        ET.indent(tree)
         with replacing(root / "Annotations" / f"{image.path.stem}.xml") as temporary:
-            ElementTree.ElementTree(tree).write(temporary, encoding="utf-8")
+            ET.ElementTree(tree).write(temporary, encoding="utf-8")
     names = "".join(f"{image.path.stem}\n" for image in annotations.images)
     write_text(root / "ImageSets" / "Main" / f"{image_set}.txt", names)
 
 
-def _text(parent: ElementTree.Element, tag: str, text: str) -> None:
-    ElementTree.SubElement(parent, tag).text = text
+def _text(parent: ET.Element, tag: str, text: str) -> None:
+    ET.SubElement(parent, tag).text = text

@@ -99,6 +99,8 @@ class Augmentation(Section):
 
 
 class Encoder(Section):
+    """A ResNet."""
+
     architecture: Literal["resnet10", "resnet18", "resnet50"]
     """resnet10 has one basic block a stage; the others are torchvision's."""
     stem: Literal["imagenet", "half", "full"]
@@ -228,6 +230,8 @@ class LinearProbe(Section):
     lr_drop_factor: Annotated[Real, Field(gt=0, lt=1)]
     min_scale: Annotated[Real, Field(gt=0, le=1)] | None
     """Random-resized-crop training of the probe; null: one pass over uncropped images, cached."""
+    held_out: Annotated[Real, Field(gt=0, lt=1)] = 0.1
+    """Share of train on which the candidates are compared."""
     standardize: bool = False
     """Scale each feature to unit variance on train, so that one lr fits every encoder."""
 
@@ -247,6 +251,8 @@ class NearestNeighbours(Section):
 
 
 class Evaluation(Section):
+    """How frozen encoders are judged."""
+
     image_size: Count
     """Side of the centre crop, pixels."""
     resize: Count
@@ -349,7 +355,8 @@ def resolve(experiment: Experiment, method: str, seed: int, origin: str = "exper
         raise ConfigError(f"{origin}: methods: {_did_you_mean(method, list(experiment.methods))}")
     own = {key: value for key, value in experiment.methods[method].items() if key not in _METHOD_ONLY}
     objective = own.get("objective", "contrastive")
-    model = {"none": Untrained, "supervised": Supervised}.get(objective, Contrastive)
+    models: dict[str, type[Section]] = {"none": Untrained, "supervised": Supervised}
+    model = models.get(objective, Contrastive)
     known = set(Contrastive.model_fields)
     for place, keys in (("pretrain", experiment.pretrain), (f"methods.{method}", own)):
         for key in keys:
@@ -471,7 +478,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -36,7 +36,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         """(B, C, H, W) -> (B, C, H, W)."""
         if not self.training or self.num_groups == 1:
             return super().forward(input)
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         assert self.num_batches_tracked is not None
         groups = input.tensor_split(self.num_groups)
         means = self.running_mean.repeat(self.num_groups, 1)  # (G, C)
@@ -96,7 +97,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), D = 8 * width * expansion."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean(dim=(2, 3))
 

@@ -1,0 +1,56 @@
+"""What the negatives of a training step look like: the measurements of MoCHi's figures 2 and 3.
+
+Computed on one batch an epoch from what the loss saw, apart from the loss, which stays free of it.
+"""
+
+import torch
+from torch import Tensor
+
+from mochi.contrast.moco import Step
+
+NUM_MATCHED = 1024
+"""The paper looks at the 1024 hardest negatives (figures 2a and 2c)."""
+
+
+@torch.no_grad()
+def matching_probabilities(step: Step, temperature: float) -> Tensor:
+    """Mean matching probability of each query's hardest negatives, hardest first (figure 2a).
+
+    Returns:
+        (min(1024, K),) p_n of the softmax over the positive and the real negatives of the queue.
+    """
+    similarity = step.query @ step.queue.T  # (B, K)
+    logits = torch.cat(((step.query * step.key).sum(-1, keepdim=True), similarity), 1) / temperature
+    probabilities = logits.softmax(1)[:, 1:]
+    return probabilities.topk(min(NUM_MATCHED, len(step.queue)), dim=1).values.mean(0)
+
+
+@torch.no_grad()
+def false_negatives(step: Step, labels: Tensor) -> dict[str, float]:
+    """Shares of false negatives, same class by label (figures 2c and 3c); empty without labels.
+
+    Args:
+        step: the training step.
+        labels: (B,) classes of the queries, -1 where unknown; unlabelled queries and keys do not count.
+
+    Returns:
+        `false_negatives`: among the hardest 1024 of the queue; with synthetics also
+        `false_parents_any` (mixed from at least one) and `false_parents_all` (from false negatives only).
+    """
+    known = labels >= 0
+    if not known.any() or not (step.queue_labels >= 0).any():
+        return {}
+    similarity = step.query @ step.queue.T
+    same = (labels[:, None] == step.queue_labels)[known]  # (B', K)
+    hardest = similarity[known].topk(min(NUM_MATCHED, len(step.queue)), dim=1).indices
+    shares = {"false_negatives": same.gather(1, hardest).float().mean().item()}
+    if step.rule is not None:
+        any_parent, all_parents = [], []
+        for synthetic in step.rule(similarity):
+            parents = synthetic.parents[known]  # (B', S, P)
+            false = same.gather(1, parents.flatten(1)).view_as(parents)
+            any_parent.append(false.any(-1))
+            all_parents.append(false.all(-1))
+        shares["false_parents_any"] = torch.cat(any_parent, 1).float().mean().item()
+        shares["false_parents_all"] = torch.cat(all_parents, 1).float().mean().item()
+    return shares

@@ -1,0 +1,50 @@
+"""The queue of keys (MoCo section 3.2): the newest K keys, oldest replaced first."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class KeyQueue(nn.Module):
+    """A ring of `size` unit keys that takes batches of any size, exactly first-in first-out.
+
+    Rows that no batch has replaced yet hold random unit vectors, as in MoCo. Everything is a persistent
+    buffer, so a checkpoint of the module is a checkpoint of the queue.
+
+    Source: facebookresearch/moco moco/builder.py (`queue`, `_dequeue_and_enqueue`).
+    Deviation: a key is a row, not a column; the size need not be a multiple of the batch; each key's label
+    is kept beside it, for the class oracle and for measuring false negatives, never for the loss of MoCHi.
+    """
+
+    keys: Tensor
+    labels: Tensor
+    position: Tensor
+    num_enqueued: Tensor
+
+    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.register_buffer(
+            "keys", F.normalize(torch.randn(size, dim, generator=generator), dim=-1)
+        )  # (K, C)
+        self.register_buffer("labels", torch.full((size,), -1))  # (K,); -1: unknown
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))  # next row to replace
+        self.register_buffer("num_enqueued", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, labels: Tensor) -> None:
+        """Replace the oldest rows.
+
+        Args:
+            keys: (B, C) unit keys, the same on every rank. Of more than K, the last K stay.
+            labels: (B,) their classes, -1 where unknown.
+        """
+        size, batch = len(self.keys), len(keys)
+        rows = (self.position + torch.arange(batch, device=keys.device)) % size
+        self.keys[rows[-size:]] = keys[-size:].to(self.keys.dtype)
+        self.labels[rows[-size:]] = labels[-size:]
+        self.position.copy_((self.position + batch) % size)
+        self.num_enqueued.add_(batch)
+
+    def fill(self) -> float:
+        """The share of rows that hold real keys, 0 to 1."""
+        return min(self.num_enqueued.item() / len(self.keys), 1.0)

@@ -1,0 +1,141 @@
+"""Momentum contrast (He et al. 2020; Chen et al. 2020) with hard negative mixing (Kalantidis et al. 2020).
+
+`MoCo.training_step` is the algorithm, in the papers' order and words.
+"""
+
+import copy
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mochi.config import Contrastive, Encoder
+from mochi.contrast.key_queue import KeyQueue
+from mochi.contrast.loss import ContrastiveLoss, contrastive_loss
+from mochi.contrast.negatives import Rule, Synthetics, hardest, mix_pairs, mix_with_query
+from mochi.encoder import GroupedBatchNorm2d, ResNet, projection_head
+from mochi.running.distributed import gather, own_slice, world_size
+
+# Random streams of one step. Each is seeded by (seed, step, stream), so there is no generator state to
+# save, and a resumed run draws what the uninterrupted one would have drawn.
+_SHUFFLE, _MIXING = 1, 2
+
+
+class Step(NamedTuple):
+    """What a training step computed."""
+
+    loss: ContrastiveLoss
+    query: Tensor  # (B, C) unit queries, float32
+    key: Tensor  # (B, C) unit keys, float32
+    queue: Tensor  # (K, C) the negatives the loss saw
+    queue_labels: Tensor  # (K,) their classes
+    rule: Rule | None  # what mixed, for diagnosis: called again it draws the same synthetics
+
+
+class MoCo(nn.Module):
+    """Query encoder, momentum encoder and queue.
+
+    Args:
+        encoder: the backbone's architecture.
+        recipe: the method's hyper-parameters.
+        seed: of the weights, the queue's first rows, the shuffles and the mixes.
+    """
+
+    def __init__(self, encoder: Encoder, recipe: Contrastive, seed: int) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.seed = seed
+        # bn_groups are of the global batch; each rank normalises its share of them.
+        num_groups = max(recipe.bn_groups // world_size(), 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            backbone = ResNet(encoder, partial(GroupedBatchNorm2d, num_groups=num_groups))
+            head = projection_head(backbone.num_features, recipe.embedding_dim, recipe.head)
+            self.query_encoder = nn.Sequential()
+            self.query_encoder.add_module("backbone", backbone)
+            self.query_encoder.add_module("head", head)
+            self.queue = KeyQueue(recipe.queue_size, recipe.embedding_dim)
+        self.momentum_encoder = copy.deepcopy(self.query_encoder).requires_grad_(requires_grad=False)
+
+    @property
+    def backbone(self) -> ResNet:
+        """The encoder that the other stages use."""
+        backbone = self.query_encoder.get_submodule("backbone")
+        assert isinstance(backbone, ResNet)
+        return backbone
+
+    def training_step(
+        self, query_images: Tensor, key_images: Tensor, labels: Tensor, step: int, *, synthesize: bool
+    ) -> Step:
+        """One step of MoCo with MoCHi's synthetic negatives, up to the loss.
+
+        The queue is left as the loss saw it: call `enqueue` once the step's losses are all computed, so
+        that no key is a negative of its own query.
+
+        Args:
+            query_images: (B, 3, H, W) first views of this rank's images.
+            key_images: (B, 3, H, W) second views.
+            labels: (B,) classes, -1 where unknown; used by the class oracle only.
+            step: the global step, from 0.
+            synthesize: whether the warm-up without synthesis is over.
+        """
+        query = unit(self.query_encoder(query_images))  # (B, C)
+        with torch.no_grad():
+            self._update_momentum_encoder()
+            key = self._encode_keys(key_images, step)  # (B, C)
+        excluded = labels[:, None] == self.queue.labels if self.recipe.class_oracle else None  # (B, K)
+        rule = self._rule(step) if synthesize else None
+        loss = contrastive_loss(query, key, self.queue.keys, self.recipe.temperature, rule, excluded)
+        return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, rule)
+
+    def enqueue(self, key: Tensor, labels: Tensor) -> None:
+        """Replace the oldest keys by this step's, gathered in rank order: the same queue on every rank."""
+        self.queue.enqueue(gather(key), gather(labels))
+
+    def _update_momentum_encoder(self) -> None:
+        """theta_k <- m theta_k + (1 - m) theta_q, parameters only: batch-norm statistics are its own."""
+        torch._foreach_lerp_(
+            list(self.momentum_encoder.parameters()),
+            list(self.query_encoder.parameters()),
+            1 - self.recipe.key_momentum,
+        )
+
+    def _encode_keys(self, images: Tensor, step: int) -> Tensor:
+        """Keys of this rank's images, each normalised in a batch-norm group of a shuffled batch.
+
+        The positive of a query would otherwise be betrayed by the statistics that both share (MoCo
+        section 3.3). On one device the groups stand for GPUs: a permutation alone would change nothing.
+        """
+        everything = gather(images)
+        order = torch.randperm(len(everything), generator=self._generator(step, _SHUFFLE)).to(images.device)
+        shuffled = unit(self.momentum_encoder(own_slice(everything[order])))
+        return own_slice(gather(shuffled)[order.argsort()])
+
+    def _rule(self, step: int) -> Rule | None:
+        """MoCHi's rule of negatives for this step, None for plain MoCo."""
+        mixing = self.recipe.mixing
+        if mixing is None:
+            return None
+
+        def rule(similarity: Tensor) -> list[Synthetics]:
+            generator = self._generator(step, _MIXING, similarity.device)
+            pool = hardest(similarity, mixing.num_hardest, some_excluded=self.recipe.class_oracle)
+            synthetics = []
+            if mixing.num_pair_synthetics:
+                synthetics.append(mix_pairs(self.queue.keys, pool, mixing.num_pair_synthetics, generator))
+            if mixing.num_query_synthetics:
+                num, through = mixing.num_query_synthetics, mixing.through_query
+                synthetics.append(mix_with_query(similarity, pool, num, generator, through_query=through))
+            return synthetics
+
+        return rule
+
+    def _generator(self, step: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+        return torch.Generator(device).manual_seed((self.seed << 40) + (step << 4) + stream)
+
+
+def unit(features: Tensor) -> Tensor:
+    """(B, C) -> (B, C) of length 1, in float32 whatever the encoder computed in."""
+    return F.normalize(features.float(), dim=-1)

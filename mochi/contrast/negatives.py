@@ -1,0 +1,169 @@
+r"""Synthetic hard negatives as sparse combinations of logits that exist (MoCHi section 3).
+
+A synthetic negative is mixed from rows of the queue (its *parents*) and perhaps the query. Its similarity
+to the query is then a weighted sum of similarities that MoCo has computed already, and so is its gradient.
+A rule of negatives therefore returns which columns and which weights, never a vector:
+
+    q . h  =  w_q q.q + sum_p w_p (q . n_p),        d(q . h)/dq  =  v_q q + sum_p v_p n_p
+
+with v = w where the synthetic is a constant to the gradient, as here unless said otherwise.
+
+Shapes: B queries, K queue rows, C embedding, N hardest, S synthetics of one rule, P parents of each.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_QUERY_SHARE = 0.5
+"""b ~ U(0, 0.5): in a query mix the negative always dominates (MoCHi section 3.3)."""
+
+# Queries whose pairs are multiplied at once: their gathered rows stay in the processor's cache.
+_PAIR_CHUNK = 16
+
+
+class Synthetics(NamedTuple):
+    """Synthetic negatives of one rule, for each query of a batch."""
+
+    parents: Tensor  # (B, S, P) columns of the queue
+    weights: Tensor  # (B, S, P) w_p
+    query_weight: Tensor | None  # (B, S) w_q; None where the query is no parent
+    gradient_weights: Tensor  # (B, S, P) v_p
+    gradient_query_weight: Tensor | None  # (B, S) v_q
+
+    def similarity(self, similarity: Tensor) -> Tensor:
+        """q . h from the similarities (B, K) of the real negatives -> (B, S)."""
+        rows = similarity.gather(1, self.parents.flatten(1)).view_as(self.weights)
+        mixed = (self.weights * rows).sum(-1)
+        return mixed if self.query_weight is None else mixed + self.query_weight
+
+
+Rule = Callable[[Tensor], list[Synthetics]]
+"""Similarities (B, K) of the real negatives, -inf where excluded -> the synthetics to add."""
+
+
+class Pool(NamedTuple):
+    """The hardest negatives of each query, from which synthetics are drawn."""
+
+    columns: Tensor  # (B, N) columns of the queue
+    size: Tensor  # (B, 1) how many of a row's first columns may be drawn
+
+
+def hardest(similarity: Tensor, num_hardest: int, *, some_excluded: bool = False) -> Pool:
+    """The N negatives most similar to each query, real ones only, chosen anew at every step.
+
+    Exact, in two steps that look at far fewer numbers than one `topk` over K: whatever is among the N
+    largest lies in one of the N blocks with the largest maxima.
+
+    Args:
+        similarity: (B, K), -inf for columns that may not be chosen.
+        num_hardest: N <= K.
+        some_excluded: whether there are such columns; they are then sorted behind all others.
+    """
+    if some_excluded:
+        values, columns = similarity.topk(num_hardest, sorted=True)
+        return Pool(columns, (values > -torch.inf).sum(1, keepdim=True).clamp(min=1))
+    everything = similarity.new_full((len(similarity), 1), num_hardest, dtype=torch.long)
+    size = similarity.shape[1]
+    block = round((size / num_hardest) ** 0.5)
+    if block < 2 or size % block:
+        return Pool(similarity.topk(num_hardest, sorted=False).indices, everything)
+    maxima = similarity.unflatten(1, (-1, block)).amax(-1)  # (B, K/b)
+    best = maxima.topk(num_hardest, sorted=False).indices  # (B, N)
+    offsets = torch.arange(block, device=similarity.device)
+    candidates = (best[..., None] * block + offsets).flatten(1)  # (B, N b)
+    winners = similarity.gather(1, candidates).topk(num_hardest, sorted=False).indices
+    return Pool(candidates.gather(1, winners), everything)
+
+
+def mix_pairs(queue: Tensor, pool: Pool, num: int, generator: torch.Generator) -> Synthetics:
+    r"""Mix pairs of each query's hardest negatives: s points between them (MoCHi section 3.2).
+
+    h = (a n_i + (1 - a) n_j) / r with r = ||a n_i + (1 - a) n_j||, a ~ U(0, 1), i != j from the pool.
+    Both are unit vectors, so r^2 = a^2 + (1-a)^2 + 2 a (1-a) n_i.n_j, w_i = a / r and w_j = (1-a) / r.
+
+    Source: Kalantidis et al. 2020, section 3.2.
+    Deviation: i and j are always distinct; the paper does not say (a pair i = i is no mix).
+
+    Args:
+        queue: (K, C) unit keys.
+        pool: the hardest negatives of each query.
+        num: s, may exceed N.
+        generator: the only source of randomness.
+    """
+    first = _draw(pool.size, num, generator)  # (B, s), places in the pool
+    shift = 1 + _draw((pool.size - 1).clamp(min=1), num, generator)
+    second = (first + shift) % pool.size
+    parents = torch.stack((pool.columns.gather(1, first), pool.columns.gather(1, second)), -1)
+    share = _uniform(first.shape, queue, generator)
+    rest = 1 - share
+    products = _pair_products(queue, parents)
+    length = (share * share + rest * rest + 2 * share * rest * products).sqrt()
+    weights = torch.stack((share / length, rest / length), -1)
+    return Synthetics(parents, weights, None, weights, None)
+
+
+def mix_with_query(
+    similarity: Tensor, pool: Pool, num: int, generator: torch.Generator, *, through_query: bool = False
+) -> Synthetics:
+    r"""Mix each query with its own hardest negatives: s' points harder than any real one (section 3.3).
+
+    h' = (b q + (1 - b) n_j) / r with r = ||b q + (1 - b) n_j||, b ~ U(0, 0.5), j from the pool. With
+    x = q.n_j, r^2 = b^2 + (1-b)^2 + 2 b (1-b) x, w_q = b / r and w_n = (1-b) / r: nothing new is computed.
+
+    With `through_query` the gradient also flows through the q inside h'. Then
+    d(q.h')/dq = h' + w_q (q - (q.h') h'), so with c = 1 - w_q (q.h'): v_n = c w_n and v_q = c w_q + w_q.
+
+    Source: Kalantidis et al. 2020, section 3.3.
+    Deviation: none; the paper leaves the gradient open, and h' is a constant by default.
+
+    Args:
+        similarity: (B, K), -inf where excluded.
+        pool: the hardest negatives of each query.
+        num: s', may exceed N.
+        generator: the only source of randomness.
+        through_query: let the gradient into h'.
+    """
+    parents = pool.columns.gather(1, _draw(pool.size, num, generator))  # (B, s')
+    # An empty pool hands out excluded columns: finite weights, and a similarity that stays -inf.
+    x = similarity.gather(1, parents).clamp(min=-1)
+    share = MAX_QUERY_SHARE * _uniform(x.shape, x, generator)
+    rest = 1 - share
+    length = (share * share + rest * rest + 2 * share * rest * x).sqrt()
+    query_weight, weight = share / length, rest / length
+    gradient_query_weight, gradient_weight = query_weight, weight
+    if through_query:
+        remaining = 1 - query_weight * (query_weight + weight * x)
+        gradient_weight = remaining * weight
+        gradient_query_weight = remaining * query_weight + query_weight
+    return Synthetics(
+        parents[..., None],
+        weight[..., None],
+        query_weight,
+        gradient_weight[..., None],
+        gradient_query_weight,
+    )
+
+
+def _draw(size: Tensor, num: int, generator: torch.Generator) -> Tensor:
+    """(B, num) integers, uniform in [0, size) for each row of `size` (B, 1)."""
+    uniform = torch.rand(len(size), num, generator=generator, device=size.device, dtype=torch.float64)
+    return (uniform * size).long()
+
+
+def _uniform(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
+    """U(0, 1), open at both ends, in the precision of `like`."""
+    uniform = torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+    return uniform.clamp_(min=torch.finfo(like.dtype).tiny)
+
+
+def _pair_products(queue: Tensor, parents: Tensor) -> Tensor:
+    """n_i . n_j for parents (B, s, 2) -> (B, s), never holding more than a few queries' rows."""
+    products = [
+        (F.embedding(chunk[..., 0], queue) * F.embedding(chunk[..., 1], queue)).sum(-1)
+        for chunk in parents.split(_PAIR_CHUNK)
+    ]
+    return torch.cat(products)

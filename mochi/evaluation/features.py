@@ -1,0 +1,69 @@
+"""Features of a frozen encoder, and the proof that it stayed frozen."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mochi import config
+from mochi.data.loading import Images
+from mochi.encoder import ResNet
+from mochi.running.precision import autocast
+
+
+class EncoderError(ValueError):
+    """An encoder file that does not fit the run."""
+
+
+def load_encoder(path: Path, encoder: config.Encoder, device: torch.device) -> ResNet:
+    """The encoder in `path`, in evaluation mode, every tensor accounted for.
+
+    Raises:
+        EncoderError: the file is absent, or its tensors are not those of the run's architecture.
+    """
+    if not path.exists():
+        raise EncoderError(f"{path}: no such encoder; run the pretrain stage of this run first")
+    model = ResNet(encoder)
+    weights = load_file(path)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        rows = [
+            f"  {name}: expected {_shape(expected.get(name))}, found {_shape(found.get(name))}"
+            for name in wrong[:10]
+        ]
+        raise EncoderError(
+            f"{path} is not a {encoder.architecture} with stem {encoder.stem} and width {encoder.width}; "
+            f"{len(wrong)} tensors differ:\n" + "\n".join(rows)
+        )
+    model.load_state_dict(weights)
+    model.requires_grad_(requires_grad=False)
+    return model.to(device).to(memory_format=torch.channels_last).eval()
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "nothing" if shape is None else str(list(shape))
+
+
+def encoder_digest(encoder: ResNet) -> str:
+    """sha256 over every parameter and buffer, batch-norm statistics included."""
+    total = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        total.update(name.encode())
+        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+@torch.inference_mode()
+def extract(encoder: ResNet, batches: Iterable[Images], precision: str = "auto") -> tuple[Tensor, Tensor]:
+    """Features (M, D) float32 and labels (M,) of every image of `batches`, on the encoder's device."""
+    features, labels = [], []
+    for batch in batches:
+        with autocast(batch.images.device, precision):
+            features.append(encoder(batch.images).float())
+        labels.append(batch.labels)
+    return torch.cat(features).clone(), torch.cat(labels).clone()

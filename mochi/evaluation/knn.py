@@ -1,0 +1,102 @@
+"""Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, arXiv:1805.01978)."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mochi.config import Run
+from mochi.data.loading import centre_crops
+from mochi.data.shards import open_dataset
+from mochi.evaluation.features import extract, load_encoder
+from mochi.running.atomic import write_json
+from mochi.running.distributed import pick_device
+from mochi.running.provenance import Stopwatch, record
+
+logger = logging.getLogger(__name__)
+
+
+def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0) -> None:
+    """Classify the validation images by their neighbours in train; write metrics.json and provenance.json.
+
+    Args:
+        run: names k and the temperature.
+        data: folder of the prepared data set.
+        encoder_file: the frozen encoder.
+        out: receives the results.
+        workers: processes that load images.
+
+    Raises:
+        DataError, EncoderError: what does not fit, and what to do.
+    """
+    watch = Stopwatch()
+    settings = run.evaluation.knn
+    assert settings is not None
+    device = pick_device()
+    encoder = load_encoder(encoder_file, run.encoder, device)
+    dataset = open_dataset(data)
+    loading = {
+        "resize": run.evaluation.resize,
+        "image_size": run.evaluation.image_size,
+        "batch_size": run.evaluation.batch_size,
+        "device": device,
+        "workers": workers,
+    }
+    train, train_labels = extract(encoder, centre_crops(dataset.split("train"), **loading))
+    val, val_labels = extract(encoder, centre_crops(dataset.split("val"), **loading))
+    k = min(settings.k, len(train))
+    if k < settings.k:
+        logger.warning("k = %d is larger than the %d labelled training images; using %d", settings.k, k, k)
+    predicted = classify(
+        train, train_labels, val, num_classes=len(dataset.classes), k=k, temperature=settings.temperature
+    )
+    write_json(
+        out / "metrics.json",
+        {
+            "top1": round(100 * (predicted == val_labels).double().mean().item(), 4),
+            "k": k,
+            "temperature": settings.temperature,
+            "num_train": len(train),
+            "num_val": len(val),
+        },
+    )
+    inputs = {"data": data / "manifest.json", "encoder": encoder_file}
+    write_json(out / "provenance.json", record("knn", run, __name__, inputs, watch))
+
+
+def classify(
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    *,
+    num_classes: int,
+    k: int,
+    temperature: float,
+    chunk: int = 256,
+) -> Tensor:
+    """Each row's class by a vote of its k most similar training rows, weighted by exp(cosine / temperature).
+
+    Args:
+        train: (M, D) features, any length; compared by cosine.
+        train_labels: (M,) classes.
+        val: (V, D) features.
+        num_classes: number of classes.
+        k: neighbours, at most M.
+        temperature: of the weights.
+        chunk: rows of `val` compared at once, so that memory stays (chunk, M).
+
+    Returns:
+        (V,) predicted classes.
+    """
+    train = F.normalize(train, dim=-1)
+    predicted = []
+    for rows in F.normalize(val, dim=-1).split(chunk):
+        similarity, neighbours = (rows @ train.T).topk(k, dim=1)  # (chunk, k)
+        # The largest weight is 1, so that a small temperature cannot overflow.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(rows), num_classes, device=rows.device, dtype=rows.dtype)
+        votes.scatter_add_(1, train_labels[neighbours], weights)
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)

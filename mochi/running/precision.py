@@ -1,0 +1,27 @@
+"""Number formats and determinism, the same for every stage."""
+
+import os
+
+import torch
+
+
+def use_bfloat16(device: torch.device, precision: str) -> bool:
+    """Whether to compute in bfloat16: as told, or for `auto` where the hardware multiplies it."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to bfloat16, or to nothing. Losses leave it: logits and softmax are float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, precision))
+
+
+def make_deterministic() -> None:
+    """The same bytes from the same seed: on a GPU this chooses deterministic kernels."""
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)

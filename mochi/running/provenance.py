@@ -1,0 +1,178 @@
+"""Where a number comes from: command, commit, settings, code, data, seed, versions, hardware, time."""
+
+import ast
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mochi
+from mochi.config import Run, digest, settings
+
+_PACKAGE = Path(mochi.__file__).parent
+_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyarrow", "scikit-image", "scikit-learn")
+
+
+def code_digest(*modules: str) -> str:
+    """Digest of what `modules` execute: their syntax trees and those of all of mochi they import.
+
+    Comments, docstrings and layout do not count; a changed formula does. Neither does `mochi.config`:
+    what it says reaches a stage as its settings, whose digest stands beside this one. Example:
+    `code_digest("mochi.pretrain")`.
+    """
+    total = hashlib.sha256()
+    for name in sorted(imported_modules(*modules) - {"mochi.config"}):
+        total.update(f"{name}\n{_executed_text(_source_of(name))}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def imported_modules(*modules: str) -> set[str]:
+    """The modules of mochi that `modules` import, directly or not, themselves included."""
+    seen: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += _imports(name)
+    return seen
+
+
+@cache
+def _imports(name: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(_source_of(name).read_bytes())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found += [each for each in names if each.split(".")[0] == "mochi" and _source_of(each).exists()]
+    return found
+
+
+def _source_of(name: str) -> Path:
+    path = _PACKAGE.joinpath(*name.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def _executed_text(path: Path) -> str:
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            # Docstrings of modules, classes, functions and fields are bare string expressions.
+            node.body = [  # type: ignore[attr-defined]
+                child
+                for child in body
+                if not (
+                    isinstance(child, ast.Expr)
+                    and isinstance(child.value, ast.Constant)
+                    and isinstance(child.value.value, str)
+                )
+            ]
+    return ast.dump(tree)
+
+
+class Stopwatch:
+    """Wall time of a stage, for its provenance."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds since it was made."""
+        return round(time.monotonic() - self._start, 3)
+
+
+def record(
+    stage: str, run: Run, module: str, inputs: Mapping[str, Path], watch: Stopwatch, **extra: Any
+) -> dict[str, Any]:
+    """The provenance of a stage's results, as JSON.
+
+    Args:
+        stage: its name in `settings`.
+        run: what was run.
+        module: the stage's module, for the code digest.
+        inputs: name -> file that was read; its sha256 is recorded.
+        watch: started when the stage began.
+        extra: what the stage wants to add.
+    """
+    return {
+        "stage": stage,
+        "experiment": run.experiment,
+        "method": run.method,
+        "seed": run.seed,
+        "command": ["python", "-m", "mochi", *sys.argv[1:]],
+        "settings": settings(run, stage),
+        "settings_digest": digest(settings(run, stage)),
+        "code_digest": code_digest(module),
+        "inputs": {name: {"path": str(path), "sha256": file_digest(path)} for name, path in inputs.items()},
+        "git": _git(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "hardware": hardware(),
+        "wall_seconds": watch.seconds(),
+        **extra,
+    }
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, as far as results and speed depend on it."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda if gpus else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and whether tracked files differ from it; None outside a repository (a tarball)."""
+    try:
+        commit = _ask_git("rev-parse", "HEAD")
+        dirty = bool(_ask_git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": dirty}
+
+
+def _ask_git(*arguments: str) -> str:
+    done = subprocess.run(  # noqa: S603
+        ["git", "-C", str(_PACKAGE.parent), *arguments],  # noqa: S607
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()

@@ -16,14 +16,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic import field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mochi.errors import UserError
 
 RUN_VERSION = 1
 
 
-class ConfigError(ValueError):
-    """A user's mistake in a file; its text is one line for each mistake."""
+class ConfigError(UserError):
+    """A mistake in an experiment or run file."""
 
 
 def _read_number(value: object) -> object:

@@ -11,10 +11,11 @@ from torch import Tensor
 from mochi import config
 from mochi.data.loading import Images
 from mochi.encoder import ResNet
+from mochi.errors import UserError
 from mochi.running.precision import autocast
 
 
-class EncoderError(ValueError):
+class EncoderError(UserError):
     """An encoder file that does not fit the run."""
 
 

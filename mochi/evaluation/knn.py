@@ -76,7 +76,7 @@ def classify(
     temperature: float,
     chunk: int = 256,
 ) -> Tensor:
-    """Each row's class by a vote of its k most similar training rows, weighted by exp(cosine / temperature).
+    """Each row's class by a vote of its k most similar training rows, weight exp(cosine / temperature).
 
     Args:
         train: (M, D) features, any length; compared by cosine.

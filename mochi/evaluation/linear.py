@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mochi.config import LinearProbe, Run
-from mochi.data.loading import Images, centre_crops, random_crops
+from mochi.data.loading import centre_crops, random_crops
 from mochi.data.shards import StoredDataset, open_dataset
 from mochi.encoder import ResNet
 from mochi.evaluation.features import encoder_digest, extract, load_encoder
@@ -206,7 +206,7 @@ def _metrics(
     if math.isnan(own["top1"]):
         raise NonFiniteError(
             f"the linear probe diverged at the protocol's learning rate {protocol.lr:g}; expected finite "
-            "logits. Lower evaluation.linear.lr, or set standardize: true so that one rate fits all features"
+            "logits. Lower evaluation.linear.lr, or set standardize: true so that one rate fits all"
         )
     return {
         "top1": own["top1"],

@@ -15,12 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mochi.errors import UserError
 from mochi.running.atomic import replacing
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the text says why and what to do."""
 
 
@@ -30,7 +31,7 @@ def save(
     """Write tensors and a JSON state to `path`; what stood there becomes `previous_of(path)`.
 
     Raises:
-        CheckpointError: the disk is full or the folder read-only; the checkpoint that stood there is intact.
+        CheckpointError: the disk is full or the folder read-only; what stood there is intact.
     """
     metadata = {"state": json.dumps(state), "identity": json.dumps(identity, sort_keys=True)}
     owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -10,8 +10,10 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from mochi.errors import UserError
 
-class NonFiniteError(RuntimeError):
+
+class NonFiniteError(UserError):
     """A loss that is not a number: training cannot go on."""
 
 

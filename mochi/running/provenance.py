@@ -1,6 +1,5 @@
 """Where a number comes from: command, commit, settings, code, data, seed, versions, hardware, time."""
 
-import ast
 import hashlib
 import importlib.metadata
 import os
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,72 +15,10 @@ import torch
 
 import mochi
 from mochi.config import Run, digest, settings
+from mochi.running.code import code_digest
 
 _PACKAGE = Path(mochi.__file__).parent
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyarrow", "scikit-image", "scikit-learn")
-
-
-def code_digest(*modules: str) -> str:
-    """Digest of what `modules` execute: their syntax trees and those of all of mochi they import.
-
-    Comments, docstrings and layout do not count; a changed formula does. Neither does `mochi.config`:
-    what it says reaches a stage as its settings, whose digest stands beside this one. Example:
-    `code_digest("mochi.pretrain")`.
-    """
-    total = hashlib.sha256()
-    for name in sorted(imported_modules(*modules) - {"mochi.config"}):
-        total.update(f"{name}\n{_executed_text(_source_of(name))}\n".encode())
-    return total.hexdigest()[:16]
-
-
-def imported_modules(*modules: str) -> set[str]:
-    """The modules of mochi that `modules` import, directly or not, themselves included."""
-    seen: set[str] = set()
-    waiting = list(modules)
-    while waiting:
-        name = waiting.pop()
-        if name not in seen:
-            seen.add(name)
-            waiting += _imports(name)
-    return seen
-
-
-@cache
-def _imports(name: str) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(_source_of(name).read_bytes())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        found += [each for each in names if each.split(".")[0] == "mochi" and _source_of(each).exists()]
-    return found
-
-
-def _source_of(name: str) -> Path:
-    path = _PACKAGE.joinpath(*name.split(".")[1:])
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-@cache
-def _executed_text(path: Path) -> str:
-    tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            # Docstrings of modules, classes, functions and fields are bare string expressions.
-            node.body = [  # type: ignore[attr-defined]
-                child
-                for child in body
-                if not (
-                    isinstance(child, ast.Expr)
-                    and isinstance(child.value, ast.Constant)
-                    and isinstance(child.value.value, str)
-                )
-            ]
-    return ast.dump(tree)
 
 
 class Stopwatch:

@@ -1,0 +1,5 @@
+"""`python -m mochi`."""
+
+from mochi.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What can be known about an experiment before anything is computed."""

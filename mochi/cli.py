@@ -1,0 +1,184 @@
+"""The command line: what a user types, one command for each rule of the workflow.
+
+Only this module prints or exits. Imports of heavy modules stand in the commands that need them, so that
+`--help` and the small commands answer at once.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from mochi.errors import UserError
+
+app = typer.Typer(
+    help="MoCHi: hard negative mixing for contrastive learning, from raw images to the paper's tables.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="Experiment file.")]
+RunFile = Annotated[Path, typer.Option("--run", help="run.yaml, made by `resolve`.")]
+DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set: the folder of manifest.json.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder that receives the results.")]
+EncoderFile = Annotated[Path, typer.Option("--encoder", help="encoder.safetensors of the pretrain stage.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Processor threads to compute with.")]
+Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that load images.")]
+
+
+@app.command()
+def check(
+    config: Annotated[Path | None, typer.Option("--config", help="Experiment file to check.")] = None,
+    data_root: Annotated[Path, typer.Option("--data-root", help="Where prepared data sets lie.")] = Path(
+        "data"
+    ),
+) -> None:
+    """Check an experiment, its data and this machine, before anything is computed."""
+    from mochi import check as checking
+    from mochi.config import load_experiment
+
+    experiment = load_experiment(config or Path("config/config.yaml"))
+    findings = checking.check(experiment, data_root)
+    for finding in findings:
+        typer.echo(finding)
+    if any(finding.startswith("error") for finding in findings):
+        raise typer.Exit(1)
+    typer.echo(f"{experiment.name}: {len(experiment.methods)} methods, ready")
+
+
+@app.command()
+def plan(
+    config: ConfigFile = Path("config/config.yaml"),
+    data_root: Annotated[Path, typer.Option("--data-root", help="Where prepared data sets lie.")] = Path(
+        "data"
+    ),
+    measure: Annotated[bool, typer.Option(help="Time a few steps here to estimate the hours.")] = True,
+) -> None:
+    """Runs, steps, disk and estimated hours of an experiment on this machine."""
+    from mochi import check as checking
+    from mochi.config import load_experiment
+
+    for line in checking.plan(load_experiment(config), data_root, measure=measure):
+        typer.echo(line)
+
+
+@app.command()
+def resolve(
+    method: Annotated[str, typer.Option(help="A row of the experiment.")],
+    seed: Annotated[int, typer.Option(help="One of its seeds.")],
+    out: Annotated[Path, typer.Option(help="The run.yaml to write.")],
+    config: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Write run.yaml: one method and seed of an experiment, complete in itself."""
+    from mochi import config as configuration
+    from mochi.running.atomic import write_text
+
+    run = configuration.resolve(configuration.load_experiment(config), method, seed, str(config))
+    write_text(out, configuration.write_run(run))
+
+
+@app.command()
+def pretrain(
+    run: RunFile,
+    data: DataFolder,
+    out: OutFolder,
+    work: Annotated[Path, typer.Option(help="Folder of the resume checkpoint, removed at the end.")],
+    threads: Threads = 1,
+    workers: Workers = 0,
+    events: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
+) -> None:
+    """Train an encoder: MoCo, MoCHi, the supervised ceiling or the untrained floor."""
+    from mochi import pretrain as stage
+    from mochi.config import load_run
+
+    _prepare_process(threads, out, work)
+    stage.run(load_run(run), data, out, work, workers=workers, events=events)
+
+
+@app.command()
+def linear(
+    run: RunFile,
+    data: DataFolder,
+    encoder: EncoderFile,
+    out: OutFolder,
+    threads: Threads = 1,
+    workers: Workers = 0,
+) -> None:
+    """Linear classification on the frozen encoder."""
+    from mochi.config import load_run
+    from mochi.evaluation import linear as stage
+
+    _prepare_process(threads, out)
+    stage.run(load_run(run), data, encoder, out, workers=workers)
+
+
+@app.command()
+def knn(
+    run: RunFile,
+    data: DataFolder,
+    encoder: EncoderFile,
+    out: OutFolder,
+    threads: Threads = 1,
+    workers: Workers = 0,
+) -> None:
+    """Nearest-neighbour classification on the frozen encoder."""
+    from mochi.config import load_run
+    from mochi.evaluation import knn as stage
+
+    _prepare_process(threads, out)
+    stage.run(load_run(run), data, encoder, out, workers=workers)
+
+
+@app.command()
+def tables(
+    out: OutFolder,
+    config: ConfigFile = Path("config/config.yaml"),
+    results: Annotated[Path, typer.Option(help="Root of the results.")] = Path("results"),
+    published: Annotated[Path, typer.Option(help="The papers' numbers.")] = Path("workflow/published.csv"),
+) -> None:
+    """Collect an experiment's results: mean, spread, number of seeds, published value."""
+    from mochi.config import load_experiment
+    from mochi.report import tables as stage
+
+    _prepare_process(1, out)
+    stage.run(load_experiment(config), results, published, out)
+
+
+@app.command()
+def figures(
+    out: OutFolder,
+    config: ConfigFile = Path("config/config.yaml"),
+    results: Annotated[Path, typer.Option(help="Root of the results.")] = Path("results"),
+) -> None:
+    """Draw an experiment's results: accuracy with spread, training curves, hardness of negatives."""
+    from mochi.config import load_experiment
+    from mochi.report import figures as stage
+
+    _prepare_process(1, out)
+    stage.run(load_experiment(config), results, out)
+
+
+def _prepare_process(threads: int, *folders: Path) -> None:
+    """Threads as the rule gave them, and folders that can be written, before any compute."""
+    import torch
+
+    from mochi.running.atomic import require_writable
+
+    torch.set_num_threads(threads)
+    for folder in folders:
+        require_writable(folder)
+
+
+def main() -> NoReturn:
+    """Run a command; a user's mistake ends in its message and exit code 1, never in a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except (UserError, OSError) as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(1)
+    sys.exit(0)

@@ -1,0 +1,160 @@
+"""Figures: accuracy with spread, training curves, and what the negatives were like."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mochi.config import Experiment
+from mochi.report.collect import curves, scores
+from mochi.running.atomic import replacing
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; one for each method, in order.
+_COLOURS = ["#999999", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "svg.hashsalt": "mochi",  # the same bytes from the same numbers
+}
+
+
+def run(experiment: Experiment, results: Path, out: Path) -> None:
+    """Write accuracy, training and negatives, each as png and svg.
+
+    Args:
+        experiment: whose results.
+        results: root of the results.
+        out: receives the figures.
+
+    Raises:
+        MissingResultError: a run has not been evaluated.
+    """
+    methods = list(experiment.methods)
+    colours = {method: _COLOURS[index % len(_COLOURS)] for index, method in enumerate(methods)}
+    epochs = curves(experiment, results, "metrics.csv")
+    matching = curves(experiment, results, "matching.csv")
+    with mpl.rc_context(_STYLE):
+        _save(_accuracy(scores(experiment, results), methods, colours), out / "accuracy")
+        _save(_training(epochs, methods, colours), out / "training")
+        _save(_negatives(epochs, matching, methods, colours), out / "negatives")
+
+
+def _accuracy(scores: pd.DataFrame, methods: list[str], colours: dict[str, str]) -> Figure:
+    """Top-1 of every seed as a point, their mean as a line, for each task."""
+    top1 = scores[scores["metric"] == "top1"]
+    tasks = list(dict.fromkeys(top1["task"]))
+    figure = Figure(figsize=(4 * len(tasks), 0.5 * len(methods) + 1.2), layout="constrained")
+    for axes, task in zip(_row_of(figure, len(tasks), sharey=True), tasks, strict=True):
+        for place, method in enumerate(methods):
+            values = top1[(top1["task"] == task) & (top1["method"] == method)]["value"]
+            mean = values.mean()
+            axes.plot([mean, mean], [place - 0.3, place + 0.3], color=colours[method], linewidth=2)
+            axes.scatter(values, [place] * len(values), color=colours[method], alpha=0.6, s=18, zorder=3)
+            spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
+            axes.annotate(
+                f"{mean:.1f}{spread}", (values.max(), place), xytext=(8, -3), textcoords="offset points"
+            )
+        axes.margins(x=0.35)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.set_xlabel(f"{task} top-1 (%)")
+    return figure
+
+
+def _training(epochs: pd.DataFrame, methods: list[str], colours: dict[str, str]) -> Figure:
+    """Loss beside its chance level, and the proxy task with and without synthetic negatives (figure 2b)."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    loss_axes, accuracy_axes = _row_of(figure, 2)
+    for method, mean, low, high in _bands(epochs, methods, "loss"):
+        _band(loss_axes, method, colours[method], mean, low, high)
+    if "queue_fill" in epochs:
+        for method in methods:
+            rows = epochs[(epochs["method"] == method) & epochs["queue_fill"].notna()]
+            if len(rows):
+                chance = rows.groupby("epoch")["chance"].first()
+                loss_axes.plot(chance.index, chance, color=colours[method], linestyle=":", linewidth=1)
+    loss_axes.set_ylabel("loss (nats); dotted: chance")
+    for method, mean, low, high in _bands(epochs, methods, "accuracy"):
+        _band(accuracy_axes, method, colours[method], 100 * mean, 100 * low, 100 * high)
+    for method, mean, _, _ in _bands(epochs, methods, "accuracy_with_synthetics"):
+        accuracy_axes.plot(mean.index, 100 * mean, color=colours[method], linestyle="--", linewidth=1)
+    accuracy_axes.set_ylabel("proxy task accuracy (%)\ndashed: synthetic negatives count")
+    for axes in (loss_axes, accuracy_axes):
+        axes.set_xlabel("epoch")
+    loss_axes.legend(frameon=False)
+    return figure
+
+
+def _negatives(
+    epochs: pd.DataFrame, matching: pd.DataFrame, methods: list[str], colours: dict[str, str]
+) -> Figure:
+    """Matching probabilities of the hardest (figure 2a) and false negatives (figures 2c, 3c)."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    matching_axes, false_axes = _row_of(figure, 2)
+    shown = [method for method in methods if (matching["method"] == method).any()]
+    last = matching["epoch"].max() if len(matching) else 0
+    for method in shown:
+        for epoch, rows in matching[matching["method"] == method].groupby("epoch"):
+            curve = rows.groupby("place")["probability"].mean()
+            label = method if epoch == last else None
+            strength = 0.25 + 0.75 * (float(str(epoch)) + 1) / (last + 1)
+            matching_axes.plot(curve.index + 1, curve, color=colours[method], alpha=strength, label=label)
+    if shown:
+        matching_axes.set_xscale("log")
+        matching_axes.set_yscale("log")
+        matching_axes.legend(frameon=False, title="darker: later epoch")
+    matching_axes.set_xlabel("rank of the negative")
+    matching_axes.set_ylabel("mean matching probability")
+    for column, style in (
+        ("false_negatives", "-"),
+        ("false_parents_any", "--"),
+        ("false_parents_all", ":"),
+    ):
+        for method, mean, _, _ in _bands(epochs, methods, column):
+            false_axes.plot(mean.index, 100 * mean, style, color=colours[method], linewidth=1.2)
+    false_axes.set_xlabel("epoch")
+    false_axes.set_ylabel("same class as the query (%)")
+    false_axes.set_title("solid: hardest 1024; dashed: any parent of a mix; dotted: all", fontsize=8)
+    return figure
+
+
+def _bands(
+    epochs: pd.DataFrame, methods: list[str], column: str
+) -> list[tuple[str, "pd.Series[float]", "pd.Series[float]", "pd.Series[float]"]]:
+    """(method, mean, min, max over seeds) by epoch, for the methods that have the column."""
+    if column not in epochs:
+        return []
+    bands = []
+    for method in methods:
+        rows = epochs[(epochs["method"] == method) & epochs[column].notna()]
+        if len(rows):
+            grouped = rows.groupby("epoch")[column]
+            bands.append((method, grouped.mean(), grouped.min(), grouped.max()))
+    return bands
+
+
+def _band(
+    axes: Axes,
+    label: str,
+    colour: str,
+    mean: "pd.Series[float]",
+    low: "pd.Series[float]",
+    high: "pd.Series[float]",
+) -> None:
+    axes.plot(mean.index, mean, color=colour, label=label, linewidth=1.5)
+    axes.fill_between(mean.index.to_numpy(), low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _row_of(figure: Figure, num: int, *, sharey: bool = False) -> list[Axes]:
+    return list(figure.subplots(1, num, squeeze=False, sharey=sharey)[0])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+        with replacing(path.with_suffix(suffix)) as temporary:
+            figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)

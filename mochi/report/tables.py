@@ -1,0 +1,78 @@
+"""Tables: mean and spread over seeds, beside the published value where there is one."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from mochi.config import Experiment
+from mochi.report.collect import scores
+from mochi.running.atomic import write_text
+
+_KEYS = ["method", "task", "metric"]
+
+
+def run(experiment: Experiment, results: Path, published: Path, out: Path) -> None:
+    """Write summary.csv (long form) and summary.md (one row for each method).
+
+    Args:
+        experiment: whose results.
+        results: root of the results.
+        published: csv of the papers' numbers: experiment, method, task, metric, value, std, source.
+        out: receives the tables.
+
+    Raises:
+        MissingResultError: a run has not been evaluated.
+    """
+    table = summarize(scores(experiment, results), _published(published, experiment.name))
+    write_text(out / "summary.csv", table.to_csv(index=False))
+    write_text(out / "summary.md", markdown(experiment, table))
+
+
+def summarize(scores: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Long form: method, task, metric, mean, std, n, published, published_std, source.
+
+    The spread is the sample standard deviation over seeds (n - 1); empty for a single seed.
+    """
+    grouped = scores.groupby(_KEYS, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    grouped = grouped.rename(columns={"count": "n"}).round({"mean": 4, "std": 4})
+    return grouped.merge(published, on=_KEYS, how="left")
+
+
+def markdown(experiment: Experiment, table: pd.DataFrame) -> str:
+    """A table to look at: a row for each method, a column for each number."""
+    columns = list(dict.fromkeys(zip(table["task"], table["metric"], strict=True)))
+    cells = {(row.method, row.task, row.metric): _cell(row) for row in table.itertuples(index=False)}
+    header = ["method", *(f"{task} {_NAMES.get(metric, metric)}" for task, metric in columns), "seeds"]
+    lines = [f"# {experiment.title}", "", _row(header), _row(["---"] * len(header))]
+    for method in experiment.methods:
+        seeds = table.loc[table["method"] == method, "n"].max()
+        lines.append(_row([method, *(cells.get((method, *column), "") for column in columns), str(seeds)]))
+    lines += [
+        "",
+        "Percent; mean ± sample standard deviation over seeds. In brackets: the published value, where there is",
+        "one for this very setting. `linear top-1` is the last epoch at the protocol's learning rate; `best lr`",
+        "is the learning rate that won on a held-out part of train.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_NAMES = {"top1": "top-1", "top5": "top-5", "best_lr_top1": "top-1 (best lr)"}
+
+
+def _cell(row: object) -> str:
+    mean, std, published = (getattr(row, name) for name in ("mean", "std", "published"))
+    text = f"{mean:.1f}" + (f" ± {std:.1f}" if pd.notna(std) else "")
+    return text + (f" ({published:.1f})" if pd.notna(published) else "")
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _published(path: Path, experiment: str) -> pd.DataFrame:
+    """The papers' numbers for this experiment."""
+    table = pd.read_csv(path)
+    table = table[table["experiment"] == experiment]
+    return table.rename(columns={"value": "published", "std": "published_std"})[
+        [*_KEYS, "published", "published_std", "source"]
+    ]

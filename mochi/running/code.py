@@ -1,0 +1,71 @@
+"""Digests of code, so that a changed formula re-runs what it touches and a changed comment nothing."""
+
+import ast
+import hashlib
+from functools import cache
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def code_digest(*modules: str) -> str:
+    """Digest of what `modules` execute: their syntax trees and those of all of mochi they import.
+
+    Comments, docstrings and layout do not count; a changed formula does. Neither does `mochi.config`:
+    what it says reaches a stage as its settings, whose digest stands beside this one. Example:
+    `code_digest("mochi.pretrain")`.
+    """
+    total = hashlib.sha256()
+    for name in sorted(imported_modules(*modules) - {"mochi.config"}):
+        total.update(f"{name}\n{_executed_text(_source_of(name))}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def imported_modules(*modules: str) -> set[str]:
+    """The modules of mochi that `modules` import, directly or not, themselves included."""
+    seen: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += _imports(name)
+    return seen
+
+
+@cache
+def _imports(name: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(_source_of(name).read_bytes())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found += [each for each in names if each.split(".")[0] == "mochi" and _source_of(each).exists()]
+    return found
+
+
+def _source_of(name: str) -> Path:
+    path = _PACKAGE.joinpath(*name.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def _executed_text(path: Path) -> str:
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [child for child in body if not _is_docstring(child)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    """A bare string: the docstring of a module, class, function or field."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

@@ -1,0 +1,76 @@
+# The experiment, its runs, and what each stage's results depend on.
+import os
+import shutil
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.resources import Resource
+
+from mochi import config as configuration
+from mochi.running.code import code_digest
+
+if workflow.config_settings.config:
+    raise WorkflowError(
+        "--config changes settings on the command line, where no result could be traced back to them; "
+        "copy the experiment file, change the line there and pass it with --configfile"
+    )
+if len(workflow.overwrite_configfiles) > 1:
+    raise WorkflowError("one experiment at a time: --configfile takes a single file")
+
+CONFIG = str((workflow.overwrite_configfiles or ["config/config.yaml"])[0])
+try:
+    EXPERIMENT = configuration.load_experiment(Path(CONFIG))
+except configuration.ConfigError as error:
+    raise WorkflowError(str(error)) from None
+
+NAME = EXPERIMENT.name
+DATA = f"data/{EXPERIMENT.dataset.name}"
+MANIFEST = f"{DATA}/manifest.json"
+RUN = f"results/{NAME}/{{method}}/seed{{seed}}"
+RUNS = [
+    {"method": method, "seed": seed}
+    for method in EXPERIMENT.methods
+    for seed in configuration.method_seeds(EXPERIMENT, method)
+]
+
+
+wildcard_constraints:
+    method="|".join(map(re.escape, EXPERIMENT.methods)),
+    seed="[0-9]+",
+
+
+# Snakemake does not count GPUs; unless told otherwise, run one GPU job at a time.
+if "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", Resource("gpu", int(os.environ.get("MOCHI_GPUS", "1"))))
+GPUS_PER_RUN = 1 if shutil.which("nvidia-smi") else 0
+# On processors two runs of one thread side by side beat one run of two threads.
+THREADS_PER_RUN = 8 if GPUS_PER_RUN else 1
+
+
+def run_of(wildcards):
+    return configuration.resolve(EXPERIMENT, wildcards.method, int(wildcards.seed), CONFIG)
+
+
+def settings_of(stage):
+    """A param: the digest of all settings that the stage's results depend on."""
+    return lambda wildcards: configuration.digest(configuration.settings(run_of(wildcards), stage))
+
+
+def of_every_run(pattern):
+    return [pattern.format(**run) for run in RUNS]
+
+
+# run.yaml is small and says more than any one stage needs. Stages take it as `ancient` and depend on the
+# digest of their part instead, so that editing the probe does not train an encoder again.
+rule resolve:
+    input:
+        config=ancient(CONFIG),
+    output:
+        RUN + "/run.yaml",
+    params:
+        run=lambda wildcards: configuration.digest(run_of(wildcards).model_dump(mode="json")),
+    log:
+        f"logs/{NAME}/{{method}}/seed{{seed}}/resolve.log",
+    shell:
+        "python -m mochi resolve --config {input.config:q} --method {wildcards.method:q}"
+        " --seed {wildcards.seed} --out {output:q} 2> {log:q}"

@@ -1,0 +1,42 @@
+# Tables and figures of the experiment.
+METRICS = [metrics for task in EVALUATIONS for metrics in of_every_run(RUN + f"/{task}/metrics.json")]
+
+
+rule tables:
+    input:
+        METRICS,
+        published="workflow/published.csv",
+        config=ancient(CONFIG),
+    output:
+        csv=f"results/{NAME}/tables/summary.csv",
+        markdown=f"results/{NAME}/tables/summary.md",
+    params:
+        out=lambda wildcards, output: Path(output.csv).parent,
+        rows=list(EXPERIMENT.methods),
+        title=EXPERIMENT.title,
+        code=code_digest("mochi.report.tables"),
+    log:
+        f"logs/{NAME}/tables.log",
+    shell:
+        "python -m mochi tables --config {input.config:q} --published {input.published:q}"
+        " --out {params.out:q} 2>&1 | tee {log:q}"
+
+
+rule figures:
+    input:
+        METRICS,
+        of_every_run(RUN + "/pretrain/metrics.csv"),
+        of_every_run(RUN + "/pretrain/matching.csv"),
+        config=ancient(CONFIG),
+    output:
+        multiext(f"results/{NAME}/figures/accuracy", ".png", ".svg"),
+        multiext(f"results/{NAME}/figures/training", ".png", ".svg"),
+        multiext(f"results/{NAME}/figures/negatives", ".png", ".svg"),
+    params:
+        out=lambda wildcards, output: Path(output[0]).parent,
+        rows=list(EXPERIMENT.methods),
+        code=code_digest("mochi.report.figures"),
+    log:
+        f"logs/{NAME}/figures.log",
+    shell:
+        "python -m mochi figures --config {input.config:q} --out {params.out:q} 2>&1 | tee {log:q}"

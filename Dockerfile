@@ -9,19 +9,17 @@ ARG BASE_IMAGE=nvidia/cuda:13.0.0-base-ubuntu24.04
 FROM ${BASE_IMAGE} AS system
 # Debian and Ubuntu drop old versions from their archives, so a pinned version soon cannot be built.
 # hadolint ignore=DL3008
-RUN --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
-    apt-get update && \
+RUN apt-get update && \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
       ca-certificates git python3 tini && \
-    apt-get clean
+    rm -rf /var/lib/apt/lists/*
 
 # ---------------------------------------------------------------- locked packages
 FROM system AS environment
 # hadolint ignore=DL3008
-RUN --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
-    apt-get update && \
+RUN apt-get update && \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv && \
-    apt-get clean
+    rm -rf /var/lib/apt/lists/*
 # `none` leaves out torch and its CUDA libraries (most of the image), to check all else in a minute.
 ARG TORCH=locked
 # The lock is complete, hence --no-deps.

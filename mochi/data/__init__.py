@@ -1,1 +1,1 @@
-"""From raw images to batches of views."""
+"""Images: where they come from, how they are stored, and how views of them reach the encoder."""

@@ -47,14 +47,13 @@ def scores(experiment: Experiment, results: Path) -> pd.DataFrame:
     for method, seed, folder in runs(experiment, results):
         for task in tasks(experiment):
             metrics = read_json(folder / task / "metrics.json")
-            for metric in ("top1", "top5", "best_lr_top1"):
-                if metric in metrics:
-                    rows.append((method, seed, task, metric, metrics[metric]))
+            shown = [metric for metric in ("top1", "top5", "best_lr_top1") if metric in metrics]
+            rows += [(method, seed, task, metric, metrics[metric]) for metric in shown]
     return pd.DataFrame(rows, columns=["method", "seed", "task", "metric", "value"])
 
 
 def curves(experiment: Experiment, results: Path, name: str) -> pd.DataFrame:
-    """A csv of every run's pretrain stage, stacked, with columns method and seed; untrained runs give none."""
+    """A csv of every run's pretrain stage, stacked, with method and seed; untrained runs give no rows."""
     frames = []
     for method, seed, folder in runs(experiment, results):
         frame = pd.read_csv(folder / "pretrain" / name)

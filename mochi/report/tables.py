@@ -49,9 +49,9 @@ def markdown(experiment: Experiment, table: pd.DataFrame) -> str:
         lines.append(_row([method, *(cells.get((method, *column), "") for column in columns), str(seeds)]))
     lines += [
         "",
-        "Percent; mean ± sample standard deviation over seeds. In brackets: the published value, where there is",
-        "one for this very setting. `linear top-1` is the last epoch at the protocol's learning rate; `best lr`",
-        "is the learning rate that won on a held-out part of train.",
+        "Percent; mean ± sample standard deviation over seeds. In brackets: the published value, where",
+        "there is one for this very setting. `linear top-1` is the last epoch at the protocol's learning",
+        "rate; `best lr` is the learning rate that won on a held-out part of train.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,183 @@
+"""The photometric part of MoCo's augmentations (versions 1 and 2), a batch at a time on any device.
+
+Random parameters are drawn on the CPU as arrays, one row an image (`draws`), and the operations are
+plain functions of images and parameters: each equals torchvision's functional one, image by image.
+Images are (B, 3, H, W) float32 in [0, 1]. Legend: B images, S side
+of a view.
+
+Source: facebookresearch/moco main_moco.py; torchvision.transforms.ColorJitter.
+Deviation: no rounding to 8 bits between operations; the blur is the Gaussian that PIL's three box
+passes approximate, with torchvision's reflected border instead of PIL's repeated one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mochi.config import Augmentation
+from mochi.data import draws
+from mochi.data.crops import parts
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_GREY = (0.2989, 0.587, 0.114)  # torchvision's weights
+_BLUR_RADIUS = 6  # three standard deviations of the widest blur
+
+# The columns of one row of draws. New ones go to the end: earlier draws keep their values.
+_ORDER, _FACTORS = slice(0, 4), slice(4, 8)
+_JITTER, _GREYSCALE, _BLUR, _SIGMA, _COLUMNS = 8, 9, 10, 11, 12
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What happens to each image of a batch; every field has B rows."""
+
+    jitter: NDArray[np.bool_]
+    order: NDArray[np.int64]  # (B, 4): a permutation of brightness, contrast, saturation, hue
+    factors: NDArray[np.float64]  # (B, 4): by operation, not by position
+    grey: NDArray[np.bool_]
+    sigma: NDArray[np.float64]  # 0: no blur
+
+
+def draw(
+    augmentation: Augmentation, indices: NDArray[np.int64], *, seed: int, epoch: int, view: int
+) -> Parameters:
+    """Parameters of one view (0 query, 1 key) of the images `indices`."""
+    u = draws.uniforms("photometric", seed, epoch, view, indices=indices, columns=_COLUMNS)
+    version2 = augmentation.version == "v2"
+    hue = 0.1 if version2 else 0.4
+    factors = 1 + 0.4 * (2 * u[:, _FACTORS] - 1)
+    factors[:, 3] = hue * (2 * u[:, _FACTORS][:, 3] - 1)
+    blurred = (u[:, _BLUR] < 0.5) & (version2 and augmentation.blur)
+    return Parameters(
+        jitter=u[:, _JITTER] < (0.8 if version2 else 1.0),
+        order=np.argsort(u[:, _ORDER], axis=1, kind="stable"),
+        factors=factors,
+        grey=u[:, _GREYSCALE] < 0.2,
+        sigma=np.where(blurred, 0.1 + 1.9 * u[:, _SIGMA], 0.0),
+    )
+
+
+def photometric(images: Tensor, parameters: Parameters, version: str) -> Tensor:
+    """Everything after crop and flip, in the order of the version; normalised, channels last.
+
+    v1: greyscale, colour jitter. v2: colour jitter, greyscale, blur. (A mirrored image commutes with
+    all of them, so the flip is done with the crop.) `images` (B, 3, S, S) is overwritten.
+    """
+    output = torch.empty_like(images, memory_format=torch.channels_last)
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
+    for rows in parts(len(images), images[0].numel(), images.device):
+        part = images[rows]
+        if version == "v1":
+            greyscale_(part, parameters.grey[rows])
+        jitter_(part, parameters.jitter[rows], parameters.order[rows], parameters.factors[rows])
+        if version == "v2":
+            greyscale_(part, parameters.grey[rows])
+            blur_(part, parameters.sigma[rows])
+        output[rows].copy_(part.sub_(mean).div_(std))
+    return output
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(B, 3, S, S) in [0, 1] -> ImageNet mean 0 and deviation 1, channels last."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def grey_of(images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W)."""
+    grey = images[:, 0:1] * _GREY[0]
+    return grey.add_(images[:, 1:2], alpha=_GREY[1]).add_(images[:, 2:3], alpha=_GREY[2])
+
+
+def greyscale_(images: Tensor, chosen: NDArray[np.bool_]) -> None:
+    """Make the chosen (B,) images grey, in place."""
+    rows = _rows(chosen, images.device)
+    if len(rows):
+        images[rows] = grey_of(images[rows]).expand(-1, 3, -1, -1)
+
+
+def jitter_(
+    images: Tensor, chosen: NDArray[np.bool_], order: NDArray[np.int64], factors: NDArray[np.float64]
+) -> None:
+    """ColorJitter of the chosen images, each with its own order of the four operations, in place.
+
+    Brightness, contrast and saturation are one formula, clamp(f x + (1 - f) anchor), whose anchor is
+    black, the mean grey, or the pixel's grey.
+    """
+    for position in range(4):
+        operation = np.where(chosen, order[:, position], -1)  # (B,)
+        f = np.take_along_axis(factors, order[:, position : position + 1], axis=1)[:, 0]
+        f = np.where((operation >= 0) & (operation < 3), f, 1.0)
+        by_mean = np.where(operation == 1, 1 - f, 0.0)
+        by_grey = np.where(operation == 2, 1 - f, 0.0)
+        scalars = torch.from_numpy(np.stack([f, by_mean, by_grey]).astype(np.float32))
+        gain, mean_gain, grey_gain = scalars.to(images.device)[:, :, None, None, None]  # (B, 1, 1, 1)
+        grey = grey_of(images)
+        mean = grey.mean(dim=(2, 3), keepdim=True)
+        anchor = grey.mul_(grey_gain).add_(mean * mean_gain)
+        images.mul_(gain).add_(anchor).clamp_(0, 1)
+        rows = _rows(operation == 3, images.device)
+        if len(rows):
+            images[rows] = rotate_hue(images[rows], factors[operation == 3, 3])
+
+
+def rotate_hue(images: Tensor, turns: NDArray[np.float64]) -> Tensor:
+    """Turn the hue of each image by `turns` (B,) of the whole circle, value and saturation kept.
+
+    HSV without S: with M the largest and d the spread of the channels, channel c of hue h is
+    M - d clamp(2 - |wrap(h + offset_c)|, 0, 1), hue counted in sixths of the circle.
+    """
+    largest, smallest = images.amax(1, keepdim=True), images.amin(1, keepdim=True)  # (B, 1, H, W)
+    spread = largest - smallest
+    red, green, blue = images.tensor_split(3, dim=1)
+    per_spread = spread.clamp(min=1e-8).reciprocal_()
+    hue = torch.where(
+        red == largest,
+        (green - blue) * per_spread,
+        torch.where(green == largest, (blue - red) * per_spread + 2, (red - green) * per_spread + 4),
+    )
+    shift = torch.from_numpy((6 * turns).astype(np.float32)).to(images.device)
+    offsets = torch.tensor([3.0, 1.0, -1.0], device=images.device)[:, None, None]
+    angle = hue.add_(shift[:, None, None, None]) + offsets  # (B, 3, H, W)
+    angle -= (angle / 6).round_().mul_(6)
+    return largest - angle.abs_().neg_().add_(2).clamp_(0, 1).mul_(spread)
+
+
+def blur_(images: Tensor, sigma: NDArray[np.float64]) -> None:
+    """Gaussian blur of the images whose sigma is above 0, in place, border reflected.
+
+    As in `crops.crop_resize`, one matrix from each side; 13 taps as in torchvision's kernel_size=13.
+    """
+    rows = _rows(sigma > 0, images.device)
+    if len(rows) == 0:
+        return
+    blurred = torch.from_numpy(sigma[sigma > 0].astype(np.float32)).to(images.device)
+    down, across = (_blurring(blurred, side)[:, None] for side in images.shape[2:])
+    images[rows] = down @ (images[rows] @ across.mT)
+
+
+def _blurring(sigma: Tensor, side: int) -> Tensor:
+    """(B, side, side) matrices of the one-dimensional blur, reflection at the border included."""
+    radius = min(_BLUR_RADIUS, side - 1)
+    taps = torch.arange(-radius, radius + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)  # (B, taps)
+    kernel /= kernel.sum(dim=1, keepdim=True)
+    target = torch.arange(side, device=sigma.device)[:, None].expand(side, len(taps))
+    source = (target + taps).abs()
+    source = torch.where(source > side - 1, 2 * (side - 1) - source, source)
+    matrix = sigma.new_zeros(len(sigma), side * side)
+    places = (target * side + source).reshape(1, -1).expand(len(sigma), -1)
+    matrix.scatter_add_(1, places, kernel.repeat(1, side))
+    return matrix.view(-1, side, side)
+
+
+def _rows(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:
+    """Row numbers on the device; the choice is known on the host, so nothing waits for the device."""
+    return torch.from_numpy(np.flatnonzero(chosen)).to(device)

@@ -1,0 +1,161 @@
+"""From any image file to one kind of picture: upright, 8-bit RGB; or the reason why not.
+
+The content decides, never the extension. Orientation tags are applied, transparency is laid over
+white, 16 bits are scaled to 8, the first frame stands for an animation, CMYK, YCCK and palettes are
+converted. A JPEG or PNG that already is upright 8-bit RGB or grey keeps its bytes; only the others
+are written anew, as PNG, which loses nothing. Embedded colour profiles are not applied.
+"""
+
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+_LOG = logging.getLogger(__name__)
+
+RULES = 1
+"""Raised when any of the rules above changes: cached verdicts of other rules are not used."""
+
+MAX_PIXELS = 178_956_970
+"""Pillow's own limit for a decompression bomb (twice MAX_IMAGE_PIXELS)."""
+
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file's verdict. `reason` is empty for a picture; `encoded` is None where its own bytes serve."""
+
+    reason: str
+    width: int
+    height: int
+    format: str
+    mode: str
+    encoded: bytes | None
+
+
+class UnreadableError(ValueError):
+    """Not a picture we can use; the text is the reason for quarantine.csv."""
+
+
+def check(data: bytes) -> Checked:
+    """Decode one file whole and say what is to be stored of it."""
+    try:
+        image = open_image(data)
+        kind, mode, size = str(image.format), image.mode, image.size
+        picture = to_rgb(image)
+        keeps = _is_plain(image, data)
+    except UnreadableError as error:
+        return Checked(str(error), 0, 0, "", "", None)
+    if keeps:
+        return Checked("", *size, kind, mode, None)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return Checked("", *picture.size, kind, mode, buffer.getvalue())
+
+
+def open_image(data: bytes | pa.Buffer) -> Image.Image:
+    """Read the header of an image.
+
+    Raises:
+        UnreadableError: empty, not an image, or larger than any honest picture.
+    """
+    if len(data) == 0:
+        raise UnreadableError("empty file (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a large picture and odd metadata are judged below
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        raise UnreadableError(f"decompression bomb: more than {MAX_PIXELS} pixels") from None
+    except UnidentifiedImageError:
+        raise UnreadableError(_sniff(data)) from None
+    except Exception as error:
+        # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error ... on foreign bytes.
+        raise UnreadableError(f"{_sniff(data)}: {_short(error)}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableError(f"decompression bomb: claims {image.width} x {image.height} pixels")
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode whole and convert: upright, 8-bit RGB.
+
+    Raises:
+        UnreadableError: truncated or corrupt.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            upright = ImageOps.exif_transpose(image) if _is_turned(image) else image
+            if upright.mode in {"I", "F"} or upright.mode.startswith("I;16"):
+                return _from_deep(upright)
+            if upright.has_transparency_data:
+                layered = upright.convert("RGBA")
+                white = Image.new("RGBA", layered.size, "white")
+                return Image.alpha_composite(white, layered).convert("RGB")
+            return upright.convert("RGB")
+    except Exception as error:
+        raise UnreadableError(f"{image.format} does not decode: {_short(error)}") from None
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """Do the file's own bytes give the wanted picture through a plain `convert("RGB")`?"""
+    if image.format not in {"JPEG", "PNG"} or _is_turned(image):
+        return False
+    if image.format == "PNG" and (image.has_transparency_data or _png_depth(data) > 8):
+        return False
+    return image.mode in {"L", "RGB"} and getattr(image, "n_frames", 1) == 1
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Does a valid orientation tag ask for a turn? A metadata block that cannot be read asks nothing."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1)) in range(2, 9)
+    except Exception:
+        # Pillow raises whatever its EXIF, XMP and TIFF readers meet; the pixels are fine without them.
+        _LOG.debug("unreadable metadata in a %s image: taken as upright", image.format, exc_info=True)
+        return False
+
+
+def _png_depth(data: bytes) -> int:
+    """Bits a channel: byte 24 of a PNG file, in its header chunk."""
+    return data[24]
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    """16-bit and 32-bit grey to 8 bits by scaling, where Pillow's `convert` would clip at 255.
+
+    Integers are read as 16-bit; floats as [0, 1] when they stay inside it, else their own range.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, max(high, low + 1e-12))
+        values = (values - low) / (high - low) * 255
+    else:
+        values = values / 257
+    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
+
+
+def _sniff(data: bytes) -> str:
+    """What the content looks like, for people who trust the extension."""
+    head = data[:512].lstrip()
+    if data[:2] == b"\x1f\x8b":
+        return "gzip data, not an image"
+    if data[:4] == b"PK\x03\x04":
+        return "zip data, not an image"
+    if head[:1] == b"<":
+        return "HTML or XML text, not an image"
+    if all(byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in head):
+        return "text, not an image"
+    return "not an image Pillow can read"
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,297 @@
+"""Batches of views, in an order that is a pure function of (seed, epoch).
+
+Sets stored as pixels stand on the device as one uint8 tensor and are cropped there. Of the others each
+image is decoded once by a worker, which also cuts all its crops (uint8); everything photometric is done
+in batch on the device. Neither the number of workers nor a resume changes a single value.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mochi.config import Augmentation
+from mochi.data import augment, crops, draws
+from mochi.data.shards import DataError, StoredSplit
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Two views of one batch of this rank."""
+
+    query: Tensor
+    """(B, 3, S, S) float32, ImageNet-normalised, channels last, on the device."""
+    key: Tensor
+    """(B, 3, S, S), the other view of the same images."""
+    labels: Tensor
+    """(B,) int64 on the device, -1 unlabelled."""
+    indices: Tensor
+    """(B,) int64 on the CPU: rows of the split."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """One view of one batch of this rank; fields as in `Views`."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Whole batches in an epoch; the short last one is dropped. `batch_size` counts all ranks.
+
+    Raises:
+        DataError: not one whole batch.
+    """
+    if batch_size > num_images:
+        raise DataError(
+            f"batch_size: found {batch_size}; the set has {num_images} images; lower batch_size"
+        )
+    return num_images // batch_size
+
+
+def two_views(
+    split: StoredSplit,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    device: torch.device,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Views]:
+    """Query and key of every image, labelled or not, from step `first_step` of the epoch on.
+
+    Raises:
+        DataError: the batch is larger than the set, or does not divide by the ranks.
+    """
+    rows = np.arange(len(split))
+    batches = _shuffled(
+        rows,
+        batch_size,
+        seed=seed,
+        epoch=epoch,
+        first_step=first_step,
+        rank=rank,
+        world_size=world_size,
+    )
+    cut = _RandomCrops(augmentation.image_size, augmentation.min_scale, seed, epoch, views=2)
+    for chosen, (query, key) in _crops(split, batches, cut, device, workers):
+        yield Views(
+            _photometric(query, augmentation, chosen, seed=seed, epoch=epoch, view=0),
+            _photometric(key, augmentation, chosen, seed=seed, epoch=epoch, view=1),
+            *_labels(split, chosen, device),
+        )
+
+
+def one_view(
+    split: StoredSplit,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    device: torch.device,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Images]:
+    """One augmented view of the labelled images, for supervised training. Raises as `two_views`."""
+    batches = _shuffled(
+        split.labelled,
+        batch_size,
+        seed=seed,
+        epoch=epoch,
+        first_step=first_step,
+        rank=rank,
+        world_size=world_size,
+    )
+    cut = _RandomCrops(augmentation.image_size, augmentation.min_scale, seed, epoch, views=1)
+    for chosen, (images,) in _crops(split, batches, cut, device, workers):
+        view = _photometric(images, augmentation, chosen, seed=seed, epoch=epoch, view=0)
+        yield Images(view, *_labels(split, chosen, device))
+
+
+def random_crops(
+    split: StoredSplit,
+    *,
+    image_size: int,
+    min_scale: float,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    device: torch.device,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Images]:
+    """Random-resized crops and flips of the labelled images, for a linear probe. Raises as `two_views`."""
+    batches = _shuffled(
+        split.labelled,
+        batch_size,
+        seed=seed,
+        epoch=epoch,
+        first_step=first_step,
+        rank=rank,
+        world_size=world_size,
+    )
+    cut = _RandomCrops(image_size, min_scale, seed, epoch, views=1)
+    for chosen, (images,) in _crops(split, batches, cut, device, workers):
+        yield Images(augment.normalize(images), *_labels(split, chosen, device))
+
+
+def centre_crops(
+    split: StoredSplit,
+    *,
+    resize: int,
+    image_size: int,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Images]:
+    """The labelled images, each exactly once over all ranks, in order: short side `resize`, centre crop."""
+    rows = split.labelled
+    batches = (
+        np.array_split(rows[first : first + batch_size], world_size)[rank]
+        for first in range(0, len(rows), batch_size)
+    )
+    cut = _CentreCrop(resize, image_size)
+    for chosen, (images,) in _crops(split, (b for b in batches if len(b)), cut, device, workers):
+        yield Images(augment.normalize(images), *_labels(split, chosen, device))
+
+
+def _shuffled(
+    rows: Rows, batch_size: int, *, seed: int, epoch: int, first_step: int, rank: int, world_size: int
+) -> Iterator[Rows]:
+    """This rank's slice of every global batch of the epoch; every rank has the same number of steps."""
+    steps = steps_per_epoch(len(rows), batch_size)
+    if batch_size % world_size:
+        raise DataError(
+            f"batch_size: found {batch_size} over {world_size} ranks; it must divide by them; "
+            f"choose {batch_size // world_size * world_size or world_size}"
+        )
+    order = rows[draws.permutation(len(rows), "order", seed, epoch)]
+    share = batch_size // world_size
+    for step in range(first_step, steps):
+        first = step * batch_size + rank * share
+        yield order[first : first + share]
+
+
+def _photometric(
+    images: Tensor, augmentation: Augmentation, rows: Rows, *, seed: int, epoch: int, view: int
+) -> Tensor:
+    parameters = augment.draw(augmentation, rows, seed=seed, epoch=epoch, view=view)
+    return augment.photometric(images, parameters, augmentation.version)
+
+
+def _labels(split: StoredSplit, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(split.labels[rows]).to(device), torch.from_numpy(rows)
+
+
+# ---------------------------------------------------------------- crops
+
+
+class _RandomCrops:
+    """`views` random-resized crops and flips of each image."""
+
+    def __init__(self, size: int, min_scale: float, seed: int, epoch: int, views: int) -> None:
+        self.size, self.views = size, views
+        self.draw = partial(crops.draw, min_scale=min_scale, seed=seed, epoch=epoch)
+
+    def of_pixels(self, pixels: Tensor, rows: Rows) -> list[Tensor]:
+        """(B, H, W, 3) uint8 -> for each view (B, 3, S, S) float32 in [0, 1]."""
+        count, height, width, _ = pixels.shape
+        sides = np.full(count, height), np.full(count, width)
+        placed = (self.draw(rows, *sides, view=view) for view in range(self.views))
+        return [crops.crop_resize(pixels, windows, flip, self.size) for windows, flip in placed]
+
+    def of_image(self, image: Image.Image, row: int) -> NDArray[np.uint8]:
+        """One decoded image -> (views, S, S, 3) uint8."""
+        sides = np.array([image.height]), np.array([image.width])
+        placed = (self.draw(np.array([row]), *sides, view=view) for view in range(self.views))
+        return np.stack([crops.crop_image(image, window[0], flip[0], self.size) for window, flip in placed])
+
+
+class _CentreCrop:
+    """Short side to `resize`, then the central square of `size`."""
+
+    def __init__(self, resize: int, size: int) -> None:
+        self.resize, self.size = resize, size
+
+    def of_pixels(self, pixels: Tensor, rows: Rows) -> list[Tensor]:
+        """(B, H, W, 3) uint8 -> one view (B, 3, S, S) float32 in [0, 1]."""
+        assert len(rows) == len(pixels)
+        return [crops.centre_resize(pixels, self.resize, self.size)]
+
+    def of_image(self, image: Image.Image, row: int) -> NDArray[np.uint8]:
+        """One decoded image -> (1, S, S, 3) uint8."""
+        del row
+        return crops.centre_image(image, self.resize, self.size)[None]
+
+
+_Cut = _RandomCrops | _CentreCrop
+
+
+def _crops(
+    split: StoredSplit, batches: Iterator[Rows], cut: _Cut, device: torch.device, workers: int
+) -> Iterator[tuple[Rows, list[Tensor]]]:
+    """Each batch's rows with its views, (B, 3, S, S) float32 in [0, 1] on the device."""
+    pixels = pixels_on(split, device)
+    if pixels is not None:
+        for rows in batches:
+            yield rows, cut.of_pixels(pixels[torch.from_numpy(rows).to(device)], rows)
+        return
+    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+        _Decoded(split, cut),
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )
+    for rows, views in loader:  # views: (B, views, S, S, 3) uint8
+        moved = views.to(device, non_blocking=True).permute(1, 0, 4, 2, 3)
+        yield rows.numpy(), [view.float().div_(255).contiguous() for view in moved]
+
+
+class _Decoded(Dataset[tuple[Tensor, Tensor]]):
+    """On a worker: rows -> the rows and their crops (B, views, S, S, 3) uint8, one decode an image."""
+
+    def __init__(self, split: StoredSplit, cut: _Cut) -> None:
+        self.split, self.cut = split, cut
+
+    def __getitem__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        views = [self.cut.of_image(self.split.decode(row), row) for row in rows.tolist()]
+        return torch.from_numpy(rows), torch.from_numpy(np.stack(views))
+
+
+def pixels_on(split: StoredSplit, device: torch.device) -> Tensor | None:
+    """A split's pixels (N, H, W, 3) uint8 on the device, brought there once; None if stored encoded."""
+    if split.pixels is None:
+        return None
+    held = _HELD.get(split)
+    if held is None or held.device != device:
+        array = np.array(split.pixels)
+        held = torch.from_numpy(array).to(device)
+        _HELD[split] = held
+    return held
+
+
+_HELD: WeakKeyDictionary[StoredSplit, Tensor] = WeakKeyDictionary()

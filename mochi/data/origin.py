@@ -1,0 +1,61 @@
+"""What a source says it holds, before any pixel is stored."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """Decoded images of one size: (N, H, W, 3) uint8, labels (N,) int64, one path each."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    paths: list[str]
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Image files: paths below `root`, labels (N,) int64, -1 unlabelled."""
+
+    root: Path
+    paths: list[str]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One data set as its source has it; what `prepare` turns into shards."""
+
+    source: str
+    """Where it comes from, for the manifest: name, paper or address."""
+    licence: str
+    classes: list[str]
+    splits: dict[str, ArraySplit | FileSplit]
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of files left out on purpose (hidden files, other types)."""
+    max_unreadable: float = 0.0
+    """Largest share of files that may be set aside as unreadable."""
+
+
+class Progress(Protocol):
+    """Called with the number of images done and the number in all."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show it."""
+
+
+def class_counts(labels: NDArray[np.int64], classes: list[str]) -> dict[str, int]:
+    """Class name -> number of rows, empty classes included."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    return dict(zip(classes, counts.tolist(), strict=True))
+
+
+def in_batches(count: int, size: int) -> Iterator[range]:
+    """0..count-1 in runs of at most `size`."""
+    for first in range(0, count, size):
+        yield range(first, min(first + size, count))

@@ -1,0 +1,188 @@
+"""The on-disk contract: a folder with manifest.json, arrays and memory-mapped shards.
+
+    manifest.json            what it is, where from, counts, classes, sha256 of every file
+    <split>-index.arrow      one row an image: label (int64, -1 unlabelled), path in the source
+    <split>-images.npy       uint8 (N, H, W, 3), when all images are small and of one size; otherwise
+    <split>-images-0000.arrow ...  the encoded bytes (JPEG or PNG) of upright RGB images
+
+Everything is memory-mapped, so a row costs no process any memory of its own.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+
+from mochi.data.decode import open_image
+from mochi.errors import UserError
+
+MANIFEST_VERSION = 1
+UNLABELLED = -1
+
+
+class DataError(UserError):
+    """Images that are missing, foreign or unusable; its text says what to do."""
+
+
+class StoredSplit:
+    """The images of one split. Cheap to send to a worker: files are opened where they are read."""
+
+    def __init__(self, folder: Path, name: str, entry: dict[str, Any]) -> None:
+        self.folder = folder
+        self.name = name
+        self.entry = entry
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "name": self.name, "entry": self.entry}
+
+    def __len__(self) -> int:
+        return int(self.entry["count"])
+
+    @cached_property
+    def _index(self) -> pa.Table:
+        return read_arrow(self.folder / f"{self.name}-index.arrow")
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) class numbers, -1 where there is none; a view of the file."""
+        labels: NDArray[np.int64] = self._index["label"].combine_chunks().to_numpy()
+        return labels
+
+    @cached_property
+    def labelled(self) -> NDArray[np.int64]:
+        """Rows that carry a label."""
+        return np.flatnonzero(self.labels != UNLABELLED)
+
+    def path(self, row: int) -> str:
+        """Where the image stood in its source."""
+        return str(self._index["path"][row].as_py())
+
+    @cached_property
+    def pixels(self) -> NDArray[np.uint8] | None:
+        """uint8 (N, H, W, 3), a view of the file, or None when images are stored encoded."""
+        if self.entry["storage"] != "pixels":
+            return None
+        array: NDArray[np.uint8] = np.load(
+            self.folder / f"{self.name}-images.npy", mmap_mode="r", allow_pickle=False
+        )
+        return array
+
+    @cached_property
+    def _encoded(self) -> pa.ChunkedArray:
+        files = [shard["file"] for shard in self.entry["shards"]]
+        shards = [read_arrow(self.folder / file) for file in files if "-images-" in file]
+        return pa.concat_tables(shards)["image"]
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """(H, W, 3), upright RGB."""
+        if self.pixels is not None:
+            picture: NDArray[np.uint8] = self.pixels[row]
+            return picture
+        return np.asarray(self.decode(row))
+
+    def decode(self, row: int) -> Image.Image:
+        """The image as Pillow's RGB, for splits stored encoded."""
+        return open_image(self._encoded[row].as_buffer()).convert("RGB")
+
+
+class StoredDataset:
+    """A prepared data set: its manifest and its splits."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.classes: list[str] = manifest["classes"]
+
+    def split(self, name: str) -> StoredSplit:
+        """One split.
+
+        Raises:
+            DataError: the data set has no such split, or a file of it is missing or cut.
+        """
+        splits = self.manifest["splits"]
+        if name not in splits:
+            raise DataError(
+                f"{self.folder}: no split {name!r}; it holds {', '.join(sorted(splits)) or 'none'}"
+            )
+        for shard in splits[name]["shards"]:
+            path = self.folder / shard["file"]
+            found = path.stat().st_size if path.exists() else None
+            if found != shard["bytes"]:
+                raise DataError(
+                    f"{path}: found {'no file' if found is None else f'{found} bytes'}; expected "
+                    f"{shard['bytes']} bytes; prepare the data again: {_how(self.folder)}"
+                )
+        return StoredSplit(self.folder, name, splits[name])
+
+
+def open_dataset(folder: Path) -> StoredDataset:
+    """Open what `prepare` wrote.
+
+    Raises:
+        DataError: nothing there, unreadable, or written by another version.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; prepare the data first: {_how(folder)}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); prepare the data again: {_how(folder)}"
+        ) from None
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != MANIFEST_VERSION:
+        raise DataError(
+            f"{path}: found version {version!r}; expected {MANIFEST_VERSION}; "
+            f"prepare the data again: {_how(folder)}"
+        )
+    return StoredDataset(folder, manifest)
+
+
+def _how(folder: Path) -> str:
+    return f"`python -m mochi prepare ... --out {folder}`"
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """A memory-mapped Arrow file as a table; nothing is copied."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+INDEX_SCHEMA = pa.schema([("label", pa.int64()), ("path", pa.string())])
+IMAGE_SCHEMA = pa.schema([("image", pa.binary())])
+
+
+def write_index(path: Path, labels: NDArray[np.int64], paths: Iterable[str]) -> None:
+    """The index of a split, as one record batch, so that labels are one view of the file."""
+    batch = pa.record_batch([pa.array(labels), pa.array(paths, pa.string())], schema=INDEX_SCHEMA)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
+        writer.write_batch(batch)
+
+
+def write_encoded(path: Path, images: Iterator[bytes], shard_bytes: int) -> int:
+    """Take images until the shard holds `shard_bytes`; returns how many (0: the iterator is empty)."""
+    rows, held, pending, pending_bytes = 0, 0, [], 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, IMAGE_SCHEMA) as writer:
+        for image in images:
+            pending.append(image)
+            pending_bytes += len(image)
+            rows += 1
+            held += len(image)
+            if pending_bytes >= _BATCH_BYTES or held >= shard_bytes:
+                writer.write_batch(pa.record_batch([pa.array(pending, pa.binary())], schema=IMAGE_SCHEMA))
+                pending, pending_bytes = [], 0
+            if held >= shard_bytes:
+                break
+        if pending:
+            writer.write_batch(pa.record_batch([pa.array(pending, pa.binary())], schema=IMAGE_SCHEMA))
+    return rows
+
+
+# A record batch is held in memory while it is written; binary offsets allow at most 2 GiB.
+_BATCH_BYTES = 64 << 20

@@ -1,0 +1,43 @@
+"""The ring against collections.deque, which is first-in first-out by definition."""
+
+from collections import deque
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mochi.contrast.key_queue import KeyQueue
+
+
+@given(st.integers(1, 12), st.lists(st.integers(1, 30), max_size=12))
+def test_any_batch_size_is_exact_fifo(size: int, batches: list[int]) -> None:
+    """K not a multiple of the batch, batches larger than K, and wraps in the middle of a batch."""
+    queue = KeyQueue(size, 2)
+    expected: deque[int] = deque(maxlen=size)
+    counter = 0
+    for batch in batches:
+        labels = torch.arange(counter, counter + batch)
+        queue.enqueue(labels[:, None].expand(-1, 2).float(), labels)
+        expected.extend(labels.tolist())
+        counter += batch
+        in_order = queue.labels.roll(-int(queue.position)).tolist()
+        assert [label for label in in_order if label >= 0] == list(expected)
+        assert torch.equal(queue.keys[queue.labels >= 0, 0].long(), queue.labels[queue.labels >= 0])
+    assert queue.fill() == pytest.approx(min(counter / size, 1))
+
+
+def test_initial_rows_are_unit_vectors() -> None:
+    """Along the feature axis: normalising the other axis is a known mistake."""
+    torch.testing.assert_close(KeyQueue(50, 8).keys.norm(dim=-1), torch.ones(50))
+
+
+def test_everything_is_saved() -> None:
+    queue = KeyQueue(10, 4)
+    queue.enqueue(torch.eye(4), torch.arange(4))
+    restored = KeyQueue(10, 4)
+    restored.load_state_dict(queue.state_dict())
+    for each in (queue, restored):
+        each.enqueue(2 * torch.eye(4), torch.arange(4, 8))
+    for name, value in queue.state_dict().items():
+        assert torch.equal(value, restored.state_dict()[name]), name

@@ -1,0 +1,213 @@
+"""The loss with its own gradient against the usual way: synthetics materialised, one long row of logits,
+gradient by autograd (tests/reference.py); against closed forms; and against finite differences."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from mochi.contrast.loss import contrastive_loss
+from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
+from tests.reference import mochi_loss, synthetic_vectors
+
+
+def batch(
+    num: int, dim: int, size: int, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randn(num, dim, generator=generator, dtype=dtype)
+    key = F.normalize(torch.randn(num, dim, generator=generator, dtype=dtype), dim=-1)
+    queue = F.normalize(torch.randn(size, dim, generator=generator, dtype=dtype), dim=-1)
+    return raw, key, queue
+
+
+def mochi_rule(queue: Tensor, num_hardest: int, num_pairs: int, num_query: int, **options: bool):  # noqa: ANN201
+    def rule(similarity: Tensor) -> list[Synthetics]:
+        generator = torch.Generator().manual_seed(7)
+        pool = hardest(similarity, num_hardest, some_excluded=bool(similarity.isneginf().any()))
+        synthetics = []
+        if num_pairs:
+            synthetics.append(mix_pairs(queue, pool, num_pairs, generator))
+        if num_query:
+            synthetics.append(mix_with_query(similarity, pool, num_query, generator, **options))
+        return synthetics
+
+    return rule
+
+
+def both_ways(raw, key, queue, temperature, rule, excluded=None):  # noqa: ANN001, ANN201
+    """(loss, gradient) by the single function and by the usual way, for the same synthetics."""
+    fast_raw = raw.clone().requires_grad_()
+    fast = contrastive_loss(F.normalize(fast_raw, dim=-1), key, queue, temperature, rule, excluded)
+    fast.loss.backward()
+
+    slow_raw = raw.clone().requires_grad_()
+    query = F.normalize(slow_raw, dim=-1)
+    similarity = query.detach() @ queue.T
+    if excluded is not None:
+        similarity = similarity.masked_fill(excluded, -torch.inf)
+    vectors = [synthetic_vectors(query.detach(), queue, each) for each in rule(similarity)] if rule else []
+    slow = mochi_loss(query, key, queue, temperature, vectors, excluded)
+    slow.backward()
+    return (fast.loss, fast_raw.grad), (slow, slow_raw.grad)
+
+
+@settings(max_examples=60)
+@given(
+    num=st.integers(1, 5),
+    dim=st.integers(2, 9),
+    size=st.integers(2, 40),
+    pairs=st.sampled_from([0, 1, 7, 60]),
+    from_query=st.sampled_from([0, 1, 7, 60]),
+    temperature=st.sampled_from([0.07, 0.2, 1.0]),
+    data=st.data(),
+)
+def test_equals_the_usual_way_in_float64(  # noqa: PLR0917
+    num: int, dim: int, size: int, pairs: int, from_query: int, temperature: float, data: st.DataObject
+) -> None:
+    """Random sizes, s > N, N = K, s or s' = 0: loss and gradient to 1e-12."""
+    num_hardest = data.draw(st.integers(2, size))
+    raw, key, queue = batch(num, dim, size, seed=data.draw(st.integers(0, 1000)))
+    rule = mochi_rule(queue, num_hardest, pairs, from_query)
+    (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, temperature, rule)
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-12, atol=1e-12 * slow_grad.abs().max().item())
+
+
+def test_equals_the_usual_way_in_float32() -> None:
+    raw, key, queue = batch(32, 64, 4096, seed=0, dtype=torch.float32)
+    rule = mochi_rule(queue, 256, 256, 64)
+    (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, 0.2, rule)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=0)
+    torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-5, atol=1e-5 * slow_grad.abs().max().item())
+
+
+def test_without_a_rule_it_is_moco() -> None:
+    raw, key, queue = batch(4, 5, 11, seed=1)
+    (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, 0.2, None)
+    torch.testing.assert_close(fast, slow, rtol=1e-13, atol=0)
+    torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-12, atol=1e-15)
+
+
+def test_excluded_negatives_leave_the_loss_and_every_mix() -> None:
+    raw, key, queue = batch(3, 5, 12, seed=2)
+    excluded = torch.zeros(3, 12, dtype=torch.bool)
+    excluded[0, ::2] = True
+    rule = mochi_rule(queue, 8, 10, 10)
+    (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, 0.2, rule, excluded)
+    assert math.isfinite(fast.item())
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-11, atol=1e-13)
+    similarity = (F.normalize(raw, dim=-1) @ queue.T).masked_fill(excluded, -torch.inf)
+    for synthetic in rule(similarity):
+        assert not excluded[0][synthetic.parents[0]].any()
+
+
+def test_a_query_whose_whole_queue_is_excluded_has_no_loss() -> None:
+    raw, key, queue = batch(1, 5, 12, seed=2)
+    free = raw.clone().requires_grad_()
+    excluded = torch.ones(1, 12, dtype=torch.bool)
+    rule = mochi_rule(queue, 8, 10, 10)
+    result = contrastive_loss(F.normalize(free, dim=-1), key, queue, 0.2, rule, excluded)
+    result.loss.backward()
+    assert result.loss.item() == 0
+    assert free.grad is not None
+    assert free.grad.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("through_query", [False, True])
+def test_gradient_by_finite_differences(through_query: bool) -> None:
+    """gradcheck of what the gradient claims to be: with `through_query` h' moves with the query, else not."""
+    raw, key, queue = batch(2, 4, 9, seed=3)
+    start = F.normalize(raw, dim=-1)
+    rule = mochi_rule(queue, 4, 0, 6, through_query=through_query)
+    (fixed,) = rule(start @ queue.T)
+    share = fixed.query_weight / (fixed.query_weight + fixed.weights[..., 0])
+    negatives = queue[fixed.parents[..., 0]]
+
+    def moving(free: Tensor) -> Tensor:
+        query = F.normalize(free, dim=-1)
+        inside = query if through_query else start
+        vectors = F.normalize(
+            share[..., None] * inside[:, None] + (1 - share[..., None]) * negatives, dim=-1
+        )
+        return mochi_loss(query, key, queue, 0.2, [vectors])
+
+    numeric = torch.zeros_like(raw)
+    for i in range(raw.numel()):
+        step = torch.zeros_like(raw).view(-1)
+        step[i] = 1e-6
+        step = step.view_as(raw)
+        numeric.view(-1)[i] = (moving(raw + step) - moving(raw - step)) / 2e-6
+    free = raw.clone().requires_grad_()
+    contrastive_loss(F.normalize(free, dim=-1), key, queue, 0.2, rule).loss.backward()
+    torch.testing.assert_close(free.grad, numeric, rtol=1e-6, atol=1e-9)
+
+
+def test_gradcheck_where_nothing_is_detached() -> None:
+    """Pairs do not contain the query, so autograd's own checker applies once the draw is fixed."""
+    raw, key, queue = batch(2, 4, 9, seed=4)
+    fixed = mochi_rule(queue, 4, 6, 0)(F.normalize(raw, dim=-1) @ queue.T)
+
+    def loss(free: Tensor) -> Tensor:
+        return contrastive_loss(F.normalize(free, dim=-1), key, queue, 0.2, lambda _: fixed).loss
+
+    assert torch.autograd.gradcheck(loss, (raw.requires_grad_(),))
+
+
+def test_closed_forms() -> None:
+    """All rows equal: ln(1 + K), and ln(1 + K + s) with pairs, which are then that row again."""
+    row = F.normalize(torch.ones(1, 4, dtype=torch.float64), dim=-1)
+    query, queue = row.expand(3, 4), row.expand(7, 4)
+    assert contrastive_loss(query, query, queue, 0.2).loss.item() == pytest.approx(math.log(8), rel=1e-14)
+    rule = mochi_rule(queue, 4, 5, 0)
+    assert contrastive_loss(query, query, queue, 0.2, rule).loss.item() == pytest.approx(
+        math.log(13), rel=1e-14
+    )
+
+
+def test_temperature_divides_synthetic_logits_too() -> None:
+    """Scaling temperature and all logits together changes nothing but the scale: compare at two temperatures."""
+    raw, key, queue = batch(3, 6, 20, seed=5)
+    rule = mochi_rule(queue, 5, 8, 8)
+    for temperature in (0.05, 0.5):
+        (fast, _), (slow, _) = both_ways(raw, key, queue, temperature, rule)
+        torch.testing.assert_close(fast, slow, rtol=1e-12, atol=0)
+
+
+def test_harder_negatives_make_a_larger_loss_and_are_reported() -> None:
+    raw, key, queue = batch(8, 16, 64, seed=6)
+    query = F.normalize(raw, dim=-1)
+    plain = contrastive_loss(query, key, queue, 0.2)
+    mixed = contrastive_loss(query, key, queue, 0.2, mochi_rule(queue, 16, 0, 32))
+    assert mixed.loss > plain.loss
+    assert (mixed.hardest_synthetic > mixed.hardest_negative).all()
+    assert plain.hardest_synthetic.isneginf().all()
+    torch.testing.assert_close(plain.hardest_negative, (query @ queue.T).amax(1))
+
+
+def test_identical_images_at_a_small_temperature_stay_finite_under_autocast() -> None:
+    """cosine 1 at temperature 0.02: e^50 overflows half precision; logits and softmax are float32."""
+    raw, _, queue = batch(4, 8, 32, seed=7, dtype=torch.float32)
+    free = raw.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        query = F.normalize(free, dim=-1)
+        result = contrastive_loss(query.bfloat16(), query.detach().bfloat16(), queue, 0.02, None)
+    result.loss.backward()
+    assert result.loss.dtype == torch.float32
+    assert math.isfinite(result.loss.item())
+    assert free.grad is not None
+    assert free.grad.isfinite().all()
+
+
+def test_nothing_but_the_query_gets_a_gradient() -> None:
+    raw, key, queue = batch(3, 6, 20, seed=8)
+    key.requires_grad_()
+    queue.requires_grad_()
+    contrastive_loss(F.normalize(raw.requires_grad_(), dim=-1), key, queue, 0.2, None).loss.backward()
+    assert key.grad is None
+    assert queue.grad is None

@@ -1,0 +1,141 @@
+"""MoCo's step against the algorithm written out in the test, and the guards that its papers ask for."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mochi.config import Contrastive, Encoder, Mixing
+from mochi.contrast.moco import MoCo
+from mochi.encoder import GroupedBatchNorm2d
+from tests.reference import mochi_loss
+
+ENCODER = Encoder(architecture="resnet10", stem="half", width=4)
+
+
+def recipe(**changes: object) -> Contrastive:
+    values = {
+        "objective": "contrastive", "epochs": 2, "batch_size": 8, "lr": 0.1, "momentum": 0.9,
+        "weight_decay": 1e-4, "schedule": "cosine", "head": "mlp", "embedding_dim": 6, "queue_size": 20,
+        "temperature": 0.2, "key_momentum": 0.9, "bn_groups": 2,
+    }  # fmt: skip
+    return Contrastive.model_validate({**values, **changes})
+
+
+MIXING = Mixing(num_hardest=5, num_pair_synthetics=7, num_query_synthetics=3, warmup_epochs=0)
+
+
+def images(seed: int, num: int = 8) -> torch.Tensor:
+    return torch.randn(num, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+LABELS = torch.arange(8) % 3
+
+
+def test_a_step_is_the_algorithm_of_the_paper() -> None:
+    moco = MoCo(ENCODER, recipe(), seed=0)
+    with torch.no_grad():
+        for parameter in moco.momentum_encoder.parameters():
+            parameter.add_(0.1)
+    before = copy.deepcopy(moco)
+    step = moco.training_step(images(0), images(1), LABELS, step=3, synthesize=True)
+
+    query = F.normalize(before.query_encoder(images(0)), dim=-1)
+    for key_parameter, query_parameter in zip(
+        before.momentum_encoder.parameters(), before.query_encoder.parameters(), strict=True
+    ):
+        key_parameter.data = 0.9 * key_parameter.data + 0.1 * query_parameter.data
+    for ours, expected in zip(
+        moco.momentum_encoder.parameters(), before.momentum_encoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+    expected_loss = mochi_loss(query, step.key, before.queue.keys, 0.2, [])
+    torch.testing.assert_close(step.loss.loss, expected_loss)
+    # The queue is what the loss saw until `enqueue`, which puts the keys of this step in.
+    assert torch.equal(moco.queue.keys, before.queue.keys)
+    moco.enqueue(step.key, LABELS)
+    assert torch.equal(moco.queue.keys[:8], step.key)
+    assert torch.equal(moco.queue.labels[:8], LABELS)
+
+
+def test_keys_come_back_in_the_order_of_their_images() -> None:
+    """One image repeated in every group but one: only its own key may differ from the others' keys."""
+    moco = MoCo(ENCODER, recipe(bn_groups=1), seed=0)
+    batch = images(0)
+    shuffled = [moco._encode_keys(batch, step) for step in (0, 1, 2)]
+    for key in shuffled:  # one group: statistics do not depend on the order, so keys may not either
+        torch.testing.assert_close(key, shuffled[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(shuffled[0][0], shuffled[0][1], atol=1e-3)
+
+
+def test_shuffling_moves_images_between_batch_norm_groups() -> None:
+    """What hides the statistics that betray the positive: a key depends on the step's shuffle, but only
+    where there is more than one group. A plain permutation of a single group changes nothing."""
+    for groups, moves in ((2, True), (1, False)):
+        moco = MoCo(ENCODER, recipe(bn_groups=groups), seed=0)
+        keys = [moco._encode_keys(images(0), step) for step in (0, 1)]
+        assert torch.allclose(keys[0], keys[1], atol=1e-4) is not moves
+
+
+def test_groups_have_their_own_statistics() -> None:
+    batch = images(0)
+    batch[4:] += 10
+    grouped, plain = GroupedBatchNorm2d(3, 2), torch.nn.BatchNorm2d(3)
+    expected = torch.cat([torch.nn.BatchNorm2d(3)(half) for half in batch.chunk(2)])
+    torch.testing.assert_close(grouped(batch), expected)
+    assert not torch.allclose(plain(batch), expected)
+    torch.testing.assert_close(grouped.running_mean, 0.1 * batch.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(GroupedBatchNorm2d(3, 1)(batch), plain(batch))
+
+
+def test_the_momentum_encoder_moves_by_parameters_only() -> None:
+    moco = MoCo(ENCODER, recipe(key_momentum=1.0), seed=0)
+    before = copy.deepcopy(moco.momentum_encoder)
+    moco.training_step(images(0), images(1), LABELS, step=0, synthesize=False)
+    for (name, ours), theirs in zip(
+        moco.momentum_encoder.named_parameters(), before.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+        assert not ours.requires_grad
+    assert not torch.equal(moco.backbone.bn1.running_mean, before.backbone.bn1.running_mean)
+
+
+def test_synthesis_waits_for_the_warm_up() -> None:
+    moco = MoCo(ENCODER, recipe(mixing=MIXING), seed=0)
+    assert moco.training_step(images(0), images(1), LABELS, step=0, synthesize=False).rule is None
+    step = moco.training_step(images(0), images(1), LABELS, step=1, synthesize=True)
+    assert step.rule is not None
+    pairs, mixes = step.rule(step.query @ step.queue.T)
+    assert pairs.parents.shape == (8, 7, 2)
+    assert mixes.parents.shape == (8, 3, 1)
+
+
+def test_nothing_synthetic_enters_the_queue() -> None:
+    moco = MoCo(ENCODER, recipe(mixing=MIXING), seed=0)
+    step = moco.training_step(images(0), images(1), LABELS, step=0, synthesize=True)
+    moco.enqueue(step.key, LABELS)
+    assert int(moco.queue.num_enqueued) == 8
+
+
+def test_the_oracle_excludes_the_class_of_the_query() -> None:
+    moco = MoCo(ENCODER, recipe(mixing=MIXING, class_oracle=True), seed=0)
+    moco.queue.enqueue(F.normalize(torch.randn(20, 6), dim=-1), torch.arange(20) % 3)
+    step = moco.training_step(images(0), images(1), LABELS, step=0, synthesize=True)
+    excluded = LABELS[:, None] == step.queue_labels
+    masked = (step.query @ step.queue.T).masked_fill(excluded, -torch.inf)
+    assert step.rule is not None
+    for synthetic in step.rule(masked):
+        assert not excluded.gather(1, synthetic.parents.flatten(1)).any()
+    torch.testing.assert_close(step.loss.hardest_negative, masked.amax(1))
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_seed_and_step_decide_everything(head: str) -> None:
+    def losses(seed: int, step: int) -> torch.Tensor:
+        moco = MoCo(ENCODER, recipe(mixing=MIXING, head=head), seed=seed)
+        return moco.training_step(images(0), images(1), LABELS, step=step, synthesize=True).loss.loss
+
+    assert torch.equal(losses(0, 0), losses(0, 0))
+    assert not torch.equal(losses(0, 0), losses(1, 0))
+    assert not torch.equal(losses(0, 0), losses(0, 1))

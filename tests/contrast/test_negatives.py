@@ -1,0 +1,124 @@
+"""Synthetic negatives: weights against vectors mixed one by one from the paper's formulas; pools against a
+sort; and the properties that tell the paper's rule from its common misreadings."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from mochi.contrast.negatives import MAX_QUERY_SHARE, hardest, mix_pairs, mix_with_query
+from tests.reference import mixed_pair, mixed_with_query, synthetic_vectors
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@given(st.integers(1, 6), st.integers(2, 300), st.data())
+def test_hardest_are_the_largest_of_each_query(num_queries: int, size: int, data: st.DataObject) -> None:
+    num_hardest = data.draw(st.integers(1, size))
+    similarity = torch.rand(num_queries, size, generator=rng(size))
+    pool = hardest(similarity, num_hardest)
+    for row, columns in zip(similarity, pool.columns, strict=True):
+        assert len(set(columns.tolist())) == num_hardest
+        assert sorted(row[columns].tolist()) == sorted(row.tolist())[-num_hardest:]
+    assert (pool.size == num_hardest).all()
+
+
+@pytest.mark.parametrize(("size", "num_hardest"), [(4096, 256), (4096, 64), (65536, 1024), (1000, 10)])
+def test_the_two_step_selection_equals_a_plain_topk(size: int, num_hardest: int) -> None:
+    similarity = torch.randn(3, size, generator=rng(1))
+    expected = similarity.topk(num_hardest).indices.sort().values
+    assert torch.equal(hardest(similarity, num_hardest).columns.sort().values, expected)
+
+
+def test_excluded_columns_stand_behind_all_others_and_are_not_counted() -> None:
+    similarity = torch.rand(2, 6, generator=rng())
+    similarity[0, [1, 2, 3, 4]] = -torch.inf
+    pool = hardest(similarity, 4, some_excluded=True)
+    assert pool.size.flatten().tolist() == [2, 4]
+    assert set(pool.columns[0, :2].tolist()) == {0, 5}
+
+
+def test_pairs_are_the_papers_vectors() -> None:
+    query, queue = unit(3, 4), unit(20, 4, seed=1)
+    pool = hardest(query @ queue.T, 5)
+    synthetics = mix_pairs(queue, pool, num=12, generator=rng())  # s = 12 > N = 5
+    vectors = synthetic_vectors(query, queue, synthetics)
+    assert vectors.shape == (3, 12, 4)
+    shares = synthetics.weights / synthetics.weights.sum(-1, keepdim=True)
+    for b in range(3):
+        for s in range(12):
+            first, second = queue[synthetics.parents[b, s]]
+            expected = mixed_pair(first, second, shares[b, s, 0].item())
+            torch.testing.assert_close(vectors[b, s], expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        synthetics.similarity(query @ queue.T), torch.einsum("bc,bsc->bs", query, vectors)
+    )
+
+
+def test_query_mixes_are_the_papers_vectors() -> None:
+    query, queue = unit(3, 4), unit(20, 4, seed=1)
+    similarity = query @ queue.T
+    synthetics = mix_with_query(similarity, hardest(similarity, 5), num=12, generator=rng())
+    vectors = synthetic_vectors(query, queue, synthetics)
+    assert synthetics.query_weight is not None
+    shares = synthetics.query_weight / (synthetics.query_weight + synthetics.weights[..., 0])
+    for b in range(3):
+        for s in range(12):
+            expected = mixed_with_query(query[b], queue[synthetics.parents[b, s, 0]], shares[b, s].item())
+            torch.testing.assert_close(vectors[b, s], expected, rtol=1e-12, atol=1e-14)
+    assert ((shares > 0) & (shares < MAX_QUERY_SHARE)).all()
+
+
+def test_parents_come_from_the_querys_own_pool_and_pairs_are_distinct() -> None:
+    query, queue = unit(4, 8), unit(64, 8, seed=1)
+    similarity = query @ queue.T
+    pool = hardest(similarity, 6)
+    pairs = mix_pairs(queue, pool, num=200, generator=rng())
+    mixes = mix_with_query(similarity, pool, num=200, generator=rng())
+    for b in range(4):
+        own = set(similarity[b].topk(6).indices.tolist())
+        assert set(pairs.parents[b].flatten().tolist()) == own
+        assert set(mixes.parents[b].flatten().tolist()) == own
+    assert (pairs.parents[..., 0] != pairs.parents[..., 1]).all()
+
+
+def test_the_negative_dominates_a_query_mix() -> None:
+    """n_j . h' >= q . h' holds for every draw when b <= 0.5 is the query's share, for none if it were n_j's."""
+    query, queue = unit(8, 16), unit(256, 16, seed=1)
+    similarity = query @ queue.T
+    synthetics = mix_with_query(similarity, hardest(similarity, 32), num=500, generator=rng())
+    vectors = synthetic_vectors(query, queue, synthetics)
+    to_negative = torch.einsum("bsc,bsc->bs", queue[synthetics.parents[..., 0]], vectors)
+    to_query = torch.einsum("bc,bsc->bs", query, vectors)
+    assert (to_negative >= to_query).all()
+    # And every mix is harder than the negative it came from.
+    assert (to_query >= similarity.gather(1, synthetics.parents[..., 0])).all()
+
+
+def test_draws_are_uniform() -> None:
+    """20,000 draws: every pair's share and every parent's frequency near their uniform expectation."""
+    query, queue = unit(1, 16), unit(64, 16, seed=1)
+    pool = hardest(query @ queue.T, 8)
+    pairs = mix_pairs(queue, pool, num=20_000, generator=rng())
+    shares = (pairs.weights[..., 0] / pairs.weights.sum(-1)).flatten()
+    assert abs(shares.mean() - 0.5) < 0.01
+    assert abs(shares.std() - 12**-0.5) < 0.01
+    counts = torch.bincount(pairs.parents.flatten(), minlength=64)[pool.columns[0]]
+    assert (counts / 40_000 - 1 / 8).abs().max() < 0.01
+
+
+def test_the_generator_decides_everything() -> None:
+    queue = unit(64, 16)
+    pool = hardest(unit(2, 16, seed=1) @ queue.T, 8)
+    once, again, other = (mix_pairs(queue, pool, 9, rng(seed)) for seed in (0, 0, 1))
+    assert torch.equal(once.parents, again.parents)
+    assert torch.equal(once.weights, again.weights)
+    assert not torch.equal(once.weights, other.weights)

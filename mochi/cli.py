@@ -27,6 +27,10 @@ OutFolder = Annotated[Path, typer.Option("--out", help="Folder that receives the
 EncoderFile = Annotated[Path, typer.Option("--encoder", help="encoder.safetensors of the pretrain stage.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Processor threads to compute with.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that load images.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", min=0, help="GPUs in all; several become torchrun ranks. Default: what is visible."),
+]
 
 
 @app.command()
@@ -89,13 +93,17 @@ def pretrain(
     threads: Threads = 1,
     workers: Workers = 0,
     events: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
+    gpus: Gpus = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts that share the GPUs; several need Slurm.")] = 1,
 ) -> None:
     """Train an encoder: MoCo, MoCHi, the supervised ceiling or the untrained floor."""
+    _take_gpus(gpus, nodes)
     from mochi import pretrain as stage
     from mochi.config import load_run
+    from mochi.running.launch import local_share
 
-    _prepare_process(threads, out, work)
-    stage.run(load_run(run), data, out, work, workers=workers, events=events)
+    _prepare_process(local_share(threads), out, work)
+    stage.run(load_run(run), data, out, work, workers=local_share(workers, at_least=0), events=events)
 
 
 @app.command()
@@ -106,8 +114,10 @@ def linear(
     out: OutFolder,
     threads: Threads = 1,
     workers: Workers = 0,
+    gpus: Gpus = None,
 ) -> None:
     """Linear classification on the frozen encoder."""
+    _take_gpus(gpus)
     from mochi.config import load_run
     from mochi.evaluation import linear as stage
 
@@ -123,8 +133,10 @@ def knn(
     out: OutFolder,
     threads: Threads = 1,
     workers: Workers = 0,
+    gpus: Gpus = None,
 ) -> None:
     """Nearest-neighbour classification on the frozen encoder."""
+    _take_gpus(gpus)
     from mochi.config import load_run
     from mochi.evaluation import knn as stage
 
@@ -159,6 +171,14 @@ def figures(
 
     _prepare_process(1, out)
     stage.run(load_experiment(config), results, out)
+
+
+def _take_gpus(count: int | None, nodes: int = 1) -> None:
+    """Before anything heavy is imported: this process may become torchrun here."""
+    from mochi.running.launch import on_gpus
+
+    if count is not None:
+        on_gpus(count, nodes)
 
 
 def _prepare_process(threads: int, *folders: Path) -> None:

@@ -27,4 +27,4 @@ rule evaluate:
     shell:
         "python -m mochi {wildcards.task} --run {input.run:q} --data {params.data:q}"
         " --encoder {input.encoder:q} --out {params.out:q} --threads {threads}"
-        " --workers $(( {threads} - 1 )) 2>&1 | tee {log:q}"
+        " --workers $(( {threads} - 1 )) --gpus {resources.gpu} 2>&1 | tee {log:q}"

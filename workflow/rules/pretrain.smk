@@ -19,6 +19,7 @@ rule pretrain:
     threads: THREADS_PER_RUN
     resources:
         gpu=GPUS_PER_RUN,
+        nodes=1,
     log:
         f"logs/{NAME}/{{method}}/seed{{seed}}/pretrain.log",
     benchmark:
@@ -26,4 +27,4 @@ rule pretrain:
     shell:
         "python -m mochi pretrain --run {input.run:q} --data {params.data:q} --out {params.out:q}"
         " --work {params.work:q} --events {params.events:q} --threads {threads}"
-        " --workers $(( {threads} - 1 )) 2>&1 | tee {log:q}"
+        " --workers $(( {threads} - 1 )) --gpus {resources.gpu} --nodes {resources.nodes} 2>&1 | tee {log:q}"

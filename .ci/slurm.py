@@ -41,7 +41,9 @@ GresTypes=gpu
 {nodes}
 PartitionName=gpu Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 """
-_NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=8000 Gres=gpu:2"
+_NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=8000 Gres=gpu:2"
+)
 # Any device file passes for a GPU: Slurm hands out numbers and never opens it.
 _GPUS = "NodeName=node1,node2 Name=gpu File=/dev/null\nNodeName=node1,node2 Name=gpu File=/dev/zero\n"
 

@@ -38,9 +38,7 @@ def local_share(total: int, at_least: int = 1) -> int:
     return max(at_least, total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def torchrun(
-    count: int, nodes: int, arguments: Sequence[str], environment: Mapping[str, str]
-) -> list[str]:
+def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """The command that runs `python -m mochi ARGUMENTS` on `count` GPUs; empty where one process does.
 
     Raises:

@@ -85,6 +85,37 @@ def resolve(
 
 
 @app.command()
+def prepare(
+    out: Annotated[Path, typer.Option(help="Folder of the prepared data set, for example data/mine.")],
+    config: Annotated[Path | None, typer.Option(help="Experiment file whose dataset to prepare.")] = None,
+    source: Annotated[str | None, typer.Option(help="Origin of the images, without --config.")] = None,
+    path: Annotated[
+        str | None, typer.Option(help="Where the images lie, for sources that need it.")
+    ] = None,
+    option: Annotated[list[str], typer.Option(help="More options of the source, as key=value.")] = [],  # noqa: B006
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that decode images.")] = 1,
+) -> None:
+    """Images into shards and a manifest. Unreadable files are set aside and listed."""
+    from mochi.config import load_experiment, parse_dataset
+    from mochi.data import prepare as stage
+    from mochi.running.health import counter
+
+    if (config is None) == (source is None):
+        raise UserError("found both or neither of --config and --source; give one of them")
+    if config:
+        dataset = load_experiment(config).dataset
+    else:
+        dataset = parse_dataset(source or "", out.name, path, option)
+    _prepare_process(1, out)
+    manifest = stage.prepare(dataset, out, jobs=jobs, progress=counter(f"prepare {out.name}"))
+    for name, split in manifest["splits"].items():
+        typer.echo(f"{name}: {split['count']} images, {split['unlabelled']} of them without a label")
+    typer.echo(f"{len(manifest['classes'])} classes; ignored: {manifest['ignored'] or 'nothing'}")
+    if manifest["quarantined"]:
+        typer.echo(f"{manifest['quarantined']} unreadable files are listed in {out / 'quarantine.csv'}")
+
+
+@app.command()
 def pretrain(
     run: RunFile,
     data: DataFolder,

@@ -346,6 +346,28 @@ def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
     return experiment
 
 
+def parse_dataset(source: str, name: str, path: str | None, options: list[str]) -> Dataset:
+    """A data set from the command line instead of an experiment file.
+
+    Args:
+        source: its origin.
+        name: of the folder it is prepared in.
+        path: where the images lie, for sources that read them from somewhere.
+        options: more keys of the source, each as `key=value`.
+
+    Raises:
+        ConfigError: unknown source or key, or a value that is not allowed.
+    """
+    data: dict[str, Any] = {"source": source, "name": name} | ({"path": path} if path else {})
+    for option in options:
+        key, separator, value = option.partition("=")
+        if not separator:
+            raise ConfigError(f"--option: found {option!r}; expected key=value")
+        data[key] = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    dataset: Dataset = _validate(TypeAdapter(Dataset), data, "--source")
+    return dataset
+
+
 def method_seeds(experiment: Experiment, method: str, origin: str = "experiment") -> list[int]:
     """The method's own seeds, or the experiment's."""
     seeds = experiment.methods[method].get("seeds", experiment.seeds)

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,6 +66,18 @@ class Progress:
             left = (self._total - self._done) / max(rate, 1e-9)
             sys.stderr.write(f"{self._label}: {self._done}/{self._total}, {_clock(left)} left, {note}\n")
             sys.stderr.flush()
+
+
+def counter(label: str) -> Callable[[int, int], None]:
+    """A function of (done, total) that shows progress, for code that counts by itself."""
+    shown: list[Progress] = []
+
+    def report(done: int, total: int) -> None:
+        if not shown:
+            shown.append(Progress(label, total, done - 1))
+        shown[0].advance()
+
+    return report
 
 
 def _clock(seconds: float) -> str:

@@ -1,5 +1,9 @@
 # One experiment, from raw images to tables. `snakemake --cores all [--configfile config/NAME.yaml]`.
+from pathlib import Path
+
 from snakemake.utils import min_version
+
+from mochi.running.lock import hold
 
 min_version("9.18")
 
@@ -16,6 +20,11 @@ localrules:
     resolve,
     tables,
     figures,
+
+
+# Instead of Snakemake's lock (`nolock` in the profile), which outlives a kill.
+onstart:
+    hold(Path(".snakemake/run.lock"))
 
 
 rule all:

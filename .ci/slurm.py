@@ -1,6 +1,7 @@
 """A real Slurm on this host, for tests: two nodes of two processors and two pretended GPUs each.
 
-Needs root and Debian's slurm-wlm and munge. `/etc/slurm` is written: other places do not reach the jobs.
+Needs root and Debian's slurm-wlm and munge. `/etc/slurm` is written, for other places do not reach the jobs,
+and emptied at the end: a configuration whose controller does not answer delays every Snakemake by 10 s.
 """
 
 import os
@@ -55,6 +56,8 @@ def running(folder: Path) -> Iterator[None]:
     (folder / "state").mkdir(parents=True)
     etc = Path("/etc/slurm")
     etc.mkdir(exist_ok=True)
+    if (etc / "slurm.conf").exists():
+        raise RuntimeError("this host has a Slurm of its own (/etc/slurm/slurm.conf); it is left alone")
     ports = range(17001, 17001 + len(NODES))
     nodes = [_NODE.format(name=name, host=host, port=port) for name, port in zip(NODES, ports, strict=True)]
     (etc / "slurm.conf").write_text(_CONFIG.format(host=host, folder=folder, nodes="\n".join(nodes)))
@@ -71,6 +74,8 @@ def running(folder: Path) -> Iterator[None]:
         subprocess.run(["scancel", "--full", "--signal=KILL", "--user=root"], check=False)
         for name in ("slurmctld", *NODES):
             _stop(folder / f"{name}.pid")
+        for name in ("slurm.conf", "gres.conf", "cgroup.conf"):
+            (etc / name).unlink()
 
 
 def _start_munge() -> None:

@@ -1,1 +1,120 @@
-"""What can be known about an experiment before anything is computed."""
+"""What can be known about an experiment before anything is computed: does it fit its data and this machine,
+how much work is it, and how long will it take here?"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mochi.config import Contrastive, Experiment, Run, Training, method_seeds, resolve
+from mochi.data.loading import steps_per_epoch
+from mochi.data.shards import DataError, StoredDataset, open_dataset
+from mochi.learners import make_learner, queue_warning
+from mochi.running.distributed import pick_device
+from mochi.running.precision import autocast
+
+_MEASURED_STEPS = 5
+_SMALL_SHARED_MEMORY = 1 << 30
+
+
+def check(experiment: Experiment, data_root: Path) -> list[str]:
+    """Findings, one line each, starting with `error`, `warning` or `note`.
+
+    Args:
+        experiment: already checked in itself, as every experiment that loads.
+        data_root: holds the prepared data sets.
+    """
+    return [*_machine(), *_data(experiment, data_root)]
+
+
+def plan(experiment: Experiment, data_root: Path, *, measure: bool) -> list[str]:
+    """Runs, steps, disk and, with `measure`, hours from a few timed steps of each method.
+
+    Raises:
+        DataError: the data set is not prepared: the number of steps depends on it.
+    """
+    dataset = open_dataset(data_root / experiment.dataset.name)
+    lines, total_hours, num_runs = [], 0.0, 0
+    for method in experiment.methods:
+        seeds = method_seeds(experiment, method)
+        run = resolve(experiment, method, seeds[0])
+        num_runs += len(seeds)
+        if not isinstance(run.pretrain, Training):
+            lines.append(f"{method}: {len(seeds)} runs, nothing to train")
+            continue
+        steps = run.pretrain.epochs * steps_per_epoch(
+            make_learner(run, dataset).num_images, run.pretrain.batch_size
+        )
+        text = f"{method}: {len(seeds)} runs of {steps} steps"
+        if measure:
+            seconds = _seconds_per_step(run, dataset)
+            hours = len(seeds) * steps * seconds / 3600
+            total_hours += hours
+            text += f", {seconds:.3f} s a step, {hours:.2f} h"
+        lines.append(text)
+    gigabytes = shutil.disk_usage(data_root).free / 1e9
+    lines.append(f"{num_runs} runs; {gigabytes:.0f} GB of disk are free under {data_root}")
+    if measure:
+        lines.append(f"pretraining: {total_hours:.2f} h if the runs go one after another on this device")
+    return lines
+
+
+def _machine() -> Iterator[str]:
+    device = pick_device()
+    yield f"note: computing on {device}, {os.cpu_count()} processor cores"
+    shared = Path("/dev/shm")  # noqa: S108 (looked at, not written to)
+    if shared.exists() and (size := shutil.disk_usage(shared).total) < _SMALL_SHARED_MEMORY:
+        yield (
+            f"warning: /dev/shm holds {size / 1e6:.0f} MB; loading workers of large images need more; "
+            "run the container with --ipc=host or --shm-size=16g"
+        )
+
+
+def _data(experiment: Experiment, data_root: Path) -> Iterator[str]:
+    folder = data_root / experiment.dataset.name
+    try:
+        dataset = open_dataset(folder)
+    except DataError as error:
+        yield f"note: data not prepared yet ({error})"
+        return
+    for method in experiment.methods:
+        run = resolve(experiment, method, method_seeds(experiment, method)[0])
+        if not isinstance(run.pretrain, Training):
+            continue
+        num_images = make_learner(run, dataset).num_images
+        try:
+            steps_per_epoch(num_images, run.pretrain.batch_size)
+        except DataError as error:
+            yield f"error: {method}: {error}"
+        if isinstance(run.pretrain, Contrastive) and (text := queue_warning(run.pretrain, num_images)):
+            yield f"warning: {method}: {text}"
+
+
+def _seconds_per_step(run: Run, dataset: StoredDataset) -> float:
+    """Median time of a few training steps, data loading included."""
+    recipe = run.pretrain
+    assert isinstance(recipe, Training)
+    device = pick_device()
+    learner = make_learner(run, dataset)
+    learner.module.to(device).to(memory_format=torch.channels_last)
+    # The last epoch: past the warm-up without synthesis.
+    batches = learner.batches(
+        recipe.epochs - 1, 0, batch_size=recipe.batch_size, seed=run.seed, device=device
+    )
+    times = []
+    for _ in range(_MEASURED_STEPS):
+        start = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            break
+        with autocast(device, recipe.precision):
+            loss, _ = learner.loss(batch, recipe.epochs - 1, 0)
+        loss.backward()
+        learner.after_update(last_of_epoch=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]

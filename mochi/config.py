@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -388,7 +388,7 @@ def resolve(experiment: Experiment, method: str, seed: int, origin: str = "exper
     own = {key: value for key, value in experiment.methods[method].items() if key not in _METHOD_ONLY}
     objective = own.get("objective", "contrastive")
     models: dict[str, type[Section]] = {"none": Untrained, "supervised": Supervised}
-    model = models.get(objective, Contrastive)
+    model = models.get(str(objective), Contrastive)
     known = set(Contrastive.model_fields)
     for place, keys in (("pretrain", experiment.pretrain), (f"methods.{method}", own)):
         for key in keys:
@@ -528,51 +528,80 @@ def _validate(
     origin: str,
     rename: Mapping[str, str] | None = None,
 ) -> Any:
+    """Check `data`, or raise one line for each mistake; `rename` maps a top-level key to where it came from."""
     try:
         return adapter.validate_python(dict(data))
     except ValidationError as error:
-        lines = [_message(dict(item), origin, rename or {}) for item in error.errors()]
+        lines = []
+        for mistake in error.errors():
+            keys, body = _explain(dict(mistake))
+            where = ".".join([(rename or {}).get(keys[0], keys[0]), *keys[1:]]) if keys else "(top level)"
+            lines.append(f"{origin}: {where}: {body}")
         raise ConfigError("\n".join(lines)) from None
 
 
-def _message(error: dict[str, Any], origin: str, rename: Mapping[str, str]) -> str:
-    """file: key.path: found X; allowed Y."""
-    tags = {"none", "supervised", "contrastive", "photo-patches", "folder"}
-    path = [str(part) for part in error["loc"] if part not in tags]
-    where = ".".join([rename.get(path[0], path[0]), *path[1:]]) if path else "(top level)"
-    found, text = error["input"], error["msg"].removeprefix("Value error, ")
-    match error["type"]:
+def _explain(mistake: dict[str, Any]) -> tuple[list[str], str]:
+    """The key path of a mistake, and what was found and what is allowed there."""
+    keys, siblings = _place(mistake["loc"])
+    found, text = mistake["input"], mistake["msg"].removeprefix("Value error, ")
+    match mistake["type"]:
         case "extra_forbidden":
-            body = _did_you_mean(path[-1], _siblings(path))
-        case "missing":
-            body = "missing; this key is required"
+            return keys, _did_you_mean(keys[-1], siblings)
+        case "missing" | "union_tag_not_found":
+            if mistake["type"] == "union_tag_not_found":
+                keys = [*keys, mistake["ctx"]["discriminator"].strip("'")]
+            return keys, "missing; this key is required"
+        case "union_tag_invalid":
+            context = mistake["ctx"]
+            allowed = re.findall(r"'([^']+)'", context["expected_tags"])
+            return [*keys, context["discriminator"].strip("'")], _guess(context["tag"], allowed)
         case "value_error":
             # Cross-field rules name the key and the values themselves.
-            body = text
+            return keys, text
         case _:
             shown = repr(found) if len(repr(found)) < 80 else type(found).__name__
-            body = f"found {shown}; allowed: {text.removeprefix('Input should be ')}"
-    return f"{origin}: {where}: {body}"
+            return keys, f"found {shown}; allowed: {text.removeprefix('Input should be ')}"
+
+
+def _place(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The keys of pydantic's location without the names of union members, and the keys allowed beside it."""
+    keys: list[str] = []
+    models: list[type[Section]] = [Experiment, Run, *_sections(Dataset)]
+    beside = models
+    for part in map(str, location):
+        inside = [
+            section
+            for model in models
+            if part in model.model_fields
+            for section in _sections(model.model_fields[part].annotation)
+        ]
+        chosen = [model for model in models if part in _tags(model)]
+        if chosen and not inside:
+            models = chosen
+            continue
+        keys.append(part)
+        beside, models = models, inside
+    return keys, sorted({name for model in beside for name in model.model_fields})
+
+
+def _sections(annotation: object) -> list[type[Section]]:
+    """The sections that a type mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _tags(model: type[Section]) -> set[str]:
+    """The names by which a section is chosen from a union: its only allowed source or objective."""
+    fields = (model.model_fields.get(name) for name in ("source", "objective"))
+    return {tag for field in fields if field for tag in get_args(field.annotation)}
 
 
 def _did_you_mean(key: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(key, allowed, n=1)
+    return f"unknown key {_guess(key, allowed).removeprefix('found ')}"
+
+
+def _guess(found: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(found, allowed, n=1)
     guess = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown key {key!r}; {guess}allowed: {', '.join(sorted(allowed))}"
-
-
-def _siblings(path: list[str]) -> list[str]:
-    """The keys allowed beside the last part of a path, found by walking the models."""
-    fields: dict[str, set[str]] = {}
-    for model in (
-        Experiment, Run, PhotoPatches, Folder, Augmentation, Encoder, Mixing, Contrastive, Evaluation,
-        LinearProbe, NearestNeighbours,
-    ):  # fmt: skip
-        fields[model.__name__] = set(model.model_fields)
-    owners = {
-        "dataset": "Folder", "augmentation": "Augmentation", "encoder": "Encoder", "mixing": "Mixing",
-        "pretrain": "Contrastive", "evaluation": "Evaluation", "linear": "LinearProbe",
-        "knn": "NearestNeighbours",
-    }  # fmt: skip
-    owner = owners.get(path[-2], "Experiment") if len(path) > 1 else "Experiment"
-    return sorted(fields[owner])
+    return f"found {found!r}; {guess}allowed: {', '.join(sorted(allowed))}"

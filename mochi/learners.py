@@ -12,7 +12,7 @@ from mochi.config import Contrastive, Run
 from mochi.contrast.diagnosis import false_negatives, matching_probabilities
 from mochi.contrast.moco import MoCo, Step
 from mochi.data.loading import Images, Views, one_view, two_views
-from mochi.data.shards import StoredSplit
+from mochi.data.shards import StoredDataset, StoredSplit
 from mochi.encoder import ResNet
 from mochi.running.health import verdict
 
@@ -42,6 +42,29 @@ class Learner(Protocol):
 
     def matching(self, epoch: int) -> list[float]:
         """Matching probabilities to record at this epoch's end; often none."""
+
+
+def make_learner(run: Run, dataset: StoredDataset) -> Learner:
+    """The learner that the run asks for."""
+    if isinstance(run.pretrain, Contrastive):
+        return ContrastiveLearner(run, run.pretrain, dataset.split("train"))
+    return SupervisedLearner(run, dataset.split("train"), len(dataset.classes))
+
+
+def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
+    """What a queue longer than the data set means, or None.
+
+    Such a queue always holds a stale key of the query's own image, a negative that is none
+    (KaimingHe in facebookresearch/moco issue 24).
+    """
+    if recipe.queue_size < num_images:
+        return None
+    share = recipe.queue_size / num_images
+    return (
+        f"queue_size = {recipe.queue_size} is {share:.2f} times the {num_images} training images: "
+        f"every query meets about {share:.1f} stale keys of its own image among its negatives "
+        f"({share / recipe.queue_size:.2%} of the queue); at most {num_images // 2} is advisable"
+    )
 
 
 class ContrastiveLearner:

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mochi.config import Contrastive, Run, Supervised, Training, Untrained, settings
+from mochi.config import Contrastive, Run, Training, Untrained, settings
 from mochi.data.loading import steps_per_epoch
-from mochi.data.shards import StoredDataset, open_dataset
+from mochi.data.shards import open_dataset
 from mochi.encoder import ResNet
-from mochi.learners import ContrastiveLearner, Learner, SupervisedLearner
+from mochi.learners import Learner, make_learner, queue_warning
 from mochi.running import checkpoint
 from mochi.running.atomic import replacing, write_json
 from mochi.running.code import code_digest
@@ -90,7 +90,11 @@ def run(
             torch.manual_seed(run.seed)
             encoder = ResNet(run.encoder)
         else:
-            learner = _learner(run, open_dataset(data))
+            learner = make_learner(run, open_dataset(data))
+            if isinstance(run.pretrain, Contrastive) and (
+                text := queue_warning(run.pretrain, learner.num_images)
+            ):
+                logger.warning("warning: %s", text)
             learner.module.to(device).to(memory_format=torch.channels_last)
             training = _Training(run, run.pretrain, learner, device, saved)
             loading = {"batch_size": run.pretrain.batch_size, "seed": run.seed, "device": device}
@@ -100,13 +104,6 @@ def run(
         if rank() == 0:
             _write_products(run, encoder, position, data, out, watch)
             checkpoint.discard(saved)
-
-
-def _learner(run: Run, data: StoredDataset) -> Learner:
-    if isinstance(run.pretrain, Contrastive):
-        return ContrastiveLearner(run, run.pretrain, data.split("train"))
-    assert isinstance(run.pretrain, Supervised)
-    return SupervisedLearner(run, data.split("train"), len(data.classes))
 
 
 class _Training:

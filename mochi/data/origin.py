@@ -1,9 +1,8 @@
 """What a source says it holds, before any pixel is stored."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +41,8 @@ class Origin:
     """Largest share of files that may be set aside as unreadable."""
 
 
-class Progress(Protocol):
-    """Called with the number of images done and the number in all."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show it."""
+Progress = Callable[[int, int], None]
+"""Called with the number of images done and the number in all."""
 
 
 def class_counts(labels: NDArray[np.int64], classes: list[str]) -> dict[str, int]:

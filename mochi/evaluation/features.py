@@ -3,13 +3,15 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mochi import config
-from mochi.data.loading import Images
+from mochi.data.loading import Images, centre_crops
+from mochi.data.shards import StoredDataset
 from mochi.encoder import ResNet
 from mochi.errors import UserError
 from mochi.running.precision import autocast
@@ -57,6 +59,32 @@ def encoder_digest(encoder: ResNet) -> str:
         total.update(name.encode())
         total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+class Features(NamedTuple):
+    """Features of the labelled images of train and val, each image once and uncropped."""
+
+    train: Tensor  # (M, D) float32
+    train_labels: Tensor  # (M,)
+    val: Tensor  # (V, D)
+    val_labels: Tensor  # (V,)
+
+
+def extract_splits(run: config.Run, dataset: StoredDataset, encoder: ResNet, workers: int) -> Features:
+    """Features of train and val under the run's evaluation transform, on the encoder's device."""
+    device = next(encoder.parameters()).device
+    parts: list[Tensor] = []
+    for split in ("train", "val"):
+        crops = centre_crops(
+            dataset.split(split),
+            resize=run.evaluation.resize,
+            image_size=run.evaluation.image_size,
+            batch_size=run.evaluation.batch_size,
+            device=device,
+            workers=workers,
+        )
+        parts += extract(encoder, crops)
+    return Features(*parts)
 
 
 @torch.inference_mode()

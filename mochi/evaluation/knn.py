@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mochi.config import Run
-from mochi.data.loading import centre_crops
 from mochi.data.shards import open_dataset
-from mochi.evaluation.features import extract, load_encoder
+from mochi.evaluation.features import extract_splits, load_encoder
 from mochi.running.atomic import write_json
 from mochi.running.distributed import pick_device
 from mochi.running.provenance import Stopwatch, record
@@ -34,18 +33,9 @@ def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0
     watch = Stopwatch()
     settings = run.evaluation.knn
     assert settings is not None
-    device = pick_device()
-    encoder = load_encoder(encoder_file, run.encoder, device)
+    encoder = load_encoder(encoder_file, run.encoder, pick_device())
     dataset = open_dataset(data)
-    loading = {
-        "resize": run.evaluation.resize,
-        "image_size": run.evaluation.image_size,
-        "batch_size": run.evaluation.batch_size,
-        "device": device,
-        "workers": workers,
-    }
-    train, train_labels = extract(encoder, centre_crops(dataset.split("train"), **loading))
-    val, val_labels = extract(encoder, centre_crops(dataset.split("val"), **loading))
+    train, train_labels, val, val_labels = extract_splits(run, dataset, encoder, workers)
     k = min(settings.k, len(train))
     if k < settings.k:
         logger.warning("k = %d is larger than the %d labelled training images; using %d", settings.k, k, k)

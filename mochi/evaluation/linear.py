@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mochi.config import LinearProbe, Run
-from mochi.data.loading import centre_crops, random_crops
+from mochi.data.loading import random_crops
 from mochi.data.shards import StoredDataset, open_dataset
 from mochi.encoder import ResNet
-from mochi.evaluation.features import encoder_digest, extract, load_encoder
+from mochi.evaluation.features import encoder_digest, extract, extract_splits, load_encoder
 from mochi.running.atomic import write_json
 from mochi.running.distributed import pick_device
 from mochi.running.health import NonFiniteError, Progress
@@ -48,10 +48,7 @@ def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0
     # the same encoder, and its running statistics would move. MoCo's main_lincls.py does the same.
     frozen = encoder_digest(encoder)
     dataset = open_dataset(data)
-    loading = {"batch_size": run.evaluation.batch_size, "device": device, "workers": workers}
-    loading |= {"resize": run.evaluation.resize, "image_size": run.evaluation.image_size}
-    train, train_labels = extract(encoder, centre_crops(dataset.split("train"), **loading))
-    val, val_labels = extract(encoder, centre_crops(dataset.split("val"), **loading))
+    train, train_labels, val, val_labels = extract_splits(run, dataset, encoder, workers)
     mean, scale = _statistics(train, protocol)
     probes = Probes(protocol, train.shape[1], len(dataset.classes), run.seed, device)
     batches = _Batches(run, protocol, dataset, encoder, train, train_labels, workers)

@@ -1,6 +1,7 @@
 """Figures: accuracy with spread, training curves, and what the negatives were like."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -13,7 +14,7 @@ from mochi.running.atomic import replacing
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one for each method, in order.
 _COLOURS = ["#999999", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

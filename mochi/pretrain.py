@@ -258,7 +258,8 @@ def _write_products(
 ) -> None:
     weights = {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     with replacing(out / "encoder.safetensors") as temporary:
-        save_file(weights, temporary, {"format": "pt", "names": "torchvision", "stage": "pretrain"})
+        # One key alone: the order of several is not the same from one process to the next.
+        save_file(weights, temporary, {"format": "pt"})
     with replacing(out / "metrics.csv") as temporary:
         pd.DataFrame(position.rows, columns=None if position.rows else ["epoch"]).to_csv(
             temporary, index=False

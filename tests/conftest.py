@@ -1,7 +1,34 @@
-"""Settings of every test."""
+"""Settings of every test, and the tiny experiment with its data."""
 
+from pathlib import Path
+
+import pytest
+import torch
 from hypothesis import settings
+
+from mochi.config import Experiment, load_experiment
+from mochi.data.prepare import prepare
 
 # Machines are noisy: a slow example is no failure.
 settings.register_profile("mochi", deadline=None, print_blob=True)
 settings.load_profile("mochi")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small tensors on many threads are slow, and results depend on the number of threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Experiment:
+    """The experiment of tests/tiny.yaml."""
+    return load_experiment(Path(__file__).parent / "tiny.yaml")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its prepared data set."""
+    folder = tmp_path_factory.mktemp("data") / tiny.dataset.name
+    prepare(tiny.dataset, folder, jobs=1)
+    return folder

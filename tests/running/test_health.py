@@ -1,0 +1,42 @@
+"""Verdicts in the cases that people ask about, and the stop at the first loss that is no number."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mochi.running.health import NonFiniteError, Progress, check_finite, verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "learning"),
+        ({"loss": math.log(65537)}, "at chance"),
+        ({"queue_fill": 0.5, "loss": 20.0}, "queue filling (50%): a rising loss is normal"),
+        ({"spread": 0.001}, "collapsed"),
+    ],
+)
+def test_verdicts(changes: dict[str, float], words: str) -> None:
+    healthy = {"loss": 7.0, "chance": math.log(65537), "spread": 0.088, "queue_fill": 1.0, "dim": 128}
+    assert verdict(**(healthy | changes)).startswith(words)  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_no_number_stops_with_step_rate_and_checkpoint(tmp_path: Path) -> None:
+    saved = tmp_path / "last.safetensors"
+    check_finite(1.0, step=3, lr=0.1, last_good=saved)
+    with pytest.raises(NonFiniteError, match=r"nan at step 3 \(learning rate 0\.1\).*none yet"):
+        check_finite(math.nan, step=3, lr=0.1, last_good=saved)
+    saved.touch()
+    with pytest.raises(NonFiniteError, match=str(saved)):
+        check_finite(math.inf, step=3, lr=0.1, last_good=saved)
+
+
+def test_progress_in_a_log_is_plain_lines_with_an_eta(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("train", total=3, every_seconds=0) as progress:
+        for _ in range(3):
+            progress.advance("loss 1.0")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("train: 1/3, 0:00:0")
+    assert lines[-1] == "train: 3/3, 0:00:00 left, loss 1.0"

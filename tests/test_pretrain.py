@@ -1,0 +1,189 @@
+"""Training ends with the same bytes whether or not it was killed on the way; what it writes means what it
+says; and what is wrong is refused before anything is computed."""
+
+import csv
+import json
+import math
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mochi import pretrain
+from mochi.config import Experiment, Run, resolve
+from mochi.data.shards import DataError
+from mochi.encoder import ResNet
+from mochi.running import checkpoint
+from mochi.running.checkpoint import CheckpointError
+from mochi.running.health import NonFiniteError
+
+MOCHI = "mochi-16-24-8"
+TIMINGS = {"images_per_second", "data_wait"}
+
+
+def changed(run: Run, **recipe: object) -> Run:
+    return run.model_copy(update={"pretrain": run.pretrain.model_copy(update=recipe)})
+
+
+def train(run: Run, data: Path, folder: Path) -> bytes:
+    pretrain.run(run, data, folder / "out", folder / "work")
+    return (folder / "out" / "encoder.safetensors").read_bytes()
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "out" / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny: Experiment, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(resolve(tiny, MOCHI, 0), tiny_data, folder)
+    return folder
+
+
+def test_the_product_is_a_torchvision_encoder(uninterrupted: Path, tiny: Experiment) -> None:
+    weights = load_file(uninterrupted / "out" / "encoder.safetensors")
+    ResNet(tiny.encoder).load_state_dict(weights)
+    assert not (uninterrupted / "work" / "pretrain.safetensors").exists()
+
+
+def test_metrics_say_what_happened(uninterrupted: Path) -> None:
+    first, second = rows(uninterrupted)
+    # 160 images in batches of 32; K = 100; s + s' = 32 once the warm-up epoch is over.
+    assert float(first["chance"]) == pytest.approx(math.log(101))
+    assert float(second["chance"]) == pytest.approx(math.log(133))
+    assert first["accuracy"] == first["accuracy_with_synthetics"]
+    assert float(second["accuracy"]) >= float(second["accuracy_with_synthetics"])
+    assert float(first["queue_fill"]) == 1.0
+    assert first["false_parents_any"] == ""
+    assert 0 <= float(second["false_parents_all"]) <= float(second["false_parents_any"]) <= 1
+    assert float(second["lr"]) == pytest.approx(0.03)
+    assert 0 < float(second["spread"]) < 1
+    with (uninterrupted / "out" / "matching.csv").open() as file:
+        matching = list(csv.DictReader(file))
+    assert [row["epoch"] for row in matching] == ["0"] * 100 + ["1"] * 100
+    probabilities = [float(row["probability"]) for row in matching[:100]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) < 1
+
+
+def test_provenance_leads_back_to_settings_code_and_data(
+    uninterrupted: Path, tiny: Experiment, tiny_data: Path
+) -> None:
+    provenance = json.loads((uninterrupted / "out" / "provenance.json").read_text())
+    assert provenance["settings"]["pretrain"]["queue_size"] == 100
+    assert provenance["code_digests"] == [provenance["code_digest"]]
+    assert provenance["inputs"]["data"]["path"] == str(tiny_data / "manifest.json")
+    assert provenance["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(
+    uninterrupted: Path, tiny: Experiment, tiny_data: Path, tmp_path: Path
+) -> None:
+    expected = (uninterrupted / "out" / "encoder.safetensors").read_bytes()
+    assert train(resolve(tiny, MOCHI, 0), tiny_data, tmp_path / "again") == expected
+    assert rows(tmp_path / "again") == rows(uninterrupted)
+    assert train(resolve(tiny, MOCHI, 1), tiny_data, tmp_path / "other") != expected
+
+
+def test_killed_at_ten_random_moments(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
+    """SIGKILL, then the same command: bit-identical to the run that nobody killed, every time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_pretrain"])
+    run = changed(resolve(tiny, MOCHI, 0), epochs=12)
+    expected = train(run, tiny_data, tmp_path / "whole")
+    # A checkpoint after every step, so that kills hit its writing as well as the computing.
+    careful = changed(run, checkpoint_minutes=1e-9)
+    moments = random.Random(0)
+    positions = set()
+    for attempt in range(10):
+        folder = tmp_path / str(attempt)
+        saved = folder / "work" / "pretrain.safetensors"
+        process = context.Process(target=train, args=(careful, tiny_data, folder))
+        process.start()
+        while not saved.exists():
+            assert process.is_alive()
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.4))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the kill came after the end"
+        with safe_open(saved, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            positions.add((state["epoch"], state["step"]))
+        assert train(careful, tiny_data, folder) == expected, attempt
+        assert rows(folder) == rows(tmp_path / "whole")
+    assert len(positions) >= 5, f"the kills hit too few different moments: {positions}"
+
+
+def test_floor_and_ceiling(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
+    train(resolve(tiny, "random-init", 0), tiny_data, tmp_path / "floor")
+    assert rows(tmp_path / "floor") == []
+    weights = load_file(tmp_path / "floor" / "out" / "encoder.safetensors")
+    torch.manual_seed(0)
+    for name, value in ResNet(tiny.encoder).state_dict().items():
+        assert torch.equal(weights[name], value), name
+
+    methods = {**tiny.methods, "supervised": {"objective": "supervised", "epochs": 4}}
+    experiment = tiny.model_copy(update={"methods": methods})
+    train(resolve(experiment, "supervised", 0), tiny_data, tmp_path / "ceiling")
+    losses = [float(row["loss"]) for row in rows(tmp_path / "ceiling")]
+    assert losses[-1] < losses[0]
+    assert float(rows(tmp_path / "ceiling")[0]["chance"]) == pytest.approx(math.log(16))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
+    run = resolve(tiny, MOCHI, 0)
+    saved = tmp_path / "work" / "pretrain.safetensors"
+    checkpoint.save(saved, {"a": torch.zeros(1)}, {}, {"method": "moco-v2", "seed": 3})
+    with pytest.raises(CheckpointError, match=r"method=moco-v2.*method=mochi-16-24-8"):
+        train(run, tiny_data, tmp_path)
+    assert saved.exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
+    run = changed(resolve(tiny, MOCHI, 0), batch_size=161)
+    with pytest.raises(DataError, match=r"batch_size: found 161; the set has 160 images"):
+        train(run, tiny_data, tmp_path)
+
+
+def test_missing_data_names_what_to_run(tiny: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="prepare"):
+        train(resolve(tiny, MOCHI, 0), tmp_path / "nothing", tmp_path)
+
+
+def test_a_queue_longer_than_the_data_is_warned_of(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(changed(resolve(tiny, MOCHI, 0), queue_size=320, epochs=1, mixing=None), tiny_data, tmp_path)
+    assert "queue_size = 320 is 2.00 times the 160 training images" in caplog.text
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = changed(resolve(tiny, MOCHI, 0), lr=1e30)
+    with pytest.raises(NonFiniteError, match=r"at step \d+ \(learning rate 1e\+30\)"):
+        train(run, tiny_data, tmp_path)
+    assert not (tmp_path / "out" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("cosine", [1.0, 0.5 * (1 + math.cos(0.1 * math.pi))]), ("step", [1.0, 1.0])],
+)
+def test_learning_rates(tiny: Experiment, schedule: str, expected: list[float]) -> None:
+    recipe = changed(resolve(tiny, MOCHI, 0), schedule=schedule, epochs=10, lr=1.0).pretrain
+    rates = [pretrain.learning_rate(recipe, epoch) for epoch in range(10)]
+    assert rates[:2] == pytest.approx(expected)
+    last = 0.5 * (1 + math.cos(0.9 * math.pi)) if schedule == "cosine" else 0.01
+    assert rates[9] == pytest.approx(last)
+    if schedule == "step":
+        assert rates[5:9] == pytest.approx([1.0, 0.1, 0.1, 0.01])

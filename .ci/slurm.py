@@ -1,7 +1,7 @@
 """A real Slurm on this host, for tests: two nodes of two processors and two pretended GPUs each.
 
-Needs root and Debian's slurm-wlm and munge. `/etc/slurm` is written, for other places do not reach the jobs,
-and emptied at the end: a configuration whose controller does not answer delays every Snakemake by 10 s.
+Needs root and Debian's slurm-wlm and munge. `/etc/slurm` is written, for other places do not reach the
+jobs, and emptied at the end: a configuration without a controller delays every Snakemake by 10 s.
 """
 
 import os

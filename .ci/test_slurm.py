@@ -1,4 +1,4 @@
-"""The Slurm profile on a real Slurm against plain `snakemake`: whatever happens to the jobs, the same bytes.
+"""The Slurm profile on a real Slurm against plain `snakemake`: whatever happens to jobs, the same bytes.
 
 One job is killed, one is frozen until it exceeds its wall time, one runs over two nodes; then a job that
 cannot succeed must end the workflow instead of leaving it waiting.
@@ -30,13 +30,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def clone(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+def clone(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
     """A clone whose default experiment is the tiny one, long enough to be interrupted, then changed."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     experiment = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())
     experiment["dataset"]["train_per_photo"] = 40
     experiment["pretrain"]["epochs"] = 12
-    change(experiment)
+    if change:
+        change(experiment)
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
     profile = folder / "workflow" / "profiles" / "slurm" / "config.yaml"
     adapted = yaml.safe_load(profile.read_text()) | {
@@ -54,14 +55,15 @@ def clone(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 
 def start(folder: Path, *options: str) -> "subprocess.Popen[bytes]":
     """`snakemake --profile workflow/profiles/slurm`, its words in snakemake.txt."""
-    return subprocess.Popen(
-        [SNAKEMAKE, "--profile", "workflow/profiles/slurm", *options],
-        cwd=folder,
-        stdout=(folder / "snakemake.txt").open("wb"),
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        start_new_session=True,
-    )
+    with (folder / "snakemake.txt").open("wb") as said:
+        return subprocess.Popen(
+            [SNAKEMAKE, "--profile", "workflow/profiles/slurm", *options],
+            cwd=folder,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            start_new_session=True,
+        )
 
 
 def finish(process: "subprocess.Popen[bytes]", seconds: int) -> int:
@@ -102,10 +104,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_a_killed_job_and_one_out_of_time_resume_and_change_nothing(tmp_path: Path) -> None:
-    plain = clone(tmp_path / "plain", lambda experiment: None)
+    plain = clone(tmp_path / "plain")
     subprocess.run([SNAKEMAKE, "--cores", "2"], cwd=plain, check=True, capture_output=True, timeout=600)
 
-    folder = clone(tmp_path / "a cluster", lambda experiment: None)
+    folder = clone(tmp_path / "a cluster")
     process = start(folder)
     done: set[str] = set()
     deadline = time.monotonic() + 240

@@ -23,6 +23,7 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Option("--config", help="Experiment file.")]
 RunFile = Annotated[Path, typer.Option("--run", help="run.yaml, made by `resolve`.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set: the folder of manifest.json.")]
+DataRoot = Annotated[Path, typer.Option("--data-root", help="Where prepared data sets lie.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder that receives the results.")]
 EncoderFile = Annotated[Path, typer.Option("--encoder", help="encoder.safetensors of the pretrain stage.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Processor threads to compute with.")]
@@ -36,9 +37,7 @@ Gpus = Annotated[
 @app.command()
 def check(
     config: Annotated[Path | None, typer.Option("--config", help="Experiment file to check.")] = None,
-    data_root: Annotated[Path, typer.Option("--data-root", help="Where prepared data sets lie.")] = Path(
-        "data"
-    ),
+    data_root: DataRoot = Path("data"),
 ) -> None:
     """Check an experiment, its data and this machine, before anything is computed."""
     from mochi import check as checking
@@ -56,9 +55,7 @@ def check(
 @app.command()
 def plan(
     config: ConfigFile = Path("config/config.yaml"),
-    data_root: Annotated[Path, typer.Option("--data-root", help="Where prepared data sets lie.")] = Path(
-        "data"
-    ),
+    data_root: DataRoot = Path("data"),
     measure: Annotated[bool, typer.Option(help="Time a few steps here to estimate the hours.")] = True,
 ) -> None:
     """Runs, steps, disk and estimated hours of an experiment on this machine."""
@@ -204,12 +201,61 @@ def figures(
     stage.run(load_experiment(config), results, out)
 
 
+<<<<<<< HEAD
 def _take_gpus(count: int | None, nodes: int = 1) -> None:
     """Before anything heavy is imported: this process may become torchrun here."""
     from mochi.running.launch import on_gpus
 
     if count is not None:
         on_gpus(count, nodes)
+=======
+benchmark = typer.Typer(help="What things cost here, as ratios within one run.", no_args_is_help=True)
+app.add_typer(benchmark, name="benchmark")
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds of every alternative.")]
+
+
+@benchmark.command("negatives")
+def benchmark_negatives(
+    batch: Annotated[int, typer.Option(help="B, queries.")] = 256,
+    queue_size: Annotated[int, typer.Option(help="K.")] = 65536,
+    dim: Annotated[int, typer.Option(help="C.")] = 128,
+    num_hardest: Annotated[int, typer.Option(help="N.")] = 1024,
+    num_pairs: Annotated[int, typer.Option(help="s.")] = 512,
+    num_query: Annotated[int, typer.Option(help="s'.")] = 256,
+    rounds: Rounds = 7,
+    threads: Threads = 1,
+) -> None:
+    """The loss and its gradient: ours, MoCo-v2 by autograd, and MoCHi with materialised synthetics."""
+    from mochi.benchmark import negatives, timing
+    from mochi.running.distributed import pick_device
+
+    _prepare_process(threads)
+    sizes = (batch, queue_size, dim, num_hardest, num_pairs, num_query)
+    typer.echo("B={} K={} C={} N={} s={} s'={}, loss and gradient".format(*sizes))
+    rows = negatives.run(*sizes, rounds=rounds, device=pick_device())
+    typer.echo("\n".join(timing.table(rows, baseline=negatives.BASELINE)))
+
+
+@benchmark.command("step")
+def benchmark_step(
+    config: ConfigFile = Path("config/config.yaml"),
+    data_root: DataRoot = Path("data"),
+    rounds: Rounds = 30,
+    threads: Threads = 1,
+) -> None:
+    """A training step of each contrastive method of an experiment, the encoders alone, the data alone."""
+    from mochi.benchmark import step, timing
+    from mochi.config import load_experiment
+    from mochi.data.shards import open_dataset
+    from mochi.running.distributed import pick_device
+
+    _prepare_process(threads)
+    experiment = load_experiment(config)
+    dataset = open_dataset(data_root / experiment.dataset.name)
+    rows = step.run(experiment, dataset, rounds=rounds, device=pick_device())
+    baseline = next(row.name for row in rows if row.ratio == 1.0)
+    typer.echo("\n".join(timing.table(rows, baseline=baseline)))
+>>>>>>> main
 
 
 def _prepare_process(threads: int, *folders: Path) -> None:

@@ -528,7 +528,7 @@ def _validate(
     origin: str,
     rename: Mapping[str, str] | None = None,
 ) -> Any:
-    """Check `data`, or raise one line for each mistake; `rename` maps a top-level key to where it came from."""
+    """Check `data`, or raise a line for each mistake; `rename` says where a top-level key came from."""
     try:
         return adapter.validate_python(dict(data))
     except ValidationError as error:
@@ -564,7 +564,7 @@ def _explain(mistake: dict[str, Any]) -> tuple[list[str], str]:
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
-    """The keys of pydantic's location without the names of union members, and the keys allowed beside it."""
+    """The keys of a location without the names of union members, and the keys allowed beside it."""
     keys: list[str] = []
     models: list[type[Section]] = [Experiment, Run, *_sections(Dataset)]
     beside = models

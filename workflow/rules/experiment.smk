@@ -1,12 +1,11 @@
 # The experiment, its runs, and what each stage's results depend on.
-import os
-import shutil
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.resources import Resource
 
 from mochi import config as configuration
+from mochi.running import gpus
 from mochi.running.code import code_digest
 
 if workflow.config_settings.config:
@@ -39,10 +38,11 @@ wildcard_constraints:
     seed="[0-9]+",
 
 
-# Snakemake does not count GPUs; unless told otherwise, run one GPU job at a time.
-if "gpu" not in workflow.global_resources:
-    workflow.register_resource("gpu", Resource("gpu", int(os.environ.get("MOCHI_GPUS", "1"))))
-GPUS_PER_RUN = 1 if shutil.which("nvidia-smi") else 0
+# Snakemake does not know how many GPUs there are. A job on a cluster has been given its own already.
+GPUS = gpus.visible()
+if workflow.is_main_process and "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", Resource("gpu", len(GPUS)))
+GPUS_PER_RUN = 1 if GPUS else 0
 # On processors two runs of one thread side by side beat one run of two threads.
 THREADS_PER_RUN = 8 if GPUS_PER_RUN else 1
 

@@ -17,6 +17,7 @@ include: "workflow/rules/report.smk"
 
 localrules:
     all,
+    code,
     resolve,
     tables,
     figures,
@@ -30,5 +31,6 @@ onstart:
 rule all:
     default_target: True
     input:
+        rules.code.output,
         rules.tables.output,
         rules.figures.output,

@@ -30,7 +30,9 @@ Threads = Annotated[int, typer.Option("--threads", min=1, help="Processor thread
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that load images.")]
 Gpus = Annotated[
     int | None,
-    typer.Option("--gpus", min=0, help="GPUs in all; several become torchrun ranks. Default: what is visible."),
+    typer.Option(
+        "--gpus", min=0, help="GPUs in all; several become torchrun ranks. Default: what is visible."
+    ),
 ]
 
 
@@ -201,14 +203,26 @@ def figures(
     stage.run(load_experiment(config), results, out)
 
 
-<<<<<<< HEAD
-def _take_gpus(count: int | None, nodes: int = 1) -> None:
-    """Before anything heavy is imported: this process may become torchrun here."""
-    from mochi.running.launch import on_gpus
+@app.command()
+def digests(out: Annotated[Path, typer.Option(help="The YAML file to write.")]) -> None:
+    """Write the digest of each stage's code: what executes, without comments and layout."""
+    import yaml
 
-    if count is not None:
-        on_gpus(count, nodes)
-=======
+    from mochi.running.atomic import write_text
+    from mochi.running.code import stage_digests
+
+    write_text(out, yaml.safe_dump(stage_digests(), sort_keys=False))
+
+
+@app.command()
+def record(config: ConfigFile = Path("config/config.yaml")) -> None:
+    """Let DVC store a finished experiment: writes its dvc.yaml and dvc.lock, which belong into git."""
+    from mochi.record import record as write_and_commit
+
+    path = write_and_commit(config)
+    typer.echo(f"recorded in {path} and {path.with_suffix('.lock')}; add both to git, then `dvc push`")
+
+
 benchmark = typer.Typer(help="What things cost here, as ratios within one run.", no_args_is_help=True)
 app.add_typer(benchmark, name="benchmark")
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds of every alternative.")]
@@ -255,7 +269,14 @@ def benchmark_step(
     rows = step.run(experiment, dataset, rounds=rounds, device=pick_device())
     baseline = next(row.name for row in rows if row.ratio == 1.0)
     typer.echo("\n".join(timing.table(rows, baseline=baseline)))
->>>>>>> main
+
+
+def _take_gpus(count: int | None, nodes: int = 1) -> None:
+    """Before anything heavy is imported: this process may become torchrun here."""
+    from mochi.running.launch import on_gpus
+
+    if count is not None:
+        on_gpus(count, nodes)
 
 
 def _prepare_process(threads: int, *folders: Path) -> None:

@@ -7,7 +7,7 @@ rule prepare:
     params:
         out=DATA,
         dataset=configuration.digest(EXPERIMENT.dataset.model_dump(mode="json")),
-        code=code_digest("mochi.data.prepare"),
+        code=CODE["prepare"],
     threads: workflow.cores or 1
     log:
         f"logs/{NAME}/prepare.log",

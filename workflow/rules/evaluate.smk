@@ -16,7 +16,7 @@ rule evaluate:
         data=DATA,
         out=lambda wildcards, output: Path(output.metrics).parent,
         settings=lambda wildcards: settings_of(wildcards.task)(wildcards),
-        code=lambda wildcards: code_digest(f"mochi.evaluation.{wildcards.task}"),
+        code=lambda wildcards: CODE[wildcards.task],
     threads: THREADS_PER_RUN
     resources:
         gpu=GPUS_PER_RUN,

@@ -6,7 +6,7 @@ from snakemake.resources import Resource
 
 from mochi import config as configuration
 from mochi.running import gpus
-from mochi.running.code import code_digest
+from mochi.running.code import stage_digests
 
 if workflow.config_settings.config:
     raise WorkflowError(
@@ -23,6 +23,8 @@ except configuration.ConfigError as error:
     raise WorkflowError(str(error)) from None
 
 NAME = EXPERIMENT.name
+# Stage -> digest of its code, a param of its rule: a changed formula re-runs what it touches.
+CODE = stage_digests()
 DATA = f"data/{EXPERIMENT.dataset.name}"
 MANIFEST = f"{DATA}/manifest.json"
 RUN = f"results/{NAME}/{{method}}/seed{{seed}}"
@@ -74,3 +76,15 @@ rule resolve:
     shell:
         "python -m mochi resolve --config {input.config:q} --method {wildcards.method:q}"
         " --seed {wildcards.seed} --out {output:q} 2> {log:q}"
+
+
+# What the code of each stage was, for DVC, which reads it key by key.
+rule code:
+    output:
+        f"results/{NAME}/code.yaml",
+    params:
+        digests=CODE,
+    log:
+        f"logs/{NAME}/code.log",
+    shell:
+        "python -m mochi digests --out {output:q} 2> {log:q}"

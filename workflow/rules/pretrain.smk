@@ -15,7 +15,7 @@ rule pretrain:
         work=f"work/{NAME}/{{method}}/seed{{seed}}",
         events=f"logs/{NAME}/{{method}}/seed{{seed}}/tensorboard",
         settings=settings_of("pretrain"),
-        code=code_digest("mochi.pretrain"),
+        code=CODE["pretrain"],
     threads: THREADS_PER_RUN
     resources:
         gpu=GPUS_PER_RUN,

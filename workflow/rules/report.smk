@@ -14,7 +14,7 @@ rule tables:
         out=lambda wildcards, output: Path(output.csv).parent,
         rows=list(EXPERIMENT.methods),
         title=EXPERIMENT.title,
-        code=code_digest("mochi.report.tables"),
+        code=CODE["tables"],
     log:
         f"logs/{NAME}/tables.log",
     shell:
@@ -35,7 +35,7 @@ rule figures:
     params:
         out=lambda wildcards, output: Path(output[0]).parent,
         rows=list(EXPERIMENT.methods),
-        code=code_digest("mochi.report.figures"),
+        code=CODE["figures"],
     log:
         f"logs/{NAME}/figures.log",
     shell:

@@ -28,6 +28,12 @@ OutFolder = Annotated[Path, typer.Option("--out", help="Folder that receives the
 EncoderFile = Annotated[Path, typer.Option("--encoder", help="encoder.safetensors of the pretrain stage.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Processor threads to compute with.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that load images.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus", min=0, help="GPUs in all; several become torchrun ranks. Default: what is visible."
+    ),
+]
 
 
 @app.command()
@@ -118,12 +124,17 @@ def pretrain(
     threads: Threads = 1,
     workers: Workers = 0,
     events: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
+    gpus: Gpus = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts that share the GPUs; several need Slurm.")] = 1,
 ) -> None:
     """Train an encoder: MoCo, MoCHi, the supervised ceiling or the untrained floor."""
+    _take_gpus(gpus, nodes)
     from mochi import pretrain as stage
     from mochi.config import load_run
+    from mochi.running.launch import local_share
 
-    _prepare_process(threads, out, work)
+    _prepare_process(local_share(threads), out, work)
+    workers = local_share(workers, at_least=0)
     stage.run(load_run(run, "pretrain"), data, out, work, workers=workers, events=events)
 
 
@@ -135,8 +146,10 @@ def linear(
     out: OutFolder,
     threads: Threads = 1,
     workers: Workers = 0,
+    gpus: Gpus = None,
 ) -> None:
     """Linear classification on the frozen encoder."""
+    _take_gpus(gpus)
     from mochi.config import load_run
     from mochi.evaluation import linear as stage
 
@@ -152,8 +165,10 @@ def knn(
     out: OutFolder,
     threads: Threads = 1,
     workers: Workers = 0,
+    gpus: Gpus = None,
 ) -> None:
     """Nearest-neighbour classification on the frozen encoder."""
+    _take_gpus(gpus)
     from mochi.config import load_run
     from mochi.evaluation import knn as stage
 
@@ -188,6 +203,26 @@ def figures(
 
     _prepare_process(1, out)
     stage.run(load_experiment(config), results, out)
+
+
+@app.command()
+def digests(out: Annotated[Path, typer.Option(help="The YAML file to write.")]) -> None:
+    """Write the digest of each stage's code: what executes, without comments and layout."""
+    import yaml
+
+    from mochi.running.atomic import write_text
+    from mochi.running.code import stage_digests
+
+    write_text(out, yaml.safe_dump(stage_digests(), sort_keys=False))
+
+
+@app.command()
+def record(config: ConfigFile = Path("config/config.yaml")) -> None:
+    """Let DVC store a finished experiment: writes its dvc.yaml and dvc.lock, which belong into git."""
+    from mochi.record import record as write_and_commit
+
+    path = write_and_commit(config)
+    typer.echo(f"recorded in {path} and {path.with_suffix('.lock')}; add both to git, then `dvc push`")
 
 
 benchmark = typer.Typer(help="What things cost here, as ratios within one run.", no_args_is_help=True)
@@ -236,6 +271,14 @@ def benchmark_step(
     rows = step.run(experiment, dataset, rounds=rounds, device=pick_device())
     baseline = next(row.name for row in rows if row.ratio == 1.0)
     typer.echo("\n".join(timing.table(rows, baseline=baseline)))
+
+
+def _take_gpus(count: int | None, nodes: int = 1) -> None:
+    """Before anything heavy is imported: this process may become torchrun here."""
+    from mochi.running.launch import on_gpus
+
+    if count is not None:
+        on_gpus(count, nodes)
 
 
 def _prepare_process(threads: int, *folders: Path) -> None:

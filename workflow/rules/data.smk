@@ -12,7 +12,7 @@ rule prepare:
     params:
         out=DATA,
         dataset=configuration.digest(EXPERIMENT.dataset.model_dump(mode="json")),
-        code=code_digest("mochi.data.prepare"),
+        code=CODE["prepare"],
     shell:
         "python -m mochi prepare --config {input.config:q} --out {params.out:q} --jobs {threads}"
         " 2>&1 | tee {log:q}"

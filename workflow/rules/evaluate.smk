@@ -24,8 +24,8 @@ rule evaluate:
     params:
         data=DATA,
         out=lambda wildcards, output: Path(output.metrics).parent,
-        code=lambda wildcards: code_digest(f"mochi.evaluation.{wildcards.task}"),
+        code=lambda wildcards: CODE[wildcards.task],
     shell:
         "python -m mochi {wildcards.task} --run {input.run:q} --data {params.data:q}"
         " --encoder {input.encoder:q} --out {params.out:q} --threads {threads}"
-        " --workers $(( {threads} - 1 )) 2>&1 | tee {log:q}"
+        " --workers $(( {threads} - 1 )) --gpus {resources.gpu} 2>&1 | tee {log:q}"

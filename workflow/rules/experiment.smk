@@ -1,13 +1,13 @@
 # The experiment, its runs, and what each stage's results depend on.
 import os
-import shutil
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.resources import Resource
 
 from mochi import config as configuration
-from mochi.running.code import code_digest
+from mochi.running import gpus
+from mochi.running.code import stage_digests
 
 if workflow.config_settings.config:
     raise WorkflowError(
@@ -25,6 +25,8 @@ except configuration.ConfigError as error:
     raise WorkflowError(str(error)) from None
 
 NAME = EXPERIMENT.name
+# Stage -> digest of its code, a param of its rule: a changed formula re-runs what it touches.
+CODE = stage_digests()
 DATA = f"data/{EXPERIMENT.dataset.name}"
 MANIFEST = f"{DATA}/manifest.json"
 RUN = f"results/{NAME}/{{method}}/seed{{seed}}"
@@ -40,12 +42,11 @@ wildcard_constraints:
     seed="[0-9]+",
 
 
-# Snakemake does not count GPUs; unless told otherwise, run one GPU job at a time.
-if "gpu" not in workflow.global_resources:
-    workflow.register_resource(
-        "gpu", Resource("gpu", int(os.environ.get("MOCHI_GPUS", "1")))
-    )
-GPUS_PER_RUN = 1 if shutil.which("nvidia-smi") else 0
+# Snakemake does not know how many GPUs there are. A job on a cluster has been given its own already.
+GPUS = gpus.visible()
+if workflow.is_main_process and "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", Resource("gpu", len(GPUS)))
+GPUS_PER_RUN = 1 if GPUS else 0
 # On processors two runs of one thread side by side beat one run of two threads.
 THREADS_PER_RUN = 8 if GPUS_PER_RUN else 1
 
@@ -80,3 +81,15 @@ rule resolve:
     shell:
         "python -m mochi resolve --config {input.config:q} --method {wildcards.method:q}"
         " --seed {wildcards.seed} --stage {wildcards.stage} --out {output:q} 2> {log:q}"
+
+
+# What the code of each stage was, for DVC, which reads it key by key.
+rule code:
+    output:
+        f"results/{NAME}/code.yaml",
+    log:
+        f"logs/{NAME}/code.log",
+    params:
+        digests=CODE,
+    shell:
+        "python -m mochi digests --out {output:q} 2> {log:q}"

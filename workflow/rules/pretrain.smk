@@ -15,14 +15,15 @@ rule pretrain:
     threads: THREADS_PER_RUN
     resources:
         gpu=GPUS_PER_RUN,
+        nodes=1,
     params:
         data=DATA,
         out=lambda wildcards, output: Path(output.encoder).parent,
         # Declared to nobody: Snakemake deletes what it knows of before it runs a job again.
         work=f"work/{NAME}/{{method}}/seed{{seed}}",
         events=f"logs/{NAME}/{{method}}/seed{{seed}}/tensorboard",
-        code=code_digest("mochi.pretrain"),
+        code=CODE["pretrain"],
     shell:
         "python -m mochi pretrain --run {input.run:q} --data {params.data:q} --out {params.out:q}"
         " --work {params.work:q} --events {params.events:q} --threads {threads}"
-        " --workers $(( {threads} - 1 )) 2>&1 | tee {log:q}"
+        " --workers $(( {threads} - 1 )) --gpus {resources.gpu} --nodes {resources.nodes} 2>&1 | tee {log:q}"

@@ -20,7 +20,7 @@ rule tables:
         out=lambda wildcards, output: Path(output.csv).parent,
         rows=list(EXPERIMENT.methods),
         title=EXPERIMENT.title,
-        code=code_digest("mochi.report.tables"),
+        code=CODE["tables"],
     shell:
         "python -m mochi tables --config {input.config:q} --published {input.published:q}"
         " --out {params.out:q} 2>&1 | tee {log:q}"
@@ -41,6 +41,6 @@ rule figures:
     params:
         out=lambda wildcards, output: Path(output[0]).parent,
         rows=list(EXPERIMENT.methods),
-        code=code_digest("mochi.report.figures"),
+        code=CODE["figures"],
     shell:
         "python -m mochi figures --config {input.config:q} --out {params.out:q} 2>&1 | tee {log:q}"

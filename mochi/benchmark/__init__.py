@@ -1,1 +1,1 @@
-"""What each part costs, beside its ceiling or its plain counterpart, in one run on one machine."""
+"""What things cost here, each beside its ceiling, as ratios within one run."""

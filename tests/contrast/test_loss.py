@@ -25,7 +25,7 @@ def batch(
     return raw, key, queue
 
 
-def mochi_rule(queue: Tensor, num_hardest: int, num_pairs: int, num_query: int, **options: bool):  # noqa: ANN201
+def mochi_rule(queue: Tensor, num_hardest: int, num_pairs: int, num_query: int, **options: bool):
     def rule(similarity: Tensor) -> list[Synthetics]:
         generator = torch.Generator().manual_seed(7)
         pool = hardest(similarity, num_hardest, some_excluded=bool(similarity.isneginf().any()))
@@ -39,7 +39,7 @@ def mochi_rule(queue: Tensor, num_hardest: int, num_pairs: int, num_query: int, 
     return rule
 
 
-def both_ways(raw, key, queue, temperature, rule, excluded=None):  # noqa: ANN001, ANN201
+def both_ways(raw, key, queue, temperature, rule, excluded=None):
     """(loss, gradient) by the single function and by the usual way, for the same synthetics."""
     fast_raw = raw.clone().requires_grad_()
     fast = contrastive_loss(F.normalize(fast_raw, dim=-1), key, queue, temperature, rule, excluded)
@@ -66,7 +66,7 @@ def both_ways(raw, key, queue, temperature, rule, excluded=None):  # noqa: ANN00
     temperature=st.sampled_from([0.07, 0.2, 1.0]),
     data=st.data(),
 )
-def test_equals_the_usual_way_in_float64(  # noqa: PLR0917
+def test_equals_the_usual_way_in_float64(
     num: int, dim: int, size: int, pairs: int, from_query: int, temperature: float, data: st.DataObject
 ) -> None:
     """Random sizes, s > N, N = K, s or s' = 0: loss and gradient to 1e-12."""
@@ -121,7 +121,7 @@ def test_a_query_whose_whole_queue_is_excluded_has_no_loss() -> None:
 
 @pytest.mark.parametrize("through_query", [False, True])
 def test_gradient_by_finite_differences(through_query: bool) -> None:
-    """gradcheck of what the gradient claims to be: with `through_query` h' moves with the query, else not."""
+    """With `through_query` h' moves with the query, else it stays where it was."""
     raw, key, queue = batch(2, 4, 9, seed=3)
     start = F.normalize(raw, dim=-1)
     rule = mochi_rule(queue, 4, 0, 6, through_query=through_query)
@@ -171,7 +171,7 @@ def test_closed_forms() -> None:
 
 
 def test_temperature_divides_synthetic_logits_too() -> None:
-    """Scaling temperature and all logits together changes nothing but the scale: compare at two temperatures."""
+    """At two temperatures, against the reference that divides every column."""
     raw, key, queue = batch(3, 6, 20, seed=5)
     rule = mochi_rule(queue, 5, 8, 8)
     for temperature in (0.05, 0.5):
@@ -211,3 +211,32 @@ def test_nothing_but_the_query_gets_a_gradient() -> None:
     contrastive_loss(F.normalize(raw.requires_grad_(), dim=-1), key, queue, 0.2, None).loss.backward()
     assert key.grad is None
     assert queue.grad is None
+
+
+def test_queries_taken_in_groups_equal_the_whole_batch() -> None:
+    """150 queries are three groups on a processor, the last one short; excluded columns follow."""
+    raw, key, queue = batch(150, 6, 40, seed=9)
+    excluded = torch.rand(150, 40, generator=torch.Generator().manual_seed(0)) < 0.2
+    similarity = (F.normalize(raw, dim=-1) @ queue.T).masked_fill(excluded, -torch.inf)
+    drawn = mochi_rule(queue, 8, 12, 12)(similarity)
+    calls: list[int] = []
+
+    def rule(rows: Tensor) -> list[Synthetics]:
+        start = sum(calls)
+        calls.append(len(rows))
+        torch.testing.assert_close(rows, similarity[start : start + len(rows)])
+        return [
+            Synthetics(*(None if each is None else each[start : start + len(rows)] for each in synthetic))
+            for synthetic in drawn
+        ]
+
+    grouped_raw, slow_raw = raw.clone().requires_grad_(), raw.clone().requires_grad_()
+    grouped = contrastive_loss(F.normalize(grouped_raw, dim=-1), key, queue, 0.2, rule, excluded)
+    grouped.loss.backward()
+    assert calls == [64, 64, 22]
+    query = F.normalize(slow_raw, dim=-1)
+    vectors = [synthetic_vectors(query.detach(), queue, each) for each in drawn]
+    slow = mochi_loss(query, key, queue, 0.2, vectors, excluded)
+    slow.backward()
+    torch.testing.assert_close(grouped.loss, slow, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grouped_raw.grad, slow_raw.grad, rtol=1e-11, atol=1e-15)

@@ -116,13 +116,13 @@ def test_afterwards_there_is_nothing_to_do(project: Project) -> None:
         ("mochi/contrast/loss.py", 'The contrastive loss over', 'A new docstring of the loss over', {}),
         (
             "mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4",
-            {"pretrain": 3, "evaluate": 6, "tables": 1, "figures": 1},
+            {"code": 1, "pretrain": 3, "evaluate": 6, "tables": 1, "figures": 1},
         ),
         (
             "mochi/evaluation/knn.py", "/ temperature).exp()", "/ temperature).exp() + 0",
-            {"evaluate": 3, "tables": 1, "figures": 1},
+            {"code": 1, "evaluate": 3, "tables": 1, "figures": 1},
         ),
-        ("mochi/report/tables.py", '"top-1"', '"top1"', {"tables": 1}),
+        ("mochi/report/tables.py", '"top-1"', '"top1"', {"code": 1, "tables": 1}),
     ],
     ids=["comment", "probe", "knn", "method", "docstring", "formula", "vote", "table"],
 )  # fmt: skip

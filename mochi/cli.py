@@ -74,13 +74,14 @@ def resolve(
     seed: Annotated[int, typer.Option(help="One of its seeds.")],
     out: Annotated[Path, typer.Option(help="The run.yaml to write.")],
     config: ConfigFile = Path("config/config.yaml"),
+    stage: Annotated[str | None, typer.Option(help="Keep only what this stage depends on.")] = None,
 ) -> None:
     """Write run.yaml: one method and seed of an experiment, complete in itself."""
     from mochi import config as configuration
     from mochi.running.atomic import write_text
 
     run = configuration.resolve(configuration.load_experiment(config), method, seed, str(config))
-    write_text(out, configuration.write_run(run))
+    write_text(out, configuration.write_run(configuration.only_for(run, stage) if stage else run))
 
 
 @app.command()
@@ -133,7 +134,8 @@ def pretrain(
     from mochi.running.launch import local_share
 
     _prepare_process(local_share(threads), out, work)
-    stage.run(load_run(run), data, out, work, workers=local_share(workers, at_least=0), events=events)
+    workers = local_share(workers, at_least=0)
+    stage.run(load_run(run, "pretrain"), data, out, work, workers=workers, events=events)
 
 
 @app.command()
@@ -152,7 +154,7 @@ def linear(
     from mochi.evaluation import linear as stage
 
     _prepare_process(threads, out)
-    stage.run(load_run(run), data, encoder, out, workers=workers)
+    stage.run(load_run(run, "linear"), data, encoder, out, workers=workers)
 
 
 @app.command()
@@ -171,7 +173,7 @@ def knn(
     from mochi.evaluation import knn as stage
 
     _prepare_process(threads, out)
-    stage.run(load_run(run), data, encoder, out, workers=workers)
+    stage.run(load_run(run, "knn"), data, encoder, out, workers=workers)
 
 
 @app.command()

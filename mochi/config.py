@@ -30,6 +30,8 @@ from pydantic import (
 from mochi.errors import UserError
 
 RUN_VERSION = 1
+EVALUATIONS = ("linear", "knn")
+"""Stages that judge frozen features; each has its section in `Evaluation`, beside the detection sets."""
 
 
 class ConfigError(UserError):
@@ -84,7 +86,76 @@ class Folder(Section):
     """Largest share of files that may be set aside as unreadable before preparation refuses."""
 
 
-Dataset = Annotated[PhotoPatches | Folder, Field(discriminator="source")]
+class Download(Section):
+    """What every downloaded data set shares. Contents are checked whatever they come from."""
+
+    name: Name
+    archive: str | None = None
+    """The official archive, brought by hand: nothing is downloaded."""
+    mirrors: list[str] = []
+    """Addresses of the archive, tried before the known ones."""
+
+
+class Cifar(Download):
+    """CIFAR (Krizhevsky 2009), binary version; its test images are the split `val`."""
+
+    source: Literal["cifar10", "cifar100"]
+
+
+class Stl10(Download):
+    """STL-10 (Coates et al. 2011): train holds the unlabelled images too; test is the split `val`."""
+
+    source: Literal["stl10"]
+
+
+class Imagenette(Download):
+    """Ten easy classes of ImageNet (fast.ai), version 2."""
+
+    source: Literal["imagenette"]
+    size: Literal["full", "320px", "160px"]
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class ImageNet(Section):
+    """ILSVRC 2012 from its official archives or an extracted tree; never downloaded, by its terms."""
+
+    source: Literal["imagenet"]
+    name: Name
+    path: str
+    """Holds ILSVRC2012_img_{train,val}.tar or train/<wnid>/, and val/<wnid>/ or the devkit's labels."""
+    subset: Literal["all", "imagenet100"]
+    """imagenet100: the 100 classes of CMC's list, which MoCHi cites."""
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class Voc(Section):
+    """PASCAL VOC in place: images are checked and listed, never copied."""
+
+    source: Literal["voc"]
+    name: Name
+    path: str
+    """Holds VOC2007/ and VOC2012/, each with JPEGImages, Annotations and ImageSets/Main."""
+    years: Annotated[list[str], Field(min_length=1)]
+    """Folders below `path`, for example VOC2007."""
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class Coco(Section):
+    """COCO in place: images are checked and listed, never copied."""
+
+    source: Literal["coco"]
+    name: Name
+    path: str
+    """Holds annotations/instances_<split>.json and <split>/."""
+    splits: Annotated[list[Name], Field(min_length=1)]
+    """For example train2017, val2017."""
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+Dataset = Annotated[
+    PhotoPatches | Folder | Cifar | Stl10 | Imagenette | ImageNet | Voc | Coco,
+    Field(discriminator="source"),
+]
 
 
 class Augmentation(Section):
@@ -219,6 +290,156 @@ class Contrastive(Training):
 
 Objective = Annotated[Untrained | Supervised | Contrastive, Field(discriminator="objective")]
 
+# ---------------------------------------------------------------- detection
+
+
+class PhotoScenes(Section):
+    """Scenes pasted from the photographs of scikit-image and scikit-learn (design: embedded data)."""
+
+    image_size: Annotated[int, Field(ge=32)]
+    """Side of a scene, pixels."""
+    num_train: Count
+    num_test: Count
+    seed: CountOrZero
+    """Also decides which cells are for training: as in photo-patches, or test scenes show what an
+    encoder was pretrained on."""
+
+
+class DetectionData(Section):
+    """Annotated images: a VOC tree or COCO's JSON files, or scenes made here in either format."""
+
+    format: Literal["voc", "coco"]
+    path: str
+    """voc: holds `<folder>/{Annotations,JPEGImages,ImageSets/Main}`; coco: holds
+    `annotations/instances_<split>.json` and `<split>/`."""
+    train: Annotated[list[str], Field(min_length=1)]
+    """voc: `<folder>/<image set>`, for example VOC2007/trainval; coco: the split's name."""
+    test: Annotated[list[str], Field(min_length=1)]
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names in the order of their labels, from 1. Required by voc; coco takes the file's categories. For
+    scenes: the photographs whose pieces are the objects; the others are backgrounds."""
+    rule: Literal["11-point", "all-point"] | None = None
+    """voc: the average precision that fills AP, AP50 and AP75; the others are reported beside it."""
+    broken_objects: Literal["drop", "fail"]
+    """What happens to an object without a usable box. Dropped ones are counted and named."""
+    empty_images: Literal["keep", "drop"]
+    """Training images without a usable box: backgrounds to learn from, or left out (detectron2)."""
+    scenes: PhotoScenes | None = None
+    """Present: `path` is written by the pipeline itself."""
+
+    @model_validator(mode="after")
+    def _voc_says_more(self) -> Self:
+        if self.format == "voc" and (self.classes is None or self.rule is None):
+            raise ValueError("format voc needs `classes` (in order) and `rule` (11-point or all-point)")
+        if self.scenes is not None and self.classes is None:
+            raise ValueError("scenes need `classes`: the names of the photographs that are objects")
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes: found {self.classes}; names must be distinct")
+        return self
+
+
+class DetectionModel(Section):
+    """Faster or Mask R-CNN with a C4 backbone. The feature stride follows from the encoder's stem."""
+
+    masks: bool
+    """Mask R-CNN; needs coco annotations with segmentations."""
+    anchor_sizes: Annotated[list[PositiveReal], Field(min_length=1)]
+    """Square roots of the anchors' areas, pixels of the resized image."""
+    anchor_ratios: Annotated[list[PositiveReal], Field(min_length=1)]
+    """Height over width."""
+    rpn_batch: Count
+    """Anchors sampled an image for the proposal loss, half of them positive at most."""
+    proposals_train: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    """Proposals kept before and after non-maximum suppression, in training."""
+    proposals_test: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    roi_size: Annotated[int, Field(ge=2)]
+    """Side of the pooled region, cells."""
+    roi_batch: Count
+    """Regions sampled an image for the head's loss."""
+    roi_positive: Annotated[Real, Field(gt=0, le=1)]
+    """Largest share of positives among them."""
+    score_threshold: Annotated[Real, Field(ge=0, lt=1)]
+    max_detections: Count
+    """Detections kept an image."""
+
+
+class DetectionTraining(Section):
+    """Fine-tuning. `lr`, `iterations` and `warmup_iterations` are said for `lr_batch_size` images a step
+    and scaled to `batch_size`, so that the rate per image and the images seen stay the same."""
+
+    reading: Literal["finetune", "frozen"]
+    """finetune: everything is trained (the paper's). frozen: conv1 to res4 stay as they came."""
+    seeds: Annotated[list[CountOrZero], Field(min_length=1)]
+    """Fine-tunings of one encoder; the table gives their mean and spread."""
+    lr: Annotated[list[PositiveReal], Field(min_length=1)]
+    """One rate, or candidates: each is tried once on a part of train and the best on the rest of train
+    is used. Test images take no part in the choice."""
+    choose_iterations: Count | None = None
+    """Length of such a try; required with several candidates."""
+    validation: Annotated[Real, Field(gt=0, lt=1)] | None = None
+    """Share of train that judges the candidates; required with several candidates."""
+    lr_batch_size: Count
+    batch_size: Count
+    """Images a step, over all processes and accumulations."""
+    micro_batch: Count
+    """Images a process holds at once; gradients accumulate up to `batch_size`."""
+    iterations: Count
+    warmup_iterations: CountOrZero
+    """Linear from a thousandth of the rate (detectron2)."""
+    schedule: Literal["step", "cosine"]
+    lr_drops: list[Count] = []
+    """step: iterations at which the rate is divided by 10."""
+    momentum: Annotated[Real, Field(ge=0, lt=1)]
+    weight_decay: Annotated[Real, Field(ge=0)]
+    train_sizes: Annotated[list[Count], Field(min_length=1)]
+    """Short sides in pixels, one drawn for each image."""
+    test_size: Count
+    max_size: Count
+    """Longest side, pixels."""
+    flip: bool
+    """Half of the training images are mirrored."""
+    precise_bn_batches: CountOrZero
+    """Batches over which batch-norm statistics are averaged again before evaluation; 0: none."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    workers: CountOrZero = 0
+    """Processes that read images; 0 reads them in the training process."""
+    checkpoint_minutes: PositiveReal = 10.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _distinct_seeds(self.seeds)
+        if self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"micro_batch: found {self.micro_batch}; it must divide batch_size = {self.batch_size}"
+            )
+        if len(self.lr) > 1 and (self.choose_iterations is None or self.validation is None):
+            raise ValueError("several lr candidates need `choose_iterations` and `validation`")
+        late = [drop for drop in self.lr_drops if drop >= self.iterations]
+        if late:
+            raise ValueError(f"lr_drops: found {late}; training has {self.iterations} iterations only")
+        if self.schedule == "cosine" and self.lr_drops:
+            raise ValueError("lr_drops belong to schedule step; leave them out with cosine")
+        return self
+
+
+class DetectionSet(Section):
+    """One detection column of the table: what is detected, by which model, trained how."""
+
+    data: DetectionData
+    model: DetectionModel
+    training: DetectionTraining
+    methods: list[Name] | None = None
+    """Rows it is computed for; absent: all."""
+    pretrain_seeds: list[CountOrZero] | None = None
+    """Pretraining seeds it is computed for; absent: all."""
+
+    @model_validator(mode="after")
+    def _masks_are_annotated(self) -> Self:
+        if self.model.masks and self.data.format == "voc":
+            raise ValueError("model.masks: found true with format voc, which has boxes only; use coco")
+        return self
+
+
 # ---------------------------------------------------------------- evaluation
 
 
@@ -270,6 +491,8 @@ class Evaluation(Section):
     batch_size: Count = 256
     linear: LinearProbe | None = None
     knn: NearestNeighbours | None = None
+    detection: dict[Name, DetectionSet] = {}
+    """Detection sets by name; a set's results stand in `detection-<name>`."""
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
@@ -305,7 +528,7 @@ class Experiment(Section):
 
 
 class Run(Section):
-    """(experiment, method, seed), resolved. What a stage depends on is `settings(run, stage)`."""
+    """(experiment, method, seed), resolved: whole, or `only_for` one stage and empty elsewhere."""
 
     version: int
     experiment: Name
@@ -313,9 +536,9 @@ class Run(Section):
     seed: CountOrZero
     dataset: Name
     encoder: Encoder
-    augmentation: Augmentation
-    pretrain: Objective
-    evaluation: Evaluation
+    augmentation: Augmentation | None
+    pretrain: Objective | None
+    evaluation: Evaluation | None
 
 
 def _distinct_seeds(seeds: list[int]) -> list[int]:
@@ -450,11 +673,11 @@ def write_run(run: Run) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_run(path: Path) -> Run:
-    """Read a run.yaml.
+def load_run(path: Path, stage: str) -> Run:
+    """Read a run.yaml for a stage.
 
     Raises:
-        ConfigError: not readable, from another version, or not a run.
+        ConfigError: not readable, from another version, no run, or without what the stage needs.
     """
     data = _read_yaml(path)
     version = data.get("version")
@@ -464,27 +687,50 @@ def load_run(path: Path) -> Run:
             f"{RUN_VERSION}; write it again with `python -m mochi resolve`"
         )
     run: Run = _validate(TypeAdapter(Run), data, str(path))
+    needed: Section | None
+    if stage.startswith("detection-") and run.evaluation:
+        needed = run.evaluation.detection.get(stage.removeprefix("detection-"))
+    else:
+        needed = run.pretrain if stage == "pretrain" else getattr(run.evaluation, stage, None)
+    if needed is None:
+        raise ConfigError(
+            f"{path}: says nothing about the stage {stage}; expected a run resolved for it: write it again "
+            f"with `python -m mochi resolve --stage {stage}`, or add {stage} to the experiment"
+        )
     return run
 
 
-def settings(run: Run, stage: str) -> dict[str, Any]:
-    """What the results of a stage depend on, of everything the run says (labels left out).
+def only_for(run: Run, stage: str) -> Run:
+    """The part of a run that the results of a stage depend on; the rest is empty.
 
-    `pretrain` ignores the evaluation; `linear` and `knn` ignore each other and the recipe, whose
-    effect reaches them through the encoder's bytes.
+    Pretraining ignores the evaluation. An evaluation ignores the others and the recipe, whose effect
+    reaches it through the encoder's bytes. So editing one thing re-runs what depends on it and no more.
     """
-    everything = run.model_dump(mode="json")
     if stage == "pretrain":
-        kept = {key: everything[key] for key in ("seed", "dataset", "encoder", "augmentation", "pretrain")}
-        kept["pretrain"].pop("checkpoint_minutes", None)
-        return kept
-    evaluation = everything["evaluation"]
-    shared = {key: evaluation[key] for key in ("image_size", "resize", "batch_size")}
-    return {
-        **{key: everything[key] for key in ("seed", "dataset", "encoder")},
-        "evaluation": shared,
-        stage: evaluation[stage],
+        return run.model_copy(update={"evaluation": None})
+    evaluation = run.evaluation
+    assert evaluation is not None
+    detection = {
+        name: chosen for name, chosen in evaluation.detection.items() if stage == f"detection-{name}"
     }
+    others = {name: None for name in EVALUATIONS if name != stage}
+    kept = evaluation.model_copy(update={**others, "detection": detection})
+    return run.model_copy(update={"augmentation": None, "pretrain": None, "evaluation": kept})
+
+
+def settings(run: Run, stage: str) -> dict[str, Any]:
+    """What `only_for` keeps, as JSON, without names and without what changes no result."""
+    kept = only_for(run, stage).model_dump(mode="json", exclude={"version", "experiment", "method"})
+    if kept["pretrain"]:
+        kept["pretrain"].pop("checkpoint_minutes", None)
+    if stage.startswith("detection-"):
+        (chosen,) = kept["evaluation"]["detection"].values()
+        for label in ("methods", "pretrain_seeds"):
+            chosen.pop(label)
+        for label in ("workers", "checkpoint_minutes"):
+            chosen["training"].pop(label)
+        return {"seed": kept["seed"], "encoder": kept["encoder"], "detection": chosen}
+    return kept
 
 
 def digest(value: object) -> str:

@@ -74,3 +74,9 @@ def mean_over_ranks(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values = values / world_size()
     return values
+
+
+def wait() -> None:
+    """Go on once every process has come here."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,156 @@
+"""The COCO reader against hand-made files, masks against pycocotools, and the real subset's counts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as reference
+
+from mochi.detection import coco
+from mochi.detection.annotations import AnnotationError, Annotations, for_training
+
+# pycocotools 2.0 is older than numpy 2's copy keyword.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+TRIANGLE = [[2.0, 3.0, 18.0, 4.0, 9.0, 17.0]]
+TWO_PARTS = [[1.0, 1.0, 6.0, 1.0, 6.0, 6.0, 1.0, 6.0], [10.0, 10.0, 18.0, 10.0, 18.0, 15.0]]
+
+
+def write(
+    root: Path, annotations: list[dict[str, Any]], images: list[dict[str, Any]] | None = None
+) -> Path:
+    data = {
+        "images": images or [{"id": 7, "file_name": "seven.jpg", "height": 20, "width": 30}],
+        "annotations": [
+            {
+                "id": 10 + number,
+                "image_id": 7,
+                "category_id": 3,
+                "bbox": [2, 3, 16, 14],
+                "iscrowd": 0,
+                **item,
+            }
+            for number, item in enumerate(annotations)
+        ],
+        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}],
+    }
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(data))
+    return root
+
+
+def read(root: Path, broken_objects: str = "drop", masks: bool = True) -> Annotations:
+    return coco.read(root, "val", broken_objects, masks)
+
+
+def test_gaps_in_category_ids_are_closed_in_the_order_of_ids(tmp_path: Path) -> None:
+    root = write(tmp_path, [{"category_id": 90}, {"category_id": 3}])
+    annotations = read(root, masks=False)
+    assert annotations.classes == ("car", "toothbrush")
+    assert annotations.images[0].labels.tolist() == [2, 1]
+    assert annotations.images[0].boxes.tolist() == [[2, 3, 18, 17]] * 2
+    assert annotations.images[0].path == tmp_path / "val" / "seven.jpg"
+
+
+@pytest.mark.parametrize("shape", [TRIANGLE, TWO_PARTS])
+def test_polygons_equal_pycocotools(tmp_path: Path, shape: list[list[float]]) -> None:
+    image = read(write(tmp_path, [{"segmentation": shape}])).images[0]
+    assert image.masks is not None
+    expected = reference.decode(reference.merge(reference.frPyObjects(shape, 20, 30)))
+    np.testing.assert_array_equal(coco.decode_masks(image.masks, 20, 30)[0], expected)
+
+
+def test_both_kinds_of_run_lengths(tmp_path: Path) -> None:
+    mask = np.zeros((20, 30), np.uint8)
+    mask[4:9, 5:12] = 1
+    flat = mask.T.reshape(-1)
+    edges = np.flatnonzero(np.diff(flat, prepend=0)).tolist()
+    uncompressed = {"size": [20, 30], "counts": np.diff([0, *edges, flat.size]).tolist()}
+    packed = reference.encode(np.asfortranarray(mask))
+    compressed = {"size": [20, 30], "counts": packed["counts"].decode()}
+    image = read(write(tmp_path, [{"segmentation": uncompressed}, {"segmentation": compressed}])).images[0]
+    assert image.masks is not None
+    np.testing.assert_array_equal(coco.decode_masks(image.masks, 20, 30), [mask, mask])
+    np.testing.assert_array_equal(
+        coco.decode_masks(coco.encode_masks(np.stack([mask, mask])), 20, 30), [mask, mask]
+    )
+
+
+def test_crowds_are_kept_for_judging_and_never_trained_on(tmp_path: Path) -> None:
+    images = [
+        {"id": name, "file_name": f"{name}.jpg", "height": 20, "width": 30}
+        for name in ("crowd", "none", "both")
+    ]
+    crowd = {"iscrowd": 1, "segmentation": {"size": [20, 30], "counts": [100, 40, 460]}}
+    objects = [
+        {**crowd, "image_id": "crowd"},
+        {**crowd, "image_id": "both"},
+        {"segmentation": TRIANGLE, "image_id": "both"},
+    ]
+    annotations = read(write(tmp_path, objects, images))
+    report = annotations.report()
+    assert (report["crowds"], report["images with crowds alone"], report["images without boxes"]) == (
+        2,
+        1,
+        1,
+    )
+    assert [image.ignored.tolist() for image in annotations.images] == [[True], [], [True, False]]
+    trained = for_training(annotations, "drop")
+    assert [image.image_id for image in trained.images] == ["both"]
+    assert trained.images[0].masks is not None
+    assert len(trained.images[0].masks) == len(trained.images[0].boxes) == 1
+    assert [len(image.boxes) for image in for_training(annotations, "keep").images] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("item", "defect"),
+    [
+        ({"bbox": [2, 3, 0, 14]}, "a box without area"),
+        ({"bbox": [2, 3, 5, -1]}, "a box without area"),
+        ({"bbox": [2, 3, 5]}, "no bbox"),
+        ({"bbox": [40, 3, 5, 5]}, "a box outside the image"),
+        ({"segmentation": []}, "no segmentation"),
+        ({}, "no segmentation"),
+    ],
+)
+def test_broken_objects(tmp_path: Path, item: dict[str, Any], defect: str) -> None:
+    root = write(tmp_path, [{"segmentation": TRIANGLE}, item if "segmentation" in item or not item
+                            else {"segmentation": TRIANGLE, **item}])  # fmt: skip
+    annotations = read(root)
+    assert len(annotations.images[0].boxes) == 1
+    assert annotations.report()[f"objects dropped: {defect}"] == 1
+    with pytest.raises(AnnotationError, match=f"annotation 11 of image 7: {defect}"):
+        read(root, "fail")
+
+
+def test_a_missing_segmentation_does_not_matter_to_boxes(tmp_path: Path) -> None:
+    assert len(read(write(tmp_path, [{}]), masks=False).images[0].boxes) == 1
+
+
+@pytest.mark.parametrize(
+    ("item", "message"), [({"image_id": 8}, "image_id 8"), ({"category_id": 4}, "category_id 4")]
+)
+def test_foreign_references_are_named(tmp_path: Path, item: dict[str, Any], message: str) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        read(write(tmp_path, [item]), masks=False)
+
+
+def test_files_that_are_not_cocos_are_named(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match="no such file"):
+        read(tmp_path)
+    write(tmp_path, [])
+    (tmp_path / "annotations" / "instances_val.json").write_text('{"images": []}')
+    with pytest.raises(AnnotationError, match="found no annotations, categories"):
+        read(tmp_path)
+
+
+def test_the_real_subset(real_data: Callable[[str], Path]) -> None:
+    root = real_data("coco-tiny.tar") / "coco-tiny"
+    for split, images, objects, crowds in (("train2017", 160, 1444, 14), ("val2017", 158, 1424, 16)):
+        report = coco.read(root, split, "fail", masks=True).report()
+        assert (report["images"], report["objects"], report["crowds"]) == (images, objects, crowds)
+        assert len(report["classes"]) == 80
+        assert min(report["classes"].values()) > 0

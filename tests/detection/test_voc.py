@@ -1,0 +1,174 @@
+"""The VOC reader against the oddities of real files, one a test: what people reported, and what is right.
+
+Boxes are compared with values worked out by hand; counts are what the report must say.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mochi.detection import voc
+from mochi.detection.annotations import AnnotationError, Annotations, for_training
+from tests.detection.conftest import voc_object
+
+Writer = Callable[..., Path]
+CLASSES = ["square", "bar"]
+
+
+def read(root: Path, broken_objects: str = "drop") -> Annotations:
+    return voc.read(root, "train", CLASSES, broken_objects)
+
+
+def test_fractions_are_read(voc_image: Writer) -> None:
+    root = voc_image(voc_object(box=("45.70000076293945", 6.5, 48, 22)))
+    np.testing.assert_allclose(read(root).images[0].boxes, [[44.7, 5.5, 48, 22]], rtol=1e-6)
+
+
+def test_a_box_over_the_whole_image_covers_it_exactly(voc_image: Writer) -> None:
+    image = read(voc_image(voc_object(box=(1, 1, 48, 40)))).images[0]
+    assert image.boxes.tolist() == [[0, 0, 48, 40]]
+    assert (image.width, image.height) == (48, 40)
+
+
+def test_a_file_counted_from_zero_is_read_so(voc_image: Writer) -> None:
+    root = voc_image(voc_object(box=(0, 0, 48, 40)), voc_object(box=(10, 12, 20, 24)))
+    annotations = read(root)
+    assert annotations.images[0].boxes.tolist() == [[0, 0, 48, 40], [10, 12, 20, 24]]
+    assert annotations.report()["files counted from 0"] == 1
+
+
+def test_missing_tags_mean_zero_and_are_counted(voc_image: Writer) -> None:
+    root = voc_image(voc_object(), voc_object(difficult=1, truncated=1, pose=0))
+    annotations = read(root)
+    assert annotations.images[0].ignored.tolist() == [False, True]
+    assert annotations.images[0].trained.tolist() == [True, True]
+    report = annotations.report()
+    assert report["objects without difficult"] == report["objects without pose"] == 1
+
+
+@pytest.mark.parametrize(
+    ("box", "defect"),
+    [
+        (None, "no bndbox"),
+        ((5, 6, 20), "a bndbox without four numbers"),
+        ((5, 6, "nan", 22), "a bndbox without four numbers"),
+        ((5, 6, "abc", 22), "a bndbox without four numbers"),
+        ((20, 6, 5, 22), "a reversed box"),
+        ((5, 22, 20, 6), "a reversed box"),
+        ((5, 6, 5, 22), "a box without area"),
+        ((9, 9, 9, 9), "a box without area"),
+    ],
+)
+def test_broken_objects_are_dropped_and_counted_or_named(
+    voc_image: Writer, box: tuple[object, ...] | None, defect: str
+) -> None:
+    root = voc_image(voc_object(), voc_object("bar", box))
+    annotations = read(root)
+    assert annotations.images[0].labels.tolist() == [1]
+    assert annotations.report()[f"objects dropped: {defect}"] == 1
+    with pytest.raises(AnnotationError, match=rf"one\.xml: object 2 \('bar'\): {defect}"):
+        read(root, "fail")
+
+
+def test_boxes_beyond_the_image_are_cut_and_counted(voc_image: Writer) -> None:
+    annotations = read(voc_image(voc_object(box=(30, 30, 90, 41))))
+    assert annotations.images[0].boxes.tolist() == [[29, 29, 48, 40]]
+    assert annotations.report()["boxes cut to the image"] == 1
+
+
+def test_an_image_without_objects_has_boxes_of_shape_0_4(voc_image: Writer) -> None:
+    voc_image(name="empty")
+    annotations = read(voc_image(voc_object(), name="full"))
+    assert annotations.images[0].boxes.shape == (0, 4)
+    assert len(for_training(annotations, "keep").images) == 2
+    dropped = for_training(annotations, "drop")
+    assert [image.image_id for image in dropped.images] == ["full"]
+    assert dropped.report()["images without a trained box"] == 1
+
+
+def test_only_empty_images_is_said_where_they_are_dropped(voc_image: Writer) -> None:
+    annotations = read(voc_image())
+    with pytest.raises(AnnotationError, match="images without a trained box: 1"):
+        for_training(annotations, "drop")
+
+
+def test_a_size_that_is_not_the_images_is_counted_and_the_image_believed(voc_image: Writer) -> None:
+    annotations = read(voc_image(voc_object(), size="<size><width>0</width></size>"))
+    assert (annotations.images[0].width, annotations.images[0].height) == (48, 40)
+    assert annotations.report()["files whose size is missing or not the image's"] == 1
+
+
+def test_parts_of_persons_are_not_objects(voc_image: Writer) -> None:
+    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part>"
+    root = voc_image(voc_object().replace("</object>", f"{part}</object>"))
+    assert read(root).images[0].boxes.tolist() == [[4, 5, 20, 22]]
+
+
+def test_an_unknown_class_is_named_with_those_allowed(voc_image: Writer) -> None:
+    with pytest.raises(AnnotationError, match=r"one\.xml.*'cat'.*allowed: square, bar"):
+        read(voc_image(voc_object("cat")))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("Annotations/one.xml", "image set lists one"),
+        ("JPEGImages/one.jpg", "no image of that name"),
+        ("ImageSets/Main/train.txt", "no such file"),
+    ],
+)
+def test_missing_files_are_named(voc_image: Writer, path: str, message: str) -> None:
+    root = voc_image(voc_object())
+    (root / path).unlink()
+    with pytest.raises(AnnotationError, match=message):
+        read(root)
+
+
+def test_files_that_are_not_what_they_claim_are_named(voc_image: Writer) -> None:
+    root = voc_image(voc_object())
+    (root / "JPEGImages" / "one.jpg").write_bytes(b"<html>")
+    with pytest.raises(AnnotationError, match=r"one\.jpg: cannot be read as an image"):
+        read(root)
+    (root / "Annotations" / "one.xml").write_text("<annotation>")
+    with pytest.raises(AnnotationError, match=r"one\.xml: is not valid XML"):
+        read(root)
+
+
+def test_a_class_wise_image_set_lists_its_images_alone(voc_image: Writer) -> None:
+    voc_image(voc_object(), name="one")
+    root = voc_image(voc_object(), name="two")
+    (root / "ImageSets" / "Main" / "train.txt").write_text("one -1\ntwo  1\n")
+    assert [image.image_id for image in read(root).images] == ["two"]
+
+
+def test_what_is_written_is_read_back(voc_image: Writer, tmp_path: Path) -> None:
+    root = voc_image(voc_object(box=(1, 1, 48, 40)), voc_object("bar", (5, 6, 20, 22), difficult=1))
+    first = read(root)
+    voc.write(root, "again", first, [[False, True]])
+    again = voc.read(root, "again", CLASSES, "fail")
+    np.testing.assert_array_equal(again.images[0].boxes, first.images[0].boxes)
+    assert again.images[0].ignored.tolist() == [False, True]
+
+
+def test_genuine_voc2007(real_data: Callable[[str], Path]) -> None:
+    root = real_data("voc2007-sample4.tar") / "VOC2007"
+    annotations = voc.read(root, "test", ["car", "chair", "horse", "person"], "fail")
+    report = annotations.report()
+    assert (report["images"], report["objects"]) == (4, 11)
+    assert sum(int(image.ignored.sum()) for image in annotations.images) == 2
+
+
+def test_blood_cells_have_two_boxes_without_area(real_data: Callable[[str], Path]) -> None:
+    root = real_data("voc-bccd.tar") / "BCCD"
+    reports = [
+        voc.read(root, split, ["RBC", "WBC", "Platelets"], "drop").report()
+        for split in ("train", "val", "test")
+    ]
+    assert sum(report["objects"] for report in reports) == 4888 - 2
+    assert sum(report.get("objects dropped: a box without area", 0) for report in reports) == 2
+    assert {name: sum(report["classes"][name] for report in reports) for name in ("WBC", "Platelets")} == {
+        "WBC": 372,
+        "Platelets": 361,
+    }

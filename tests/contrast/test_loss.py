@@ -214,7 +214,7 @@ def test_nothing_but_the_query_gets_a_gradient() -> None:
 
 
 def test_queries_taken_in_groups_equal_the_whole_batch() -> None:
-    """150 queries are three groups on a processor, the last one short; excluded columns follow their rows."""
+    """150 queries are three groups on a processor, the last one short; excluded columns follow."""
     raw, key, queue = batch(150, 6, 40, seed=9)
     excluded = torch.rand(150, 40, generator=torch.Generator().manual_seed(0)) < 0.2
     similarity = (F.normalize(raw, dim=-1) @ queue.T).masked_fill(excluded, -torch.inf)

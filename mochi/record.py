@@ -39,7 +39,7 @@ def pipeline(experiment: Experiment, config: Path) -> dict[str, Any]:
     stages = _Stages(experiment, config)
     described = {
         "code": stages.code(),
-        "prepare": stages.prepare(),
+        **({} if _kept_elsewhere(experiment, config) else {"prepare": stages.prepare()}),
         "runs": stages.settings(),
         "pretrain": stages.pretrain(),
         **{task: stages.evaluate(task) for task in stages.tasks},
@@ -62,6 +62,19 @@ def pipeline(experiment: Experiment, config: Path) -> dict[str, Any]:
 def place(experiment: Experiment, config: Path) -> Path:
     """Where the experiment's dvc.yaml stands: the default one at the top, others beside their results."""
     return Path("dvc.yaml") if config == DEFAULT_CONFIG else Path("results", experiment.name, "dvc.yaml")
+
+
+def _kept_elsewhere(experiment: Experiment, config: Path) -> bool:
+    """Whether another experiment's dvc.yaml has the data set already: DVC lets a file have one stage."""
+    own = place(experiment, config)
+    others = [
+        path for path in (Path("dvc.yaml"), *sorted(Path("results").glob("*/dvc.yaml"))) if path != own
+    ]
+    for path in filter(Path.exists, others):
+        prepare = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"].get("prepare", {"outs": []})
+        if any(f"data/{experiment.dataset.name}" in out for out in prepare["outs"]):
+            return True
+    return False
 
 
 def record(config: Path) -> Path:

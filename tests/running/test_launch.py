@@ -21,7 +21,8 @@ def test_one_process_needs_no_torchrun(count: int, nodes: int) -> None:
 def test_several_gpus_of_a_host() -> None:
     command = launch.torchrun(4, 1, ARGUMENTS, {})
     assert command[1:] == [
-        "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone", "-m", "--", "mochi", *ARGUMENTS,
+        "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone",
+        "-m", "--", "mochi", *ARGUMENTS,
     ]  # fmt: skip
 
 

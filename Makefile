@@ -28,7 +28,7 @@ record: $(VENV)/.ready
 	python -m mochi record --config $(CONFIG)
 
 test: $(VENV)/.ready
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	ruff format --check .

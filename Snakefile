@@ -19,6 +19,7 @@ localrules:
     all,
     code,
     resolve,
+    runs,
     tables,
     figures,
 

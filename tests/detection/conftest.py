@@ -52,7 +52,9 @@ def voc_object(name: str = "square", box: tuple[object, ...] | None = (5, 6, 20,
     sides = zip(("xmin", "ymin", "xmax", "ymax"), box or (), strict=False)
     bounds = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
     extra = "".join(f"<{tag}>{value}</{tag}>" for tag, value in tags.items())
-    return f"<object><name>{name}</name>{extra}" + (f"<bndbox>{bounds}</bndbox>" if box else "") + "</object>"
+    return (
+        f"<object><name>{name}</name>{extra}" + (f"<bndbox>{bounds}</bndbox>" if box else "") + "</object>"
+    )
 
 
 @pytest.fixture
@@ -63,7 +65,9 @@ def voc_image(tmp_path: Path) -> Callable[..., Path]:
     def write(*objects: str, name: str = "one", image_set: str = "train", size: str | None = None) -> Path:
         for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
             (root / folder).mkdir(parents=True, exist_ok=True)
-        stated = "<size><width>48</width><height>40</height><depth>3</depth></size>" if size is None else size
+        stated = (
+            "<size><width>48</width><height>40</height><depth>3</depth></size>" if size is None else size
+        )
         (root / "Annotations" / f"{name}.xml").write_text(
             f"<annotation>{stated}{''.join(objects)}</annotation>"
         )

@@ -19,11 +19,20 @@ TRIANGLE = [[2.0, 3.0, 18.0, 4.0, 9.0, 17.0]]
 TWO_PARTS = [[1.0, 1.0, 6.0, 1.0, 6.0, 6.0, 1.0, 6.0], [10.0, 10.0, 18.0, 10.0, 18.0, 15.0]]
 
 
-def write(root: Path, annotations: list[dict[str, Any]], images: list[dict[str, Any]] | None = None) -> Path:
+def write(
+    root: Path, annotations: list[dict[str, Any]], images: list[dict[str, Any]] | None = None
+) -> Path:
     data = {
         "images": images or [{"id": 7, "file_name": "seven.jpg", "height": 20, "width": 30}],
         "annotations": [
-            {"id": 10 + number, "image_id": 7, "category_id": 3, "bbox": [2, 3, 16, 14], "iscrowd": 0, **item}
+            {
+                "id": 10 + number,
+                "image_id": 7,
+                "category_id": 3,
+                "bbox": [2, 3, 16, 14],
+                "iscrowd": 0,
+                **item,
+            }
             for number, item in enumerate(annotations)
         ],
         "categories": [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}],
@@ -83,7 +92,11 @@ def test_crowds_are_kept_for_judging_and_never_trained_on(tmp_path: Path) -> Non
     ]
     annotations = read(write(tmp_path, objects, images))
     report = annotations.report()
-    assert (report["crowds"], report["images with crowds alone"], report["images without boxes"]) == (2, 1, 1)
+    assert (report["crowds"], report["images with crowds alone"], report["images without boxes"]) == (
+        2,
+        1,
+        1,
+    )
     assert [image.ignored.tolist() for image in annotations.images] == [[True], [], [True, False]]
     trained = for_training(annotations, "drop")
     assert [image.image_id for image in trained.images] == ["both"]

@@ -35,7 +35,9 @@ def published_layers(num_classes: int, masks: bool) -> dict[str, tuple[int, ...]
                 f"{prefix}.conv2.weight": (inner, inner, 3, 3),
                 f"{prefix}.conv3.weight": (4 * inner, inner, 1, 1),
             }
-            norms |= {f"{prefix}.conv{n}.norm": width for n, width in ((1, inner), (2, inner), (3, 4 * inner))}
+            norms |= {
+                f"{prefix}.conv{n}.norm": width for n, width in ((1, inner), (2, inner), (3, 4 * inner))
+            }
             if block == 0:
                 shapes[f"{prefix}.shortcut.weight"] = (4 * inner, channels, 1, 1)
                 norms[f"{prefix}.shortcut.norm"] = 4 * inner
@@ -95,8 +97,12 @@ def test_anchors_in_closed_form() -> None:
     sizes, ratios = torch.tensor([32.0] * 3 + [64.0] * 3), torch.tensor([0.5, 1.0, 2.0] * 2)
     torch.testing.assert_close((widths * heights).sqrt(), sizes.expand(3, 5, 6))
     torch.testing.assert_close(heights / widths, ratios.expand(3, 5, 6))
-    torch.testing.assert_close((boxes[..., 0] + boxes[..., 2]) / 2, (16.0 * torch.arange(5))[None, :, None].expand(3, 5, 6))
-    torch.testing.assert_close((boxes[..., 1] + boxes[..., 3]) / 2, (16.0 * torch.arange(3))[:, None, None].expand(3, 5, 6))
+    torch.testing.assert_close(
+        (boxes[..., 0] + boxes[..., 2]) / 2, (16.0 * torch.arange(5))[None, :, None].expand(3, 5, 6)
+    )
+    torch.testing.assert_close(
+        (boxes[..., 1] + boxes[..., 3]) / 2, (16.0 * torch.arange(3))[:, None, None].expand(3, 5, 6)
+    )
 
 
 def test_pooling_is_aligned_to_half_pixels() -> None:
@@ -211,5 +217,13 @@ def test_bfloat16_ends_before_boxes() -> None:
             features = model.eval().backbone(torch.randn(1, 3, 32, 48))
             logits, deltas = model.proposals.head([features])
             result = model.from_features(features, [(32, 48)])[0]
-    tensors = [features, *logits, *deltas, *losses.values(), result["boxes"], result["scores"], result["masks"]]
+    tensors = [
+        features,
+        *logits,
+        *deltas,
+        *losses.values(),
+        result["boxes"],
+        result["scores"],
+        result["masks"],
+    ]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}

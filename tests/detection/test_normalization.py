@@ -17,7 +17,9 @@ PARTS = (slice(0, 1), slice(1, 4))
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(4, 3, 5, 6, generator=generator) * 3 + 1, torch.randn(4, 3, 5, 6, generator=generator)
+    return torch.randn(4, 3, 5, 6, generator=generator) * 3 + 1, torch.randn(
+        4, 3, 5, 6, generator=generator
+    )
 
 
 def _normalise(part: slice) -> dict[str, torch.Tensor]:
@@ -31,7 +33,12 @@ def _normalise(part: slice) -> dict[str, torch.Tensor]:
     assert own.grad is not None
     assert layer.running_mean is not None
     assert layer.running_var is not None
-    return {"output": output.detach(), "gradient": own.grad, "mean": layer.running_mean, "var": layer.running_var}
+    return {
+        "output": output.detach(),
+        "gradient": own.grad,
+        "mean": layer.running_mean,
+        "var": layer.running_var,
+    }
 
 
 def _rank(folder: Path) -> None:
@@ -43,7 +50,9 @@ def test_two_processes_normalise_as_one(tmp_path: Path) -> None:
     parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
     whole = _normalise(slice(0, 4))
     for name in ("output", "gradient"):
-        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.cat([part[name] for part in parts]), whole[name], rtol=1e-4, atol=1e-5
+        )
     for part in parts:
         torch.testing.assert_close(part["mean"], whole["mean"])
         torch.testing.assert_close(part["var"], whole["var"])

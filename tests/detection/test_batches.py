@@ -43,7 +43,8 @@ def picture(path: Path, width: int, height: int, boxes: list[list[float]]) -> An
     number = len(boxes)
     return AnnotatedImage(
         path.stem, path, height, width, np.array(boxes, np.float32).reshape(-1, 4),
-        np.ones(number, np.int64), np.zeros(number, bool), np.ones(number, bool), tuple(encode_masks(masks)),
+        np.ones(number, np.int64), np.zeros(number, bool), np.ones(number, bool),
+        tuple(encode_masks(masks)),
     )  # fmt: skip
 
 

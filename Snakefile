@@ -1,5 +1,9 @@
 # One experiment, from raw images to tables. `snakemake --cores all [--configfile config/NAME.yaml]`.
+from pathlib import Path
+
 from snakemake.utils import min_version
+
+from mochi.running.lock import hold
 
 min_version("9.18")
 
@@ -13,13 +17,20 @@ include: "workflow/rules/report.smk"
 
 localrules:
     all,
+    code,
     resolve,
     tables,
     figures,
 
 
+# Instead of Snakemake's lock (`nolock` in the profile), which outlives a kill.
+onstart:
+    hold(Path(".snakemake/run.lock"))
+
+
 rule all:
     default_target: True
     input:
+        rules.code.output,
         rules.tables.output,
         rules.figures.output,

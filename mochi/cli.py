@@ -23,18 +23,23 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Option("--config", help="Experiment file.")]
 RunFile = Annotated[Path, typer.Option("--run", help="run.yaml, made by `resolve`.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set: the folder of manifest.json.")]
+DataRoot = Annotated[Path, typer.Option("--data-root", help="Where prepared data sets lie.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder that receives the results.")]
 EncoderFile = Annotated[Path, typer.Option("--encoder", help="encoder.safetensors of the pretrain stage.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Processor threads to compute with.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that load images.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus", min=0, help="GPUs in all; several become torchrun ranks. Default: what is visible."
+    ),
+]
 
 
 @app.command()
 def check(
     config: Annotated[Path | None, typer.Option("--config", help="Experiment file to check.")] = None,
-    data_root: Annotated[Path, typer.Option("--data-root", help="Where prepared data sets lie.")] = Path(
-        "data"
-    ),
+    data_root: DataRoot = Path("data"),
 ) -> None:
     """Check an experiment, its data and this machine, before anything is computed."""
     from mochi import check as checking
@@ -52,9 +57,7 @@ def check(
 @app.command()
 def plan(
     config: ConfigFile = Path("config/config.yaml"),
-    data_root: Annotated[Path, typer.Option("--data-root", help="Where prepared data sets lie.")] = Path(
-        "data"
-    ),
+    data_root: DataRoot = Path("data"),
     measure: Annotated[bool, typer.Option(help="Time a few steps here to estimate the hours.")] = True,
 ) -> None:
     """Runs, steps, disk and estimated hours of an experiment on this machine."""
@@ -71,13 +74,14 @@ def resolve(
     seed: Annotated[int, typer.Option(help="One of its seeds.")],
     out: Annotated[Path, typer.Option(help="The run.yaml to write.")],
     config: ConfigFile = Path("config/config.yaml"),
+    stage: Annotated[str | None, typer.Option(help="Keep only what this stage depends on.")] = None,
 ) -> None:
     """Write run.yaml: one method and seed of an experiment, complete in itself."""
     from mochi import config as configuration
     from mochi.running.atomic import write_text
 
     run = configuration.resolve(configuration.load_experiment(config), method, seed, str(config))
-    write_text(out, configuration.write_run(run))
+    write_text(out, configuration.write_run(configuration.only_for(run, stage) if stage else run))
 
 
 @app.command()
@@ -120,13 +124,18 @@ def pretrain(
     threads: Threads = 1,
     workers: Workers = 0,
     events: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
+    gpus: Gpus = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts that share the GPUs; several need Slurm.")] = 1,
 ) -> None:
     """Train an encoder: MoCo, MoCHi, the supervised ceiling or the untrained floor."""
+    _take_gpus(gpus, nodes)
     from mochi import pretrain as stage
     from mochi.config import load_run
+    from mochi.running.launch import local_share
 
-    _prepare_process(threads, out, work)
-    stage.run(load_run(run), data, out, work, workers=workers, events=events)
+    _prepare_process(local_share(threads), out, work)
+    workers = local_share(workers, at_least=0)
+    stage.run(load_run(run, "pretrain"), data, out, work, workers=workers, events=events)
 
 
 @app.command()
@@ -137,13 +146,15 @@ def linear(
     out: OutFolder,
     threads: Threads = 1,
     workers: Workers = 0,
+    gpus: Gpus = None,
 ) -> None:
     """Linear classification on the frozen encoder."""
+    _take_gpus(gpus)
     from mochi.config import load_run
     from mochi.evaluation import linear as stage
 
     _prepare_process(threads, out)
-    stage.run(load_run(run), data, encoder, out, workers=workers)
+    stage.run(load_run(run, "linear"), data, encoder, out, workers=workers)
 
 
 @app.command()
@@ -154,13 +165,15 @@ def knn(
     out: OutFolder,
     threads: Threads = 1,
     workers: Workers = 0,
+    gpus: Gpus = None,
 ) -> None:
     """Nearest-neighbour classification on the frozen encoder."""
+    _take_gpus(gpus)
     from mochi.config import load_run
     from mochi.evaluation import knn as stage
 
     _prepare_process(threads, out)
-    stage.run(load_run(run), data, encoder, out, workers=workers)
+    stage.run(load_run(run, "knn"), data, encoder, out, workers=workers)
 
 
 @app.command()
@@ -190,6 +203,82 @@ def figures(
 
     _prepare_process(1, out)
     stage.run(load_experiment(config), results, out)
+
+
+@app.command()
+def digests(out: Annotated[Path, typer.Option(help="The YAML file to write.")]) -> None:
+    """Write the digest of each stage's code: what executes, without comments and layout."""
+    import yaml
+
+    from mochi.running.atomic import write_text
+    from mochi.running.code import stage_digests
+
+    write_text(out, yaml.safe_dump(stage_digests(), sort_keys=False))
+
+
+@app.command()
+def record(config: ConfigFile = Path("config/config.yaml")) -> None:
+    """Let DVC store a finished experiment: writes its dvc.yaml and dvc.lock, which belong into git."""
+    from mochi.record import record as write_and_commit
+
+    path = write_and_commit(config)
+    typer.echo(f"recorded in {path} and {path.with_suffix('.lock')}; add both to git, then `dvc push`")
+
+
+benchmark = typer.Typer(help="What things cost here, as ratios within one run.", no_args_is_help=True)
+app.add_typer(benchmark, name="benchmark")
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds of every alternative.")]
+
+
+@benchmark.command("negatives")
+def benchmark_negatives(
+    batch: Annotated[int, typer.Option(help="B, queries.")] = 256,
+    queue_size: Annotated[int, typer.Option(help="K.")] = 65536,
+    dim: Annotated[int, typer.Option(help="C.")] = 128,
+    num_hardest: Annotated[int, typer.Option(help="N.")] = 1024,
+    num_pairs: Annotated[int, typer.Option(help="s.")] = 512,
+    num_query: Annotated[int, typer.Option(help="s'.")] = 256,
+    rounds: Rounds = 7,
+    threads: Threads = 1,
+) -> None:
+    """The loss and its gradient: ours, MoCo-v2 by autograd, and MoCHi with materialised synthetics."""
+    from mochi.benchmark import negatives, timing
+    from mochi.running.distributed import pick_device
+
+    _prepare_process(threads)
+    sizes = (batch, queue_size, dim, num_hardest, num_pairs, num_query)
+    typer.echo("B={} K={} C={} N={} s={} s'={}, loss and gradient".format(*sizes))
+    rows = negatives.run(*sizes, rounds=rounds, device=pick_device())
+    typer.echo("\n".join(timing.table(rows, baseline=negatives.BASELINE)))
+
+
+@benchmark.command("step")
+def benchmark_step(
+    config: ConfigFile = Path("config/config.yaml"),
+    data_root: DataRoot = Path("data"),
+    rounds: Rounds = 30,
+    threads: Threads = 1,
+) -> None:
+    """A training step of each contrastive method of an experiment, the encoders alone, the data alone."""
+    from mochi.benchmark import step, timing
+    from mochi.config import load_experiment
+    from mochi.data.shards import open_dataset
+    from mochi.running.distributed import pick_device
+
+    _prepare_process(threads)
+    experiment = load_experiment(config)
+    dataset = open_dataset(data_root / experiment.dataset.name)
+    rows = step.run(experiment, dataset, rounds=rounds, device=pick_device())
+    baseline = next(row.name for row in rows if row.ratio == 1.0)
+    typer.echo("\n".join(timing.table(rows, baseline=baseline)))
+
+
+def _take_gpus(count: int | None, nodes: int = 1) -> None:
+    """Before anything heavy is imported: this process may become torchrun here."""
+    from mochi.running.launch import on_gpus
+
+    if count is not None:
+        on_gpus(count, nodes)
 
 
 def _prepare_process(threads: int, *folders: Path) -> None:

@@ -30,6 +30,8 @@ from pydantic import (
 from mochi.errors import UserError
 
 RUN_VERSION = 1
+EVALUATIONS = ("linear", "knn")
+"""Stages that judge frozen features; each has its section in `Evaluation`, beside the detection sets."""
 
 
 class ConfigError(UserError):
@@ -84,7 +86,76 @@ class Folder(Section):
     """Largest share of files that may be set aside as unreadable before preparation refuses."""
 
 
-Dataset = Annotated[PhotoPatches | Folder, Field(discriminator="source")]
+class Download(Section):
+    """What every downloaded data set shares. Contents are checked whatever they come from."""
+
+    name: Name
+    archive: str | None = None
+    """The official archive, brought by hand: nothing is downloaded."""
+    mirrors: list[str] = []
+    """Addresses of the archive, tried before the known ones."""
+
+
+class Cifar(Download):
+    """CIFAR (Krizhevsky 2009), binary version; its test images are the split `val`."""
+
+    source: Literal["cifar10", "cifar100"]
+
+
+class Stl10(Download):
+    """STL-10 (Coates et al. 2011): train holds the unlabelled images too; test is the split `val`."""
+
+    source: Literal["stl10"]
+
+
+class Imagenette(Download):
+    """Ten easy classes of ImageNet (fast.ai), version 2."""
+
+    source: Literal["imagenette"]
+    size: Literal["full", "320px", "160px"]
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class ImageNet(Section):
+    """ILSVRC 2012 from its official archives or an extracted tree; never downloaded, by its terms."""
+
+    source: Literal["imagenet"]
+    name: Name
+    path: str
+    """Holds ILSVRC2012_img_{train,val}.tar or train/<wnid>/, and val/<wnid>/ or the devkit's labels."""
+    subset: Literal["all", "imagenet100"]
+    """imagenet100: the 100 classes of CMC's list, which MoCHi cites."""
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class Voc(Section):
+    """PASCAL VOC in place: images are checked and listed, never copied."""
+
+    source: Literal["voc"]
+    name: Name
+    path: str
+    """Holds VOC2007/ and VOC2012/, each with JPEGImages, Annotations and ImageSets/Main."""
+    years: Annotated[list[str], Field(min_length=1)]
+    """Folders below `path`, for example VOC2007."""
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class Coco(Section):
+    """COCO in place: images are checked and listed, never copied."""
+
+    source: Literal["coco"]
+    name: Name
+    path: str
+    """Holds annotations/instances_<split>.json and <split>/."""
+    splits: Annotated[list[Name], Field(min_length=1)]
+    """For example train2017, val2017."""
+    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+Dataset = Annotated[
+    PhotoPatches | Folder | Cifar | Stl10 | Imagenette | ImageNet | Voc | Coco,
+    Field(discriminator="source"),
+]
 
 
 class Augmentation(Section):
@@ -457,7 +528,7 @@ class Experiment(Section):
 
 
 class Run(Section):
-    """(experiment, method, seed), resolved. What a stage depends on is `settings(run, stage)`."""
+    """(experiment, method, seed), resolved: whole, or `only_for` one stage and empty elsewhere."""
 
     version: int
     experiment: Name
@@ -465,9 +536,9 @@ class Run(Section):
     seed: CountOrZero
     dataset: Name
     encoder: Encoder
-    augmentation: Augmentation
-    pretrain: Objective
-    evaluation: Evaluation
+    augmentation: Augmentation | None
+    pretrain: Objective | None
+    evaluation: Evaluation | None
 
 
 def _distinct_seeds(seeds: list[int]) -> list[int]:
@@ -602,11 +673,11 @@ def write_run(run: Run) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_run(path: Path) -> Run:
-    """Read a run.yaml.
+def load_run(path: Path, stage: str) -> Run:
+    """Read a run.yaml for a stage.
 
     Raises:
-        ConfigError: not readable, from another version, or not a run.
+        ConfigError: not readable, from another version, no run, or without what the stage needs.
     """
     data = _read_yaml(path)
     version = data.get("version")
@@ -616,34 +687,50 @@ def load_run(path: Path) -> Run:
             f"{RUN_VERSION}; write it again with `python -m mochi resolve`"
         )
     run: Run = _validate(TypeAdapter(Run), data, str(path))
+    needed: Section | None
+    if stage.startswith("detection-") and run.evaluation:
+        needed = run.evaluation.detection.get(stage.removeprefix("detection-"))
+    else:
+        needed = run.pretrain if stage == "pretrain" else getattr(run.evaluation, stage, None)
+    if needed is None:
+        raise ConfigError(
+            f"{path}: says nothing about the stage {stage}; expected a run resolved for it: write it again "
+            f"with `python -m mochi resolve --stage {stage}`, or add {stage} to the experiment"
+        )
     return run
 
 
-def settings(run: Run, stage: str) -> dict[str, Any]:
-    """What the results of a stage depend on, of everything the run says (labels left out).
+def only_for(run: Run, stage: str) -> Run:
+    """The part of a run that the results of a stage depend on; the rest is empty.
 
-    `pretrain` ignores the evaluation; `linear` and `knn` ignore each other and the recipe, whose
-    effect reaches them through the encoder's bytes.
+    Pretraining ignores the evaluation. An evaluation ignores the others and the recipe, whose effect
+    reaches it through the encoder's bytes. So editing one thing re-runs what depends on it and no more.
     """
-    everything = run.model_dump(mode="json")
     if stage == "pretrain":
-        kept = {key: everything[key] for key in ("seed", "dataset", "encoder", "augmentation", "pretrain")}
+        return run.model_copy(update={"evaluation": None})
+    evaluation = run.evaluation
+    assert evaluation is not None
+    detection = {
+        name: chosen for name, chosen in evaluation.detection.items() if stage == f"detection-{name}"
+    }
+    others = {name: None for name in EVALUATIONS if name != stage}
+    kept = evaluation.model_copy(update={**others, "detection": detection})
+    return run.model_copy(update={"augmentation": None, "pretrain": None, "evaluation": kept})
+
+
+def settings(run: Run, stage: str) -> dict[str, Any]:
+    """What `only_for` keeps, as JSON, without names and without what changes no result."""
+    kept = only_for(run, stage).model_dump(mode="json", exclude={"version", "experiment", "method"})
+    if kept["pretrain"]:
         kept["pretrain"].pop("checkpoint_minutes", None)
-        return kept
-    evaluation = everything["evaluation"]
     if stage.startswith("detection-"):
-        chosen = evaluation["detection"][stage.removeprefix("detection-")]
+        (chosen,) = kept["evaluation"]["detection"].values()
         for label in ("methods", "pretrain_seeds"):
             chosen.pop(label)
         for label in ("workers", "checkpoint_minutes"):
             chosen["training"].pop(label)
-        return {"seed": everything["seed"], "encoder": everything["encoder"], "detection": chosen}
-    shared = {key: evaluation[key] for key in ("image_size", "resize", "batch_size")}
-    return {
-        **{key: everything[key] for key in ("seed", "dataset", "encoder")},
-        "evaluation": shared,
-        stage: evaluation[stage],
-    }
+        return {"seed": kept["seed"], "encoder": kept["encoder"], "detection": chosen}
+    return kept
 
 
 def digest(value: object) -> str:
@@ -687,7 +774,7 @@ def _validate(
     origin: str,
     rename: Mapping[str, str] | None = None,
 ) -> Any:
-    """Check `data`, or raise one line for each mistake; `rename` maps a top-level key to where it came from."""
+    """Check `data`, or raise a line for each mistake; `rename` says where a top-level key came from."""
     try:
         return adapter.validate_python(dict(data))
     except ValidationError as error:
@@ -723,7 +810,7 @@ def _explain(mistake: dict[str, Any]) -> tuple[list[str], str]:
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
-    """The keys of pydantic's location without the names of union members, and the keys allowed beside it."""
+    """The keys of a location without the names of union members, and the keys allowed beside it."""
     keys: list[str] = []
     models: list[type[Section]] = [Experiment, Run, *_sections(Dataset)]
     beside = models

@@ -73,6 +73,7 @@ class ContrastiveLearner:
     metric_names: tuple[str, ...] = ("loss", "accuracy", "accuracy_with_synthetics", "spread")
 
     def __init__(self, run: Run, recipe: Contrastive, split: StoredSplit) -> None:
+        assert run.augmentation is not None
         self._recipe, self._split, self._augmentation = recipe, split, run.augmentation
         self.module: nn.Module
         self._moco = self.module = MoCo(run.encoder, recipe, run.seed)
@@ -143,6 +144,7 @@ class SupervisedLearner:
     metric_names: tuple[str, ...] = ("loss", "accuracy")
 
     def __init__(self, run: Run, split: StoredSplit, num_classes: int) -> None:
+        assert run.augmentation is not None
         self._split, self._augmentation, self._num_classes = split, run.augmentation, num_classes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)

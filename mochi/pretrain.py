@@ -81,6 +81,7 @@ def run(
         NonFiniteError: the loss is not a number.
     """
     watch = Stopwatch()
+    assert run.pretrain is not None
     device = pick_device()
     make_deterministic()
     saved = work / "pretrain.safetensors"
@@ -267,9 +268,8 @@ def _write_products(
     with replacing(out / "matching.csv") as temporary:
         columns = ["epoch", "place", "probability"]
         pd.DataFrame(position.matching, columns=columns).to_csv(temporary, index=False)
-    bfloat16 = not isinstance(run.pretrain, Untrained) and use_bfloat16(
-        pick_device(), run.pretrain.precision
-    )
+    recipe = run.pretrain
+    bfloat16 = isinstance(recipe, Training) and use_bfloat16(pick_device(), recipe.precision)
     provenance = record(
         "pretrain",
         run,

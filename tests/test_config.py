@@ -16,6 +16,7 @@ from mochi.config import (
     digest,
     load_experiment,
     load_run,
+    only_for,
     parse_experiment,
     resolve,
     settings,
@@ -146,10 +147,14 @@ def test_run_files_round_trip_and_another_version_is_refused(tmp_path: Path) -> 
     run = resolve(parse_experiment(TINY, "x"), MOCHI, 1)
     file = tmp_path / "run.yaml"
     file.write_text(write_run(run))
-    assert load_run(file) == run
+    assert load_run(file, "pretrain") == load_run(file, "knn") == run
+    file.write_text(write_run(only_for(run, "knn")))
+    assert load_run(file, "knn").pretrain is None
+    with pytest.raises(ConfigError, match="says nothing about the stage pretrain"):
+        load_run(file, "pretrain")
     file.write_text(write_run(run).replace("version: 1", "version: 7"))
     with pytest.raises(ConfigError, match=r"version: found 7; this program reads run files of version 1"):
-        load_run(file)
+        load_run(file, "pretrain")
 
 
 def test_editing_one_thing_changes_only_what_depends_on_it() -> None:

@@ -47,12 +47,12 @@ def check(data: bytes) -> Checked:
     try:
         image = open_image(data)
         kind, mode, size = str(image.format), image.mode, image.size
+        _load(image)
+        if _is_plain(image, data):
+            return Checked("", *size, kind, mode, None)
         picture = to_rgb(image)
-        keeps = _is_plain(image, data)
     except UnreadableError as error:
         return Checked(str(error), 0, 0, "", "", None)
-    if keeps:
-        return Checked("", *size, kind, mode, None)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", compress_level=1)
     return Checked("", *picture.size, kind, mode, buffer.getvalue())
@@ -67,8 +67,7 @@ def open_image(data: bytes | pa.Buffer) -> Image.Image:
     if len(data) == 0:
         raise UnreadableError("empty file (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a large picture and odd metadata are judged below
+        with warnings.catch_warnings(action="ignore"):  # large pictures and odd metadata are judged below
             image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
         raise UnreadableError(f"decompression bomb: more than {MAX_PIXELS} pixels") from None
@@ -88,10 +87,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         UnreadableError: truncated or corrupt.
     """
+    _load(image)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
+        with warnings.catch_warnings(action="ignore"):
             upright = ImageOps.exif_transpose(image) if _is_turned(image) else image
             if upright.mode in {"I", "F"} or upright.mode.startswith("I;16"):
                 return _from_deep(upright)
@@ -101,6 +99,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
                 return Image.alpha_composite(white, layered).convert("RGB")
             return upright.convert("RGB")
     except Exception as error:
+        raise UnreadableError(f"{image.format} does not convert: {_short(error)}") from None
+
+
+def _load(image: Image.Image) -> None:
+    """Decode whole; the first attempt counts, for Pillow hands out a torn picture on the second."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image.load()
+    except Exception as error:
+        # Whatever the many readers raise on broken data, and MemoryError, becomes the file's reason.
         raise UnreadableError(f"{image.format} does not decode: {_short(error)}") from None
 
 
@@ -116,7 +124,8 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
 def _is_turned(image: Image.Image) -> bool:
     """Does a valid orientation tag ask for a turn? A metadata block that cannot be read asks nothing."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1)) in range(2, 9)
+        with warnings.catch_warnings(action="ignore"):
+            return int(image.getexif().get(_ORIENTATION, 1)) in range(2, 9)
     except Exception:
         # Pillow raises whatever its EXIF, XMP and TIFF readers meet; the pixels are fine without them.
         _LOG.debug("unreadable metadata in a %s image: taken as upright", image.format, exc_info=True)

@@ -288,8 +288,9 @@ def pixels_on(split: StoredSplit, device: torch.device) -> Tensor | None:
         return None
     held = _HELD.get(split)
     if held is None or held.device != device:
-        array = np.array(split.pixels)
-        held = torch.from_numpy(array).to(device)
+        # Mapped copy-on-write: torch wants writable memory, and on a CPU the file's own pages serve.
+        path = split.folder / f"{split.name}-images.npy"
+        held = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)).to(device)
         _HELD[split] = held
     return held
 

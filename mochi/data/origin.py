@@ -2,26 +2,36 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 
+class Blob(NamedTuple):
+    """Where the bytes of an image are: a file, or a stretch of one (a member of a tar archive)."""
+
+    file: str
+    offset: int = 0
+    size: int | None = None
+    """None: to the end."""
+
+
 @dataclass(frozen=True)
 class ArraySplit:
-    """Decoded images of one size: (N, H, W, 3) uint8, labels (N,) int64, one path each."""
+    """Decoded images of one size, given in blocks (n, H, W, 3) uint8 that make up `shape` (N, H, W, 3)."""
 
-    images: NDArray[np.uint8]
+    shape: tuple[int, int, int, int]
+    blocks: Callable[[], Iterator[NDArray[np.uint8]]]
     labels: NDArray[np.int64]
     paths: list[str]
 
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Image files: paths below `root`, labels (N,) int64, -1 unlabelled."""
+    """Encoded images: their bytes, the paths to show, labels (N,) int64, -1 unlabelled."""
 
-    root: Path
+    blobs: list[Blob]
     paths: list[str]
     labels: NDArray[np.int64]
 
@@ -39,6 +49,8 @@ class Origin:
     """Reason -> number of files left out on purpose (hidden files, other types)."""
     max_unreadable: float = 0.0
     """Largest share of files that may be set aside as unreadable."""
+    in_place: bool = False
+    """Only check and list: the images stay where they are."""
 
 
 Progress = Callable[[int, int], None]

@@ -1,26 +1,28 @@
-"""Every file of a split read and judged: in parallel, in order, and only once while it stays the same."""
+"""Every file of a split read and judged: in parallel, in order, and decoded only when never seen."""
 
 import hashlib
-import logging
 import multiprocessing
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mochi.data import decode
-from mochi.data.origin import FileSplit, in_batches
+from mochi.data import decode, verdicts
+from mochi.data.origin import Blob, FileSplit, in_batches
 from mochi.data.shards import DataError
+from mochi.data.verdicts import Verdicts
 
-_LOG = logging.getLogger(__name__)
 _FILES_A_TASK = 32
+_FILES_ALONE = 512  # so few are done before worker processes have started
+_KEEP_EVERY = 4096  # verdicts; an interrupted run loses no more than these
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """One file: where it is in its split, its verdict, and the bytes to store (empty if unreadable)."""
+    """One file: its row in the split, its verdict, and the bytes to store (empty if unreadable)."""
 
     row: int
     size: int
@@ -29,50 +31,88 @@ class Scanned:
     stored: bytes
 
 
-def scan(split: FileSplit, jobs: int) -> Iterator[Scanned]:
-    """Judge the files of a split on `jobs` processes; results come in the order of the rows.
+class Scanner:
+    """Reads splits with one pool of processes; made by `scanning`."""
 
-    Raises:
-        DataError: a worker process was killed, most often for want of memory.
-    """
-    tasks = (
-        (row.start, [str(split.root / split.paths[number]) for number in row])
-        for row in in_batches(len(split.paths), _FILES_A_TASK)
-    )
-    if jobs == 1 or len(split.paths) <= _FILES_A_TASK:
-        for first, paths in tasks:
-            yield from _judge(first, paths)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    def __init__(self, pool: ProcessPoolExecutor | None, jobs: int, cache: Path) -> None:
+        self._pool, self._jobs, self._cache = pool, jobs, cache
+        self._known = verdicts.open_store(cache)
+
+    def scan(self, split: FileSplit, *, keep_bytes: bool = True) -> Iterator[Scanned]:
+        """Judge the files of a split; results come in the order of the rows.
+
+        Raises:
+            DataError: a worker process was killed, most often for want of memory.
+        """
+        new: list[tuple[bytes, decode.Checked]] = []
+        try:
+            for result in self._results(split, keep_bytes):
+                # Verdicts on what could not even be read, or is to be written anew, would save nothing.
+                if result.sha256 and result.verdict.encoded is None:
+                    new.append((result.sha256, result.verdict))
+                if len(new) >= _KEEP_EVERY:
+                    verdicts.add(self._cache, new)
+                    new = []
+                yield result
+        finally:
+            verdicts.add(self._cache, new)
+
+    def _results(self, split: FileSplit, keep_bytes: bool) -> Iterator[Scanned]:
+        tasks = (
+            (rows.start, [split.blobs[row] for row in rows], self._known, keep_bytes)
+            for rows in in_batches(len(split.blobs), _FILES_A_TASK)
+        )
+        if self._pool is None or len(split.blobs) <= _FILES_ALONE:
+            for task in tasks:
+                yield from _judge(*task)
+            return
         waiting: deque[Future[list[Scanned]]] = deque()
         try:
-            for first, paths in tasks:
-                waiting.append(pool.submit(_judge, first, paths))
+            for task in tasks:
+                waiting.append(self._pool.submit(_judge, *task))
                 # Bounded, so that images never pile up in memory when the disk is slow.
-                if len(waiting) > 3 * jobs:
+                if len(waiting) > 3 * self._jobs:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
         except BrokenProcessPool:
             raise DataError(
-                f"{split.root}: a decoding process was killed, most often for want of memory; "
-                "run again with fewer --jobs (what is done is kept)"
+                "a decoding process was killed, most often for want of memory; "
+                "run again with fewer --jobs: what was checked is kept"
             ) from None
+
+
+@contextmanager
+def scanning(jobs: int, cache: Path) -> Iterator[Scanner]:
+    """A scanner with `jobs` processes and the verdicts under `cache`."""
+    if jobs == 1:
+        yield Scanner(None, 1, cache)
+        return
+    # Processes are started when the first task comes, so that small sets never wait for them.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield Scanner(pool, jobs, cache)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _judge(first: int, paths: list[str]) -> list[Scanned]:
-    return [_judge_one(first + offset, path) for offset, path in enumerate(paths)]
+def _judge(first: int, blobs: list[Blob], known: Verdicts, keep_bytes: bool) -> list[Scanned]:
+    return [_judge_one(first + offset, blob, known, keep_bytes) for offset, blob in enumerate(blobs)]
 
 
-def _judge_one(row: int, path: str) -> Scanned:
+def _judge_one(row: int, blob: Blob, known: Verdicts, keep_bytes: bool) -> Scanned:
     try:
-        data = Path(path).read_bytes()
+        data = _read(blob)
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
         return Scanned(row, -1, b"", decode.Checked(reason, 0, 0, "", "", None), b"")
-    verdict = decode.check(data)
-    stored = b"" if verdict.reason else verdict.encoded or data
-    return Scanned(row, len(data), hashlib.sha256(data).digest(), verdict, stored)
+    sha256 = hashlib.sha256(data).digest()
+    verdict = known.get(sha256) or decode.check(data)
+    stored = b"" if verdict.reason or not keep_bytes else verdict.encoded or data
+    return Scanned(row, len(data), sha256, verdict, stored)
+
+
+def _read(blob: Blob) -> bytes:
+    with Path(blob.file).open("rb") as file:
+        file.seek(blob.offset)
+        return file.read() if blob.size is None else file.read(blob.size)

@@ -1,7 +1,7 @@
 """The on-disk contract: a folder with manifest.json, arrays and memory-mapped shards.
 
     manifest.json            what it is, where from, counts, classes, sha256 of every file
-    <split>-index.arrow      one row an image: label (int64, -1 unlabelled), path in the source
+    <split>-index.arrow      a row an image: label (-1 unlabelled), path in the source, sha256
     <split>-images.npy       uint8 (N, H, W, 3), when all images are small and of one size; otherwise
     <split>-images-0000.arrow ...  the encoded bytes (JPEG or PNG) of upright RGB images
 
@@ -9,10 +9,10 @@ Everything is memory-mapped, so a row costs no process any memory of its own.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,12 @@ class StoredSplit:
         """(N,) class numbers, -1 where there is none; a view of the file."""
         labels: NDArray[np.int64] = self._index["label"].combine_chunks().to_numpy()
         return labels
+
+    @cached_property
+    def hashes(self) -> NDArray[np.uint8]:
+        """(N, 32) sha256 of each image's content; a view of the file."""
+        column = self._index["sha256"].combine_chunks()
+        return np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 32)
 
     @cached_property
     def labelled(self) -> NDArray[np.int64]:
@@ -154,35 +160,35 @@ def read_arrow(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-INDEX_SCHEMA = pa.schema([("label", pa.int64()), ("path", pa.string())])
+INDEX_SCHEMA = pa.schema([("label", pa.int64()), ("path", pa.string()), ("sha256", pa.binary(32))])
 IMAGE_SCHEMA = pa.schema([("image", pa.binary())])
+_BATCH_BYTES = 64 << 20
+"""A record batch is held in memory while it is written; binary offsets allow at most 2 GiB."""
 
 
-def write_index(path: Path, labels: NDArray[np.int64], paths: Iterable[str]) -> None:
-    """The index of a split, as one record batch, so that labels are one view of the file."""
-    batch = pa.record_batch([pa.array(labels), pa.array(paths, pa.string())], schema=INDEX_SCHEMA)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
-        writer.write_batch(batch)
+def write_index(file: BinaryIO, labels: NDArray[np.int64], paths: list[str], hashes: bytes) -> None:
+    """The index of a split, as one record batch, so that a column is one view of the file.
+
+    `hashes` holds 32 bytes a row.
+    """
+    sha256 = pa.Array.from_buffers(pa.binary(32), len(paths), [None, pa.py_buffer(hashes)])
+    columns = [pa.array(labels), pa.array(paths, pa.string()), sha256]
+    with pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=INDEX_SCHEMA))
 
 
-def write_encoded(path: Path, images: Iterator[bytes], shard_bytes: int) -> int:
+def write_encoded(file: BinaryIO, images: Iterator[bytes], shard_bytes: int) -> int:
     """Take images until the shard holds `shard_bytes`; returns how many (0: the iterator is empty)."""
     rows, held, pending, pending_bytes = 0, 0, [], 0
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, IMAGE_SCHEMA) as writer:
-        for image in images:
+    with pa.ipc.new_file(file, IMAGE_SCHEMA) as writer:
+        while held < shard_bytes and (image := next(images, None)) is not None:
             pending.append(image)
             pending_bytes += len(image)
-            rows += 1
             held += len(image)
-            if pending_bytes >= _BATCH_BYTES or held >= shard_bytes:
+            rows += 1
+            if pending_bytes >= _BATCH_BYTES:
                 writer.write_batch(pa.record_batch([pa.array(pending, pa.binary())], schema=IMAGE_SCHEMA))
                 pending, pending_bytes = [], 0
-            if held >= shard_bytes:
-                break
         if pending:
             writer.write_batch(pa.record_batch([pa.array(pending, pa.binary())], schema=IMAGE_SCHEMA))
     return rows
-
-
-# A record batch is held in memory while it is written; binary offsets allow at most 2 GiB.
-_BATCH_BYTES = 64 << 20

@@ -50,6 +50,7 @@ def run(
         NonFiniteError: the loss is not a number.
     """
     watch = Stopwatch()
+    assert run.evaluation is not None
     if set_name not in run.evaluation.detection:
         known = ", ".join(run.evaluation.detection) or "none"
         raise ConfigError(f"detection set: found {set_name!r}; this run has {known}")

@@ -70,16 +70,18 @@ class Features(NamedTuple):
     val_labels: Tensor  # (V,)
 
 
-def extract_splits(run: config.Run, dataset: StoredDataset, encoder: ResNet, workers: int) -> Features:
-    """Features of train and val under the run's evaluation transform, on the encoder's device."""
+def extract_splits(
+    evaluation: config.Evaluation, dataset: StoredDataset, encoder: ResNet, workers: int
+) -> Features:
+    """Features of train and val under the evaluation's transform, on the encoder's device."""
     device = next(encoder.parameters()).device
     parts: list[Tensor] = []
     for split in ("train", "val"):
         crops = centre_crops(
             dataset.split(split),
-            resize=run.evaluation.resize,
-            image_size=run.evaluation.image_size,
-            batch_size=run.evaluation.batch_size,
+            resize=evaluation.resize,
+            image_size=evaluation.image_size,
+            batch_size=evaluation.batch_size,
             device=device,
             workers=workers,
         )

@@ -31,11 +31,12 @@ def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0
         DataError, EncoderError: what does not fit, and what to do.
     """
     watch = Stopwatch()
+    assert run.evaluation is not None
     settings = run.evaluation.knn
     assert settings is not None
     encoder = load_encoder(encoder_file, run.encoder, pick_device())
     dataset = open_dataset(data)
-    train, train_labels, val, val_labels = extract_splits(run, dataset, encoder, workers)
+    train, train_labels, val, val_labels = extract_splits(run.evaluation, dataset, encoder, workers)
     k = min(settings.k, len(train))
     if k < settings.k:
         logger.warning("k = %d is larger than the %d labelled training images; using %d", settings.k, k, k)

@@ -40,6 +40,7 @@ def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0
         NonFiniteError: the protocol's learning rate is too large for these features.
     """
     watch = Stopwatch()
+    assert run.evaluation is not None
     protocol = run.evaluation.linear
     assert protocol is not None
     device = pick_device()
@@ -48,7 +49,7 @@ def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0
     # the same encoder, and its running statistics would move. MoCo's main_lincls.py does the same.
     frozen = encoder_digest(encoder)
     dataset = open_dataset(data)
-    train, train_labels, val, val_labels = extract_splits(run, dataset, encoder, workers)
+    train, train_labels, val, val_labels = extract_splits(run.evaluation, dataset, encoder, workers)
     mean, scale = _statistics(train, protocol)
     probes = Probes(protocol, train.shape[1], len(dataset.classes), run.seed, device)
     batches = _Batches(run, protocol, dataset, encoder, train, train_labels, workers)
@@ -134,6 +135,7 @@ class _Batches:
         labels: Tensor,
         workers: int,
     ) -> None:
+        assert run.evaluation is not None
         self._seed, self._protocol, self._encoder = run.seed, protocol, encoder
         self._image_size, self._workers = run.evaluation.image_size, workers
         self._split = dataset.split("train")

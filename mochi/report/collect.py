@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from mochi.config import Experiment, method_seeds
+from mochi.config import EVALUATIONS, Experiment, method_seeds
 from mochi.errors import UserError
 
 
@@ -24,7 +24,7 @@ def runs(experiment: Experiment, results: Path) -> Iterator[tuple[str, int, Path
 
 def tasks(experiment: Experiment) -> list[str]:
     """The evaluations that the experiment asks for, in the order of the table."""
-    return [task for task in ("linear", "knn") if getattr(experiment.evaluation, task) is not None]
+    return [task for task in EVALUATIONS if getattr(experiment.evaluation, task) is not None]
 
 
 def read_json(path: Path) -> dict[str, Any]:

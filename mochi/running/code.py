@@ -7,6 +7,21 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
+# The module that a stage of the workflow starts in.
+STAGE_MODULES = {
+    "prepare": "mochi.data.prepare",
+    "pretrain": "mochi.pretrain",
+    "linear": "mochi.evaluation.linear",
+    "knn": "mochi.evaluation.knn",
+    "tables": "mochi.report.tables",
+    "figures": "mochi.report.figures",
+}
+
+
+def stage_digests() -> dict[str, str]:
+    """Stage of the workflow -> digest of its code."""
+    return {stage: code_digest(module) for stage, module in STAGE_MODULES.items()}
+
 
 def code_digest(*modules: str) -> str:
     """Digest of what `modules` execute: their syntax trees and those of all of mochi they import.

@@ -25,7 +25,7 @@ def batch(
     return raw, key, queue
 
 
-def mochi_rule(queue: Tensor, num_hardest: int, num_pairs: int, num_query: int, **options: bool):  # noqa: ANN201
+def mochi_rule(queue: Tensor, num_hardest: int, num_pairs: int, num_query: int, **options: bool):
     def rule(similarity: Tensor) -> list[Synthetics]:
         generator = torch.Generator().manual_seed(7)
         pool = hardest(similarity, num_hardest, some_excluded=bool(similarity.isneginf().any()))
@@ -39,7 +39,7 @@ def mochi_rule(queue: Tensor, num_hardest: int, num_pairs: int, num_query: int, 
     return rule
 
 
-def both_ways(raw, key, queue, temperature, rule, excluded=None):  # noqa: ANN001, ANN201
+def both_ways(raw, key, queue, temperature, rule, excluded=None):
     """(loss, gradient) by the single function and by the usual way, for the same synthetics."""
     fast_raw = raw.clone().requires_grad_()
     fast = contrastive_loss(F.normalize(fast_raw, dim=-1), key, queue, temperature, rule, excluded)
@@ -66,7 +66,7 @@ def both_ways(raw, key, queue, temperature, rule, excluded=None):  # noqa: ANN00
     temperature=st.sampled_from([0.07, 0.2, 1.0]),
     data=st.data(),
 )
-def test_equals_the_usual_way_in_float64(  # noqa: PLR0917
+def test_equals_the_usual_way_in_float64(
     num: int, dim: int, size: int, pairs: int, from_query: int, temperature: float, data: st.DataObject
 ) -> None:
     """Random sizes, s > N, N = K, s or s' = 0: loss and gradient to 1e-12."""
@@ -121,7 +121,7 @@ def test_a_query_whose_whole_queue_is_excluded_has_no_loss() -> None:
 
 @pytest.mark.parametrize("through_query", [False, True])
 def test_gradient_by_finite_differences(through_query: bool) -> None:
-    """gradcheck of what the gradient claims to be: with `through_query` h' moves with the query, else not."""
+    """With `through_query` h' moves with the query, else it stays where it was."""
     raw, key, queue = batch(2, 4, 9, seed=3)
     start = F.normalize(raw, dim=-1)
     rule = mochi_rule(queue, 4, 0, 6, through_query=through_query)
@@ -171,7 +171,7 @@ def test_closed_forms() -> None:
 
 
 def test_temperature_divides_synthetic_logits_too() -> None:
-    """Scaling temperature and all logits together changes nothing but the scale: compare at two temperatures."""
+    """At two temperatures, against the reference that divides every column."""
     raw, key, queue = batch(3, 6, 20, seed=5)
     rule = mochi_rule(queue, 5, 8, 8)
     for temperature in (0.05, 0.5):

@@ -91,7 +91,7 @@ def test_parents_come_from_the_querys_own_pool_and_pairs_are_distinct() -> None:
 
 
 def test_the_negative_dominates_a_query_mix() -> None:
-    """n_j . h' >= q . h' holds for every draw when b <= 0.5 is the query's share, for none if it were n_j's."""
+    """n_j . h' >= q . h' for every draw when b <= 0.5 is the query's share, for none were it n_j's."""
     query, queue = unit(8, 16), unit(256, 16, seed=1)
     similarity = query @ queue.T
     synthetics = mix_with_query(similarity, hardest(similarity, 32), num=500, generator=rng())

@@ -93,7 +93,7 @@ def test_a_diverged_protocol_stops_and_a_diverged_candidate_loses() -> None:
     scores = [{"top1": 50.0, "top5": 90.0}, {"top1": math.nan, "top5": math.nan}]
     metrics = linear._metrics(PROTOCOL, [0.5, 0.05], scores, [40.0, -1.0], 8, 4)
     assert metrics["best_lr"] == 0.5
-    with pytest.raises(NonFiniteError, match="diverged at the protocol's learning rate 0.5"):
+    with pytest.raises(NonFiniteError, match=r"diverged at the protocol's learning rate 0\.5"):
         linear._metrics(PROTOCOL, [0.5, 0.05], scores[::-1], [-1.0, 40.0], 8, 4)
 
 

@@ -59,7 +59,9 @@ def test_a_damaged_file_falls_back_to_the_one_before(
         checkpoint.load(path, RUN)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "last.safetensors"
     checkpoint.save(path, tensors(1), {"epoch": 1}, RUN)
 
@@ -85,9 +87,7 @@ def test_module_and_optimizer_are_packed_whole() -> None:
         inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
         for step in range(steps):
             if step == resume_at:
-                packed = {
-                    name: value.clone() for name, value in checkpoint.pack(module, optimizer).items()
-                }
+                packed = {name: value.clone() for name, value in checkpoint.pack(module, optimizer).items()}
                 module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
                 optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
                 checkpoint.unpack(packed, module, optimizer)

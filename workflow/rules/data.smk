@@ -4,15 +4,15 @@ rule prepare:
         config=ancient(CONFIG),
     output:
         MANIFEST,
-    params:
-        out=DATA,
-        dataset=configuration.digest(EXPERIMENT.dataset.model_dump(mode="json")),
-        code=code_digest("mochi.data.prepare"),
-    threads: workflow.cores or 1
     log:
         f"logs/{NAME}/prepare.log",
     benchmark:
         f"logs/{NAME}/prepare.tsv"
+    threads: workflow.cores or 1
+    params:
+        out=DATA,
+        dataset=configuration.digest(EXPERIMENT.dataset.model_dump(mode="json")),
+        code=CODE["prepare"],
     shell:
         "python -m mochi prepare --config {input.config:q} --out {params.out:q} --jobs {threads}"
         " 2>&1 | tee {log:q}"

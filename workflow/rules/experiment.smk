@@ -1,13 +1,13 @@
 # The experiment, its runs, and what each stage's results depend on.
 import os
-import shutil
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.resources import Resource
 
 from mochi import config as configuration
-from mochi.running.code import code_digest
+from mochi.running import gpus
+from mochi.running.code import stage_digests
 
 if workflow.config_settings.config:
     raise WorkflowError(
@@ -17,13 +17,16 @@ if workflow.config_settings.config:
 if len(workflow.overwrite_configfiles) > 1:
     raise WorkflowError("one experiment at a time: --configfile takes a single file")
 
-CONFIG = str((workflow.overwrite_configfiles or ["config/config.yaml"])[0])
+# Relative, so that a clone elsewhere has the same inputs.
+CONFIG = os.path.relpath((workflow.overwrite_configfiles or ["config/config.yaml"])[0])
 try:
     EXPERIMENT = configuration.load_experiment(Path(CONFIG))
 except configuration.ConfigError as error:
     raise WorkflowError(str(error)) from None
 
 NAME = EXPERIMENT.name
+# Stage -> digest of its code, a param of its rule: a changed formula re-runs what it touches.
+CODE = stage_digests()
 DATA = f"data/{EXPERIMENT.dataset.name}"
 MANIFEST = f"{DATA}/manifest.json"
 RUN = f"results/{NAME}/{{method}}/seed{{seed}}"
@@ -39,38 +42,54 @@ wildcard_constraints:
     seed="[0-9]+",
 
 
-# Snakemake does not count GPUs; unless told otherwise, run one GPU job at a time.
-if "gpu" not in workflow.global_resources:
-    workflow.register_resource("gpu", Resource("gpu", int(os.environ.get("MOCHI_GPUS", "1"))))
-GPUS_PER_RUN = 1 if shutil.which("nvidia-smi") else 0
+# Snakemake does not know how many GPUs there are. A job on a cluster has been given its own already.
+GPUS = gpus.visible()
+if workflow.is_main_process and "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", Resource("gpu", len(GPUS)))
+GPUS_PER_RUN = 1 if GPUS else 0
 # On processors two runs of one thread side by side beat one run of two threads.
 THREADS_PER_RUN = 8 if GPUS_PER_RUN else 1
 
 
 def run_of(wildcards):
-    return configuration.resolve(EXPERIMENT, wildcards.method, int(wildcards.seed), CONFIG)
+    return configuration.resolve(
+        EXPERIMENT, wildcards.method, int(wildcards.seed), CONFIG
+    )
 
 
 def settings_of(stage):
     """A param: the digest of all settings that the stage's results depend on."""
-    return lambda wildcards: configuration.digest(configuration.settings(run_of(wildcards), stage))
+    return lambda wildcards: configuration.digest(
+        configuration.settings(run_of(wildcards), stage)
+    )
 
 
 def of_every_run(pattern):
     return [pattern.format(**run) for run in RUNS]
 
 
-# run.yaml is small and says more than any one stage needs. Stages take it as `ancient` and depend on the
-# digest of their part instead, so that editing the probe does not train an encoder again.
+# What a stage depends on and no more: editing the probe changes the probe's run.yaml alone.
 rule resolve:
     input:
         config=ancient(CONFIG),
     output:
-        RUN + "/run.yaml",
-    params:
-        run=lambda wildcards: configuration.digest(run_of(wildcards).model_dump(mode="json")),
+        RUN + "/{stage}/run.yaml",
     log:
-        f"logs/{NAME}/{{method}}/seed{{seed}}/resolve.log",
+        f"logs/{NAME}/{{method}}/seed{{seed}}/{{stage}}.resolve.log",
+    params:
+        settings=lambda wildcards: settings_of(wildcards.stage)(wildcards),
     shell:
         "python -m mochi resolve --config {input.config:q} --method {wildcards.method:q}"
-        " --seed {wildcards.seed} --out {output:q} 2> {log:q}"
+        " --seed {wildcards.seed} --stage {wildcards.stage} --out {output:q} 2> {log:q}"
+
+
+# What the code of each stage was, for DVC, which reads it key by key.
+rule code:
+    output:
+        f"results/{NAME}/code.yaml",
+    log:
+        f"logs/{NAME}/code.log",
+    params:
+        digests=CODE,
+    shell:
+        "python -m mochi digests --out {output:q} 2> {log:q}"

@@ -1,5 +1,9 @@
 # Tables and figures of the experiment.
-METRICS = [metrics for task in EVALUATIONS for metrics in of_every_run(RUN + f"/{task}/metrics.json")]
+METRICS = [
+    metrics
+    for task in EVALUATIONS
+    for metrics in of_every_run(RUN + f"/{task}/metrics.json")
+]
 
 
 rule tables:
@@ -10,13 +14,13 @@ rule tables:
     output:
         csv=f"results/{NAME}/tables/summary.csv",
         markdown=f"results/{NAME}/tables/summary.md",
+    log:
+        f"logs/{NAME}/tables.log",
     params:
         out=lambda wildcards, output: Path(output.csv).parent,
         rows=list(EXPERIMENT.methods),
         title=EXPERIMENT.title,
-        code=code_digest("mochi.report.tables"),
-    log:
-        f"logs/{NAME}/tables.log",
+        code=CODE["tables"],
     shell:
         "python -m mochi tables --config {input.config:q} --published {input.published:q}"
         " --out {params.out:q} 2>&1 | tee {log:q}"
@@ -32,11 +36,11 @@ rule figures:
         multiext(f"results/{NAME}/figures/accuracy", ".png", ".svg"),
         multiext(f"results/{NAME}/figures/training", ".png", ".svg"),
         multiext(f"results/{NAME}/figures/negatives", ".png", ".svg"),
+    log:
+        f"logs/{NAME}/figures.log",
     params:
         out=lambda wildcards, output: Path(output[0]).parent,
         rows=list(EXPERIMENT.methods),
-        code=code_digest("mochi.report.figures"),
-    log:
-        f"logs/{NAME}/figures.log",
+        code=CODE["figures"],
     shell:
         "python -m mochi figures --config {input.config:q} --out {params.out:q} 2>&1 | tee {log:q}"

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from mochi.config import Folder
-from mochi.data.origin import FileSplit, Origin
+from mochi.data.origin import Blob, FileSplit, Origin
 from mochi.data.shards import UNLABELLED, DataError
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""Folder name -> split name."""
+"""Folder name -> split name; without a `val` the `test` images are `val`, which evaluations read."""
 UNLABELLED_FOLDERS = ("unlabeled", "unlabelled")
 
 _JUNK_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}
@@ -22,7 +22,7 @@ _OTHER_SUFFIXES = {
 }  # fmt: skip
 
 
-def collect(config: Folder) -> Origin:
+def collect(config: Folder, cache: Path) -> Origin:
     """List the images below `config.path`.
 
     A folder holding `train` has splits; below a split, the first level of folders are the classes, and
@@ -32,11 +32,12 @@ def collect(config: Folder) -> Origin:
     Raises:
         DataError: no such folder, or not one image in it.
     """
+    del cache
     root = Path(config.path)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; set dataset.path to the folder of your images")
     ignored: Counter[str] = Counter()
-    paths = sorted(_walk(root, "", (), ignored))
+    paths = walk(root, ignored)
     top = {path.split("/", 1)[0] for path in paths if "/" in path}
     has_splits = "train" in top or (root / "train").is_dir()
     splits: dict[str, list[tuple[str, str | None]]] = {}
@@ -46,6 +47,8 @@ def collect(config: Folder) -> Origin:
             ignored["outside train, val and test"] += 1
         else:
             splits.setdefault(split, []).append((path, name))
+    if "val" not in splits and "test" in splits:
+        splits["val"] = splits.pop("test")
     if not splits:
         raise DataError(
             f"0 images under {root}: looked for files of any image type in "
@@ -89,11 +92,20 @@ def _classes(root: Path, splits: dict[str, list[tuple[str, str | None]]]) -> lis
 
 def _file_split(root: Path, rows: list[tuple[str, str | None]], number: dict[str, int]) -> FileSplit:
     labels = [UNLABELLED if name is None else number[name] for _, name in rows]
-    return FileSplit(root, [path for path, _ in rows], np.array(labels, dtype=np.int64))
+    blobs = [Blob(str(root / path)) for path, _ in rows]
+    return FileSplit(blobs, [path for path, _ in rows], np.array(labels, dtype=np.int64))
 
 
 def _is_junk(name: str) -> bool:
     return name.startswith(".") or name.lower() in _JUNK_NAMES
+
+
+def walk(root: Path, ignored: Counter[str] | None = None) -> list[str]:
+    """Sorted paths, relative to `root`, of every file below it that may be an image.
+
+    Hidden and system files, other types, broken links and loops are left out and counted in `ignored`.
+    """
+    return sorted(_walk(root, "", (), Counter() if ignored is None else ignored))
 
 
 def _walk(

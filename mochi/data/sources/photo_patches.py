@@ -4,6 +4,8 @@ It is recognition of texture and colour, and patches of one photograph are false
 another: good for showing that a pipeline works, not for claims about a method.
 """
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,12 +19,13 @@ _FLAT = 2.0
 """A patch whose grey levels deviate less than this shows nothing (night sky, the mask of a lens)."""
 
 
-def collect(config: PhotoPatches) -> Origin:
+def collect(config: PhotoPatches, cache: Path) -> Origin:
     """Cut the patches of every photograph, distinct places, each inside one cell of its split.
 
     Raises:
         DataError: a photograph is missing or another, or a split asks for more patches than there are.
     """
+    del cache
     pictures = [load(photograph) for photograph in PHOTOGRAPHS]
     wanted = {"train": config.train_per_photo, "val": config.val_per_photo}
     return Origin(
@@ -35,15 +38,14 @@ def collect(config: PhotoPatches) -> Origin:
 
 def _split(config: PhotoPatches, split: str, count: int, pictures: list[NDArray[np.uint8]]) -> ArraySplit:
     side = config.patch_size
-    images = np.empty((count * len(pictures), side, side, 3), np.uint8)
-    paths = []
+    images, paths = [], []
     for photo, picture in enumerate(pictures):
-        places = _places(config, split, photo, picture, count)
-        for number, (top, left) in enumerate(places):
-            images[photo * count + number] = picture[top : top + side, left : left + side]
+        for top, left in _places(config, split, photo, picture, count):
+            images.append(picture[top : top + side, left : left + side])
             paths.append(f"{PHOTOGRAPHS[photo].path}#{left},{top}")
     labels = np.repeat(np.arange(len(pictures)), count)
-    return ArraySplit(images, labels, paths)
+    shape = (len(images), side, side, 3)
+    return ArraySplit(shape, lambda: iter([np.stack(images)]), labels, paths)
 
 
 def _places(

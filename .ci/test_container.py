@@ -1,0 +1,126 @@
+"""The image that the Dockerfile describes against what docs/container.md promises of it.
+
+The Dockerfile's own RUN steps are executed on a plain Debian base. Torch's layer is most of the image:
+it is built when an ingredient changed since the last full build that passed (`.ci/image.json`); otherwise
+this host lends its torch, and all else is built and tried the same.
+"""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import buildah
+import pytest
+
+UID = "12345:12345"  # nobody in the image's /etc/passwd
+
+
+class Image:
+    """A container of the image, with a clone of the repository mounted as a user would."""
+
+    def __init__(self, build: buildah.Builder, torch: str, work: Path) -> None:
+        self.build, self.torch, self.work = build, torch, work
+        self.id = build("from", "localhost/mochi").strip().splitlines()[-1]
+
+    def run(self, *command: str, mounted: bool = True, seconds: int = 600) -> str:
+        """What `docker run --user 12345:12345 -v CLONE:/work mochi COMMAND` would run and print."""
+        mounts = ["-v", f"{self.work}:/work"] if mounted else []
+        lent = buildah.host_torch(self.build) if self.torch == "none" else []
+        entry = self.settings()["Entrypoint"]
+        return self.build(
+            "run", "--user", UID, *mounts, *lent, self.id, "--", *entry, *command, seconds=seconds
+        )
+
+    def settings(self) -> dict[str, list[str]]:
+        """The image's configuration."""
+        return dict(
+            json.loads(self.build("inspect", "--type", "image", "localhost/mochi"))["OCIv1"]["config"]
+        )
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    torch = "none" if buildah.recorded().get("digest") == buildah.digest() else "locked"
+    folder = tmp_path_factory.mktemp("container")
+    free = shutil.disk_usage(folder).free / 2**30
+    needed = buildah.NEEDED_GIB[torch]
+    assert free > needed, f"{free:.0f} GiB are free in {folder}; a build with TORCH={torch} needs {needed}"
+    build = buildah.builder(folder / "buildah")
+    print(f"TORCH={torch}, {build.driver} storage, {free:.0f} GiB free")
+    try:
+        buildah.make_base(build, "localhost/base")
+        buildah.build_image(build, "localhost/base", torch, "localhost/mochi")
+        clone = folder / "a clone"
+        subprocess.run(["git", "clone", "--quiet", str(buildah.ROOT), str(clone)], check=True)
+        subprocess.run(["chown", "-R", UID, str(clone)], check=True)
+        for parent in (clone, *clone.parents):
+            if folder in (parent, *parent.parents):
+                parent.chmod(0o755)
+        yield Image(build, torch, clone)
+    finally:
+        build.remove()
+
+
+def test_what_the_image_says_of_itself(image: Image) -> None:
+    settings = image.settings()
+    assert settings["User"] == "1000:1000"
+    assert settings["Entrypoint"] == ["tini", "-g", "--", "mochi-entrypoint"]
+    assert settings["Cmd"] == ["snakemake", "--cores", "all"]
+    assert settings["StopSignal"] == "SIGINT"
+    assert settings["WorkingDir"] == "/work"
+    assert {f"org.opencontainers.image.{key}" for key in ("title", "description", "licenses")} <= set(
+        settings["Labels"]
+    )
+    assert "NVIDIA_VISIBLE_DEVICES=all" in settings["Env"]
+
+
+def test_nothing_of_the_build_host_is_in_the_image(image: Image) -> None:
+    root = Path(image.build("mount", image.id).strip())
+    for name in (buildah.CA_MOUNT, "/etc/pip.conf"):
+        path = root / name.lstrip("/")
+        assert not path.exists() or path.stat().st_size == 0, f"{name} was copied into the image"
+    assert not list((root / "root").glob(".cache/pip/*"))
+    assert not (root / "work" / ".git").exists()
+    image.build("umount", image.id)
+
+
+def test_any_uid_has_a_name_a_home_and_a_folder_to_work_in(image: Image) -> None:
+    show = (
+        "import getpass, os, pathlib; pathlib.Path.home().joinpath('x').touch();"
+        "pathlib.Path('written').touch(); print(os.getuid(), getpass.getuser())"
+    )
+    for mounted in (True, False):
+        assert "12345 mochi" in image.run("python", "-c", show, mounted=mounted)
+
+
+def test_the_experiment_from_data_to_table(image: Image) -> None:
+    image.run("snakemake", "--cores", "2", "--configfile", "tests/tiny.yaml", seconds=900)
+    tables = list((image.work / "results").glob("*/tables/summary.csv"))
+    assert len([table for table in tables if table.stat().st_uid == 12345]) == 1
+    again = image.run("snakemake", "-n", "--configfile", "tests/tiny.yaml")
+    assert "Nothing to be done" in again
+
+
+def test_the_package_passes_its_tests(image: Image) -> None:
+    printed = image.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", seconds=1500)
+    assert " passed" in printed
+
+
+def test_record_a_full_build(image: Image, request: pytest.FixtureRequest) -> None:
+    """Last: after a full build that passed, note its ingredients, so that the next one may be light."""
+    if image.torch == "none":
+        assert buildah.recorded()["digest"] == buildah.digest()
+        return
+    assert request.session.testsfailed == 0
+    root = Path(image.build("mount", image.id).strip())
+    size = subprocess.run(["du", "-sm", str(root)], check=True, capture_output=True, text=True).stdout
+    image.build("umount", image.id)
+    record = {
+        "digest": buildah.digest(),
+        "mib": int(size.split()[0]),
+        "day": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+    buildah.RECORD.write_text(json.dumps(record, indent=2) + "\n")

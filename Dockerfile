@@ -1,0 +1,59 @@
+# The GPU image: locked Python packages on a CUDA base; the wheels carry CUDA themselves, so the small
+# `base` flavour is enough. Any Debian or Ubuntu base with Python >= 3.11 works: --build-arg BASE_IMAGE=...
+#
+#   docker build -t mochi .
+#   docker run --rm --gpus all --ipc=host --user "$(id -u):$(id -g)" -v "$PWD":/work mochi snakemake --cores all
+ARG BASE_IMAGE=nvidia/cuda:13.0.0-base-ubuntu24.04
+
+# ---------------------------------------------------------------- what both stages stand on
+FROM ${BASE_IMAGE} AS system
+# Debian and Ubuntu drop old versions from their archives, so a pinned version soon cannot be built.
+# hadolint ignore=DL3008
+RUN apt-get update && \
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+      ca-certificates git python3 tini && \
+    rm -rf /var/lib/apt/lists/*
+
+# ---------------------------------------------------------------- locked packages
+FROM system AS environment
+# hadolint ignore=DL3008
+RUN apt-get update && \
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv && \
+    rm -rf /var/lib/apt/lists/*
+# `none` leaves out torch and its CUDA libraries (most of the image), to check all else in a minute.
+ARG TORCH=locked
+# The lock is complete, hence --no-deps.
+RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock \
+    --mount=type=cache,target=/root/.cache/pip,sharing=locked \
+    python3 -m venv /opt/venv && \
+    awk -v torch="${TORCH}" \
+      '/^[^ ]/ { left_out = torch == "none" && /^(torch|torchvision|triton|nvidia-|cuda-)/ } !left_out' \
+      /tmp/requirements.lock > /tmp/chosen.txt && \
+    /opt/venv/bin/pip install --no-deps --require-hashes -r /tmp/chosen.txt && \
+    rm /tmp/chosen.txt
+
+# ---------------------------------------------------------------- the image
+FROM system
+LABEL org.opencontainers.image.title="mochi" \
+      org.opencontainers.image.description="Hard negative mixing for contrastive learning, from raw images to the paper's tables" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=environment /opt/venv /opt/venv
+COPY --chmod=755 container/entrypoint.sh /usr/local/bin/mochi-entrypoint
+# The source lies where a clone is mounted: with `-v "$PWD":/work` the clone's own code runs, without it
+# the image's.
+COPY . /work
+# A home and a work folder for any uid. A mounted clone belongs to somebody else: git must trust it.
+RUN mkdir -m 1777 /home/mochi && chmod -R a+rwX /work && git config --system --add safe.directory '*'
+# `--user` gives a uid that has no entry in /etc/passwd, so the name that Python looks up stands here.
+ENV PATH=/opt/venv/bin:$PATH \
+    HOME=/home/mochi \
+    XDG_CACHE_HOME=/home/mochi/.cache \
+    USER=mochi \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+WORKDIR /work
+USER 1000:1000
+# Snakemake ends its jobs on SIGINT; on SIGTERM it would wait for them until it is killed.
+STOPSIGNAL SIGINT
+ENTRYPOINT ["tini", "-g", "--", "mochi-entrypoint"]
+CMD ["snakemake", "--cores", "all"]

@@ -1,0 +1,1 @@
+"""What things cost here, each beside its ceiling, as ratios within one run."""

@@ -1,0 +1,97 @@
+"""The loss alone: MoCHi's single function beside plain MoCo-v2 and beside MoCHi the usual way."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mochi.benchmark.timing import Measurement, compare
+from mochi.contrast.loss import contrastive_loss
+from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
+
+BASELINE = "MoCo-v2, autograd"
+
+
+def run(
+    batch: int = 256,
+    queue_size: int = 65536,
+    dim: int = 128,
+    num_hardest: int = 1024,
+    num_pairs: int = 512,
+    num_query: int = 256,
+    *,
+    rounds: int = 7,
+    device: torch.device,
+) -> list[Measurement]:
+    """Loss and gradient with respect to the query, for random unit vectors.
+
+    The ceiling of all is two products of (B, C) with (K, C): `two products` below.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def unit(rows: int) -> Tensor:
+        return F.normalize(torch.randn(rows, dim, generator=generator, device=device), dim=-1)
+
+    query, key, queue = unit(batch), unit(batch), unit(queue_size)
+
+    def rule(similarity: Tensor) -> list[Synthetics]:
+        mixing = torch.Generator(device).manual_seed(1)
+        pool = hardest(similarity, num_hardest)
+        return [
+            mix_pairs(queue, pool, num_pairs, mixing),
+            mix_with_query(similarity, pool, num_query, mixing),
+        ]
+
+    def backward(loss: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def work() -> None:
+            leaf = query.clone().requires_grad_()
+            loss(leaf).backward()
+
+        return work
+
+    def two_products() -> None:
+        (query @ queue.T) @ queue
+
+    return compare(
+        {
+            BASELINE: backward(lambda q: plain_loss(q, key, queue, [])),
+            "MoCHi, materialised": backward(
+                lambda q: materialised_loss(q, key, queue, num_hardest, num_pairs, num_query)
+            ),
+            "MoCo-v2, ours": backward(lambda q: contrastive_loss(q, key, queue, 0.2).loss),
+            "MoCHi, ours": backward(lambda q: contrastive_loss(q, key, queue, 0.2, rule).loss),
+            "two products (ceiling)": two_products,
+        },
+        baseline=BASELINE,
+        rounds=rounds,
+        device=device,
+    )
+
+
+def plain_loss(query: Tensor, key: Tensor, queue: Tensor, more: list[Tensor]) -> Tensor:
+    """InfoNCE as facebookresearch/moco moco/builder.py writes it, with more columns of logits."""
+    positive = (query * key).sum(-1, keepdim=True)
+    logits = torch.cat([positive, query @ queue.T, *more], 1) / 0.2
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
+
+
+def materialised_loss(
+    query: Tensor, key: Tensor, queue: Tensor, num_hardest: int, num_pairs: int, num_query: int
+) -> Tensor:
+    """MoCHi the usual way: gather the parents' rows, mix, normalise, multiply with the query.
+
+    What the public re-implementations do; here without their loops over queries.
+    """
+    device = query.device
+    with torch.no_grad():
+        pool = (query @ queue.T).topk(num_hardest, sorted=False).indices
+        shape = (len(query), num_pairs)
+        first, second = (pool.gather(1, torch.randint(num_hardest, shape, device=device)) for _ in range(2))
+        share = torch.rand(*shape, 1, device=device)
+        pairs = F.normalize(share * queue[first] + (1 - share) * queue[second], dim=-1)
+        third = pool.gather(1, torch.randint(num_hardest, (len(query), num_query), device=device))
+        share = 0.5 * torch.rand(len(query), num_query, 1, device=device)
+        mixes = F.normalize(share * query[:, None] + (1 - share) * queue[third], dim=-1)
+    more = [torch.einsum("bc,bsc->bs", query, synthetics) for synthetics in (pairs, mixes)]
+    return plain_loss(query, key, queue, more)

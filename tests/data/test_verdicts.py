@@ -1,0 +1,50 @@
+"""The sorted, mapped store against a plain dictionary, through merging, repeats and damage."""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+from mochi.data import verdicts
+from mochi.data.decode import Checked
+
+
+def verdict(number: int) -> tuple[bytes, Checked]:
+    sha256 = hashlib.sha256(str(number).encode()).digest()
+    return sha256, Checked("" if number % 3 else f"broken {number}", number, 2, "JPEG", "RGB", None)
+
+
+def test_store_gives_back_what_was_added(tmp_path: Path) -> None:
+    rows = [verdict(number) for number in range(300)]
+    for first in range(0, 300, 100):
+        verdicts.add(tmp_path, rows[first : first + 100])
+    verdicts.add(tmp_path, rows[50:150])  # repeats
+    verdicts.add(tmp_path, [])
+    store = verdicts.open_store(tmp_path)
+    assert len(list(verdicts.folder(tmp_path).iterdir())) == 1
+    assert all(store.get(sha256) == expected for sha256, expected in rows)
+    assert store.get(hashlib.sha256(b"unseen").digest()) is None
+    assert store.get(b"\xff" * 32) is None
+    assert pickle.loads(pickle.dumps(store)).get(rows[7][0]) == rows[7][1]  # noqa: S301 - what a worker gets
+    assert verdicts.open_store(tmp_path).path == store.path
+
+
+def test_hashes_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    rows = [(b"\x00" * 8 + bytes([n]) * 24, Checked("", n, 1, "PNG", "L", None)) for n in range(5)]
+    verdicts.add(tmp_path, rows)
+    store = verdicts.open_store(tmp_path)
+    assert [store.get(sha256) for sha256, _ in rows] == [expected for _, expected in rows]
+    assert store.get(b"\x00" * 8 + bytes([9]) * 24) is None
+
+
+def test_a_damaged_file_is_left_out(tmp_path: Path, caplog) -> None:
+    verdicts.add(tmp_path, [verdict(1)])
+    verdicts.add(tmp_path, [verdict(2)])
+    damaged = sorted(verdicts.folder(tmp_path).iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    store = verdicts.open_store(tmp_path)
+    assert sum(store.get(verdict(number)[0]) is not None for number in (1, 2)) == 1
+    assert "checked again" in caplog.text
+
+
+def test_an_empty_cache_knows_nothing(tmp_path: Path) -> None:
+    assert verdicts.open_store(tmp_path).get(b"\x00" * 32) is None

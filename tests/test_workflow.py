@@ -1,0 +1,165 @@
+"""The tiny experiment through Snakemake, as a user runs it: everything is made, then nothing is left to do,
+and a change re-runs what depends on it and no more."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("Snakefile", "mochi", "workflow", "profiles", "config")
+MOCHI = "mochi-16-24-8"
+
+
+class Project:
+    """A copy of the project, to be run and changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["timeout", "-s", "KILL", "300", sys.executable, "-m", "snakemake", "--cores", "2"]
+        command += ["--configfile", "tiny.yaml", *arguments]
+        scripts = Path(sys.executable).parent
+        environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+        return subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+        )
+
+    def jobs(self) -> dict[str, int]:
+        """Rule -> number of jobs that a dry run announces."""
+        done = self.snakemake("--dry-run")
+        assert done.returncode == 0, done.stderr
+        if "Nothing to be done" in done.stdout + done.stderr:
+            return {}
+        counts = dict(re.findall(r"^(\w+)\s+(\d+)$", done.stdout + done.stderr, re.MULTILINE))
+        return {rule: int(count) for rule, count in counts.items() if rule not in {"all", "total"}}
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        path = self.folder / file
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project with the tiny experiment finished, in a folder whose name has a space and an accent."""
+    folder = tmp_path_factory.mktemp("a clone") / "mochi é"
+    folder.mkdir()
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir() and not source.is_symlink():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name, follow_symlinks=False)
+    shutil.copy(ROOT / "tests/tiny.yaml", folder / "tiny.yaml")
+    project = Project(folder)
+    done = project.snakemake()
+    assert done.returncode == 0, done.stderr[-4000:]
+    return project
+
+
+def test_everything_is_there(project: Project) -> None:
+    results = project.folder / "results/tiny"
+    for run in ("random-init/seed0", f"{MOCHI}/seed0", f"{MOCHI}/seed1"):
+        for file in (
+            "pretrain/run.yaml",
+            "pretrain/encoder.safetensors",
+            "linear/metrics.json",
+            "knn/metrics.json",
+        ):
+            assert (results / run / file).stat().st_size > 0
+    table = pd.read_csv(results / "tables/summary.csv")
+    assert list(table.columns) == [
+        "method", "task", "metric", "mean", "std", "n", "published", "published_std", "source"
+    ]  # fmt: skip
+    row = table[(table["method"] == MOCHI) & (table["task"] == "knn")].iloc[0]
+    values = [
+        json.loads((results / f"{MOCHI}/seed{seed}/knn/metrics.json").read_text())["top1"]
+        for seed in (0, 1)
+    ]
+    assert row["n"] == 2
+    assert row["mean"] == pytest.approx(sum(values) / 2)
+    assert row["std"] == pytest.approx(pd.Series(values).std(), abs=1e-4)
+    assert f"| {MOCHI} |" in (results / "tables/summary.md").read_text()
+    for name in ("accuracy", "training", "negatives"):
+        assert (results / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((project.folder / "work").rglob("*.safetensors")), "resume checkpoints are left behind"
+    assert list((project.folder / f"logs/tiny/{MOCHI}/seed0/tensorboard").glob("events.*"))
+
+
+def test_afterwards_there_is_nothing_to_do(project: Project) -> None:
+    assert project.jobs() == {}
+    for path in [*project.folder.glob("data/*/*"), *project.folder.rglob("encoder.safetensors")]:
+        path.touch()
+    assert project.jobs() == {}, "newer files with the same bytes are no reason"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("tiny.yaml", "title:", "# a comment\ntitle:", {}),
+        ("tiny.yaml", "lr_drops: [3]", "lr_drops: [4]", {"resolve": 3, "evaluate": 3, "tables": 1, "figures": 1}),
+        ("tiny.yaml", "k: 5", "k: 4", {"resolve": 3, "evaluate": 3, "tables": 1, "figures": 1}),
+        (
+            "tiny.yaml", "num_pair_synthetics: 24, num_query_synthetics: 8, warmup_epochs: 1",
+            "num_pair_synthetics: 24, num_query_synthetics: 8, warmup_epochs: 0",
+            {"resolve": 2, "pretrain": 2, "evaluate": 4, "tables": 1, "figures": 1},
+        ),
+        ("mochi/contrast/loss.py", 'The contrastive loss over', 'A new docstring of the loss over', {}),
+        (
+            "mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4",
+            {"pretrain": 3, "evaluate": 6, "tables": 1, "figures": 1},
+        ),
+        (
+            "mochi/evaluation/knn.py", "/ temperature).exp()", "/ temperature).exp() + 0",
+            {"evaluate": 3, "tables": 1, "figures": 1},
+        ),
+        ("mochi/report/tables.py", '"top-1"', '"top1"', {"tables": 1}),
+    ],
+    ids=["comment", "probe", "knn", "method", "docstring", "formula", "vote", "table"],
+)  # fmt: skip
+def test_a_change_reruns_what_depends_on_it(
+    project: Project, file: str, old: str, new: str, expected: dict[str, int]
+) -> None:
+    path = project.folder / file
+    before = path.read_text()
+    project.edit(file, old, new)
+    try:
+        assert project.jobs() == expected
+    finally:
+        path.write_text(before)
+
+
+def test_a_mistake_is_one_line_before_anything_runs(project: Project) -> None:
+    before = (project.folder / "tiny.yaml").read_text()
+    project.edit("tiny.yaml", "queue_size:", "queue_sise:")
+    try:
+        done = project.snakemake()
+    finally:
+        (project.folder / "tiny.yaml").write_text(before)
+    assert done.returncode != 0
+    assert "pretrain.queue_sise: unknown key 'queue_sise'; did you mean 'queue_size'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_settings_on_the_command_line_are_refused(project: Project) -> None:
+    done = project.snakemake("--config", "seeds=[7]")
+    assert done.returncode != 0
+    assert "copy the experiment file, change the line there and pass it with --configfile" in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "limit"), [((), "1"), (("--resources", "gpu=2"), "2")])
+def test_gpus_are_limited_unless_told_otherwise(
+    project: Project, arguments: tuple[str, ...], limit: str
+) -> None:
+    done = project.snakemake("--dry-run", "--forceall", *arguments)
+    assert done.returncode == 0
+    assert f"gpu={limit}" in done.stderr + done.stdout or "gpu" not in done.stderr

@@ -1,5 +1,6 @@
 """Time and peak memory of alternatives, taken in turn so that a machine's moods hit all alike."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ class Measurement(NamedTuple):
 def compare(
     alternatives: Mapping[str, Callable[[], object]], *, baseline: str, rounds: int, device: torch.device
 ) -> list[Measurement]:
-    """Run every alternative once a round, after one uncounted round that also measures memory."""
+    """Run every alternative once a round, after uncounted rounds that warm up and measure memory."""
     peaks = {name: _peak(work, device) for name, work in alternatives.items()}
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
@@ -75,14 +76,17 @@ def _peak(work: Callable[[], object], device: torch.device) -> int | None:
         start = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - start
+    # Once before, so that what libraries set up at their first call is not counted.
+    work()
     try:
-        # Linux: forget the highest resident size so far (proc(5), clear_refs).
+        # Give back what the C library keeps of freed memory, then, on Linux, forget the highest resident
+        # size so far (proc(5), clear_refs).
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         start = _status("VmRSS")
         work()
         return _status("VmHWM") - start
-    except OSError:
-        work()
+    except (OSError, AttributeError):
         return None
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mochi.contrast.negatives import Rule, Synthetics
 
-# Queries whose (row, K) similarities are exponentiated together: they stay in the processor's cache.
-_SOFTMAX_CHUNK = 16
+# Queries that a processor takes at once. Fewer would read the queue too often, more would fill memory.
+_QUERY_CHUNK = 64
 
 
 class ContrastiveLoss(NamedTuple):
@@ -49,7 +49,7 @@ def contrastive_loss(
         key: (B, C) unit keys, their positives.
         queue: (K, C) unit keys, the negatives.
         temperature: tau, > 0; divides synthetic logits too.
-        rule: makes the synthetic negatives; None: plain MoCo.
+        rule: makes the synthetic negatives, called with a few queries at a time; None: plain MoCo.
         excluded: (B, K) bool, negatives to leave out of the loss and of every mix (class oracle).
 
     Source: Kalantidis et al. 2020, eq. 1 and section 3; He et al. 2020, eq. 1.
@@ -73,39 +73,22 @@ class _Contrast(torch.autograd.Function):
         rule: Rule | None,
         excluded: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See the module's docstring; `p` holds similarities first and probabilities in the end."""
-        positive = (query * key).sum(-1)  # (B,)
-        p = query @ queue.T  # (B, K)
-        if excluded is not None:
-            p.masked_fill_(excluded, -torch.inf)
-        synthetics = rule(p) if rule is not None else []
-        mixed = [synthetic.similarity(p) for synthetic in synthetics]  # (B, S) each
-
-        hardest_negative = p.amax(1)
-        hardest_synthetic = torch.full_like(positive, -torch.inf)
-        for similarity in mixed:
-            hardest_synthetic = torch.maximum(hardest_synthetic, similarity.amax(1))
-        top = torch.maximum(torch.maximum(positive, hardest_negative), hardest_synthetic)
-
-        # Softmax up to its denominator, which divides the gradient's rows in the end.
-        total = _exponentiate(p, top, temperature)
-        p_positive = ((positive - top) / temperature).exp()
-        p_mixed = [((similarity - top[:, None]) / temperature).exp() for similarity in mixed]
-        total = total + p_positive + sum(each.sum(1) for each in p_mixed)
-        loss = (total.log() + (top - positive) / temperature).mean()
-
-        if ctx.needs_input_grad[0]:
-            query_share = torch.zeros_like(positive)
-            for synthetic, p_h in zip(synthetics, p_mixed, strict=True):
-                _give_to_parents(p, synthetic, p_h)
-                if synthetic.gradient_query_weight is not None:
-                    query_share += (p_h * synthetic.gradient_query_weight).sum(1)
-            gradient = p @ queue
-            gradient += (p_positive - total)[:, None] * key
-            gradient += query_share[:, None] * query
-            ctx.save_for_backward(gradient / (total * temperature * len(query))[:, None])
+        """A GPU takes all queries at once; a processor a few, in a buffer that stays warm."""
+        size = len(query) if query.device.type != "cpu" else min(_QUERY_CHUNK, len(query))
+        buffer = query.new_empty(size, len(queue))
+        parts = []
+        for start in range(0, len(query), size):
+            rows = slice(start, start + size)
+            p = torch.mm(query[rows], queue.T, out=buffer[: len(query[rows])])
+            if excluded is not None:
+                p.masked_fill_(excluded[rows], -torch.inf)
+            parts.append(_contrast_rows(query[rows], key[rows], queue, temperature, rule, p))
+        loss, positive, hardest_negative, hardest_synthetic, gradient = map(
+            torch.cat, zip(*parts, strict=True)
+        )
+        ctx.save_for_backward(gradient.div_(temperature * len(query)))
         ctx.mark_non_differentiable(positive, hardest_negative, hardest_synthetic)
-        return loss, positive, hardest_negative, hardest_synthetic
+        return loss.mean(), positive, hardest_negative, hardest_synthetic
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -114,16 +97,39 @@ class _Contrast(torch.autograd.Function):
         return grads[0] * gradient, None, None, None, None, None
 
 
-def _exponentiate(p: Tensor, top: Tensor, temperature: float) -> Tensor:
-    """p <- exp((p - top) / tau) in place; returns the row sums (B,)."""
-    if p.device.type != "cpu":
-        return p.sub_(top[:, None]).div_(temperature).exp_().sum(1)
-    total = torch.empty_like(top)
-    for rows, shift, out in zip(
-        p.split(_SOFTMAX_CHUNK), top.split(_SOFTMAX_CHUNK), total.split(_SOFTMAX_CHUNK), strict=True
-    ):
-        torch.sum(rows.sub_(shift[:, None]).div_(temperature).exp_(), 1, out=out)
-    return total
+def _contrast_rows(
+    query: Tensor, key: Tensor, queue: Tensor, temperature: float, rule: Rule | None, p: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss of each query, its similarities, and its gradient times tau.
+
+    `p` (B, K) holds the similarities to the queue first and the probabilities in the end.
+    """
+    positive = (query * key).sum(-1)  # (B,)
+    synthetics = rule(p) if rule is not None else []
+    mixed = [synthetic.similarity(p) for synthetic in synthetics]  # (B, S) each
+
+    hardest_negative = p.amax(1)
+    hardest_synthetic = torch.full_like(positive, -torch.inf)
+    for similarity in mixed:
+        hardest_synthetic = torch.maximum(hardest_synthetic, similarity.amax(1))
+    top = torch.maximum(torch.maximum(positive, hardest_negative), hardest_synthetic)
+
+    # The softmax without its denominator, which divides the loss and the gradient's rows in the end.
+    p.sub_(top[:, None]).div_(temperature).exp_()
+    p_positive = ((positive - top) / temperature).exp()
+    p_mixed = [((similarity - top[:, None]) / temperature).exp() for similarity in mixed]
+    total = p.sum(1) + p_positive + sum(each.sum(1) for each in p_mixed)
+    loss = total.log() + (top - positive) / temperature
+
+    query_share = torch.zeros_like(positive)
+    for synthetic, p_h in zip(synthetics, p_mixed, strict=True):
+        _give_to_parents(p, synthetic, p_h)
+        if synthetic.gradient_query_weight is not None:
+            query_share += (p_h * synthetic.gradient_query_weight).sum(1)
+    gradient = p @ queue
+    gradient += (p_positive - total)[:, None] * key
+    gradient += query_share[:, None] * query
+    return loss, positive, hardest_negative, hardest_synthetic, gradient / total[:, None]
 
 
 def _give_to_parents(p: Tensor, synthetic: Synthetics, p_h: Tensor) -> None:

@@ -31,7 +31,7 @@ class Step(NamedTuple):
     key: Tensor  # (B, C) unit keys, float32
     queue: Tensor  # (K, C) the negatives the loss saw
     queue_labels: Tensor  # (K,) their classes
-    rule: Rule | None  # what mixed, for diagnosis: called again it draws the same synthetics
+    rule: Rule | None  # what mixed, for diagnosis: called again it draws more of the same kind
 
 
 class MoCo(nn.Module):
@@ -119,8 +119,9 @@ class MoCo(nn.Module):
         if mixing is None:
             return None
 
+        generator = self._generator(step, _MIXING, self.queue.keys.device)
+
         def rule(similarity: Tensor) -> list[Synthetics]:
-            generator = self._generator(step, _MIXING, similarity.device)
             pool = hardest(similarity, mixing.num_hardest, some_excluded=self.recipe.class_oracle)
             synthetics = []
             if mixing.num_pair_synthetics:

@@ -42,7 +42,9 @@ class Synthetics(NamedTuple):
 
 
 Rule = Callable[[Tensor], list[Synthetics]]
-"""Similarities (B, K) of the real negatives, -inf where excluded -> the synthetics to add."""
+"""Similarities (B, K) of the real negatives, -inf where excluded -> the synthetics to add.
+
+The loss may call it several times for one batch, with consecutive groups of its queries."""
 
 
 class Pool(NamedTuple):

@@ -211,3 +211,32 @@ def test_nothing_but_the_query_gets_a_gradient() -> None:
     contrastive_loss(F.normalize(raw.requires_grad_(), dim=-1), key, queue, 0.2, None).loss.backward()
     assert key.grad is None
     assert queue.grad is None
+
+
+def test_queries_taken_in_groups_equal_the_whole_batch() -> None:
+    """150 queries are three groups on a processor, the last one short; excluded columns follow."""
+    raw, key, queue = batch(150, 6, 40, seed=9)
+    excluded = torch.rand(150, 40, generator=torch.Generator().manual_seed(0)) < 0.2
+    similarity = (F.normalize(raw, dim=-1) @ queue.T).masked_fill(excluded, -torch.inf)
+    drawn = mochi_rule(queue, 8, 12, 12)(similarity)
+    calls: list[int] = []
+
+    def rule(rows: Tensor) -> list[Synthetics]:
+        start = sum(calls)
+        calls.append(len(rows))
+        torch.testing.assert_close(rows, similarity[start : start + len(rows)])
+        return [
+            Synthetics(*(None if each is None else each[start : start + len(rows)] for each in synthetic))
+            for synthetic in drawn
+        ]
+
+    grouped_raw, slow_raw = raw.clone().requires_grad_(), raw.clone().requires_grad_()
+    grouped = contrastive_loss(F.normalize(grouped_raw, dim=-1), key, queue, 0.2, rule, excluded)
+    grouped.loss.backward()
+    assert calls == [64, 64, 22]
+    query = F.normalize(slow_raw, dim=-1)
+    vectors = [synthetic_vectors(query.detach(), queue, each) for each in drawn]
+    slow = mochi_loss(query, key, queue, 0.2, vectors, excluded)
+    slow.backward()
+    torch.testing.assert_close(grouped.loss, slow, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grouped_raw.grad, slow_raw.grad, rtol=1e-11, atol=1e-15)

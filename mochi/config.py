@@ -566,6 +566,13 @@ def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
     for method in experiment.methods:
         for seed in method_seeds(experiment, method, origin):
             resolve(experiment, method, seed, origin)
+    for name, chosen in experiment.evaluation.detection.items():
+        where = f"{origin}: evaluation.detection.{name}"
+        for method in chosen.methods or []:
+            if method not in experiment.methods:
+                raise ConfigError(f"{where}.methods: {_did_you_mean(method, list(experiment.methods))}")
+        if not detection_runs(experiment, name):
+            raise ConfigError(f"{where}.pretrain_seeds: found {chosen.pretrain_seeds}; no method has them")
     return experiment
 
 
@@ -602,6 +609,18 @@ def method_seeds(experiment: Experiment, method: str, origin: str = "experiment"
         return _distinct_seeds(seeds)
     except ValueError as error:
         raise ConfigError(f"{origin}: methods.{method}.seeds: {error}") from None
+
+
+def detection_runs(experiment: Experiment, name: str) -> list[tuple[str, int]]:
+    """(method, seed) of the runs that a detection set is computed for, in the order of the file."""
+    chosen = experiment.evaluation.detection[name]
+    return [
+        (method, seed)
+        for method in experiment.methods
+        for seed in method_seeds(experiment, method)
+        if chosen.methods is None or method in chosen.methods
+        if chosen.pretrain_seeds is None or seed in chosen.pretrain_seeds
+    ]
 
 
 def resolve(experiment: Experiment, method: str, seed: int, origin: str = "experiment") -> Run:

@@ -15,9 +15,9 @@ from mochi.detection.scenes import _Quarry, make_scene
 CLASSES = ["astronaut", "brick", "chelsea", "coffee"]
 
 
-def data(path: Path, **changes: object) -> DetectionData:
+def data(**changes: object) -> DetectionData:
     values = {
-        "format": "voc", "path": str(path), "train": ["VOC/train"], "test": ["VOC/test"],
+        "format": "voc", "path": "unused", "train": ["VOC/train"], "test": ["VOC/test"],
         "classes": CLASSES, "rule": "11-point", "broken_objects": "fail", "empty_images": "keep",
         "scenes": PhotoScenes(image_size=64, num_train=30, num_test=12, seed=0), **changes,
     }  # fmt: skip
@@ -27,7 +27,7 @@ def data(path: Path, **changes: object) -> DetectionData:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "photo-scenes"
-    scenes.run(data(root))
+    scenes.run(data(), root)
     return root
 
 
@@ -88,7 +88,7 @@ def test_the_parts_of_the_splits_are_disjoint() -> None:
 
 
 def test_the_same_seed_makes_the_same_files(made: Path, tmp_path: Path) -> None:
-    scenes.run(data(tmp_path / "photo-scenes"))
+    scenes.run(data(), tmp_path / "photo-scenes")
     for name in (
         "annotations/instances_test.json",
         "test/test_00003.png",
@@ -97,7 +97,7 @@ def test_the_same_seed_makes_the_same_files(made: Path, tmp_path: Path) -> None:
         "scenes.json",
     ):
         assert (tmp_path / "photo-scenes" / name).read_bytes() == (made / name).read_bytes(), name
-    scenes.run(data(tmp_path / "other", scenes=PhotoScenes(image_size=64, num_train=2, num_test=2, seed=1)))
+    scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=2, num_test=2, seed=1)), tmp_path / "other")
     assert (tmp_path / "other" / "train" / "train_00000.png").read_bytes() != (
         made / "train" / "train_00000.png"
     ).read_bytes()
@@ -106,14 +106,14 @@ def test_the_same_seed_makes_the_same_files(made: Path, tmp_path: Path) -> None:
 def test_what_was_there_before_is_replaced_whole(tmp_path: Path) -> None:
     root = tmp_path / "photo-scenes"
     few = PhotoScenes(image_size=64, num_train=2, num_test=1, seed=0)
-    scenes.run(data(root, scenes=PhotoScenes(image_size=64, num_train=3, num_test=1, seed=0)))
-    scenes.run(data(root, scenes=few))
+    scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=3, num_test=1, seed=0)), root)
+    scenes.run(data(scenes=few), root)
     assert len(list((root / "train").iterdir())) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["photo-scenes"]
 
 
 def test_classes_that_are_no_photographs_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"found \['zebra'\].*astronaut"):
-        scenes.run(data(tmp_path / "x", classes=["brick", "zebra"]))
+        scenes.run(data(classes=["brick", "zebra"]), tmp_path / "x")
     with pytest.raises(ConfigError, match="no `scenes` section"):
-        scenes.run(data(tmp_path / "x", scenes=None))
+        scenes.run(data(scenes=None), tmp_path / "x")

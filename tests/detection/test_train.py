@@ -186,7 +186,7 @@ def masked_set(root: Path) -> DetectionSet:
 
 def test_masks_on_coco_scenes(tiny: Experiment, weights: Path, tmp_path: Path) -> None:
     chosen = masked_set(tmp_path / "photo-scenes")
-    scenes.run(chosen.data)
+    scenes.run(chosen.data, tmp_path / "photo-scenes")
     train.run(run_with(tiny, chosen), "few", weights, tmp_path / "out", tmp_path / "work")
     written = metrics(tmp_path / "out")
     assert {"AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75"} <= written.keys()

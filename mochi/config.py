@@ -368,7 +368,8 @@ class DetectionTraining(Section):
     and scaled to `batch_size`, so that the rate per image and the images seen stay the same."""
 
     reading: Literal["finetune", "frozen"]
-    """finetune: everything is trained (the paper's). frozen: conv1 to res4 stay as they came."""
+    """finetune: everything is trained (the paper's). frozen: conv1 to res4 keep their weights; only their
+    batch-norm statistics are taken anew on the set, for every encoder alike."""
     seeds: Annotated[list[CountOrZero], Field(min_length=1)]
     """Fine-tunings of one encoder; the table gives their mean and spread."""
     lr: Annotated[list[PositiveReal], Field(min_length=1)]
@@ -399,7 +400,8 @@ class DetectionTraining(Section):
     flip: bool
     """Half of the training images are mirrored."""
     precise_bn_batches: CountOrZero
-    """Batches over which batch-norm statistics are averaged again before evaluation; 0: none."""
+    """Batches over which batch-norm statistics are averaged again before evaluation, and, of a frozen
+    backbone, before training; 0: none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     workers: CountOrZero = 0
     """Processes that read images; 0 reads them in the training process."""

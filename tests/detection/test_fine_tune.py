@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mochi.config import ConfigError, DetectionSet, DetectionTraining
 from mochi.detection.annotations import for_training
-from mochi.detection.batches import Images
+from mochi.detection.batches import Images, collate
 from mochi.detection.fine_tune import FineTuning, FrozenBackbone, Recipe, Schedule, accumulation
 from mochi.detection.train import read_splits
 from mochi.running import distributed
@@ -27,10 +27,8 @@ def tuning(
 ) -> FineTuning:
     train, _ = read_splits(chosen.data, masks=False)
     recipe = Recipe(chosen, ENCODER, encoder_file, len(train.classes), CPU)
-    frozen = None
-    if chosen.training.reading == "frozen":
-        frozen = FrozenBackbone(recipe.detector()[0], CPU)
     images = Images(for_training(train, "keep"))
+    frozen = FrozenBackbone(recipe, images) if chosen.training.reading == "frozen" else None
     return FineTuning(recipe, images, lr, chosen.training.iterations, seed, saved, more, frozen)
 
 
@@ -74,10 +72,28 @@ def test_a_frozen_backbone_does_not_move(voc_set: Path, encoder_file: Path, tmp_
     moved = tuning(small_set(voc_set), encoder_file, tmp_path / "b")
     moved.train("finetune")
     for name in weights:
-        if not name.startswith("layer4"):
+        if not name.startswith("layer4") and not name.endswith(("running_mean", "running_var", "tracked")):
             assert torch.equal(frozen.detector.backbone.state_dict()[name], weights[name]), name
     for name in ("conv1.weight", "layer3.0.conv2.weight", "bn1.running_mean"):
         assert not torch.equal(moved.detector.backbone.state_dict()[name], weights[name]), name
+
+
+def test_a_frozen_backbone_is_normalised_on_the_set(
+    voc_set: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    """A random encoder's own statistics are 0 and 1; settled ones give its layers unit variance."""
+    training = {"reading": "frozen", "precise_bn_batches": 12, "train_sizes": [32], "flip": False}
+    run = tuning(small_set(voc_set, training=training), encoder_file, tmp_path / "x")
+    assert run._frozen is not None
+    images = torch.cat([collate(run._dataset[number], 8).images for number in range(3)])
+    seen: list[torch.Tensor] = []
+    run._frozen.module.layer2[0].bn2.register_forward_hook(
+        lambda _, __, output: seen.append(output.clone())
+    )
+    with torch.no_grad():
+        run._frozen.module(images)
+    assert seen[0].var((0, 2, 3)).mean() == pytest.approx(1, abs=0.2)
+    assert seen[0].mean((0, 2, 3)).abs().mean() < 0.15
 
 
 def test_kept_features_are_those_computed(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:

@@ -59,8 +59,11 @@ def scores(experiment: Experiment, results: Path) -> pd.DataFrame:
         for method, seed in detection_runs(experiment, name):
             folder = results / experiment.name / method / f"seed{seed}" / task
             for single in read_json(folder / "metrics.json")["fine_tunings"].values():
-                shown = [metric for metric in _DETECTION_METRICS if metric in single]
-                rows += [(method, seed, task, metric, single[metric]) for metric in shown]
+                rows += [
+                    (method, seed, task, metric, single[metric])
+                    for metric in _DETECTION_METRICS
+                    if metric in single
+                ]
     return pd.DataFrame(rows, columns=["method", "seed", "task", "metric", "value"])
 
 

@@ -22,7 +22,7 @@ reproduce: $(VENV)/.ready
 	snakemake --cores all
 
 test: $(VENV)/.ready
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	ruff format --check .

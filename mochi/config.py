@@ -368,7 +368,8 @@ class DetectionTraining(Section):
     and scaled to `batch_size`, so that the rate per image and the images seen stay the same."""
 
     reading: Literal["finetune", "frozen"]
-    """finetune: everything is trained (the paper's). frozen: conv1 to res4 stay as they came."""
+    """finetune: everything is trained (the paper's). frozen: conv1 to res4 keep their weights; only their
+    batch-norm statistics are taken anew on the set, for every encoder alike."""
     seeds: Annotated[list[CountOrZero], Field(min_length=1)]
     """Fine-tunings of one encoder; the table gives their mean and spread."""
     lr: Annotated[list[PositiveReal], Field(min_length=1)]
@@ -399,7 +400,8 @@ class DetectionTraining(Section):
     flip: bool
     """Half of the training images are mirrored."""
     precise_bn_batches: CountOrZero
-    """Batches over which batch-norm statistics are averaged again before evaluation; 0: none."""
+    """Batches over which batch-norm statistics are averaged again before evaluation, and, of a frozen
+    backbone, before training; 0: none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     workers: CountOrZero = 0
     """Processes that read images; 0 reads them in the training process."""
@@ -566,6 +568,13 @@ def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
     for method in experiment.methods:
         for seed in method_seeds(experiment, method, origin):
             resolve(experiment, method, seed, origin)
+    for name, chosen in experiment.evaluation.detection.items():
+        where = f"{origin}: evaluation.detection.{name}"
+        for method in chosen.methods or []:
+            if method not in experiment.methods:
+                raise ConfigError(f"{where}.methods: {_did_you_mean(method, list(experiment.methods))}")
+        if not detection_runs(experiment, name):
+            raise ConfigError(f"{where}.pretrain_seeds: found {chosen.pretrain_seeds}; no method has them")
     return experiment
 
 
@@ -602,6 +611,18 @@ def method_seeds(experiment: Experiment, method: str, origin: str = "experiment"
         return _distinct_seeds(seeds)
     except ValueError as error:
         raise ConfigError(f"{origin}: methods.{method}.seeds: {error}") from None
+
+
+def detection_runs(experiment: Experiment, name: str) -> list[tuple[str, int]]:
+    """(method, seed) of the runs that a detection set is computed for, in the order of the file."""
+    chosen = experiment.evaluation.detection[name]
+    return [
+        (method, seed)
+        for method in experiment.methods
+        for seed in method_seeds(experiment, method)
+        if chosen.methods is None or method in chosen.methods
+        if chosen.pretrain_seeds is None or seed in chosen.pretrain_seeds
+    ]
 
 
 def resolve(experiment: Experiment, method: str, seed: int, origin: str = "experiment") -> Run:

@@ -13,6 +13,8 @@ STAGE_MODULES = {
     "pretrain": "mochi.pretrain",
     "linear": "mochi.evaluation.linear",
     "knn": "mochi.evaluation.knn",
+    "scenes": "mochi.detection.scenes",
+    "detection": "mochi.detection.train",
     "tables": "mochi.report.tables",
     "figures": "mochi.report.figures",
 }

@@ -20,6 +20,7 @@ localrules:
     all,
     code,
     resolve,
+    runs,
     scenes,
     tables,
     figures,

@@ -218,17 +218,32 @@ def detect(
 
 @app.command()
 def tables(
-    out: OutFolder,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder that receives the tables. Default: in the results.")
+    ] = None,
     config: ConfigFile = Path("config/config.yaml"),
     results: Annotated[Path, typer.Option(help="Root of the results.")] = Path("results"),
     published: Annotated[Path, typer.Option(help="The papers' numbers.")] = Path("workflow/published.csv"),
+    explain: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="METHOD TASK", help="Print the chain behind one cell instead."),
+    ] = None,
 ) -> None:
     """Collect an experiment's results: mean, spread, number of seeds, published value."""
     from mochi.config import load_experiment
+
+    experiment = load_experiment(config)
+    if explain:
+        from mochi.report.explain import explain as trace
+
+        for line in trace(experiment, results, *explain):
+            typer.echo(line)
+        return
     from mochi.report import tables as stage
 
+    out = out or results / experiment.name / "tables"
     _prepare_process(1, out)
-    stage.run(load_experiment(config), results, published, out)
+    stage.run(experiment, results, published, out)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from hypothesis import settings
 
 from mochi.config import Experiment, load_experiment
 from mochi.data.prepare import prepare
+from tests.project import Project
 
 # Machines are noisy: a slow example is no failure.
 settings.register_profile("mochi", deadline=None, print_blob=True)
@@ -32,3 +33,15 @@ def tiny_data(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("data") / tiny.dataset.name
     prepare(tiny.dataset, folder, jobs=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project with the tiny experiment finished, in a folder whose name has a space and an accent.
+
+    Copy it before you change anything.
+    """
+    project = Project.new(tmp_path_factory.mktemp("a clone") / "mochi é")
+    done = project.snakemake()
+    assert done.returncode == 0, done.stderr[-4000:]
+    return project

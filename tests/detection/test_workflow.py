@@ -1,4 +1,4 @@
-"""Detection as a user meets it: the two commands, the jobs that Snakemake announces, and the table's rows."""
+"""Detection as a user meets it: its commands, the jobs that Snakemake announces, rows and messages."""
 
 import copy
 import json
@@ -27,7 +27,8 @@ def tiny_with_detection(**changes: Any) -> dict[str, Any]:
     data = copy.deepcopy(TINY)
     scenes = {
         "format": "voc", "path": "data/few-scenes", "train": ["VOC/train"], "test": ["VOC/test"],
-        "classes": ["brick", "coffee"], "rule": "11-point", "broken_objects": "fail", "empty_images": "keep",
+        "classes": ["brick", "coffee"], "rule": "11-point", "broken_objects": "fail",
+        "empty_images": "keep",
         "scenes": {"image_size": 64, "num_train": 6, "num_test": 3, "seed": 0},
     }  # fmt: skip
     base = small_set(Path("VOC"), data=scenes).model_dump(mode="json", exclude_none=True)
@@ -68,8 +69,9 @@ def test_the_commands(folder: Path, encoder_file: Path, monkeypatch: pytest.Monk
 
 def test_the_jobs_that_snakemake_announces(folder: Path) -> None:
     """One set for random-init alone, one for all three runs, and their scenes made once."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
-               "--configfile", str(folder / "tiny.yaml"), "--cores", "2", "--dry-run"]  # fmt: skip
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory",
+               str(folder), "--configfile", str(folder / "tiny.yaml"), "--cores", "2",
+               "--dry-run"]  # fmt: skip
     scripts = Path(sys.executable).parent
     environment = {
         **os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)
@@ -94,7 +96,8 @@ def test_the_table_takes_each_fine_tuning(folder: Path) -> None:
         }
         for task, content in (
             ("linear", {"top1": 1.0}), ("knn", {"top1": 1.0}),
-            ("detection-few", {"fine_tunings": singles}), ("detection-few-frozen", {"fine_tunings": singles}),
+            ("detection-few", {"fine_tunings": singles}),
+            ("detection-few-frozen", {"fine_tunings": singles}),
         ):  # fmt: skip
             (run / task).mkdir(parents=True)
             (run / task / "metrics.json").write_text(json.dumps(content))
@@ -108,7 +111,7 @@ def test_the_table_takes_each_fine_tuning(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ["random-int"]}, "detection.few.methods: unknown key 'random-int'; did you mean 'random-init'"),
+        ({"methods": ["random-int"]}, "few.methods: unknown key 'random-int'; did you mean 'random-init'"),
         ({"pretrain_seeds": [7]}, r"detection.few.pretrain_seeds: found \[7\]; no method has them"),
         ({"modle": {}}, "unknown key 'modle'; did you mean 'model'"),
     ],
@@ -126,7 +129,7 @@ def test_mistakes_in_a_set_are_named(changes: dict[str, Any], message: str) -> N
         ("training", {"lr_drops": [99]}, r"lr_drops: found \[99\]"),
         ("training", {"schedule": "cosine"}, "lr_drops belong to schedule step"),
         ("training", {"seeds": [1, 1]}, "seeds must be distinct"),
-        ("training", {"BASE_LR": 0.1}, "unknown key 'BASE_LR'"),
+        ("training", {"BASE_LR": 0.1}, "unknown key 'BASE_LR'; allowed: batch_size, checkpoint"),
         ("model", {"masks": True}, "masks: found true with format voc"),
         ("model", {"proposals_test": [5]}, "proposals_test"),
         ("data", {"rule": None}, "format voc needs `classes`"),

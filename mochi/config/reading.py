@@ -121,7 +121,9 @@ def _place(location: tuple[int | str, ...], roots: list[type[Section]]) -> tuple
             models = chosen
             continue
         keys.append(part)
-        beside, models = models, inside
+        known = any(part in model.model_fields for model in models)
+        # What is no field is a name of the user's own, such as a detection set's, or the mistake itself.
+        beside, models = models, inside if known else models
     return keys, sorted({name for model in beside for name in model.model_fields})
 
 

@@ -12,6 +12,7 @@ include: "workflow/rules/experiment.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/detection.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -20,6 +21,7 @@ localrules:
     code,
     resolve,
     runs,
+    scenes,
     tables,
     figures,
 

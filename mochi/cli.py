@@ -177,6 +177,46 @@ def knn(
 
 
 @app.command()
+def scenes(
+    name: Annotated[str, typer.Option("--set", help="Detection set of the experiment, with `scenes`.")],
+    out: Annotated[Path, typer.Option(help="Folder to make, for example data/photo-scenes.")],
+    config: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Make a detection set from photographs: VOC files and COCO files of the same scenes."""
+    from mochi.config import load_experiment
+    from mochi.detection import scenes as stage
+
+    sets = load_experiment(config).evaluation.detection
+    if name not in sets:
+        raise UserError(f"--set: found {name!r}; {config} has {', '.join(sets) or 'no detection sets'}")
+    _prepare_process(1, out.parent)
+    splits = stage.run(sets[name].data, out)["splits"]
+    for split, counts in splits.items():
+        typer.echo(f"{out} {split}: {counts['images']} images, {counts['objects']} objects")
+
+
+@app.command()
+def detect(
+    run: RunFile,
+    name: Annotated[str, typer.Option("--set", help="Detection set of the run.")],
+    encoder: EncoderFile,
+    out: OutFolder,
+    work: Annotated[Path, typer.Option(help="Folder of resume checkpoints, removed at the end.")],
+    threads: Threads = 1,
+    events: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
+    gpus: Gpus = None,
+) -> None:
+    """Fine-tune the encoder as a detector, several times, and judge it."""
+    _take_gpus(gpus)
+    from mochi.config import load_run
+    from mochi.detection import train as stage
+    from mochi.running.launch import local_share
+
+    _prepare_process(local_share(threads), out, work)
+    stage.run(load_run(run, f"detection-{name}"), name, encoder, out, work, events)
+
+
+@app.command()
 def tables(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder that receives the tables. Default: in the results.")

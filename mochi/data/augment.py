@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from mochi.config import Augmentation
 from mochi.data import draws
@@ -66,28 +67,47 @@ def photometric(images: Tensor, parameters: Parameters, version: str) -> Tensor:
     """Everything after crop and flip, in the order of the version; normalised, channels last.
 
     v1: greyscale, colour jitter. v2: colour jitter, greyscale, blur. (A mirrored image commutes with
-    all of them, so the flip is done with the crop.) `images` (B, 3, S, S) is overwritten.
+    all of them, so the flip is done with the crop.)
+
+    Args:
+        images: (B, 3, S, S), float32 in [0, 1], which are overwritten, or uint8.
     """
-    output = torch.empty_like(images, memory_format=torch.channels_last)
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
+    output = torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
     for rows in parts(len(images), images[0].numel(), images.device):
-        part = images[rows]
+        part = _unit(images[rows])
         if version == "v1":
             greyscale_(part, parameters.grey[rows])
         jitter_(part, parameters.jitter[rows], parameters.order[rows], parameters.factors[rows])
         if version == "v2":
             greyscale_(part, parameters.grey[rows])
             blur_(part, parameters.sigma[rows])
-        output[rows].copy_(part.sub_(mean).div_(std))
+        output[rows] = _normalized_(part)
     return output
 
 
 def normalize(images: Tensor) -> Tensor:
-    """(B, 3, S, S) in [0, 1] -> ImageNet mean 0 and deviation 1, channels last."""
+    """(B, 3, S, S), in [0, 1] or uint8 -> ImageNet mean 0 and deviation 1, channels last."""
+    output = torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
+    for rows in parts(len(images), images[0].numel(), images.device):
+        output[rows] = _normalized_(_unit(images[rows]))
+    return output
+
+
+def _unit(images: Tensor) -> Tensor:
+    """float32 in [0, 1], contiguous; float images as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    return (
+        torch.empty_like(images, dtype=torch.float32, memory_format=torch.contiguous_format)
+        .copy_(images)
+        .div_(255)
+    )
+
+
+def _normalized_(images: Tensor) -> Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    return images.sub_(mean).div_(std)
 
 
 def grey_of(images: Tensor) -> Tensor:
@@ -113,16 +133,19 @@ def jitter_(
     """
     for position in range(4):
         operation = np.where(chosen, order[:, position], -1)  # (B,)
-        f = np.take_along_axis(factors, order[:, position : position + 1], axis=1)[:, 0]
-        f = np.where((operation >= 0) & (operation < 3), f, 1.0)
-        by_mean = np.where(operation == 1, 1 - f, 0.0)
-        by_grey = np.where(operation == 2, 1 - f, 0.0)
-        scalars = torch.from_numpy(np.stack([f, by_mean, by_grey]).astype(np.float32))
-        gain, mean_gain, grey_gain = scalars.to(images.device)[:, :, None, None, None]  # (B, 1, 1, 1)
-        grey = grey_of(images)
-        mean = grey.mean(dim=(2, 3), keepdim=True)
-        anchor = grey.mul_(grey_gain).add_(mean * mean_gain)
-        images.mul_(gain).add_(anchor).clamp_(0, 1)
+        blended = (operation >= 0) & (operation < 3)
+        if blended.any():
+            f = np.where(blended, factors[np.arange(len(operation)), order[:, position]], 1.0)
+            by_mean = np.where(operation == 1, 1 - f, 0.0)
+            by_grey = np.where(operation == 2, 1 - f, 0.0)
+            scalars = torch.from_numpy(np.stack([f, by_mean, by_grey]).astype(np.float32))
+            gain, mean_gain, grey_gain = scalars.to(images.device)[:, :, None, None, None]  # (B, 1, 1, 1)
+            if by_mean.any() or by_grey.any():
+                grey = grey_of(images)
+                mean = grey.mean(dim=(2, 3), keepdim=True)
+                images.mul_(gain).add_(grey.mul_(grey_gain).add_(mean * mean_gain)).clamp_(0, 1)
+            else:
+                images.mul_(gain).clamp_(0, 1)
         rows = _rows(operation == 3, images.device)
         if len(rows):
             images[rows] = rotate_hue(images[rows], factors[operation == 3, 3])
@@ -131,51 +154,63 @@ def jitter_(
 def rotate_hue(images: Tensor, turns: NDArray[np.float64]) -> Tensor:
     """Turn the hue of each image by `turns` (B,) of the whole circle, value and saturation kept.
 
-    HSV without S: with M the largest and d the spread of the channels, channel c of hue h is
-    M - d clamp(2 - |wrap(h + offset_c)|, 0, 1), hue counted in sixths of the circle.
+    HSV without S and V: with m the smallest channel and d the spread of the channels, a channel of hue h
+    (in sixths of the circle) is m + d c, where c = clamp(|h - 3| - 1, 0, 1) for red and
+    clamp(2 - |h - 2|, 0, 1), clamp(2 - |h - 4|, 0, 1) for green and blue.
     """
-    largest, smallest = images.amax(1, keepdim=True), images.amin(1, keepdim=True)  # (B, 1, H, W)
+    red, green, blue = images.tensor_split(3, dim=1)  # (B, 1, H, W)
+    largest = torch.maximum(torch.maximum(red, green), blue)
+    smallest = torch.minimum(torch.minimum(red, green), blue)
     spread = largest - smallest
-    red, green, blue = images.tensor_split(3, dim=1)
     per_spread = spread.clamp(min=1e-8).reciprocal_()
     hue = torch.where(
         red == largest,
-        (green - blue) * per_spread,
-        torch.where(green == largest, (blue - red) * per_spread + 2, (red - green) * per_spread + 4),
+        (green - blue).mul_(per_spread),
+        torch.where(
+            green == largest,
+            (blue - red).mul_(per_spread).add_(2),
+            (red - green).mul_(per_spread).add_(4),
+        ),
     )
-    shift = torch.from_numpy((6 * turns).astype(np.float32)).to(images.device)
-    offsets = torch.tensor([3.0, 1.0, -1.0], device=images.device)[:, None, None]
-    angle = hue.add_(shift[:, None, None, None]) + offsets  # (B, 3, H, W)
-    angle -= (angle / 6).round_().mul_(6)
-    return largest - angle.abs_().neg_().add_(2).clamp_(0, 1).mul_(spread)
+    hue += torch.from_numpy((6 * turns).astype(np.float32)).to(images.device)[:, None, None, None]
+    hue -= (hue / 6).floor_().mul_(6)
+    output = torch.empty_like(images)
+    for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
+        share = (hue - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
+        torch.addcmul(smallest, spread, share, out=output[:, channel : channel + 1])
+    return output
 
 
 def blur_(images: Tensor, sigma: NDArray[np.float64]) -> None:
     """Gaussian blur of the images whose sigma is above 0, in place, border reflected.
 
-    As in `crops.crop_resize`, one matrix from each side; 13 taps as in torchvision's kernel_size=13.
+    13 taps, as torchvision's kernel_size=13; one direction after the other, two taps at a time.
     """
     rows = _rows(sigma > 0, images.device)
     if len(rows) == 0:
         return
-    blurred = torch.from_numpy(sigma[sigma > 0].astype(np.float32)).to(images.device)
-    down, across = (_blurring(blurred, side)[:, None] for side in images.shape[2:])
-    images[rows] = down @ (images[rows] @ across.mT)
+    deviations = torch.from_numpy(sigma[sigma > 0].astype(np.float32)).to(images.device)
+    blurred = images[rows]
+    for axis in (2, 3):
+        blurred = _blurred(blurred, deviations, axis)
+    images[rows] = blurred
 
 
-def _blurring(sigma: Tensor, side: int) -> Tensor:
-    """(B, side, side) matrices of the one-dimensional blur, reflection at the border included."""
+def _blurred(images: Tensor, sigma: Tensor, axis: int) -> Tensor:
+    """(B, 3, H, W) blurred along one axis."""
+    side = images.shape[axis]
     radius = min(_BLUR_RADIUS, side - 1)
-    taps = torch.arange(-radius, radius + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)  # (B, taps)
-    kernel /= kernel.sum(dim=1, keepdim=True)
-    target = torch.arange(side, device=sigma.device)[:, None].expand(side, len(taps))
-    source = (target + taps).abs()
-    source = torch.where(source > side - 1, 2 * (side - 1) - source, source)
-    matrix = sigma.new_zeros(len(sigma), side * side)
-    places = (target * side + source).reshape(1, -1).expand(len(sigma), -1)
-    matrix.scatter_add_(1, places, kernel.repeat(1, side))
-    return matrix.view(-1, side, side)
+    distance = torch.arange(radius + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)  # (B, taps)
+    kernel = (kernel / (kernel[:, :1] + 2 * kernel[:, 1:].sum(1, keepdim=True))).T[:, :, None, None, None]
+    padding = (radius, radius, 0, 0) if axis == 3 else (0, 0, radius, radius)
+    padded = F.pad(images, padding, mode="reflect")
+    output = images * kernel[0]
+    for tap in range(1, radius + 1):
+        before = padded.narrow(axis, radius - tap, side)
+        after = padded.narrow(axis, radius + tap, side)
+        output.addcmul_(before + after, kernel[tap])
+    return output
 
 
 def _rows(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mochi.data import decode, verdicts
@@ -108,7 +108,10 @@ def _judge_one(row: int, blob: Blob, known: Verdicts, keep_bytes: bool) -> Scann
         return Scanned(row, -1, b"", decode.Checked(reason, 0, 0, "", "", None), b"")
     sha256 = hashlib.sha256(data).digest()
     verdict = known.get(sha256) or decode.check(data)
-    stored = b"" if verdict.reason or not keep_bytes else verdict.encoded or data
+    if not keep_bytes:
+        bare = verdict if verdict.encoded is None else replace(verdict, encoded=b"")
+        return Scanned(row, len(data), sha256, bare, b"")
+    stored = b"" if verdict.reason else verdict.encoded or data
     return Scanned(row, len(data), sha256, verdict, stored)
 
 

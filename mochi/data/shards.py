@@ -1,7 +1,7 @@
 """The on-disk contract: a folder with manifest.json, arrays and memory-mapped shards.
 
     manifest.json            what it is, where from, counts, classes, sha256 of every file
-    <split>-index.arrow      a row an image: label (-1 unlabelled), path in the source, sha256
+    <split>-index.arrow      a row an image: label (-1 unlabelled), path in the source, sha256, size
     <split>-images.npy       uint8 (N, H, W, 3), when all images are small and of one size; otherwise
     <split>-images-0000.arrow ...  the encoded bytes (JPEG or PNG) of upright RGB images
 
@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 
 from mochi.data.decode import open_image
 from mochi.errors import UserError
@@ -61,6 +60,18 @@ class StoredSplit:
         return np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 32)
 
     @cached_property
+    def heights(self) -> NDArray[np.int32]:
+        """(N,) pixels; a view of the file."""
+        sides: NDArray[np.int32] = self._index["height"].combine_chunks().to_numpy()
+        return sides
+
+    @cached_property
+    def widths(self) -> NDArray[np.int32]:
+        """(N,) pixels; a view of the file."""
+        sides: NDArray[np.int32] = self._index["width"].combine_chunks().to_numpy()
+        return sides
+
+    @cached_property
     def labelled(self) -> NDArray[np.int64]:
         """Rows that carry a label."""
         return np.flatnonzero(self.labels != UNLABELLED)
@@ -90,11 +101,11 @@ class StoredSplit:
         if self.pixels is not None:
             picture: NDArray[np.uint8] = self.pixels[row]
             return picture
-        return np.asarray(self.decode(row))
+        return np.asarray(open_image(self.encoded(row)).convert("RGB"))
 
-    def decode(self, row: int) -> Image.Image:
-        """The image as Pillow's RGB, for splits stored encoded."""
-        return open_image(self._encoded[row].as_buffer()).convert("RGB")
+    def encoded(self, row: int) -> pa.Buffer:
+        """The bytes of a JPEG or PNG, a view of the file, for splits stored encoded."""
+        return self._encoded[row].as_buffer()
 
 
 class StoredDataset:
@@ -160,19 +171,30 @@ def read_arrow(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-INDEX_SCHEMA = pa.schema([("label", pa.int64()), ("path", pa.string()), ("sha256", pa.binary(32))])
+INDEX_SCHEMA = pa.schema(
+    [
+        ("label", pa.int64()),
+        ("path", pa.string()),
+        ("sha256", pa.binary(32)),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+    ]
+)
 IMAGE_SCHEMA = pa.schema([("image", pa.binary())])
 _BATCH_BYTES = 64 << 20
 """A record batch is held in memory while it is written; binary offsets allow at most 2 GiB."""
 
 
-def write_index(file: BinaryIO, labels: NDArray[np.int64], paths: list[str], hashes: bytes) -> None:
+def write_index(
+    file: BinaryIO, labels: NDArray[np.int64], paths: list[str], hashes: bytes, sizes: NDArray[np.int32]
+) -> None:
     """The index of a split, as one record batch, so that a column is one view of the file.
 
-    `hashes` holds 32 bytes a row.
+    `hashes` holds 32 bytes a row; `sizes` (N, 2) is height and width.
     """
     sha256 = pa.Array.from_buffers(pa.binary(32), len(paths), [None, pa.py_buffer(hashes)])
-    columns = [pa.array(labels), pa.array(paths, pa.string()), sha256]
+    height, width = (pa.array(np.ascontiguousarray(side)) for side in sizes.T)
+    columns = [pa.array(labels), pa.array(paths, pa.string()), sha256, height, width]
     with pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
         writer.write_batch(pa.record_batch(columns, schema=INDEX_SCHEMA))
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ class Stored:
     """Rows of the source that are stored, in order."""
     hashes: bytearray = field(default_factory=bytearray)
     """32 bytes a kept row."""
-    sizes: set[tuple[int, int]] = field(default_factory=set)
+    sizes: "array[int]" = field(default_factory=lambda: array("i"))
+    """Height and width of each kept row, one after the other."""
     reencoded: int = 0
     unreadable: list[tuple[str, int, str]] = field(default_factory=list)
     """(path, bytes, reason)."""
@@ -42,7 +44,8 @@ class Stored:
 
 def store_arrays(out: Path, name: str, split: ArraySplit) -> Stored:
     """Images that are pixels already."""
-    stored = Stored("pixels", kept=list(range(len(split.paths))))
+    count, height, width, _ = split.shape
+    stored = Stored("pixels", kept=list(range(count)), sizes=array("i", [height, width]) * count)
 
     def hashed() -> Iterator[NDArray[np.uint8]]:
         for block in split.blocks():
@@ -72,10 +75,8 @@ def store_files(
         encoded = [out / file["file"] for file in stored.files]
         entry = {"count": len(stored.kept), "storage": "encoded", "shards": stored.files}
         reader = shards.StoredSplit(out, name, entry)
-        (width, height), count = next(iter(stored.sizes)), len(stored.kept)
-        blocks = (
-            np.stack([np.asarray(reader.decode(row)) for row in rows]) for rows in in_batches(count, 1024)
-        )
+        (height, width), count = stored.sizes[:2], len(stored.kept)
+        blocks = (np.stack([reader.image(row) for row in rows]) for rows in in_batches(count, 1024))
         stored.storage = "pixels"
         stored.files = [_write_pixels(out / f"{name}-images.npy", blocks, (count, height, width, 3))]
         for path in encoded:
@@ -98,7 +99,8 @@ def finish(
     labels = split.labels[stored.kept]
     paths = [as_text(split.paths[row]) for row in stored.kept]
     with _hashed_file(out / f"{name}-index.arrow") as (file, description):
-        shards.write_index(file, labels, paths, bytes(stored.hashes))
+        sizes = np.array(stored.sizes, dtype=np.int32).reshape(-1, 2)
+        shards.write_index(file, labels, paths, bytes(stored.hashes), sizes)
     files = [*stored.files, description]
     for path in out.glob(f"{name}-images*"):
         if path.name not in {file["file"] for file in files}:
@@ -128,16 +130,18 @@ def _readable(split: FileSplit, results: Iterator[Scanned], stored: Stored) -> I
             continue
         stored.kept.append(result.row)
         stored.hashes += result.sha256
-        stored.sizes.add((verdict.width, verdict.height))
+        stored.sizes.extend((verdict.height, verdict.width))
         stored.reencoded += verdict.encoded is not None
         yield result.stored
 
 
 def _is_small(stored: Stored) -> bool:
-    if len(stored.sizes) != 1:
+    sizes = np.unique(np.array(stored.sizes).reshape(-1, 2), axis=0)
+    if len(sizes) != 1:
         return False
-    width, height = next(iter(stored.sizes))
-    return max(width, height) <= SMALL_SIDE and 3 * width * height * len(stored.kept) <= SMALL_BYTES
+    height, width = sizes[0].tolist()
+    total = 3 * height * width * len(stored.kept)
+    return bool(max(height, width) <= SMALL_SIDE and total <= SMALL_BYTES)
 
 
 def _write_pixels(

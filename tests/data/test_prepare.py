@@ -57,7 +57,7 @@ def test_shards_are_bounded_and_random_access_crosses_them(tree: Path, tmp_path:
     assert max(file["bytes"] for file in shards) < 5000 + 3000 + 1000
     split = open_dataset(out).split("train")
     for row in (17, 0, 9):
-        assert split._encoded[row].as_py() == (tree / split.path(row)).read_bytes()
+        assert split.encoded(row).to_pybytes() == (tree / split.path(row)).read_bytes()
 
 
 def test_small_images_of_one_size_become_one_array(picture: Picture, tmp_path: Path) -> None:

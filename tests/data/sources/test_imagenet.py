@@ -97,7 +97,8 @@ def write_tree(root: Path, jpegs: dict[str, bytes], flat_val: str | None = None)
 def rows(dataset: StoredDataset, split: str) -> list[tuple[str, bytes]]:
     stored = dataset.split(split)
     return sorted(
-        (dataset.classes[stored.labels[row]], stored._encoded[row].as_py()) for row in range(len(stored))
+        (dataset.classes[stored.labels[row]], stored.encoded(row).to_pybytes())
+        for row in range(len(stored))
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mochi.config import EVALUATIONS, Experiment, load_experiment, method_seeds
+from mochi.config import EVALUATIONS, Experiment, detection_runs, load_experiment, method_seeds
 from mochi.errors import UserError
 from mochi.running.atomic import write_text
 
@@ -43,6 +43,8 @@ def pipeline(experiment: Experiment, config: Path) -> dict[str, Any]:
         "runs": stages.settings(),
         "pretrain": stages.pretrain(),
         **{task: stages.evaluate(task) for task in stages.tasks},
+        **stages.scenes(),
+        **{f"detection-{name}": stages.detect(name) for name in experiment.evaluation.detection},
         "tables": stages.tables(),
         "figures": stages.figures(),
     }
@@ -95,7 +97,7 @@ def record(config: Path) -> Path:
             f"run `snakemake --cores all {' '.join(chosen)}`. Snakemake says:\n{shown[-2000:]}"
         )
     path = place(experiment, config)
-    _write(path, pipeline(experiment, config))
+    write(path, pipeline(experiment, config))
     _call("dvc", "commit", "--force", str(path))
     if config != DEFAULT_CONFIG:
         _record_memory()
@@ -106,7 +108,7 @@ def _record_memory() -> None:
     """Snakemake's memory of all experiments is one folder; the default experiment's dvc.yaml keeps it."""
     default = place(load_experiment(DEFAULT_CONFIG), DEFAULT_CONFIG)
     if not default.exists():
-        _write(default, {"stages": {"provenance": _provenance()}})
+        write(default, {"stages": {"provenance": _provenance()}})
     _call("dvc", "commit", "--force", "provenance")
 
 
@@ -119,7 +121,8 @@ def _provenance(*after: str) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a dvc.yaml whole, with a word on where it comes from."""
     write_text(path, _HEADER + yaml.dump(content, Dumper=_Plain, sort_keys=False, width=1000))
 
 
@@ -152,6 +155,11 @@ class _Stages:
             for method in experiment.methods
             for seed in method_seeds(experiment, method)
         ]
+        self._detection = experiment.evaluation.detection
+        self._detected = {
+            name: [f"{method}/seed{seed}" for method, seed in detection_runs(experiment, name)]
+            for name in self._detection
+        }
         self.tasks = [task for task in EVALUATIONS if getattr(experiment.evaluation, task)]
 
     def code(self) -> dict[str, Any]:
@@ -168,6 +176,7 @@ class _Stages:
     def settings(self) -> dict[str, Any]:
         """The settings of every run and stage, from the experiment file: its values, not its comments."""
         files = [file for stage in ("pretrain", *self.tasks) for file in self._each(f"{stage}/run.yaml")]
+        files += self._each_detection("run.yaml")
         return {
             "cmd": self._make("runs"),
             "params": [{self._config: None}],
@@ -197,6 +206,42 @@ class _Stages:
             "params": [{f"{run}/{task}/run.yaml": None}, self._digest(task)],
             "outs": [{f"{run}/{task}/provenance.json": _IN_GIT}],
             "metrics": [{f"{run}/{task}/metrics.json": _IN_GIT}],
+        }
+
+    def scenes(self) -> dict[str, Any]:
+        """A stage for each folder of made scenes; sets may share one."""
+        made = {chosen.data.path: name for name, chosen in self._detection.items() if chosen.data.scenes}
+        return {
+            f"scenes-{Path(folder).name}": {
+                "cmd": self._make(f"{folder}/scenes.json"),
+                "params": [
+                    {
+                        self._config: [
+                            f"evaluation.detection.{name}.data.scenes",
+                            f"evaluation.detection.{name}.data.classes",
+                        ]
+                    },
+                    self._digest("scenes"),
+                ],
+                "outs": [{folder: _IN_CACHE}],
+            }
+            for folder, name in made.items()
+        }
+
+    def detect(self, name: str) -> dict[str, Any]:
+        run = f"{self._home}/${{item.run}}"
+        folder = f"{run}/detection-{name}"
+        small = ("detections.png", "precision_recall.csv", "precision_recall.png", "provenance.json")
+        return {
+            "matrix": {"run": self._detected[name]},
+            "cmd": self._make(f"{folder}/metrics.json"),
+            "deps": [
+                *self._detection[name].data.annotation_files(),
+                f"{run}/pretrain/encoder.safetensors",
+            ],
+            "params": [{f"{folder}/run.yaml": None}, self._digest("detection")],
+            "outs": [{f"{folder}/{file}": _IN_GIT} for file in small],
+            "metrics": [{f"{folder}/metrics.json": _IN_GIT}],
         }
 
     def tables(self) -> dict[str, Any]:
@@ -229,7 +274,15 @@ class _Stages:
         return {f"{self._home}/tables/summary.csv": bars}
 
     def _metrics(self) -> list[str]:
-        return [path for task in self.tasks for path in self._each(f"{task}/metrics.json")]
+        frozen = [path for task in self.tasks for path in self._each(f"{task}/metrics.json")]
+        return frozen + self._each_detection("metrics.json")
+
+    def _each_detection(self, file: str) -> list[str]:
+        return [
+            f"{self._home}/{run}/detection-{name}/{file}"
+            for name, runs in self._detected.items()
+            for run in runs
+        ]
 
     def _make(self, *targets: str) -> str:
         return f"snakemake {' '.join(targets)}{self._options}"

@@ -1,5 +1,7 @@
 """Settings of every test, and the tiny experiment with its data."""
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
     Copy it before you change anything.
     """
-    project = Project.new(tmp_path_factory.mktemp("a clone") / "mochi é")
-    done = project.snakemake()
-    assert done.returncode == 0, done.stderr[-4000:]
-    return project
+    # The workers of one test run share it: the first makes it, the others wait.
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "a clone" / "mochi é"
+    with (shared / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            project = Project.new(folder)
+            done = project.snakemake()
+            assert done.returncode == 0, done.stderr[-4000:]
+    return Project(folder)

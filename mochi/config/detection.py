@@ -41,6 +41,16 @@ class DetectionData(Section):
     scenes: PhotoScenes | None = None
     """Present: `path` is written by the pipeline itself."""
 
+    def annotation_files(self) -> list[str]:
+        """What says that the set is there: of scenes their record, else the lists of images."""
+        if self.scenes:
+            return [f"{self.path}/scenes.json"]
+        splits = [*self.train, *self.test]
+        if self.format == "coco":
+            return [f"{self.path}/annotations/instances_{split}.json" for split in splits]
+        halves = [split.rpartition("/") for split in splits]
+        return [f"{self.path}/{folder}/ImageSets/Main/{name}.txt" for folder, _, name in halves]
+
     @model_validator(mode="after")
     def _voc_says_more(self) -> Self:
         if self.format == "voc" and (self.classes is None or self.rule is None):

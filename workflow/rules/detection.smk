@@ -13,20 +13,6 @@ SCENES = {
 }
 
 
-def annotations_of(wildcards):
-    """What says that a set's images are there."""
-    data = DETECTION[wildcards.set].data
-    if data.scenes:
-        return f"{data.path}/scenes.json"
-    splits = [*data.train, *data.test]
-    if data.format == "coco":
-        return [f"{data.path}/annotations/instances_{split}.json" for split in splits]
-    halves = [split.rpartition("/") for split in splits]
-    return [
-        f"{data.path}/{folder}/ImageSets/Main/{name}.txt" for folder, _, name in halves
-    ]
-
-
 rule scenes:
     input:
         config=ancient(CONFIG),
@@ -53,7 +39,7 @@ rule detect:
     input:
         run=RUN + "/detection-{set}/run.yaml",
         encoder=RUN + "/pretrain/encoder.safetensors",
-        annotations=annotations_of,
+        annotations=lambda wildcards: DETECTION[wildcards.set].data.annotation_files(),
     output:
         multiext(
             RUN + "/detection-{set}/",
@@ -82,3 +68,17 @@ rule detect:
         "python -m mochi detect --run {input.run:q} --set {wildcards.set:q} --encoder {input.encoder:q}"
         " --out {params.out:q} --work {params.work:q} --events {params.events:q} --threads {threads}"
         " --gpus {resources.gpu} 2>&1 | tee {log:q}"
+
+
+# `snakemake runs`: the settings of every stage of every run, and nothing computed.
+rule runs:
+    input:
+        [
+            settings
+            for stage in ("pretrain", *EVALUATIONS)
+            for settings in of_every_run(RUN + f"/{stage}/run.yaml")
+        ],
+        [
+            metrics.replace("metrics.json", "run.yaml")
+            for metrics in sum(DETECTED.values(), [])
+        ],

@@ -29,13 +29,3 @@ rule evaluate:
         "python -m mochi {wildcards.task} --run {input.run:q} --data {params.data:q}"
         " --encoder {input.encoder:q} --out {params.out:q} --threads {threads}"
         " --workers $(( {threads} - 1 )) --gpus {resources.gpu} 2>&1 | tee {log:q}"
-
-
-# `snakemake runs`: the settings of every stage of every run, and nothing computed.
-rule runs:
-    input:
-        [
-            settings
-            for stage in ("pretrain", *EVALUATIONS)
-            for settings in of_every_run(RUN + f"/{stage}/run.yaml")
-        ],

@@ -48,7 +48,7 @@ def scores(experiment: Experiment, results: Path) -> pd.DataFrame:
 
     A detection set has one row for each fine-tuning: its spread is over those (MoCHi section 4.2).
     """
-    rows = []
+    rows: list[tuple[str, int, str, str, Any]] = []
     for method, seed, folder in runs(experiment, results):
         for task in tasks(experiment):
             metrics = read_json(folder / task / "metrics.json")

@@ -4,10 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help reproduce test lint lock
+CONFIG ?= config/config.yaml
+
+.PHONY: help reproduce record test lint lock
 
 help:
 	@echo "make reproduce   environment from the lock, then the embedded experiment, end to end"
+	@echo "make record      a finished experiment into DVC: dvc.yaml, dvc.lock, cache (CONFIG=...)"
 	@echo "make test        environment, then the whole test suite"
 	@echo "make lint        environment, then format, lint, types and import rules"
 	@echo "make lock        resolve requirements.lock again from pyproject.toml"
@@ -20,6 +23,9 @@ $(VENV)/.ready: requirements.lock
 
 reproduce: $(VENV)/.ready
 	snakemake --cores all
+
+record: $(VENV)/.ready
+	python -m mochi record --config $(CONFIG)
 
 test: $(VENV)/.ready
 	python -m pytest --numprocesses 2 --dist loadfile

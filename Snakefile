@@ -12,6 +12,7 @@ include: "workflow/rules/experiment.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/detection.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -19,6 +20,8 @@ localrules:
     all,
     code,
     resolve,
+    runs,
+    scenes,
     tables,
     figures,
 

@@ -177,18 +177,73 @@ def knn(
 
 
 @app.command()
-def tables(
+def scenes(
+    name: Annotated[str, typer.Option("--set", help="Detection set of the experiment, with `scenes`.")],
+    out: Annotated[Path, typer.Option(help="Folder to make, for example data/photo-scenes.")],
+    config: ConfigFile = Path("config/config.yaml"),
+) -> None:
+    """Make a detection set from photographs: VOC files and COCO files of the same scenes."""
+    from mochi.config import load_experiment
+    from mochi.detection import scenes as stage
+
+    sets = load_experiment(config).evaluation.detection
+    if name not in sets:
+        raise UserError(f"--set: found {name!r}; {config} has {', '.join(sets) or 'no detection sets'}")
+    _prepare_process(1, out.parent)
+    splits = stage.run(sets[name].data, out)["splits"]
+    for split, counts in splits.items():
+        typer.echo(f"{out} {split}: {counts['images']} images, {counts['objects']} objects")
+
+
+@app.command()
+def detect(
+    run: RunFile,
+    name: Annotated[str, typer.Option("--set", help="Detection set of the run.")],
+    encoder: EncoderFile,
     out: OutFolder,
+    work: Annotated[Path, typer.Option(help="Folder of resume checkpoints, removed at the end.")],
+    threads: Threads = 1,
+    events: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
+    gpus: Gpus = None,
+) -> None:
+    """Fine-tune the encoder as a detector, several times, and judge it."""
+    _take_gpus(gpus)
+    from mochi.config import load_run
+    from mochi.detection import train as stage
+    from mochi.running.launch import local_share
+
+    _prepare_process(local_share(threads), out, work)
+    stage.run(load_run(run, f"detection-{name}"), name, encoder, out, work, events)
+
+
+@app.command()
+def tables(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder that receives the tables. Default: in the results.")
+    ] = None,
     config: ConfigFile = Path("config/config.yaml"),
     results: Annotated[Path, typer.Option(help="Root of the results.")] = Path("results"),
     published: Annotated[Path, typer.Option(help="The papers' numbers.")] = Path("workflow/published.csv"),
+    explain: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="METHOD TASK", help="Print the chain behind one cell instead."),
+    ] = None,
 ) -> None:
     """Collect an experiment's results: mean, spread, number of seeds, published value."""
     from mochi.config import load_experiment
+
+    experiment = load_experiment(config)
+    if explain:
+        from mochi.report.explain import explain as trace
+
+        for line in trace(experiment, results, *explain):
+            typer.echo(line)
+        return
     from mochi.report import tables as stage
 
+    out = out or results / experiment.name / "tables"
     _prepare_process(1, out)
-    stage.run(load_experiment(config), results, published, out)
+    stage.run(experiment, results, published, out)
 
 
 @app.command()

@@ -7,12 +7,13 @@ the files it reads. A test compares the two graphs edge by edge.
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mochi.config import Experiment, load_experiment, method_seeds
+from mochi.config import EVALUATIONS, Experiment, detection_runs, load_experiment, method_seeds
 from mochi.errors import UserError
 from mochi.running.atomic import write_text
 
@@ -38,24 +39,44 @@ def pipeline(experiment: Experiment, config: Path) -> dict[str, Any]:
     stages = _Stages(experiment, config)
     described = {
         "code": stages.code(),
-        "prepare": stages.prepare(),
-        "resolve": stages.resolve(),
+        **({} if _kept_elsewhere(experiment, config) else {"prepare": stages.prepare()}),
+        "runs": stages.settings(),
         "pretrain": stages.pretrain(),
         **{task: stages.evaluate(task) for task in stages.tasks},
+        **stages.scenes(),
+        **{f"detection-{name}": stages.detect(name) for name in experiment.evaluation.detection},
         "tables": stages.tables(),
         "figures": stages.figures(),
     }
     if config == DEFAULT_CONFIG:
-        described["provenance"] = stages.provenance()
+        described["provenance"] = _provenance(*stages.last_results())
+        root = "."
     else:
         root = "/".join([".."] * len(place(experiment, config).parent.parts))
         described = {name: {"wdir": root, **stage} for name, stage in described.items()}
-    return {"vars": [{"runs": stages.runs}], "stages": described, "plots": stages.plots()}
+    return {
+        "vars": [{"runs": stages.runs}],
+        "stages": described,
+        "plots": [{f"{root}/{path}".removeprefix("./"): look} for path, look in stages.plots().items()],
+    }
 
 
 def place(experiment: Experiment, config: Path) -> Path:
     """Where the experiment's dvc.yaml stands: the default one at the top, others beside their results."""
     return Path("dvc.yaml") if config == DEFAULT_CONFIG else Path("results", experiment.name, "dvc.yaml")
+
+
+def _kept_elsewhere(experiment: Experiment, config: Path) -> bool:
+    """Whether another experiment's dvc.yaml has the data set already: DVC lets a file have one stage."""
+    own = place(experiment, config)
+    others = [
+        path for path in (Path("dvc.yaml"), *sorted(Path("results").glob("*/dvc.yaml"))) if path != own
+    ]
+    for path in filter(Path.exists, others):
+        prepare = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"].get("prepare", {"outs": []})
+        if any(f"data/{experiment.dataset.name}" in out for out in prepare["outs"]):
+            return True
+    return False
 
 
 def record(config: Path) -> Path:
@@ -76,13 +97,40 @@ def record(config: Path) -> Path:
             f"run `snakemake --cores all {' '.join(chosen)}`. Snakemake says:\n{shown[-2000:]}"
         )
     path = place(experiment, config)
-    text = yaml.safe_dump(pipeline(experiment, config), sort_keys=False, width=1000)
-    write_text(path, _HEADER + text)
+    write(path, pipeline(experiment, config))
     _call("dvc", "commit", "--force", str(path))
     if config != DEFAULT_CONFIG:
-        # Snakemake's memory of all experiments is one folder, stored by the default experiment's stage.
-        _call("dvc", "commit", "--force", "provenance")
+        _record_memory()
     return path
+
+
+def _record_memory() -> None:
+    """Snakemake's memory of all experiments is one folder; the default experiment's dvc.yaml keeps it."""
+    default = place(load_experiment(DEFAULT_CONFIG), DEFAULT_CONFIG)
+    if not default.exists():
+        write(default, {"stages": {"provenance": _provenance()}})
+    _call("dvc", "commit", "--force", "provenance")
+
+
+def _provenance(*after: str) -> dict[str, Any]:
+    """Last of all: what Snakemake knows of how each file was made. A clone without it would start again."""
+    return {
+        "cmd": "snakemake --dry-run --quiet",
+        **({"deps": list(after)} if after else {}),
+        "outs": [{".snakemake/metadata": _IN_CACHE}],
+    }
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a dvc.yaml whole, with a word on where it comes from."""
+    write_text(path, _HEADER + yaml.dump(content, Dumper=_Plain, sort_keys=False, width=1000))
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors, which repeated values get otherwise."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
 
 
 def _call(tool: str, *arguments: str) -> str:
@@ -107,7 +155,12 @@ class _Stages:
             for method in experiment.methods
             for seed in method_seeds(experiment, method)
         ]
-        self.tasks = [task for task in ("linear", "knn") if getattr(experiment.evaluation, task)]
+        self._detection = experiment.evaluation.detection
+        self._detected = {
+            name: [f"{method}/seed{seed}" for method, seed in detection_runs(experiment, name)]
+            for name in self._detection
+        }
+        self.tasks = [task for task in EVALUATIONS if getattr(experiment.evaluation, task)]
 
     def code(self) -> dict[str, Any]:
         target = f"{self._home}/code.yaml"
@@ -120,12 +173,13 @@ class _Stages:
             "outs": [{self._data: _IN_CACHE}],
         }
 
-    def resolve(self) -> dict[str, Any]:
-        files = self._each("run.yaml")
-        keys = ["name", "dataset", "seeds", "encoder", "augmentation", "pretrain", "methods", "evaluation"]
+    def settings(self) -> dict[str, Any]:
+        """The settings of every run and stage, from the experiment file: its values, not its comments."""
+        files = [file for stage in ("pretrain", *self.tasks) for file in self._each(f"{stage}/run.yaml")]
+        files += self._each_detection("run.yaml")
         return {
-            "cmd": self._make(*files),
-            "params": [{self._config: keys}],
+            "cmd": self._make("runs"),
+            "params": [{self._config: None}],
             "outs": [{file: _IN_GIT} for file in files],
         }
 
@@ -136,10 +190,7 @@ class _Stages:
             "matrix": {"run": "${runs}"},
             "cmd": self._make(f"{folder}/encoder.safetensors"),
             "deps": [f"{self._data}/manifest.json"],
-            "params": [
-                self._settings("seed", "dataset", "encoder", "augmentation", "pretrain"),
-                self._digest("pretrain"),
-            ],
+            "params": [{f"{folder}/run.yaml": None}, self._digest("pretrain")],
             "outs": [
                 {f"{folder}/encoder.safetensors": _IN_CACHE},
                 *({f"{folder}/{name}": _IN_GIT} for name in small),
@@ -147,26 +198,57 @@ class _Stages:
         }
 
     def evaluate(self, task: str) -> dict[str, Any]:
-        folder = f"{self._home}/${{item.run}}"
-        shared = ("image_size", "resize", "batch_size", task)
+        run = f"{self._home}/${{item.run}}"
         return {
             "matrix": {"run": "${runs}"},
-            "cmd": self._make(f"{folder}/{task}/metrics.json"),
-            "deps": [f"{self._data}/manifest.json", f"{folder}/pretrain/encoder.safetensors"],
-            "params": [
-                self._settings("seed", "dataset", "encoder", *(f"evaluation.{key}" for key in shared)),
-                self._digest(task),
+            "cmd": self._make(f"{run}/{task}/metrics.json"),
+            "deps": [f"{self._data}/manifest.json", f"{run}/pretrain/encoder.safetensors"],
+            "params": [{f"{run}/{task}/run.yaml": None}, self._digest(task)],
+            "outs": [{f"{run}/{task}/provenance.json": _IN_GIT}],
+            "metrics": [{f"{run}/{task}/metrics.json": _IN_GIT}],
+        }
+
+    def scenes(self) -> dict[str, Any]:
+        """A stage for each folder of made scenes; sets may share one."""
+        made = {chosen.data.path: name for name, chosen in self._detection.items() if chosen.data.scenes}
+        return {
+            f"scenes-{Path(folder).name}": {
+                "cmd": self._make(f"{folder}/scenes.json"),
+                "params": [
+                    {
+                        self._config: [
+                            f"evaluation.detection.{name}.data.scenes",
+                            f"evaluation.detection.{name}.data.classes",
+                        ]
+                    },
+                    self._digest("scenes"),
+                ],
+                "outs": [{folder: _IN_CACHE}],
+            }
+            for folder, name in made.items()
+        }
+
+    def detect(self, name: str) -> dict[str, Any]:
+        run = f"{self._home}/${{item.run}}"
+        folder = f"{run}/detection-{name}"
+        small = ("detections.png", "precision_recall.csv", "precision_recall.png", "provenance.json")
+        return {
+            "matrix": {"run": self._detected[name]},
+            "cmd": self._make(f"{folder}/metrics.json"),
+            "deps": [
+                *self._detection[name].data.annotation_files(),
+                f"{run}/pretrain/encoder.safetensors",
             ],
-            "outs": [{f"{folder}/{task}/provenance.json": _IN_GIT}],
-            "metrics": [{f"{folder}/{task}/metrics.json": _IN_GIT}],
+            "params": [{f"{folder}/run.yaml": None}, self._digest("detection")],
+            "outs": [{f"{folder}/{file}": _IN_GIT} for file in small],
+            "metrics": [{f"{folder}/metrics.json": _IN_GIT}],
         }
 
     def tables(self) -> dict[str, Any]:
         files = [f"{self._home}/tables/summary.{kind}" for kind in ("csv", "md")]
-        metrics = [path for task in self.tasks for path in self._each(f"{task}/metrics.json")]
         return {
             "cmd": self._make(files[0]),
-            "deps": ["workflow/published.csv", *metrics],
+            "deps": ["workflow/published.csv", *self._metrics()],
             "params": [{self._config: ["title"]}, self._digest("tables")],
             "outs": [{file: _IN_GIT} for file in files],
         }
@@ -174,36 +256,39 @@ class _Stages:
     def figures(self) -> dict[str, Any]:
         names = ("accuracy", "training", "negatives")
         files = [f"{self._home}/figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
-        metrics = [path for task in self.tasks for path in self._each(f"{task}/metrics.json")]
         curves = self._each("pretrain/metrics.csv") + self._each("pretrain/matching.csv")
         return {
             "cmd": self._make(files[0]),
-            "deps": [*metrics, *curves],
+            "deps": [*self._metrics(), *curves],
             "params": [self._digest("figures")],
             "outs": [{file: _IN_GIT} for file in files],
         }
 
-    def provenance(self) -> dict[str, Any]:
-        """Last: Snakemake's memory of what made each file, without which a clone would make all again."""
-        return {
-            "cmd": "snakemake --dry-run --quiet",
-            "deps": [f"{self._home}/tables/summary.csv", f"{self._home}/figures/accuracy.png"],
-            "outs": [{".snakemake/metadata": _IN_CACHE}],
-        }
+    def last_results(self) -> list[str]:
+        """One file of each stage that nothing depends on."""
+        return [f"{self._home}/tables/summary.csv", f"{self._home}/figures/accuracy.png"]
 
-    def plots(self) -> list[dict[str, Any]]:
-        """For `dvc plots show` and `dvc plots diff`: the table, and each training's loss."""
+    def plots(self) -> dict[str, dict[str, str]]:
+        """For `dvc plots show` and `dvc plots diff`."""
         bars = {"x": "mean", "y": "method", "template": "bar_horizontal", "title": "Accuracy, %"}
-        return [{f"{self._home}/tables/summary.csv": bars}]
+        return {f"{self._home}/tables/summary.csv": bars}
+
+    def _metrics(self) -> list[str]:
+        frozen = [path for task in self.tasks for path in self._each(f"{task}/metrics.json")]
+        return frozen + self._each_detection("metrics.json")
+
+    def _each_detection(self, file: str) -> list[str]:
+        return [
+            f"{self._home}/{run}/detection-{name}/{file}"
+            for name, runs in self._detected.items()
+            for run in runs
+        ]
 
     def _make(self, *targets: str) -> str:
         return f"snakemake {' '.join(targets)}{self._options}"
 
     def _each(self, file: str) -> list[str]:
         return [f"{self._home}/{run}/{file}" for run in self.runs]
-
-    def _settings(self, *keys: str) -> dict[str, list[str]]:
-        return {f"{self._home}/${{item.run}}/run.yaml": list(keys)}
 
     def _digest(self, stage: str) -> dict[str, list[str]]:
         return {f"{self._home}/code.yaml": [stage]}

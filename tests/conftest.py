@@ -1,5 +1,7 @@
 """Settings of every test, and the tiny experiment with its data."""
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import settings
 
 from mochi.config import Experiment, load_experiment
 from mochi.data.prepare import prepare
+from tests.project import Project
 
 # Machines are noisy: a slow example is no failure.
 settings.register_profile("mochi", deadline=None, print_blob=True)
@@ -32,3 +35,23 @@ def tiny_data(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("data") / tiny.dataset.name
     prepare(tiny.dataset, folder, jobs=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project with the tiny experiment finished, in a folder whose name has a space and an accent.
+
+    Copy it before you change anything.
+    """
+    # The workers of one test run share it: the first makes it, the others wait.
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "a clone" / "mochi é"
+    with (shared / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            project = Project.new(folder)
+            done = project.snakemake()
+            assert done.returncode == 0, done.stderr[-4000:]
+    return Project(folder)

@@ -2,68 +2,18 @@
 and a change re-runs what depends on it and no more."""
 
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).parents[1]
-COPIED = ("Snakefile", "mochi", "workflow", "profiles", "config")
+from tests.project import CONFIG, Project
+
 MOCHI = "mochi-16-24-8"
 
 
-class Project:
-    """A copy of the project, to be run and changed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["timeout", "-s", "KILL", "300", sys.executable, "-m", "snakemake", "--cores", "2"]
-        command += ["--configfile", "tiny.yaml", *arguments]
-        scripts = Path(sys.executable).parent
-        environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-        return subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
-        )
-
-    def jobs(self) -> dict[str, int]:
-        """Rule -> number of jobs that a dry run announces."""
-        done = self.snakemake("--dry-run")
-        assert done.returncode == 0, done.stderr
-        if "Nothing to be done" in done.stdout + done.stderr:
-            return {}
-        counts = dict(re.findall(r"^(\w+)\s+(\d+)$", done.stdout + done.stderr, re.MULTILINE))
-        return {rule: int(count) for rule, count in counts.items() if rule not in {"all", "total"}}
-
-    def edit(self, file: str, old: str, new: str) -> None:
-        path = self.folder / file
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
-
-
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project with the tiny experiment finished, in a folder whose name has a space and an accent."""
-    folder = tmp_path_factory.mktemp("a clone") / "mochi é"
-    folder.mkdir()
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir() and not source.is_symlink():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name, follow_symlinks=False)
-    shutil.copy(ROOT / "tests/tiny.yaml", folder / "tiny.yaml")
-    project = Project(folder)
-    done = project.snakemake()
-    assert done.returncode == 0, done.stderr[-4000:]
-    return project
+def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return finished.copy(tmp_path_factory.mktemp("workflow") / "mochi é")
 
 
 def test_everything_is_there(project: Project) -> None:
@@ -105,24 +55,24 @@ def test_afterwards_there_is_nothing_to_do(project: Project) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "expected"),
     [
-        ("tiny.yaml", "title:", "# a comment\ntitle:", {}),
-        ("tiny.yaml", "lr_drops: [3]", "lr_drops: [4]", {"resolve": 3, "evaluate": 3, "tables": 1, "figures": 1}),
-        ("tiny.yaml", "k: 5", "k: 4", {"resolve": 3, "evaluate": 3, "tables": 1, "figures": 1}),
+        (CONFIG, "title:", "# a comment\ntitle:", {}),
+        (CONFIG, "lr_drops: [3]", "lr_drops: [4]", {"resolve": 3, "evaluate": 3, "tables": 1, "figures": 1}),
+        (CONFIG, "k: 5", "k: 4", {"resolve": 3, "evaluate": 3, "tables": 1, "figures": 1}),
         (
-            "tiny.yaml", "num_pair_synthetics: 24, num_query_synthetics: 8, warmup_epochs: 1",
+            CONFIG, "num_pair_synthetics: 24, num_query_synthetics: 8, warmup_epochs: 1",
             "num_pair_synthetics: 24, num_query_synthetics: 8, warmup_epochs: 0",
             {"resolve": 2, "pretrain": 2, "evaluate": 4, "tables": 1, "figures": 1},
         ),
         ("mochi/contrast/loss.py", 'The contrastive loss over', 'A new docstring of the loss over', {}),
         (
             "mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4",
-            {"pretrain": 3, "evaluate": 6, "tables": 1, "figures": 1},
+            {"code": 1, "pretrain": 3, "evaluate": 6, "tables": 1, "figures": 1},
         ),
         (
             "mochi/evaluation/knn.py", "/ temperature).exp()", "/ temperature).exp() + 0",
-            {"evaluate": 3, "tables": 1, "figures": 1},
+            {"code": 1, "evaluate": 3, "tables": 1, "figures": 1},
         ),
-        ("mochi/report/tables.py", '"top-1"', '"top1"', {"tables": 1}),
+        ("mochi/report/tables.py", '"top-1"', '"top1"', {"code": 1, "tables": 1}),
     ],
     ids=["comment", "probe", "knn", "method", "docstring", "formula", "vote", "table"],
 )  # fmt: skip
@@ -139,12 +89,12 @@ def test_a_change_reruns_what_depends_on_it(
 
 
 def test_a_mistake_is_one_line_before_anything_runs(project: Project) -> None:
-    before = (project.folder / "tiny.yaml").read_text()
-    project.edit("tiny.yaml", "queue_size:", "queue_sise:")
+    before = (project.folder / CONFIG).read_text()
+    project.edit(CONFIG, "queue_size:", "queue_sise:")
     try:
         done = project.snakemake()
     finally:
-        (project.folder / "tiny.yaml").write_text(before)
+        (project.folder / CONFIG).write_text(before)
     assert done.returncode != 0
     assert "pretrain.queue_sise: unknown key 'queue_sise'; did you mean 'queue_size'?" in done.stderr
     assert "Traceback" not in done.stderr

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 MAX_QUERY_SHARE = 0.5
 """b ~ U(0, 0.5): in a query mix the negative always dominates (MoCHi section 3.3)."""
 
-# Queries whose pairs are multiplied at once: their gathered rows stay in the processor's cache.
-_PAIR_CHUNK = 16
+# Pairs that are multiplied at once: their gathered rows stay in the processor's cache.
+_PAIRS_AT_ONCE = 1024
 
 
 class Synthetics(NamedTuple):
@@ -163,9 +163,9 @@ def _uniform(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Ten
 
 
 def _pair_products(queue: Tensor, parents: Tensor) -> Tensor:
-    """n_i . n_j for parents (B, s, 2) -> (B, s), never holding more than a few queries' rows."""
+    """n_i . n_j for parents (B, s, 2) -> (B, s), never holding more than a few pairs' rows."""
     products = [
-        (F.embedding(chunk[..., 0], queue) * F.embedding(chunk[..., 1], queue)).sum(-1)
-        for chunk in parents.split(_PAIR_CHUNK)
+        (F.embedding(pairs[:, 0], queue) * F.embedding(pairs[:, 1], queue)).sum(-1)
+        for pairs in parents.flatten(0, 1).split(_PAIRS_AT_ONCE)
     ]
-    return torch.cat(products)
+    return torch.cat(products).view(parents.shape[:2])

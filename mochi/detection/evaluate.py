@@ -3,6 +3,7 @@
 Legend: M detections and G objects of all images; T = 10 overlap thresholds .5, .55, ... .95.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import NDArray
 
 from mochi.detection.annotations import Annotations, RunLengths
+
+logger = logging.getLogger(__name__)
 
 THRESHOLDS = np.arange(50, 100, 5) / 100
 
@@ -183,7 +186,7 @@ def coco_metrics(annotations: Annotations, detections: Detections) -> dict[str, 
         if kind == "segm" and detections.masks is None:
             continue
         results = truth.loadRes(_coco_results(detections, kind))
-        judge = COCOeval_faster(truth, results, iouType=kind)
+        judge = COCOeval_faster(truth, results, iouType=kind, print_function=logger.debug)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()

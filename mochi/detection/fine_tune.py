@@ -1,4 +1,9 @@
-"""One fine-tuning: encoder in, detector out; exact to resume, the same on one process or many."""
+"""One fine-tuning: encoder in, detector out; the same steps on one process or many, resumed or not.
+
+On a CPU a resumed training ends with the bytes of one that was not. On a GPU the backward pass of RoIAlign
+adds up in no fixed order; torch's deterministic mode would replace RoIAlign by a version in Python, which
+512 regions an image have no memory for, so detection does not ask for that mode.
+"""
 
 import logging
 import math
@@ -82,15 +87,29 @@ class Schedule:
 
 
 class FrozenBackbone:
-    """conv1 to res4 as they came, shared by all fine-tunings of a frozen reading.
+    """conv1 to res4 with the weights they came with, shared by all fine-tunings of a frozen reading.
+
+    Their batch-norm statistics are taken anew on the training images, for every encoder alike: a random
+    encoder has none of its own, and would be measured by that and not by its features.
 
     An image's features are kept, as long as they do not depend on what stands beside it in a batch: where
     all images have one size, nothing is padded.
     """
 
-    def __init__(self, detector: Detector, device: torch.device) -> None:
-        self.module = detector.backbone.eval().requires_grad_(requires_grad=False)
-        self._device = device
+    def __init__(self, recipe: Recipe, images: Images) -> None:
+        detector, _ = recipe.detector()
+        self.module = detector.backbone.requires_grad_(requires_grad=False)
+        self._device = recipe.device
+        training = recipe.settings.training
+        dataset = _training_items(training, images, seed=0)
+        rank, world = distributed.rank(), distributed.world_size()
+        batches = (
+            collate(dataset[number], detector.stride).images.to(self._device)
+            for number in range(rank, training.precise_bn_batches * world, world)
+        )
+        with autocast(self._device, training.precision):
+            settle_statistics(self.module.train(), batches, self.module)
+        self.module.eval()
         self._kept: dict[tuple[str | int, str, bool], Tensor] = {}
         self._bytes = 0
 
@@ -157,9 +176,7 @@ class FineTuning:
             self.detector, self.proof = recipe.detector()
         if frozen is not None:
             self.detector.backbone = frozen.module
-        self._dataset = TrainingItems(
-            images, training.micro_batch, training.train_sizes, training.max_size, training.flip, seed
-        )
+        self._dataset = _training_items(training, images, seed)
         self._optimizer = _optimizer(self.detector, training)
         self.step, self.vanished = 0, 0
         found = checkpoint.load(saved, self._identity)
@@ -254,6 +271,12 @@ class FineTuning:
         seed_step(self._seed, self._schedule.steps)
         numbers = self._numbers(first, first + batches)
         settle_statistics(self.detector, (self._dataset[number] for number in numbers), self._losses)
+
+
+def _training_items(training: DetectionTraining, images: Images, seed: int) -> TrainingItems:
+    return TrainingItems(
+        images, training.micro_batch, training.train_sizes, training.max_size, training.flip, seed
+    )
 
 
 def accumulation(training: DetectionTraining, world_size: int) -> int:

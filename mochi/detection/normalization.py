@@ -4,10 +4,26 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from mochi.running import distributed
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Each process's value becomes the sum of all, and so does each process's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
@@ -30,7 +46,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         values = input.float()
         count = values.new_full((1,), values.numel() / channels)
         sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count])  # (2C + 1,)
-        sums = all_reduce(sums)
+        sums = _SumOverRanks.apply(sums)
         total = sums[-1]
         mean = sums[:channels] / total
         variance = sums[channels : 2 * channels] / total - mean.square()

@@ -26,9 +26,9 @@ from mochi.running.atomic import write_json
 logger = logging.getLogger(__name__)
 
 # Sides of a piece as shares of the scene's.
-_SMALLEST, _LARGEST = 0.2, 0.5
+_SMALLEST, _LARGEST = 0.3, 0.6
 _MAX_OBJECTS = 4
-_DIFFICULT_SHARE, _CROWD_SHARE = 0.06, 0.06
+_DIFFICULT_SHARE, _CROWD_SHARE = 0.06, 0.12
 # How much of the background shines through a difficult piece.
 _FADED = 0.5
 
@@ -49,10 +49,14 @@ class _Scene:
     truncated: list[bool] = field(default_factory=list)
 
 
-def run(data: DetectionData) -> dict[str, Any]:
-    """Write the scenes below `data.path` as VOC (`VOC/...`, JPEG) and as COCO (`annotations/...`, PNG).
+def run(data: DetectionData, root: Path) -> dict[str, Any]:
+    """Write the scenes below `root` as VOC (`VOC/...`, JPEG) and as COCO (`annotations/...`, PNG).
 
     The folder appears whole or not at all. `scenes.json` in it says what it holds.
+
+    Args:
+        data: its `scenes` and `classes` say what to make.
+        root: the folder to make; what stands there is replaced.
 
     Returns:
         what scenes.json says.
@@ -62,10 +66,7 @@ def run(data: DetectionData) -> dict[str, Any]:
         OSError: the disk is full or the folder read-only.
     """
     if data.scenes is None or data.classes is None:
-        raise ConfigError(
-            f"{data.path}: this detection set has no `scenes` section, so nothing is made for it"
-        )
-    root = Path(data.path)
+        raise ConfigError(f"{root}: this detection set has no `scenes` section, so nothing is made for it")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as name:
         new = Path(name) / root.name

@@ -20,7 +20,7 @@ from mochi.detection.predict import detect
 from mochi.running import checkpoint, distributed
 from mochi.running.atomic import write_json
 from mochi.running.health import NonFiniteError, write_events
-from mochi.running.precision import autocast, make_deterministic
+from mochi.running.precision import autocast
 from mochi.running.provenance import Stopwatch, file_digest, record
 
 logger = logging.getLogger(__name__)
@@ -56,13 +56,13 @@ def run(
         raise ConfigError(f"detection set: found {set_name!r}; this run has {known}")
     chosen = run.evaluation.detection[set_name]
     device = distributed.pick_device()
-    make_deterministic()
     with distributed.process_group(device):
         train, test = read_splits(chosen.data, masks=chosen.model.masks)
         recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device)
-        stage = _Stage(run, set_name, recipe, work, events)
-        rate, tries = stage.choose_rate(train)
         learnt = Images(for_training(train, chosen.data.empty_images))
+        frozen = FrozenBackbone(recipe, learnt) if chosen.training.reading == "frozen" else None
+        stage = _Stage(run, set_name, recipe, frozen, work, events)
+        rate, tries = stage.choose_rate(train)
         results = {}
         for seed in chosen.training.seeds:
             results[seed] = stage.fine_tuned(learnt, Images(test), rate, seed, out)
@@ -123,6 +123,7 @@ class _Stage:
     run: Run
     set_name: str
     recipe: Recipe
+    frozen: FrozenBackbone | None
     work: Path
     events: Path | None
 
@@ -134,9 +135,6 @@ class _Stage:
             "encoder_sha256": file_digest(self.recipe.weights),
             **settings(self.run, f"detection-{self.set_name}"),
         }
-        self._frozen = None
-        if self.recipe.settings.training.reading == "frozen":
-            self._frozen = FrozenBackbone(self.recipe.detector()[0], self.recipe.device)
 
     def choose_rate(self, train: Annotations) -> tuple[float, dict[str, float | None]]:
         """The learning rate with the best AP50 on a part of train; a rate that diverges has none."""
@@ -201,9 +199,7 @@ class _Stage:
         self, images: Images, rate: float, iterations: int, seed: int, name: str
     ) -> tuple[Detector, FineTuning]:
         saved = self.work / f"{name}.safetensors"
-        tuning = FineTuning(
-            self.recipe, images, rate, iterations, seed, saved, self._identity, self._frozen
-        )
+        tuning = FineTuning(self.recipe, images, rate, iterations, seed, saved, self._identity, self.frozen)
         rows = None
         if self.events is not None and distributed.rank() == 0:
             folder = self.events / name
@@ -215,7 +211,7 @@ class _Stage:
 
     def _detect(self, detector: Detector, images: Images) -> Detections:
         training = self.recipe.settings.training
-        frozen = self._frozen
+        frozen = self.frozen
         return detect(
             detector,
             images,

@@ -7,8 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from mochi.config import EVALUATIONS, Experiment, method_seeds
+from mochi.config import EVALUATIONS, Experiment, detection_runs, method_seeds
 from mochi.errors import UserError
+
+_DETECTION_METRICS = ("AP50", "AP", "AP75", "mask_AP50", "mask_AP", "mask_AP75")
 
 
 class MissingResultError(UserError):
@@ -42,13 +44,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def scores(experiment: Experiment, results: Path) -> pd.DataFrame:
-    """One row for each number of each run: method, seed, task, metric, value (percent)."""
-    rows = []
+    """One row for each number of each run: method, seed, task, metric, value (percent).
+
+    A detection set has one row for each fine-tuning: its spread is over those (MoCHi section 4.2).
+    """
+    rows: list[tuple[str, int, str, str, float]] = []
     for method, seed, folder in runs(experiment, results):
         for task in tasks(experiment):
             metrics = read_json(folder / task / "metrics.json")
             shown = [metric for metric in ("top1", "top5", "best_lr_top1") if metric in metrics]
             rows += [(method, seed, task, metric, metrics[metric]) for metric in shown]
+    for name in experiment.evaluation.detection:
+        task = f"detection-{name}"
+        for method, seed in detection_runs(experiment, name):
+            folder = results / experiment.name / method / f"seed{seed}" / task
+            for single in read_json(folder / "metrics.json")["fine_tunings"].values():
+                rows += [
+                    (method, seed, task, metric, single[metric])
+                    for metric in _DETECTION_METRICS
+                    if metric in single
+                ]
     return pd.DataFrame(rows, columns=["method", "seed", "task", "metric", "value"])
 
 

@@ -13,6 +13,8 @@ STAGE_MODULES = {
     "pretrain": "mochi.pretrain",
     "linear": "mochi.evaluation.linear",
     "knn": "mochi.evaluation.knn",
+    "scenes": "mochi.detection.scenes",
+    "detection": "mochi.detection.train",
     "tables": "mochi.report.tables",
     "figures": "mochi.report.figures",
 }
@@ -31,7 +33,8 @@ def code_digest(*modules: str) -> str:
     `code_digest("mochi.pretrain")`.
     """
     total = hashlib.sha256()
-    for name in sorted(imported_modules(*modules) - {"mochi.config"}):
+    counted = (name for name in imported_modules(*modules) if not name.startswith("mochi.config"))
+    for name in sorted(counted):
         total.update(f"{name}\n{_executed_text(_source_of(name))}\n".encode())
     return total.hexdigest()[:16]
 

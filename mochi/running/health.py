@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -110,10 +111,17 @@ def write_events(folder: Path | None, row: Mapping[str, Any]) -> None:
     """Add an epoch's numbers to the TensorBoard events in `folder`; None: do nothing."""
     if folder is None:
         return
+    writer = _writer(folder)
+    for name, value in row.items():
+        if isinstance(value, int | float):
+            writer.add_scalar(name, value, row["epoch"])
+    writer.flush()
+
+
+@cache
+def _writer(folder: Path) -> Any:
+    """One file of events for each folder and process."""
     # Imported here: it takes a second that most commands need not spend.
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
-    with SummaryWriter(str(folder)) as writer:
-        for name, value in row.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(name, value, row["epoch"])
+    return SummaryWriter(str(folder))

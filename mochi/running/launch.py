@@ -52,14 +52,15 @@ def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapp
         raise UserError(
             f"gpus: found {count}; {nodes} nodes cannot share them evenly; use a multiple of {nodes}"
         )
+    # `--` ahead of the module: torchrun takes our `--run` for one of its own options otherwise.
     run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count // nodes}"]
     if nodes == 1:
         # Picks a free port, so that runs side by side do not collide.
-        return [*run, "--standalone", "-m", "mochi", *arguments]
+        return [*run, "--standalone", "-m", "--", "mochi", *arguments]
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         raise UserError(f"nodes: found {nodes} outside a Slurm job; several nodes need the Slurm profile")
     port = 20000 + int(job) % 20000
     spread = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     meet = ["--rdzv-backend=c10d", f"--rdzv-id={job}", f"--rdzv-endpoint={socket.gethostname()}:{port}"]
-    return ["srun", *spread, *run, f"--nnodes={nodes}", *meet, "-m", "mochi", *arguments]
+    return ["srun", *spread, *run, f"--nnodes={nodes}", *meet, "-m", "--", "mochi", *arguments]

@@ -16,20 +16,27 @@ import torch
 import mochi
 from mochi.config import Run, digest, settings
 from mochi.running.code import code_digest
+from mochi.running.energy import gpu_joules
 
 _PACKAGE = Path(mochi.__file__).parent
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyarrow", "scikit-image", "scikit-learn")
 
 
 class Stopwatch:
-    """Wall time of a stage, for its provenance."""
+    """Wall time and GPU energy of a stage, for its provenance."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
+        self._joules = gpu_joules()
 
     def seconds(self) -> float:
         """Seconds since it was made."""
         return round(time.monotonic() - self._start, 3)
+
+    def joules(self) -> float | None:
+        """Energy of this host's GPUs since it was made; None where the driver does not count it."""
+        now = gpu_joules()
+        return None if now is None or self._joules is None else round(now - self._joules, 1)
 
 
 def record(
@@ -62,6 +69,7 @@ def record(
         },
         "hardware": hardware(),
         "wall_seconds": watch.seconds(),
+        "energy_joules": watch.joules(),
         **extra,
     }
 

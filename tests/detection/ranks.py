@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,15 +12,18 @@ import torch
 from mochi.running.distributed import process_group
 
 
-def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
-    """Call `function(*arguments)` in each of `world_size` processes of a gloo group; it must be importable."""
+def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, join: bool = True) -> None:
+    """Call `function(*arguments)` in each of `world_size` processes; it must be importable.
+
+    With `join` they form a gloo group first; without, the function does that itself.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.detection.ranks"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        context.Process(target=_rank, args=(rank, world_size, port, function, arguments))
+        context.Process(target=_rank, args=(rank, world_size, port, function, arguments, join))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -30,11 +34,13 @@ def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any) -
     assert [process.exitcode for process in processes] == [0] * world_size
 
 
-def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: Any) -> None:
+def _rank(
+    rank: int, world_size: int, port: int, function: Callable[..., None], arguments: Any, join: bool
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    with process_group(torch.device("cpu")):
+    with process_group(torch.device("cpu")) if join else nullcontext():
         function(*arguments)

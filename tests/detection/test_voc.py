@@ -101,7 +101,10 @@ def test_a_size_that_is_not_the_images_is_counted_and_the_image_believed(voc_ima
 
 
 def test_parts_of_persons_are_not_objects(voc_image: Writer) -> None:
-    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part>"
+    part = (
+        "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
+        "<xmax>3</xmax><ymax>3</ymax></bndbox></part>"
+    )
     root = voc_image(voc_object().replace("</object>", f"{part}</object>"))
     assert read(root).images[0].boxes.tolist() == [[4, 5, 20, 22]]
 

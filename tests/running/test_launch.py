@@ -21,7 +21,8 @@ def test_one_process_needs_no_torchrun(count: int, nodes: int) -> None:
 def test_several_gpus_of_a_host() -> None:
     command = launch.torchrun(4, 1, ARGUMENTS, {})
     assert command[1:] == [
-        "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone", "-m", "mochi", *ARGUMENTS,
+        "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone",
+        "-m", "--", "mochi", *ARGUMENTS,
     ]  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def test_several_gpus_become_torchrun_ranks_with_the_same_command(tmp_path: Path
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     environment = {**kept, "CUDA_VISIBLE_DEVICES": "7,8", "TMPDIR": str(tmp_path)}
     subprocess.run(
-        [sys.executable, "-m", "mochi", "--out", str(tmp_path)],
+        [sys.executable, "-m", "mochi", "--run", str(tmp_path)],
         env=environment, cwd=tmp_path, check=True, capture_output=True,
     )  # fmt: skip
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["27,8", "27,8"]

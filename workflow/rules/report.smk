@@ -3,7 +3,7 @@ METRICS = [
     metrics
     for task in EVALUATIONS
     for metrics in of_every_run(RUN + f"/{task}/metrics.json")
-]
+] + sum(DETECTED.values(), [])
 
 
 rule tables:

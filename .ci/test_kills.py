@@ -1,0 +1,107 @@
+"""SIGKILL of the whole process group at five moments against an undisturbed run: the same bytes at the end.
+
+No run after a kill is given any help: no unlock, nothing removed.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.project import CONFIG, Project, environment
+
+# What has just appeared in the folder when the kill comes: in each stage of the pipeline once.
+MOMENTS = {
+    "data": "data/*/*",
+    "first checkpoint": "work/tiny/*/*/pretrain.safetensors",
+    "first encoder": "results/tiny/mochi*/*/pretrain/encoder.safetensors",
+    "first evaluation": "results/tiny/mochi*/*/*/metrics.json",
+    "table": "logs/tiny/tables.log",
+}
+
+
+def new(folder: Path) -> Project:
+    """The tiny experiment, trained long enough to be killed while it trains."""
+    project = Project.new(folder)
+    experiment = yaml.safe_load((folder / CONFIG).read_text())
+    experiment["dataset"]["train_per_photo"] = 40
+    experiment["pretrain"]["epochs"] = 8
+    (folder / CONFIG).write_text(yaml.safe_dump(experiment, sort_keys=False))
+    return project
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = new(tmp_path_factory.mktemp("kills") / "undisturbed")
+    done = project.snakemake()
+    assert done.returncode == 0, done.stderr[-4000:]
+    project.record(project.folder.parent / "store")
+    return project
+
+
+def kill_at(project: Project, command: list[str], pattern: str) -> bool:
+    """Start the command, kill its process group once a file appears; whether it came to that."""
+    before = set(project.folder.glob(pattern))
+    with (project.folder / "said.txt").open("ab") as said:
+        process = subprocess.Popen(
+            command, cwd=project.folder, env=environment(), stdout=said, stderr=said, start_new_session=True
+        )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if set(project.folder.glob(pattern)) - before:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def digests(project: Project) -> dict[str, str]:
+    results = project.folder / "results" / "tiny"
+    patterns = ("**/encoder.safetensors", "*/seed*/*/metrics.json", "tables/summary.csv")
+    return {
+        str(path.relative_to(results)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for pattern in patterns
+        for path in results.glob(pattern)
+    }
+
+
+def with_snakemake(_project: Project, _undisturbed: Project) -> list[str]:
+    return ["snakemake", "--cores", "2"]
+
+
+def with_dvc(project: Project, undisturbed: Project) -> list[str]:
+    shutil.copy(undisturbed.folder / "dvc.yaml", project.folder)
+    project.run("git", "init", "--quiet")
+    return ["dvc", "repro"]
+
+
+@pytest.mark.parametrize("prepare", [with_snakemake, with_dvc])
+def test_five_kills_change_nothing(
+    undisturbed: Project, tmp_path: Path, prepare: Callable[[Project, Project], list[str]]
+) -> None:
+    project = new(tmp_path / "killed")
+    command = prepare(project, undisturbed)
+    for moment, pattern in MOMENTS.items():
+        assert kill_at(project, command, pattern), (
+            f"{moment}: {(project.folder / 'said.txt').read_text()[-4000:]}"
+        )
+    done = project.run(*command)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert len(digests(project)) == 3 + 6 + 1
+    assert digests(project) == digests(undisturbed)
+    said = (project.folder / "said.txt").read_text() + done.stdout + done.stderr
+    assert " resumes at epoch " in said
+    assert "unlock" not in said
+    assert project.jobs() == {}
+    assert not list((project.folder / "work").rglob("*.safetensors"))
+    assert not list((project.folder / "results").rglob("*.tmp")), (
+        "a killed writer leaves its temporary file"
+    )

@@ -1,0 +1,166 @@
+"""Detection sets: what is detected, by which model, trained how."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mochi.config.sections import Count, CountOrZero, Name, PositiveReal, Real, Section, distinct_seeds
+
+
+class PhotoScenes(Section):
+    """Scenes pasted from the photographs of scikit-image and scikit-learn (design: embedded data)."""
+
+    image_size: Annotated[int, Field(ge=32)]
+    """Side of a scene, pixels."""
+    num_train: Count
+    num_test: Count
+    seed: CountOrZero
+    """Also decides which cells are for training: as in photo-patches, or test scenes show what an
+    encoder was pretrained on."""
+
+
+class DetectionData(Section):
+    """Annotated images: a VOC tree or COCO's JSON files, or scenes made here in either format."""
+
+    format: Literal["voc", "coco"]
+    path: str
+    """voc: holds `<folder>/{Annotations,JPEGImages,ImageSets/Main}`; coco: holds
+    `annotations/instances_<split>.json` and `<split>/`."""
+    train: Annotated[list[str], Field(min_length=1)]
+    """voc: `<folder>/<image set>`, for example VOC2007/trainval; coco: the split's name."""
+    test: Annotated[list[str], Field(min_length=1)]
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names in the order of their labels, from 1. Required by voc; coco takes the file's categories. For
+    scenes: the photographs whose pieces are the objects; the others are backgrounds."""
+    rule: Literal["11-point", "all-point"] | None = None
+    """voc: the average precision that fills AP, AP50 and AP75; the others are reported beside it."""
+    broken_objects: Literal["drop", "fail"]
+    """What happens to an object without a usable box. Dropped ones are counted and named."""
+    empty_images: Literal["keep", "drop"]
+    """Training images without a usable box: backgrounds to learn from, or left out (detectron2)."""
+    scenes: PhotoScenes | None = None
+    """Present: `path` is written by the pipeline itself."""
+
+    def annotation_files(self) -> list[str]:
+        """What says that the set is there: of scenes their record, else the lists of images."""
+        if self.scenes:
+            return [f"{self.path}/scenes.json"]
+        splits = [*self.train, *self.test]
+        if self.format == "coco":
+            return [f"{self.path}/annotations/instances_{split}.json" for split in splits]
+        halves = [split.rpartition("/") for split in splits]
+        return [f"{self.path}/{folder}/ImageSets/Main/{name}.txt" for folder, _, name in halves]
+
+    @model_validator(mode="after")
+    def _voc_says_more(self) -> Self:
+        if self.format == "voc" and (self.classes is None or self.rule is None):
+            raise ValueError("format voc needs `classes` (in order) and `rule` (11-point or all-point)")
+        if self.scenes is not None and self.classes is None:
+            raise ValueError("scenes need `classes`: the names of the photographs that are objects")
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes: found {self.classes}; names must be distinct")
+        return self
+
+
+class DetectionModel(Section):
+    """Faster or Mask R-CNN with a C4 backbone. The feature stride follows from the encoder's stem."""
+
+    masks: bool
+    """Mask R-CNN; needs coco annotations with segmentations."""
+    anchor_sizes: Annotated[list[PositiveReal], Field(min_length=1)]
+    """Square roots of the anchors' areas, pixels of the resized image."""
+    anchor_ratios: Annotated[list[PositiveReal], Field(min_length=1)]
+    """Height over width."""
+    rpn_batch: Count
+    """Anchors sampled an image for the proposal loss, half of them positive at most."""
+    proposals_train: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    """Proposals kept before and after non-maximum suppression, in training."""
+    proposals_test: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    roi_size: Annotated[int, Field(ge=2)]
+    """Side of the pooled region, cells."""
+    roi_batch: Count
+    """Regions sampled an image for the head's loss."""
+    roi_positive: Annotated[Real, Field(gt=0, le=1)]
+    """Largest share of positives among them."""
+    score_threshold: Annotated[Real, Field(ge=0, lt=1)]
+    max_detections: Count
+    """Detections kept an image."""
+
+
+class DetectionTraining(Section):
+    """Fine-tuning. `lr`, `iterations` and `warmup_iterations` are said for `lr_batch_size` images a step
+    and scaled to `batch_size`, so that the rate per image and the images seen stay the same."""
+
+    reading: Literal["finetune", "frozen"]
+    """finetune: everything is trained (the paper's). frozen: conv1 to res4 keep their weights; only their
+    batch-norm statistics are taken anew on the set, for every encoder alike."""
+    seeds: Annotated[list[CountOrZero], Field(min_length=1)]
+    """Fine-tunings of one encoder; the table gives their mean and spread."""
+    lr: Annotated[list[PositiveReal], Field(min_length=1)]
+    """One rate, or candidates: each is tried once on a part of train and the best on the rest of train
+    is used. Test images take no part in the choice."""
+    choose_iterations: Count | None = None
+    """Length of such a try; required with several candidates."""
+    validation: Annotated[Real, Field(gt=0, lt=1)] | None = None
+    """Share of train that judges the candidates; required with several candidates."""
+    lr_batch_size: Count
+    batch_size: Count
+    """Images a step, over all processes and accumulations."""
+    micro_batch: Count
+    """Images a process holds at once; gradients accumulate up to `batch_size`."""
+    iterations: Count
+    warmup_iterations: CountOrZero
+    """Linear from a thousandth of the rate (detectron2)."""
+    schedule: Literal["step", "cosine"]
+    lr_drops: list[Count] = []
+    """step: iterations at which the rate is divided by 10."""
+    momentum: Annotated[Real, Field(ge=0, lt=1)]
+    weight_decay: Annotated[Real, Field(ge=0)]
+    train_sizes: Annotated[list[Count], Field(min_length=1)]
+    """Short sides in pixels, one drawn for each image."""
+    test_size: Count
+    max_size: Count
+    """Longest side, pixels."""
+    flip: bool
+    """Half of the training images are mirrored."""
+    precise_bn_batches: CountOrZero
+    """Batches over which batch-norm statistics are averaged again before evaluation, and, of a frozen
+    backbone, before training; 0: none."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    workers: CountOrZero = 0
+    """Processes that read images; 0 reads them in the training process."""
+    checkpoint_minutes: PositiveReal = 10.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        distinct_seeds(self.seeds)
+        if self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"micro_batch: found {self.micro_batch}; it must divide batch_size = {self.batch_size}"
+            )
+        if len(self.lr) > 1 and (self.choose_iterations is None or self.validation is None):
+            raise ValueError("several lr candidates need `choose_iterations` and `validation`")
+        late = [drop for drop in self.lr_drops if drop >= self.iterations]
+        if late:
+            raise ValueError(f"lr_drops: found {late}; training has {self.iterations} iterations only")
+        if self.schedule == "cosine" and self.lr_drops:
+            raise ValueError("lr_drops belong to schedule step; leave them out with cosine")
+        return self
+
+
+class DetectionSet(Section):
+    """One detection column of the table: what is detected, by which model, trained how."""
+
+    data: DetectionData
+    model: DetectionModel
+    training: DetectionTraining
+    methods: list[Name] | None = None
+    """Rows it is computed for; absent: all."""
+    pretrain_seeds: list[CountOrZero] | None = None
+    """Pretraining seeds it is computed for; absent: all."""
+
+    @model_validator(mode="after")
+    def _masks_are_annotated(self) -> Self:
+        if self.model.masks and self.data.format == "voc":
+            raise ValueError("model.masks: found true with format voc, which has boxes only; use coco")
+        return self

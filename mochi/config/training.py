@@ -1,0 +1,137 @@
+"""Views, encoders and how they learn."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mochi.config.sections import Count, CountOrZero, PositiveReal, Real, Section
+
+
+class Augmentation(Section):
+    """Two random views of an image. `v1` and `v2` are MoCo's (facebookresearch/moco main_moco.py)."""
+
+    version: Literal["v1", "v2"]
+    image_size: Count
+    """Side of a view, pixels."""
+    min_scale: Annotated[Real, Field(gt=0, le=1)]
+    """Smallest share of the image's area that a random crop may cover."""
+    blur: bool = True
+    """Version 2 blurs half of the views; at 32 px the blur of 224-px recipes removes the image."""
+
+    @model_validator(mode="after")
+    def _v1_has_no_blur(self) -> Self:
+        if self.version == "v1" and "blur" in self.model_fields_set and self.blur:
+            raise ValueError("blur belongs to version v2; leave it out with v1")
+        return self
+
+
+class Encoder(Section):
+    """A ResNet."""
+
+    architecture: Literal["resnet10", "resnet18", "resnet50"]
+    """resnet10 has one basic block a stage; the others are torchvision's."""
+    stem: Literal["imagenet", "half", "full"]
+    """imagenet: 7x7 stride 2 and max-pool; half: 3x3 stride 2; full: 3x3 stride 1 (CIFAR)."""
+    width: Count
+    """Channels of the first stage (64 in the paper's ResNet-50)."""
+
+
+class Mixing(Section):
+    """Synthetic hard negatives (MoCHi section 3): pool N, s from pairs, s' from the query."""
+
+    num_hardest: Count
+    num_pair_synthetics: CountOrZero
+    num_query_synthetics: CountOrZero
+    warmup_epochs: CountOrZero
+    """Epochs at the start without synthesis."""
+    through_query: bool = False
+    """Let gradients flow into the query inside a query mix. The paper's text leaves it open; every
+    public re-implementation detaches, and so do we unless this says otherwise."""
+
+    @model_validator(mode="after")
+    def _enough_to_mix(self) -> Self:
+        if self.num_pair_synthetics and self.num_hardest < 2:
+            raise ValueError(
+                f"num_hardest: found {self.num_hardest}; a pair needs at least 2 hardest negatives"
+            )
+        if not self.num_pair_synthetics and not self.num_query_synthetics:
+            raise ValueError(
+                "mixing with num_pair_synthetics = num_query_synthetics = 0 is plain MoCo; "
+                "leave `mixing` out"
+            )
+        return self
+
+
+class Untrained(Section):
+    """`random-init`: the floor of every table."""
+
+    objective: Literal["none"]
+
+
+class Training(Section):
+    """What every trained encoder shares."""
+
+    epochs: Count
+    batch_size: Count
+    lr: PositiveReal
+    momentum: Annotated[Real, Field(ge=0, lt=1)]
+    weight_decay: Annotated[Real, Field(ge=0)]
+    schedule: Literal["cosine", "step"]
+    """cosine: per epoch, to zero without a floor. step: times 0.1 at 60% and 80% (MoCo-v1)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 where the device has it in hardware."""
+    checkpoint_minutes: PositiveReal = 5.0
+    """A resume checkpoint is written at every epoch's end and at least this often."""
+
+
+class Supervised(Training):
+    """Cross-entropy on the labels: the ceiling of every table."""
+
+    objective: Literal["supervised"]
+
+
+class Contrastive(Training):
+    """MoCo (He et al. 2020) and, with `mixing`, MoCHi."""
+
+    objective: Literal["contrastive"]
+    head: Literal["linear", "mlp"]
+    """MoCo-v1 has a linear projection head, MoCo-v2 an MLP."""
+    embedding_dim: Count
+    queue_size: Count
+    """K."""
+    temperature: PositiveReal
+    """tau."""
+    key_momentum: Annotated[Real, Field(ge=0, le=1)]
+    bn_groups: Count
+    """Groups of the global batch whose batch-norm statistics are separate (MoCo: one for each GPU)."""
+    mixing: Mixing | None = None
+    class_oracle: bool = False
+    """Drop negatives of the query's own class, by label: MoCHi's upper bound, not a method."""
+    matching_epochs: list[CountOrZero] = []
+    """Epochs whose mean matching probabilities of the hardest 1024 are recorded (figure 2)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.mixing is not None:
+            if self.mixing.num_hardest > self.queue_size:
+                raise ValueError(
+                    f"mixing.num_hardest: found {self.mixing.num_hardest}; the queue holds only "
+                    f"queue_size = {self.queue_size} negatives; lower num_hardest or raise queue_size"
+                )
+            if self.mixing.warmup_epochs >= self.epochs:
+                raise ValueError(
+                    f"mixing.warmup_epochs: found {self.mixing.warmup_epochs}; must be smaller than "
+                    f"epochs = {self.epochs}, or nothing is ever mixed"
+                )
+        if self.bn_groups * 2 > self.batch_size:
+            raise ValueError(
+                f"bn_groups: found {self.bn_groups}; batch_size = {self.batch_size} leaves fewer than "
+                f"2 images a group; at most {max(self.batch_size // 2, 1)}"
+            )
+        late = [epoch for epoch in self.matching_epochs if epoch >= self.epochs]
+        if late:
+            raise ValueError(f"matching_epochs: found {late}; epochs count from 0 to {self.epochs - 1}")
+        return self
+
+
+Objective = Annotated[Untrained | Supervised | Contrastive, Field(discriminator="objective")]

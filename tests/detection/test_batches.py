@@ -1,0 +1,172 @@
+"""Batches against their definition: sizes by detectron2's rule, every image once an epoch, and the same
+batch whenever the same number is asked."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mochi.detection import voc
+from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
+from mochi.detection.batches import Images, TrainingItems, collate, read_rgb, resized, stream
+from mochi.detection.coco import encode_masks
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "short_side", "expected"),
+    [
+        (375, 500, 800, (800, 1067)),
+        (500, 375, 800, (1067, 800)),
+        (480, 640, 800, (800, 1067)),
+        (100, 500, 800, (267, 1333)),  # the long side is bounded
+        (128, 128, 128, (128, 128)),
+        (1, 900, 800, (1, 1333)),
+    ],
+)
+def test_sizes_by_detectron2s_rule(
+    height: int, width: int, short_side: int, expected: tuple[int, int]
+) -> None:
+    assert resized(height, width, short_side, 1333) == expected
+
+
+def picture(path: Path, width: int, height: int, boxes: list[list[float]]) -> AnnotatedImage:
+    """An image with a mask that fills each box."""
+    seed = width * 1000 + height
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)).save(path)
+    masks = np.zeros((len(boxes), height, width), np.uint8)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[int(y0) : int(y1), int(x0) : int(x1)] = 1
+    number = len(boxes)
+    return AnnotatedImage(
+        path.stem, path, height, width, np.array(boxes, np.float32).reshape(-1, 4),
+        np.ones(number, np.int64), np.zeros(number, bool), np.ones(number, bool),
+        tuple(encode_masks(masks)),
+    )  # fmt: skip
+
+
+def test_boxes_and_masks_follow_the_image(tmp_path: Path) -> None:
+    images = Images(Annotations(("a",), (picture(tmp_path / "x.png", 40, 20, [[4, 2, 12, 10]]),)))
+    plain = images.item(0, 40, 999, flipped=False)
+    assert plain.image.shape == (3, 40, 80)
+    assert plain.boxes.tolist() == [[8, 4, 24, 20]]
+    flipped = images.item(0, 40, 999, flipped=True)
+    assert torch.equal(flipped.image, plain.image.flip(-1))
+    assert flipped.boxes.tolist() == [[56, 4, 72, 20]]
+    for item in (plain, flipped):
+        assert item.masks is not None
+        rows, columns = torch.where(item.masks[0])
+        around = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert [float(value) for value in around] == item.boxes[0].tolist()
+
+
+def test_boxes_that_vanish_in_resizing_are_dropped_and_counted(tmp_path: Path) -> None:
+    annotated = picture(tmp_path / "x.png", 40, 20, [[4, 2, 12, 10], [1, 1, 1.05, 9]])
+    item = Images(Annotations(("a",), (annotated,))).item(0, 2, 999, flipped=False)
+    assert item.vanished == 1
+    assert len(item.boxes) == len(item.labels) == 1
+    assert item.masks is not None
+    assert len(item.masks) == 1
+
+
+def test_an_image_without_boxes(tmp_path: Path) -> None:
+    item = Images(Annotations(("a",), (picture(tmp_path / "x.png", 40, 20, []),))).item(
+        0, 30, 99, flipped=True
+    )
+    assert item.boxes.shape == (0, 4)
+    assert item.masks is not None
+    assert item.masks.shape == (0, 30, 60)
+
+
+def test_padding_is_zero_after_normalisation(tmp_path: Path) -> None:
+    images = Images(
+        Annotations(("a",), (picture(tmp_path / "x.png", 40, 20, [[0, 0, 5, 5]]),
+                             picture(tmp_path / "y.png", 21, 33, []))))  # fmt: skip
+    batch = collate([images.item(0, 20, 99, flipped=False), images.item(1, 21, 99, flipped=False)], 8)
+    assert batch.images.shape == (2, 3, 40, 40)
+    assert batch.sizes == [(20, 40), (33, 21)]
+    assert not batch.images[0, :, 20:].any()
+    assert not batch.images[1, :, :, 21:].any()
+    pixels = torch.from_numpy(read_rgb(tmp_path / "x.png").copy()).permute(2, 0, 1)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(batch.images[0, :, :20], expected, rtol=1e-4, atol=1e-4)
+    assert batch.targets(torch.device("cpu"))[0]["masks"].shape == (1, 40, 40)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Images:
+    """Five wide images and two tall ones."""
+    sizes = [(40, 20)] * 5 + [(20, 40)] * 2
+    return Images(
+        Annotations(
+            ("a",),
+            tuple(
+                picture(tmp_path / f"{index}.png", width, height, [[1, 2, 9 + index, 12]])
+                for index, (width, height) in enumerate(sizes)
+            ),
+        )
+    )
+
+
+def items(images: Images, micro_batch: int, seed: int = 0) -> TrainingItems:
+    return TrainingItems(images, micro_batch, [20, 24], 99, flip=True, seed=seed)
+
+
+def test_an_epoch_shows_every_image_and_few_mixed_batches(many: Images) -> None:
+    dataset = items(many, 2)
+    assert dataset.per_epoch == 4
+    orders = []
+    for epoch in range(3):
+        rows = [dataset.indices(epoch * 4 + place).tolist() for place in range(4)]
+        counts = Counter(index for row in rows for index in row)
+        assert set(counts) == set(range(7))
+        assert sorted(counts.values()) == [1] * 6 + [2]  # filled up from the epoch's beginning
+        # 2 wide pairs and 1 tall pair; only the one left over stands with another.
+        assert sum(len({index >= 5 for index in row}) == 1 for row in rows) >= 3
+        orders.append(rows)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_fewer_images_than_a_batch_are_repeated(many: Images) -> None:
+    row = items(many, 10).indices(0)
+    assert len(row) == 10
+    assert set(row.tolist()) == set(range(7))
+
+
+def test_a_batch_is_a_function_of_its_number(many: Images) -> None:
+    dataset, again = items(many, 2), items(many, 2)
+    late = again[9]
+    straight = [dataset[number] for number in range(10)]
+    read_ahead = list(stream(items(many, 2), range(7, 10), workers=1))
+    for one, other in ((straight[9], late), (straight[9], read_ahead[2])):
+        for a, b in zip(one, other, strict=True):
+            assert (a.index, a.flipped) == (b.index, b.flipped)
+            assert torch.equal(a.image, b.image)
+            assert torch.equal(a.boxes, b.boxes)
+    drawn = {(item.image.shape[1], item.flipped) for batch in straight for item in batch}
+    assert {flipped for _, flipped in drawn} == {False, True}
+    assert {side for side, _ in drawn} >= {20, 24}
+
+
+def test_unreadable_and_exchanged_images_are_named(many: Images) -> None:
+    path = many.annotations.images[0].path
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(AnnotationError, match=r"0\.png: cannot be read as an image"):
+        many.item(0, 20, 99, flipped=False)
+    Image.new("RGB", (30, 20)).save(path)
+    with pytest.raises(AnnotationError, match=r"0\.png: the image is 30 x 20 .* says 40 x 20"):
+        many.item(0, 20, 99, flipped=False)
+
+
+def test_grey_photographs_become_three_channels(real_data: Callable[[str], Path]) -> None:
+    root = real_data("voc-raccoon.tar") / "raccoon"
+    annotations = voc.read(root, "trainval", ["raccoon"], "fail")
+    grey = [number for number, image in enumerate(annotations.images) if Image.open(image.path).mode == "L"]
+    assert len(grey) == 3
+    item = Images(annotations).item(grey[0], 100, 200, flipped=False)
+    assert item.image.shape[0] == 3
+    assert torch.equal(item.image[0], item.image[2])

@@ -1,0 +1,119 @@
+"""photo-scenes against its promises: exact boxes and masks, the two formats agree, and no test scene shows
+a pixel that a training scene may show."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mochi.config import ConfigError, DetectionData, PhotoScenes
+from mochi.data.photographs import PHOTOGRAPHS, cells, load
+from mochi.detection import coco, scenes, voc
+from mochi.detection.scenes import _Quarry, make_scene
+
+CLASSES = ["astronaut", "brick", "chelsea", "coffee"]
+
+
+def data(**changes: object) -> DetectionData:
+    values = {
+        "format": "voc", "path": "unused", "train": ["VOC/train"], "test": ["VOC/test"],
+        "classes": CLASSES, "rule": "11-point", "broken_objects": "fail", "empty_images": "keep",
+        "scenes": PhotoScenes(image_size=64, num_train=30, num_test=12, seed=0), **changes,
+    }  # fmt: skip
+    return DetectionData.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes") / "photo-scenes"
+    scenes.run(data(), root)
+    return root
+
+
+@pytest.mark.parametrize(("split", "number"), [("train", 30), ("test", 12)])
+def test_voc_and_coco_say_the_same(made: Path, split: str, number: int) -> None:
+    in_voc = voc.read(made / "VOC", split, CLASSES, "fail")
+    in_coco = coco.read(made, split, "fail", masks=True)
+    assert len(in_voc.images) == len(in_coco.images) == number
+    for one, other in zip(in_voc.images, in_coco.images, strict=True):
+        assert one.path.suffix == ".jpg"
+        assert other.path.suffix == ".png"
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        np.testing.assert_array_equal(one.labels, other.labels)
+        assert (one.ignored >= other.ignored).all()  # a crowd is difficult in VOC
+        difference = np.asarray(Image.open(one.path)).astype(int) - np.asarray(Image.open(other.path))
+        assert np.abs(difference).mean() < 4
+
+
+def test_boxes_are_those_of_the_masks(made: Path) -> None:
+    kinds = set()
+    for image in coco.read(made, "train", "fail", masks=True).images:
+        assert image.masks is not None
+        masks = coco.decode_masks(image.masks, image.height, image.width)
+        assert masks.sum(axis=0).max(initial=0) <= 1  # objects do not overlap
+        for mask, box, area in zip(masks, image.boxes, image.areas, strict=True):
+            rows, columns = np.nonzero(mask)
+            assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert area == mask.sum()
+        kinds |= set(image.ignored.tolist())
+    assert kinds == {False, True}
+
+
+def test_what_is_pasted_is_the_photograph_inside_the_mask() -> None:
+    """Every pixel of an object stands in its class's cells of this split; no cell is in both splits."""
+    quarry = _Quarry(CLASSES, seed=0, split="val")
+    scene = make_scene(quarry, 64, np.random.default_rng(3))
+    numbers = {photo.name: number for number, photo in enumerate(PHOTOGRAPHS)}
+    for label, mask, faded in zip(scene.labels, scene.masks, scene.difficult, strict=True):
+        if faded:
+            continue
+        number = numbers[CLASSES[label - 1]]
+        picture = load(PHOTOGRAPHS[number])
+        allowed: set[tuple[int, ...]] = set()
+        for cell in cells(*picture.shape[:2], seed=0, photo=number, split="val"):
+            part = picture[cell.top : cell.top + cell.height, cell.left : cell.left + cell.width]
+            allowed |= {tuple(pixel) for pixel in part.reshape(-1, 3).tolist()}
+        assert {tuple(pixel) for pixel in scene.pixels[mask].tolist()} <= allowed
+
+
+def test_the_parts_of_the_splits_are_disjoint() -> None:
+    for number, photo in enumerate(PHOTOGRAPHS):
+        height, width = load(photo).shape[:2]
+        taken = np.zeros((height, width), int)
+        for split in ("train", "val"):
+            for cell in cells(height, width, seed=0, photo=number, split=split):
+                taken[cell.top : cell.top + cell.height, cell.left : cell.left + cell.width] += 1
+        assert (taken == 1).all()
+
+
+def test_the_same_seed_makes_the_same_files(made: Path, tmp_path: Path) -> None:
+    scenes.run(data(), tmp_path / "photo-scenes")
+    for name in (
+        "annotations/instances_test.json",
+        "test/test_00003.png",
+        "VOC/Annotations/train_00007.xml",
+        "VOC/JPEGImages/train_00007.jpg",
+        "scenes.json",
+    ):
+        assert (tmp_path / "photo-scenes" / name).read_bytes() == (made / name).read_bytes(), name
+    scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=2, num_test=2, seed=1)), tmp_path / "other")
+    assert (tmp_path / "other" / "train" / "train_00000.png").read_bytes() != (
+        made / "train" / "train_00000.png"
+    ).read_bytes()
+
+
+def test_what_was_there_before_is_replaced_whole(tmp_path: Path) -> None:
+    root = tmp_path / "photo-scenes"
+    few = PhotoScenes(image_size=64, num_train=2, num_test=1, seed=0)
+    scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=3, num_test=1, seed=0)), root)
+    scenes.run(data(scenes=few), root)
+    assert len(list((root / "train").iterdir())) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["photo-scenes"]
+
+
+def test_classes_that_are_no_photographs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"found \['zebra'\].*astronaut"):
+        scenes.run(data(classes=["brick", "zebra"]), tmp_path / "x")
+    with pytest.raises(ConfigError, match="no `scenes` section"):
+        scenes.run(data(scenes=None), tmp_path / "x")

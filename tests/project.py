@@ -1,0 +1,108 @@
+"""A copy of the project with the tiny experiment as its default, to be run and changed by tests."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("Snakefile", "mochi", "workflow", "profiles", "config", ".dvc", ".dvcignore", ".gitignore")
+NOT_COPIED = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
+CONFIG = "config/config.yaml"
+
+
+class Project:
+    """Where it lies, and the tools that are run in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def new(cls, folder: Path) -> "Project":
+        """The working tree's sources, without results, in a new folder."""
+        folder.mkdir(parents=True)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir() and not source.is_symlink():
+                shutil.copytree(source, folder / name, ignore=NOT_COPIED)
+            else:
+                shutil.copy(source, folder / name, follow_symlinks=False)
+        shutil.copy(ROOT / "tests/tiny.yaml", folder / CONFIG)
+        # The working tree keeps the tiny experiment's results out of git; here they are the results.
+        ignored = folder / ".gitignore"
+        ignored.write_text(ignored.read_text().replace("/results/tiny/\n", ""))
+        return cls(folder)
+
+    def copy(self, folder: Path) -> "Project":
+        """All of it, results and times of change included."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Project(folder)
+
+    def run(self, *command: str, seconds: int = 300) -> subprocess.CompletedProcess[str]:
+        """A command of this environment in the folder, killed after a time."""
+        return subprocess.run(
+            ["timeout", "-s", "KILL", str(seconds), *command],
+            cwd=self.folder, env=environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`snakemake` on two cores."""
+        return self.run("snakemake", "--cores", "2", *arguments)
+
+    def jobs(self) -> dict[str, int]:
+        """Rule -> number of jobs that a dry run announces."""
+        done = self.snakemake("--dry-run")
+        assert done.returncode == 0, done.stderr
+        if "Nothing to be done" in done.stdout + done.stderr:
+            return {}
+        counts = dict(re.findall(r"^(\w+)\s+(\d+)$", done.stdout + done.stderr, re.MULTILINE))
+        return {rule: int(count) for rule, count in counts.items() if rule not in {"all", "total"}}
+
+    def record(self, store: Path) -> None:
+        """Put the finished experiment under git and DVC, pushed to a remote that is a folder."""
+        for command in (
+            ["git", "init", "--quiet", "--initial-branch", "main"],
+            ["python", "-m", "mochi", "record"],
+            ["dvc", "remote", "add", "--quiet", "--default", "store", str(store)],
+            ["git", "add", "--all"],
+            ["git", "commit", "--quiet", "--message", "Results of the tiny experiment"],
+            ["dvc", "push", "--quiet"],
+        ):
+            done = self.run(*command)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    def clone(self, folder: Path) -> "Project":
+        """What somebody else gets by `git clone` and `dvc pull`."""
+        self.run("git", "clone", "--quiet", ".", str(folder))
+        project = Project(folder)
+        done = project.run("dvc", "pull", "--quiet")
+        assert done.returncode == 0, done.stderr
+        return project
+
+    def changed_stages(self) -> dict[str, Any]:
+        """What `dvc status` says: stage -> what changed of it. Stages further down show later."""
+        done = self.run("dvc", "status", "--json")
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        """Replace a text that must be there."""
+        path = self.folder / file
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the scripts of its Python first, and a name for git's commits."""
+    scripts = Path(sys.executable).parent
+    git = {
+        f"GIT_{who}_{what}": "test@example.org"
+        for who in ("AUTHOR", "COMMITTER")
+        for what in ("NAME", "EMAIL")
+    }
+    return {**os.environ, **git, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}

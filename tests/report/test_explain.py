@@ -1,0 +1,59 @@
+"""The chain behind a number of the finished tiny experiment against the files it speaks of."""
+
+import json
+import re
+
+import pytest
+
+from mochi.config import Experiment
+from mochi.errors import UserError
+from mochi.report.explain import explain
+from mochi.running.provenance import file_digest
+from tests.project import Project
+
+MOCHI = "mochi-16-24-8"
+
+
+def test_every_link_is_named_and_checked(
+    tiny: Experiment,
+    finished: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    project = finished.copy(tmp_path_factory.mktemp("explain") / "project")
+    monkeypatch.chdir(project.folder)
+    results = project.folder / "results"
+    lines = explain(tiny, results, MOCHI, "linear")
+    text = "\n".join(lines)
+    values = [
+        json.loads((results / "tiny" / MOCHI / f"seed{seed}/linear/metrics.json").read_text())["top1"]
+        for seed in (0, 1)
+    ]
+    assert lines[0].startswith(f"{MOCHI}, linear top1: {sum(values) / 2:.2f} ± ")
+    assert all(f"seed {seed}: top1 {value:.2f}" in text for seed, value in enumerate(values))
+    for seed in (0, 1):
+        encoder = results / "tiny" / MOCHI / f"seed{seed}/pretrain/encoder.safetensors"
+        assert f"encoder.safetensors sha256 {file_digest(encoder)[:16]} (as here)" in text
+    # Two stages of two seeds read the data, two an encoder; each knows its code.
+    assert len(re.findall(r"read \w+: .* \(as here\)", text)) == 6
+    assert len(re.findall(r"code [0-9a-f]{16} \(as here\)", text)) == 4
+    assert len(re.findall(r"settings [0-9a-f]{16}, seed [01]", text)) == 4
+    assert len(re.findall(r"torch \d", text)) == 4
+
+    encoder.write_bytes(b"another encoder")
+    (project.folder / "data" / tiny.dataset.name / "manifest.json").unlink()
+    text = "\n".join(explain(tiny, results, MOCHI, "linear"))
+    assert text.count("(DIFFERS from the file here)") == 1
+    assert text.count("(not here)") == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "message"),
+    [
+        ("mochi", "knn", "method: found 'mochi'; tiny has: random-init"),
+        (MOCHI, "top1", "tiny has: linear, knn"),
+    ],
+)
+def test_unknown_cells(tiny: Experiment, finished: Project, method: str, task: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        explain(tiny, finished.folder / "results", method, task)

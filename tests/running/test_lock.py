@@ -1,0 +1,60 @@
+"""One workflow at a time in a folder: a lock held by one process, against a second one and a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mochi.errors import UserError
+from mochi.running.lock import hold
+from tests.project import Project
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mochi.running.lock import hold
+hold(Path(sys.argv[1]))
+"""
+
+
+def holder(lock: Path, then: str = "time.sleep(60)") -> "subprocess.Popen[bytes]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD + then, str(lock)],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )
+    deadline = time.monotonic() + 30
+    while not (lock.exists() and lock.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    lock = tmp_path / "run.lock"
+    first = holder(lock)
+    with pytest.raises(UserError, match=rf"held by process {first.pid} on .*; one workflow at a time"):
+        hold(lock)
+    first.send_signal(signal.SIGKILL)
+    first.wait(30)
+    second = holder(lock, "pass")
+    assert second.wait(30) == 0
+
+
+def test_a_second_snakemake_refuses_at_once_and_says_why(finished: Project, tmp_path: Path) -> None:
+    project = finished.copy(tmp_path / "project")
+    process = holder(project.folder / ".snakemake" / "run.lock")
+    try:
+        begin = time.monotonic()
+        done = project.snakemake("--forcerun", "tables")
+        assert time.monotonic() - begin < 30
+        assert done.returncode == 1
+        assert f"held by process {process.pid}" in done.stdout + done.stderr
+        assert "finished job" not in (done.stdout + done.stderr).lower()
+        # Looking is allowed.
+        assert project.jobs() == {}
+    finally:
+        process.kill()
+        process.wait(30)

@@ -1,0 +1,81 @@
+"""The container's files without a container: linted, and the entry point's words against what it finds."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.project import ROOT
+
+ENTRYPOINT = ROOT / "container" / "entrypoint.sh"
+
+
+def enter(folder: Path, free_mib: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """The entry point in a folder, with a `df` that reports so much free shared memory."""
+    tools = folder / "tools"
+    tools.mkdir()
+    (tools / "df").write_text(f"#!/bin/sh\necho header\necho shm 1 2 {free_mib} 4 /dev/shm\n")
+    (tools / "df").chmod(0o755)
+    return subprocess.run(
+        [str(ENTRYPOINT), *command],
+        cwd=folder, env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_dockerfile_passes_the_linter() -> None:
+    linter = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run(
+        [str(linter), str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_dockerfile_builds_without_newer_engines() -> None:
+    """No heredoc and no `COPY --link`: buildah 1.28 of Debian 12 knows neither."""
+    text = (ROOT / "Dockerfile").read_text()
+    assert "--link" not in text
+    assert not re.search(r"<<-?\s*['\"]?\w+", text)
+
+
+@pytest.mark.parametrize(("free", "warned"), [(64, True), (1023, True), (1024, False)])
+def test_small_shared_memory_is_said_and_the_command_runs(tmp_path: Path, free: int, warned: bool) -> None:
+    done = enter(tmp_path, free, "echo", "two words")
+    assert done.stdout == "two words\n"
+    assert (f"has {free} MiB free" in done.stderr) == warned
+    assert ("--ipc=host" in done.stderr) == warned
+
+
+def test_the_entry_point_becomes_the_command(tmp_path: Path) -> None:
+    assert enter(tmp_path, 4096, "sh", "-c", "exit 7").returncode == 7
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody who may not write")
+    for folder in (tmp_path, *tmp_path.parents[:-1]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    done = subprocess.run(
+        ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", str(ENTRYPOINT), "true"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "uid 12345 cannot write" in done.stderr
+    assert '--user "$(id -u):$(id -g)"' in done.stderr
+
+
+def test_compose_gives_the_gpu_service_what_the_documented_command_does() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    mochi, tensorboard = services["mochi"], services["tensorboard"]
+    assert (mochi["gpus"], mochi["ipc"], mochi["volumes"]) == ("all", "host", [".:/work"])
+    assert mochi["stop_signal"] == "SIGINT"
+    assert tensorboard["ports"] == ["127.0.0.1:6006:6006"], "TensorBoard is for this host alone"
+    assert tensorboard["image"] == mochi["image"]
+
+
+def test_what_is_not_the_image_s_stays_out() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {".git", ".venv", "data", "results", "work", "logs", ".snakemake"} <= set(ignored)

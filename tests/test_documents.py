@@ -1,0 +1,51 @@
+"""What the documents say against what is there: links, commands, results, the picture of the workflow."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from mochi.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text())
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_exist(document: Path) -> None:
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    named = set(re.findall(r"python -m mochi ([a-z]+)", document.read_text()))
+    assert named <= set(known)
+
+
+def test_the_results_in_the_readme_are_the_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.split("<!-- results/embedded/tables/summary.md -->\n")[1].split("<!-- end -->")[0]
+    summary = (ROOT / "results/embedded/tables/summary.md").read_text()
+    table = [line for line in summary.splitlines() if line.startswith("|")]
+    assert shown.strip().splitlines() == table
+
+
+def test_the_picture_of_the_workflow_is_the_workflow() -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "snakemake", "--rulegraph", "dot", "--quiet"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    names = dict(re.findall(r'(\d+)\[label = "(\w+)"', done.stdout))
+    edges = {(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", done.stdout)}
+    drawn = (ROOT / "docs/workflow.svg").read_text()
+    labels = dict(re.findall(r"<!-- (\d+) -->.*?<text[^>]*>(\w+)</text>", drawn, re.DOTALL))
+    arrows = re.findall(r"<!-- (\d+)&#45;&gt;(\d+) -->", drawn)
+    assert {(labels[a], labels[b]) for a, b in arrows} == edges

@@ -31,7 +31,7 @@ def rows(split: StoredSplit, folder: Path) -> list[Row]:
         resident.append(_megabytes(os.getpid(), "Rss") + sum(of_workers))
     part = "resident memory of loader and workers, epoch 20 beside epoch 2"
     found = [row(part, [resident[-1]], [resident[1]], "MB")]
-    large = _repeated(split, 1_000_000 // len(split), folder / "repeated")
+    large = repeated(split, 1_000_000 // len(split), folder / "repeated")
     for workers in (1, 4):
         sizes = [max(_worker_memory(each, config, 0, workers, "Anonymous")) for each in (large, split)]
         part = f"private memory of a worker, {len(large):,} rows beside {len(split):,}"
@@ -39,7 +39,7 @@ def rows(split: StoredSplit, folder: Path) -> list[Row]:
     return found
 
 
-def _repeated(split: StoredSplit, times: int, folder: Path) -> StoredSplit:
+def repeated(split: StoredSplit, times: int, folder: Path) -> StoredSplit:
     """A split with an index `times` as long, whose rows share the same images."""
     folder.mkdir()
     sizes = np.tile(np.stack([split.heights, split.widths], 1), (times, 1))

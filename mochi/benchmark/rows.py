@@ -20,3 +20,17 @@ def row(part: str, ours: list[float], beside: list[float], unit: str, *, note: s
         "runs": len(ours),
         "note": note,
     }
+
+
+def lines(rows: list[Row]) -> list[str]:
+    """Lines to print: one a row."""
+    width = max(len(found["part"]) for found in rows)
+    text = [f"{'':{width}}      ours    beside  unit      ratio (range)"]
+    for found in rows:
+        line = f"{found['part']:{width}}"
+        if found["ratio"] is not None:
+            low, high = found["spread"]
+            line += f"  {found['ours']:8.0f}  {found['beside']:8.0f}  {found['unit']:8}"
+            line += f"  {found['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        text.append(f"{line}  {found['note']}".rstrip())
+    return text

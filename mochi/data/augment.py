@@ -10,7 +10,9 @@ Deviation: no rounding to 8 bits between operations; the blur is the Gaussian th
 passes approximate, with torchvision's reflected border instead of PIL's repeated one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -118,9 +120,7 @@ def grey_of(images: Tensor) -> Tensor:
 
 def greyscale_(images: Tensor, chosen: NDArray[np.bool_]) -> None:
     """Make the chosen (B,) images grey, in place."""
-    rows = _rows(chosen, images.device)
-    if len(rows):
-        images[rows] = grey_of(images[rows]).expand(-1, 3, -1, -1)
+    _on_chosen_(images, chosen, lambda some: grey_of(some).expand(-1, 3, -1, -1))
 
 
 def jitter_(
@@ -146,9 +146,8 @@ def jitter_(
                 images.mul_(gain).add_(grey.mul_(grey_gain).add_(mean * mean_gain)).clamp_(0, 1)
             else:
                 images.mul_(gain).clamp_(0, 1)
-        rows = _rows(operation == 3, images.device)
-        if len(rows):
-            images[rows] = rotate_hue(images[rows], factors[operation == 3, 3])
+        turned = operation == 3
+        _on_chosen_(images, turned, partial(rotate_hue, turns=factors[turned, 3]))
 
 
 def rotate_hue(images: Tensor, turns: NDArray[np.float64]) -> Tensor:
@@ -186,14 +185,8 @@ def blur_(images: Tensor, sigma: NDArray[np.float64]) -> None:
 
     13 taps, as torchvision's kernel_size=13; one direction after the other, two taps at a time.
     """
-    rows = _rows(sigma > 0, images.device)
-    if len(rows) == 0:
-        return
     deviations = torch.from_numpy(sigma[sigma > 0].astype(np.float32)).to(images.device)
-    blurred = images[rows]
-    for axis in (2, 3):
-        blurred = _blurred(blurred, deviations, axis)
-    images[rows] = blurred
+    _on_chosen_(images, sigma > 0, lambda some: _blurred(_blurred(some, deviations, 2), deviations, 3))
 
 
 def _blurred(images: Tensor, sigma: Tensor, axis: int) -> Tensor:
@@ -213,6 +206,13 @@ def _blurred(images: Tensor, sigma: Tensor, axis: int) -> Tensor:
     return output
 
 
-def _rows(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:
-    """Row numbers on the device; the choice is known on the host, so nothing waits for the device."""
-    return torch.from_numpy(np.flatnonzero(chosen)).to(device)
+def _on_chosen_(images: Tensor, chosen: NDArray[np.bool_], operation: Callable[[Tensor], Tensor]) -> None:
+    """Replace the chosen (B,) images by what `operation` makes of them.
+
+    The choice is known on the host, so nothing waits for the device.
+    """
+    if chosen.all():
+        images.copy_(operation(images))
+    elif chosen.any():
+        rows = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
+        images[rows] = operation(images[rows])

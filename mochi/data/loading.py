@@ -5,7 +5,6 @@ image is decoded once by a worker, which also cuts all its crops (uint8); everyt
 in batch on the device. Neither the number of workers nor a resume changes a single value.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from mochi.config import Augmentation
 from mochi.data import augment, crops, draws
 from mochi.data.decode import open_image
 from mochi.data.shards import DataError, StoredSplit
-
-_LOG = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
@@ -260,20 +256,11 @@ _Cut = _RandomCrops | _CentreCrop
 
 
 def decode_rgb(data: pa.Buffer) -> Tensor:
-    """A stored JPEG or PNG as (3, H, W) uint8.
-
-    JPEG goes to torchvision, a third faster than Pillow and equal to it; a PNG, or a JPEG that torchvision
-    will not take, to Pillow, which has decoded every one of them before.
-    """
-    if data[:2].to_pybytes() == b"\xff\xd8":
-        try:
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            image: Tensor = decode_jpeg(encoded, ImageReadMode.RGB)
-        except RuntimeError as error:
-            _LOG.debug("a JPEG that Pillow has to read: %s", error)
-        else:
-            return image
-    return torch.from_numpy(np.array(open_image(data).convert("RGB"))).permute(2, 0, 1)
+    """A stored JPEG or PNG as (3, H, W) uint8, by the decoder that has checked it."""
+    image = open_image(data)
+    # `convert` would copy an image that is RGB already.
+    upright = image if image.mode == "RGB" else image.convert("RGB")
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
 def _crops(

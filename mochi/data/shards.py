@@ -47,29 +47,30 @@ class StoredSplit:
     def _index(self) -> pa.Table:
         return read_arrow(self.folder / f"{self.name}-index.arrow")
 
+    def _column(self, name: str, dtype: type[np.generic], width: int = 1) -> NDArray[Any]:
+        """A column of numbers as a view of the file. (Arrow's own to_numpy brings in all of pandas.)"""
+        buffer = self._index[name].chunk(0).buffers()[1]
+        return np.frombuffer(buffer, dtype, count=width * len(self))
+
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """(N,) class numbers, -1 where there is none; a view of the file."""
-        labels: NDArray[np.int64] = self._index["label"].combine_chunks().to_numpy()
-        return labels
+        return self._column("label", np.int64)
 
     @cached_property
     def hashes(self) -> NDArray[np.uint8]:
         """(N, 32) sha256 of each image's content; a view of the file."""
-        column = self._index["sha256"].combine_chunks()
-        return np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 32)
+        return self._column("sha256", np.uint8, width=32).reshape(-1, 32)
 
     @cached_property
     def heights(self) -> NDArray[np.int32]:
         """(N,) pixels; a view of the file."""
-        sides: NDArray[np.int32] = self._index["height"].combine_chunks().to_numpy()
-        return sides
+        return self._column("height", np.int32)
 
     @cached_property
     def widths(self) -> NDArray[np.int32]:
         """(N,) pixels; a view of the file."""
-        sides: NDArray[np.int32] = self._index["width"].combine_chunks().to_numpy()
-        return sides
+        return self._column("width", np.int32)
 
     @cached_property
     def labelled(self) -> NDArray[np.int64]:

@@ -1,4 +1,9 @@
-"""One fine-tuning: encoder in, detector out; exact to resume, the same on one process or many."""
+"""One fine-tuning: encoder in, detector out; the same steps on one process or many, resumed or not.
+
+On a CPU a resumed training ends with the bytes of one that was not. On a GPU the backward pass of RoIAlign
+adds up in no fixed order; torch's deterministic mode would replace RoIAlign by a version in Python, which
+512 regions an image have no memory for, so detection does not ask for that mode.
+"""
 
 import logging
 import math

@@ -20,7 +20,7 @@ from mochi.detection.predict import detect
 from mochi.running import checkpoint, distributed
 from mochi.running.atomic import write_json
 from mochi.running.health import NonFiniteError, write_events
-from mochi.running.precision import autocast, make_deterministic
+from mochi.running.precision import autocast
 from mochi.running.provenance import Stopwatch, file_digest, record
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,6 @@ def run(
         raise ConfigError(f"detection set: found {set_name!r}; this run has {known}")
     chosen = run.evaluation.detection[set_name]
     device = distributed.pick_device()
-    make_deterministic()
     with distributed.process_group(device):
         train, test = read_splits(chosen.data, masks=chosen.model.masks)
         recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device)

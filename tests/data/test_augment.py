@@ -167,3 +167,14 @@ def test_the_parts_of_a_batch_do_not_matter(images: Tensor, monkeypatch: pytest.
     whole = augment.photometric(images.clone(), parameters, "v2")
     monkeypatch.setattr("mochi.data.crops._CACHE_FLOATS", 3 * images[0].numel())
     assert torch.allclose(augment.photometric(images.clone(), parameters, "v2"), whole, atol=1e-6)
+
+
+def test_an_accelerator_gives_the_same_views(images: Tensor) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here: views are compared on the CPU only")
+    for version in ("v1", "v2"):
+        config = Augmentation(version=version, image_size=24, min_scale=0.2)
+        parameters = augment.draw(config, np.arange(COUNT), seed=0, epoch=0, view=0)
+        here = augment.photometric(images.clone(), parameters, version)
+        there = augment.photometric(images.cuda(), parameters, version).cpu()
+        assert (here - there).abs().max() < LEVEL / 0.2

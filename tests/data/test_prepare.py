@@ -315,3 +315,25 @@ def test_manifest_comes_last_and_is_whole(tree: Path, tmp_path: Path) -> None:
     manifest = prepare(folder(tree), out, jobs=1)
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert not list(out.glob(".*"))
+
+
+def test_a_giant_among_small_ones(tree: Path, tmp_path: Path) -> None:
+    """12,000 x 9,000 pixels keep their bytes, and a crop of them is cut like any other."""
+    import torch
+
+    from mochi.config import Augmentation
+    from mochi.data.loading import two_views
+
+    giant = tree / "train" / "ant" / "giant.jpg"
+    Image.new("L", (12_000, 9_000), 100).save(giant, quality=20)
+    out = tmp_path / "data" / "photos"
+    manifest = prepare(folder(tree), out, jobs=1)
+    assert manifest["quarantined"] == manifest["splits"]["train"]["reencoded"] == 0
+    split = open_dataset(out).split("train")
+    row = int(np.argmax(split.widths))
+    assert (split.heights[row], split.widths[row]) == (9_000, 12_000)
+    assert split.encoded(row).to_pybytes() == giant.read_bytes()
+    config = Augmentation(version="v1", image_size=16, min_scale=0.2)
+    batches = list(two_views(split, config, batch_size=19, seed=0, epoch=0, device=torch.device("cpu")))
+    assert row in batches[0].indices
+    assert torch.isfinite(batches[0].query).all()

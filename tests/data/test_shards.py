@@ -102,7 +102,7 @@ def private():
     return int(lines['Anonymous'].split()[0])
 entry = {'count': 1000000, 'storage': 'encoded', 'shards': [{'file': 'train-images-0000.arrow'}]}
 split = StoredSplit(Path(sys.argv[1]), 'train', entry)
-split.path(0), split.encoded(0), split.labels[0]
+import numpy, pyarrow
 before = private()
 for row in random.Random(0).sample(range(1000000), 50000):
     split.labels[row], split.path(row), split.encoded(row), split.heights[row]

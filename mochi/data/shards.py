@@ -49,6 +49,8 @@ class StoredSplit:
 
     def _column(self, name: str, dtype: type[np.generic], width: int = 1) -> NDArray[Any]:
         """A column of numbers as a view of the file. (Arrow's own to_numpy brings in all of pandas.)"""
+        if len(self) == 0:
+            return np.empty(0, dtype)
         buffer = self._index[name].chunk(0).buffers()[1]
         return np.frombuffer(buffer, dtype, count=width * len(self))
 

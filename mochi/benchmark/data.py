@@ -10,8 +10,11 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +104,7 @@ def _small_views(repeats: int) -> list[Row]:
         return lambda: torch.stack([theirs(image) for image in images for _ in (0, 1)])
 
     rows_out = []
-    with _one_thread():
+    with _threads(1):
         for name, images in (("8-bit tensors", planes), ("Pillow images", pictures)):
             work = per_image(images)
             times = _by_turns(repeats, lambda: _rate(512, ours), lambda work=work: _rate(512, work))  # type: ignore[misc]
@@ -127,15 +130,15 @@ def _torchvision(size: int, *, blur: bool) -> Callable[[Any], torch.Tensor]:
     return transform
 
 
-class _one_thread:  # noqa: N801 - reads as a verb where it is used
-    """Compute on one thread inside, on as many as before outside."""
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Compute on `number` threads inside, on as many as before outside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- photographs from their bytes
@@ -168,7 +171,7 @@ def _large_views(folder: Path, repeats: int) -> list[Row]:
             torch.stack([theirs(Image.open(io.BytesIO(data)).convert("RGB")) for data in encoded])
 
     rows = []
-    with _one_thread():
+    with _threads(1):
         for name, work in (("one decode", decoded_once), ("a decode for each view", decoded_for_each)):
             rates = _by_turns(
                 repeats,
@@ -257,7 +260,8 @@ def _loaders(folder: Path, repeats: int) -> list[Row]:
     """An epoch through ours and through an ordinary DataLoader, on all cores, at 32 and 224 pixels.
 
     The ordinary one decodes with Pillow and makes both views on its workers, one a core; where lightly is
-    installed, its transform is run the same way.
+    installed, its transform is run the same way. Every picture comes four times an epoch, and the start of
+    the workers counts on both sides.
     """
     cores = os.cpu_count() or 1
     transforms: dict[str, Callable[[int], Callable[[Any], Any]]] = {
@@ -266,34 +270,52 @@ def _loaders(folder: Path, repeats: int) -> list[Row]:
     if importlib.util.find_spec("lightly") is not None:
         lightly = importlib.import_module("lightly.transforms")
         transforms["lightly"] = lambda size: lightly.MoCoV2Transform(input_size=size)
-    rows = []
-    for size, name in ((32, "small"), (224, "photos")):
-        split = prepared(folder, name)
-        config = Augmentation(version="v2", image_size=size, min_scale=0.2, blur=size > 32)
-        paths = [str(path) for path in sorted((folder / name).rglob("*.*g"))]
-        workers = 0 if split.pixels is not None else cores
-        epoch = iter(range(10**9))
+    found = []
+    # Pixels are worked on by the threads of one process, encoded images by workers of one thread each.
+    for size, batch, name, threads in ((32, 256, "small", cores), (224, 64, "photos", 1)):
+        with _threads(threads):
+            ours = _our_epoch(prepared(folder, name), folder / "four-times", size, batch, cores)
+            paths = 4 * [str(path) for path in sorted((folder / name).rglob("*.*g"))]
+            for library, make in transforms.items():
+                images = _Pictures(paths, make(size), both_at_once=library == "lightly")
+                loader = DataLoader(images, batch, shuffle=True, num_workers=cores, drop_last=True)
+                rates = _by_turns(repeats, ours, partial(_epoch_rate, loader, batch))
+                part = f"an epoch of two views of {size} px beside a DataLoader with {library}"
+                found.append(row(part, *rates, "views/s", note=f"{cores} cores"))
+    return found
 
-        def ours() -> float:
-            return _steady_rate(
-                two_views(
-                    split,  # noqa: B023 - called before the next turn of the loop
-                    config,  # noqa: B023
-                    batch_size=64,
-                    seed=0,
-                    epoch=next(epoch),  # noqa: B023
-                    device=torch.device("cpu"),
-                    workers=workers,  # noqa: B023
-                )
+
+def _our_epoch(split: StoredSplit, folder: Path, size: int, batch: int, cores: int) -> Callable[[], float]:
+    """The rate of four epochs of pixels on the device, or of one that has every encoded image four times."""
+    config = Augmentation(version="v2", image_size=size, min_scale=0.2, blur=size > 32)
+    encoded = split.pixels is None
+    if encoded:
+        split = memory.repeated(split, 4, folder)
+    epoch = count()
+
+    def rate() -> float:
+        epochs = [
+            two_views(
+                split,
+                config,
+                batch_size=batch,
+                seed=0,
+                epoch=next(epoch),
+                device=torch.device("cpu"),
+                workers=cores if encoded else 0,
             )
+            for _ in range(1 if encoded else 4)
+        ]
+        return _epoch_rate(chain(*epochs), batch)
 
-        for library, make in transforms.items():
-            images = _Pictures(paths, make(size), both_at_once=library == "lightly")
-            loader = DataLoader(images, 64, shuffle=True, num_workers=cores, drop_last=True)
-            rates = _by_turns(repeats, ours, lambda loader=loader: _steady_rate(iter(loader)))  # type: ignore[misc]
-            part = f"an epoch of two views of {size} px beside a DataLoader with {library}"
-            rows.append(row(part, *rates, "views/s", note=f"{cores} cores"))
-    return rows
+    return rate
+
+
+def _epoch_rate(batches: Iterable[object], batch: int) -> float:
+    """Views a second, from the first ask to the last batch."""
+    start = time.perf_counter()
+    steps = sum(1 for _ in batches)
+    return 2 * batch * steps / (time.perf_counter() - start)
 
 
 class _Pictures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -311,11 +333,3 @@ class _Pictures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             query, key = self.transform(image)
             return query, key
         return self.transform(image), self.transform(image)
-
-
-def _steady_rate(batches: Iterator[Any]) -> float:
-    """Views a second from the second batch of 64 on: the start of the workers is left out."""
-    next(batches)
-    start = time.perf_counter()
-    count = sum(1 for _ in batches)
-    return 2 * 64 * count / (time.perf_counter() - start)

@@ -2,10 +2,10 @@
 
 Sets stored as pixels stand on the device as one uint8 tensor and are cropped there. Of the others each
 image is decoded once by a worker, which also cuts all its crops (uint8); everything photometric is done
-in batch on the device. Neither the number of workers nor a resume changes a single value.
+in batch, on an accelerator or, without one, by the workers. Neither the number of workers nor a resume changes a single value.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -90,12 +90,9 @@ def two_views(
         world_size=world_size,
     )
     cut = _RandomCrops(augmentation.image_size, augmentation.min_scale, seed, epoch, views=2)
-    for chosen, (query, key) in _crops(split, batches, cut, device, workers):
-        yield Views(
-            _photometric(query, augmentation, chosen, seed=seed, epoch=epoch, view=0),
-            _photometric(key, augmentation, chosen, seed=seed, epoch=epoch, view=1),
-            *_labels(split, chosen, device),
-        )
+    finish = partial(_photometric, augmentation=augmentation, seed=seed, epoch=epoch)
+    for chosen, (query, key) in _finished(split, batches, cut, finish, device, workers):
+        yield Views(query, key, *_labels(split, chosen, device))
 
 
 def one_view(
@@ -122,9 +119,9 @@ def one_view(
         world_size=world_size,
     )
     cut = _RandomCrops(augmentation.image_size, augmentation.min_scale, seed, epoch, views=1)
-    for chosen, (images,) in _crops(split, batches, cut, device, workers):
-        view = _photometric(images, augmentation, chosen, seed=seed, epoch=epoch, view=0)
-        yield Images(view, *_labels(split, chosen, device))
+    finish = partial(_photometric, augmentation=augmentation, seed=seed, epoch=epoch)
+    for chosen, (images,) in _finished(split, batches, cut, finish, device, workers):
+        yield Images(images, *_labels(split, chosen, device))
 
 
 def random_crops(
@@ -152,8 +149,8 @@ def random_crops(
         world_size=world_size,
     )
     cut = _RandomCrops(image_size, min_scale, seed, epoch, views=1)
-    for chosen, (images,) in _crops(split, batches, cut, device, workers):
-        yield Images(augment.normalize(images), *_labels(split, chosen, device))
+    for chosen, (images,) in _finished(split, batches, cut, _plain, device, workers):
+        yield Images(images, *_labels(split, chosen, device))
 
 
 def centre_crops(
@@ -174,8 +171,9 @@ def centre_crops(
         for first in range(0, len(rows), batch_size)
     )
     cut = _CentreCrop(resize, image_size)
-    for chosen, (images,) in _crops(split, (b for b in batches if len(b)), cut, device, workers):
-        yield Images(augment.normalize(images), *_labels(split, chosen, device))
+    filled = (batch for batch in batches if len(batch))
+    for chosen, (images,) in _finished(split, filled, cut, _plain, device, workers):
+        yield Images(images, *_labels(split, chosen, device))
 
 
 def _shuffled(
@@ -196,10 +194,17 @@ def _shuffled(
 
 
 def _photometric(
-    images: Tensor, augmentation: Augmentation, rows: Rows, *, seed: int, epoch: int, view: int
+    images: Tensor, rows: Rows, view: int, *, augmentation: Augmentation, seed: int, epoch: int
 ) -> Tensor:
+    """The crops of one view, augmented and normalised."""
     parameters = augment.draw(augmentation, rows, seed=seed, epoch=epoch, view=view)
     return augment.photometric(images, parameters, augmentation.version)
+
+
+def _plain(images: Tensor, rows: Rows, view: int) -> Tensor:
+    """Crops that are only normalised."""
+    del rows, view
+    return augment.normalize(images)
 
 
 def _labels(split: StoredSplit, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -263,35 +268,55 @@ def decode_rgb(data: pa.Buffer) -> Tensor:
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
-def _crops(
-    split: StoredSplit, batches: Iterator[Rows], cut: _Cut, device: torch.device, workers: int
+_Finish = Callable[[Tensor, Rows, int], Tensor]
+"""(crops (B, 3, S, S), rows, number of the view) -> the view: colour, blur, normalisation."""
+
+
+def _finished(
+    split: StoredSplit,
+    batches: Iterator[Rows],
+    cut: _Cut,
+    finish: _Finish,
+    device: torch.device,
+    workers: int,
 ) -> Iterator[tuple[Rows, list[Tensor]]]:
-    """Each batch's rows with its views (B, 3, S, S) on the device: float32 in [0, 1], or uint8."""
+    """Each batch's rows with its views (B, 3, S, S), float32 and normalised, on the device.
+
+    Pixels are cropped on the device. Encoded images are cropped by the workers and finished on the device;
+    where that is a CPU the workers finish them too, for they are its cores.
+    """
     pixels = pixels_on(split, device)
     if pixels is not None:
         for rows in batches:
-            yield rows, cut.of_pixels(pixels[torch.from_numpy(rows).to(device)], rows)
+            crops_of_views = cut.of_pixels(pixels[torch.from_numpy(rows).to(device)], rows)
+            yield rows, [finish(images, rows, view) for view, images in enumerate(crops_of_views)]
         return
-    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-        _Decoded(split, cut),
+    on_workers = device.type == "cpu"
+    loader: DataLoader[tuple[Tensor, list[Tensor]]] = DataLoader(
+        _Decoded(split, cut, finish if on_workers else None),
         sampler=batches,
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
-    for rows, views in loader:
-        yield rows.numpy(), list(views.to(device, non_blocking=True))
+    for index, views in loader:
+        rows = index.numpy()
+        moved = [images.to(device, non_blocking=True) for images in views]
+        yield rows, moved if on_workers else [finish(m, rows, view) for view, m in enumerate(moved)]
 
 
-class _Decoded(Dataset[tuple[Tensor, Tensor]]):
-    """On a worker: rows -> the rows and their crops (views, B, 3, S, S) uint8, one decode an image."""
+class _Decoded(Dataset[tuple[Tensor, list[Tensor]]]):
+    """On a worker: rows -> the rows and each view's crops, uint8 or finished; one decode an image."""
 
-    def __init__(self, split: StoredSplit, cut: _Cut) -> None:
-        self.split, self.cut = split, cut
+    def __init__(self, split: StoredSplit, cut: _Cut, finish: _Finish | None) -> None:
+        self.split, self.cut, self.finish = split, cut, finish
 
-    def __getitem__(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(rows), self.cut.of_split(self.split, rows)
+    def __getitem__(self, rows: Rows) -> tuple[Tensor, list[Tensor]]:
+        views = list(self.cut.of_split(self.split, rows))
+        if self.finish is not None:
+            views = [self.finish(images, rows, view) for view, images in enumerate(views)]
+        return torch.from_numpy(rows), views
 
 
 def pixels_on(split: StoredSplit, device: torch.device) -> Tensor | None:

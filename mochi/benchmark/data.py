@@ -223,13 +223,13 @@ def prepared(folder: Path, name: str) -> StoredSplit:
 def _preparation(folder: Path, repeats: int) -> Row:
     """The whole preparation, nothing cached, beside processes that only decode; start-up on both sides.
 
-    Every JPEG stands there four times, so that the start of the processes weighs less; none is skipped.
+    Every JPEG stands there eight times, so that the start of the processes weighs less; none is skipped.
     """
     originals = sorted((folder / "photos").rglob("*.jpg"))
     many = folder / "many" / "train" / "any"
     many.mkdir(parents=True)
     for original in originals:
-        for copy in range(4):
+        for copy in range(8):
             (many / f"{copy}-{original.name}").hardlink_to(original)
     paths = [str(path) for path in sorted(many.iterdir())]
     jobs = os.cpu_count() or 1
@@ -286,7 +286,7 @@ def _loaders(folder: Path, repeats: int) -> list[Row]:
 
 
 def _our_epoch(split: StoredSplit, folder: Path, size: int, batch: int, cores: int) -> Callable[[], float]:
-    """The rate of four epochs of pixels on the device, or of one that has every encoded image four times."""
+    """The rate of four epochs of pixels, or of one that has every encoded image four times."""
     config = Augmentation(version="v2", image_size=size, min_scale=0.2, blur=size > 32)
     encoded = split.pixels is None
     if encoded:

@@ -2,7 +2,8 @@
 
 Sets stored as pixels stand on the device as one uint8 tensor and are cropped there. Of the others each
 image is decoded once by a worker, which also cuts all its crops (uint8); everything photometric is done
-in batch, on an accelerator or, without one, by the workers. Neither the number of workers nor a resume changes a single value.
+in batch, on an accelerator or, without one, by the workers. Neither the number of workers nor a resume
+changes a single value.
 """
 
 from collections.abc import Callable, Iterator

@@ -101,7 +101,7 @@ def _store(
     if isinstance(split, ArraySplit):
         return store.store_arrays(out, name, split)
     if origin.in_place:
-        return store.list_in_place(split, counter.over(scanner.scan(split, keep_bytes=False)))
+        return store.list_in_place(split, counter.over(scanner.scan(split, keep_encoded=False)))
     return store.store_files(out, name, split, counter.over(scanner.scan(split)), shard_bytes)
 
 

@@ -81,7 +81,7 @@ class _Found:
         self, scanner: Scanner, name: str, split: FileSplit, total: int, progress: Progress | None
     ) -> None:
         """Judge every file of a split."""
-        for result in scanner.scan(split, keep_bytes=False):
+        for result in scanner.scan(split, keep_encoded=False):
             verdict, path = result.verdict, as_text(split.paths[result.row])
             self.done += 1
             if progress is not None:

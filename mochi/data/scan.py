@@ -15,20 +15,19 @@ from mochi.data.origin import Blob, FileSplit, in_batches
 from mochi.data.shards import DataError
 from mochi.data.verdicts import Verdicts
 
-_FILES_A_TASK = 32
+_FILES_A_TASK = 64
 _FILES_ALONE = 512  # so few are done before worker processes have started
 _KEEP_EVERY = 4096  # verdicts; an interrupted run loses no more than these
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """One file: its row in the split, its verdict, and the bytes to store (empty if unreadable)."""
+    """One file: its row in the split and its verdict."""
 
     row: int
     size: int
     sha256: bytes
     verdict: decode.Checked
-    stored: bytes
 
 
 class Scanner:
@@ -38,15 +37,17 @@ class Scanner:
         self._pool, self._jobs, self._cache = pool, jobs, cache
         self._known = verdicts.open_store(cache)
 
-    def scan(self, split: FileSplit, *, keep_bytes: bool = True) -> Iterator[Scanned]:
+    def scan(self, split: FileSplit, *, keep_encoded: bool = True) -> Iterator[Scanned]:
         """Judge the files of a split; results come in the order of the rows.
+
+        Without `keep_encoded`, what would be written anew is only marked (by empty bytes).
 
         Raises:
             DataError: a worker process was killed, most often for want of memory.
         """
         new: list[tuple[bytes, decode.Checked]] = []
         try:
-            for result in self._results(split, keep_bytes):
+            for result in self._results(split, keep_encoded):
                 # Verdicts on what could not even be read, or is to be written anew, would save nothing.
                 if result.sha256 and result.verdict.encoded is None:
                     new.append((result.sha256, result.verdict))
@@ -57,9 +58,9 @@ class Scanner:
         finally:
             verdicts.add(self._cache, new)
 
-    def _results(self, split: FileSplit, keep_bytes: bool) -> Iterator[Scanned]:
+    def _results(self, split: FileSplit, keep_encoded: bool) -> Iterator[Scanned]:
         tasks = (
-            (rows.start, [split.blobs[row] for row in rows], self._known, keep_bytes)
+            (rows.start, [split.blobs[row] for row in rows], self._known, keep_encoded)
             for rows in in_batches(len(split.blobs), _FILES_A_TASK)
         )
         if self._pool is None or len(split.blobs) <= _FILES_ALONE:
@@ -96,26 +97,41 @@ def scanning(jobs: int, cache: Path) -> Iterator[Scanner]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _judge(first: int, blobs: list[Blob], known: Verdicts, keep_bytes: bool) -> list[Scanned]:
-    return [_judge_one(first + offset, blob, known, keep_bytes) for offset, blob in enumerate(blobs)]
+def _judge(first: int, blobs: list[Blob], known: Verdicts, keep_encoded: bool) -> list[Scanned]:
+    return [_judge_one(first + offset, blob, known, keep_encoded) for offset, blob in enumerate(blobs)]
 
 
-def _judge_one(row: int, blob: Blob, known: Verdicts, keep_bytes: bool) -> Scanned:
+def _judge_one(row: int, blob: Blob, known: Verdicts, keep_encoded: bool) -> Scanned:
     try:
         data = _read(blob)
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
-        return Scanned(row, -1, b"", decode.Checked(reason, 0, 0, "", "", None), b"")
+        return Scanned(row, -1, b"", decode.Checked(reason, 0, 0, "", "", None))
     sha256 = hashlib.sha256(data).digest()
     verdict = known.get(sha256) or decode.check(data)
-    if not keep_bytes:
-        bare = verdict if verdict.encoded is None else replace(verdict, encoded=b"")
-        return Scanned(row, len(data), sha256, bare, b"")
-    stored = b"" if verdict.reason else verdict.encoded or data
-    return Scanned(row, len(data), sha256, verdict, stored)
+    if verdict.encoded is not None and not keep_encoded:
+        verdict = replace(verdict, encoded=b"")
+    return Scanned(row, len(data), sha256, verdict)
+
+
+def stored_bytes(split: FileSplit, result: Scanned) -> bytes:
+    """What is to be stored of a readable file: written anew by the scan, or the file's own bytes.
+
+    The latter are read again, from the system's cache: cheaper than sending them between processes.
+
+    Raises:
+        DataError: the file is no longer what was judged.
+    """
+    if result.verdict.encoded is not None:
+        return result.verdict.encoded
+    blob = split.blobs[result.row]
+    data = _read(blob)
+    if hashlib.sha256(data).digest() != result.sha256:
+        raise DataError(f"{blob.file}: changed while it was read; prepare again once nobody writes there")
+    return data
 
 
 def _read(blob: Blob) -> bytes:
-    with Path(blob.file).open("rb") as file:
+    with open(blob.file, "rb", buffering=0) as file:  # noqa: PTH123 - a Path a file costs as much as its read
         file.seek(blob.offset)
         return file.read() if blob.size is None else file.read(blob.size)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mochi.data import shards
 from mochi.data.origin import ArraySplit, FileSplit, class_counts, in_batches
-from mochi.data.scan import Scanned
+from mochi.data.scan import Scanned, stored_bytes
 from mochi.running.atomic import replacing
 
 SMALL_SIDE = 128
@@ -62,7 +62,7 @@ def store_files(
 ) -> Stored:
     """Images encoded, in shards; or as pixels when they turn out to be small and of one size."""
     stored = Stored()
-    images = _readable(split, results, stored)
+    images = (stored_bytes(split, result) for result in _readable(split, results, stored))
     while True:
         path = out / f"{name}-images-{len(stored.files):04d}.arrow"
         with _hashed_file(path) as (file, description):
@@ -121,8 +121,8 @@ def as_text(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _readable(split: FileSplit, results: Iterator[Scanned], stored: Stored) -> Iterator[bytes]:
-    """The bytes to store of every readable file; `stored` learns the rest."""
+def _readable(split: FileSplit, results: Iterator[Scanned], stored: Stored) -> Iterator[Scanned]:
+    """The readable files; `stored` learns about all of them."""
     for result in results:
         verdict = result.verdict
         if verdict.reason:
@@ -132,7 +132,7 @@ def _readable(split: FileSplit, results: Iterator[Scanned], stored: Stored) -> I
         stored.hashes += result.sha256
         stored.sizes.extend((verdict.height, verdict.width))
         stored.reencoded += verdict.encoded is not None
-        yield result.stored
+        yield result
 
 
 def _is_small(stored: Stored) -> bool:

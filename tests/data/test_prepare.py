@@ -348,3 +348,18 @@ def test_a_split_of_wrecks_alone_is_empty_not_fatal(tree: Path, tmp_path: Path) 
     split = open_dataset(out).split("val")
     assert (len(split), split.labels.tolist(), split.labelled.tolist()) == (0, [], [])
     assert split.hashes.shape == (0, 32)
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_stored(
+    tree: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Its verdict and its hash would be those of another content."""
+    real = decode.check
+
+    def check_and_overwrite(data: bytes) -> decode.Checked:
+        (tree / "train" / "ant" / "0.jpg").write_bytes((tree / "train" / "ant" / "1.jpg").read_bytes())
+        return real(data)
+
+    monkeypatch.setattr(decode, "check", check_and_overwrite)
+    with pytest.raises(DataError, match=r"0.jpg: changed while it was read"):
+        prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)

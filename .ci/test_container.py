@@ -7,7 +7,6 @@ this host lends its torch, and all else is built and tried the same.
 
 import json
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import buildah
 import pytest
 
 UID = "12345:12345"  # nobody in the image's /etc/passwd
+HOST = "container"
 
 
 class Image:
@@ -28,8 +28,8 @@ class Image:
 
     @contextmanager
     def container(self) -> Iterator[str]:
-        """A new container. An engine makes the host's name known in it; buildah has to be told."""
-        name = f"{socket.gethostname()}:127.0.0.1"
+        """A new container. An engine makes its host name known in it; buildah has to be told."""
+        name = f"{HOST}:127.0.0.1"
         container = self.build("from", "--add-host", name, "localhost/mochi").strip().splitlines()[-1]
         try:
             yield container
@@ -51,7 +51,7 @@ class Image:
         if read_only:
             mounts += ["-v", f"{self.work / read_only}:/work/{read_only}:ro"]
         lent = buildah.host_torch(self.build) if self.torch == "none" else []
-        options = ["--user", user, *mounts, *lent]
+        options = ["--user", user, "--hostname", HOST, *mounts, *lent]
         entry = self.settings()["Entrypoint"]
         with self.container() as container:
             return self.build("run", *options, container, "--", *entry, *command, seconds=seconds)

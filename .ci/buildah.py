@@ -55,7 +55,7 @@ class Builder:
         )
         if done.returncode:
             raise RuntimeError(
-                f"buildah {' '.join(arguments)}: exit {done.returncode}\n{done.stdout[-6000:]}"
+                f"buildah {' '.join(arguments)}: exit {done.returncode}\n{done.stdout[-20000:]}"
             )
         return done.stdout
 

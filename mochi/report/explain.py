@@ -2,6 +2,7 @@
 
 import shlex
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +23,45 @@ def explain(experiment: Experiment, results: Path, method: str, task: str) -> li
         UserError: no such row or task in the experiment.
         MissingResultError: a result is not there.
     """
-    for name, found, known in (
-        ("method", method, list(experiment.methods)),
-        ("task", task, tasks(experiment)),
-    ):
-        if found not in known:
-            raise UserError(f"{name}: found {found!r}; {experiment.name} has: {', '.join(known)}")
+    known = [*tasks(experiment), *(f"detection-{name}" for name in experiment.evaluation.detection)]
+    for name, found, allowed in (("method", method, list(experiment.methods)), ("task", task, known)):
+        if found not in allowed:
+            raise UserError(f"{name}: found {found!r}; {experiment.name} has: {', '.join(allowed)}")
     table = scores(experiment, results)
     table = table[(table["method"] == method) & (table["task"] == task)]
-    shown: list[str] = list(dict.fromkeys(table["metric"]))
     lines = [
-        f"{method}, {task} {metric}: {_mean(table.loc[table['metric'] == metric, 'value'].tolist())}"
-        for metric in shown
+        f"{method}, {task} {metric}: {_mean(values.tolist())}"
+        for metric, values in table.groupby("metric", sort=False)["value"]
     ]
     for name, seed, folder in runs(experiment, results):
-        if name != method:
-            continue
-        metrics = read_json(folder / task / "metrics.json")
-        lines.append(f"seed {seed}: " + ", ".join(f"{metric} {metrics[metric]:.2f}" for metric in shown))
-        for stage in (task, "pretrain"):
-            lines += [f"  {line}" for line in _link(stage, read_json(folder / stage / "provenance.json"))]
+        own = table[table["seed"] == seed]
+        if name == method and len(own):
+            shown = (
+                f"{metric} {_all(values)}" for metric, values in own.groupby("metric", sort=False)["value"]
+            )
+            lines.append(f"seed {seed}: " + ", ".join(shown))
+            for stage in (task, "pretrain"):
+                lines += [
+                    f"  {line}" for line in _link(stage, read_json(folder / stage / "provenance.json"))
+                ]
     return lines
+
+
+def _all(values: Iterable[float]) -> str:
+    return " and ".join(f"{value:.2f}" for value in values)
 
 
 def _mean(values: list[float]) -> str:
     if len(values) == 1:
-        return f"{values[0]:.2f}, one seed"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} over {len(values)} seeds"
+        return f"{values[0]:.2f}, a single one"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} over {len(values)}"
 
 
 def _link(stage: str, record: dict[str, Any]) -> list[str]:
     """One stage of one run."""
     git, machine = record["git"], record["hardware"]
-    code = "as here" if record["code_digest"] == code_digest(STAGE_MODULES[stage]) else "DIFFERS from here"
+    module = STAGE_MODULES["detection" if stage.startswith("detection-") else stage]
+    code = "as here" if record["code_digest"] == code_digest(module) else "DIFFERS from here"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     devices = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['threads']} threads"
     joules = record.get("energy_joules")

@@ -55,8 +55,8 @@ def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapp
     # `--` ahead of the module: torchrun takes our `--run` for one of its own options otherwise.
     run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count // nodes}"]
     if nodes == 1:
-        # Picks a free port, so that runs side by side do not collide.
-        return [*run, "--standalone", "-m", "--", "mochi", *arguments]
+        # Picks a free port, so that runs side by side do not collide; needs no name that resolves.
+        return [*run, "--standalone", "--local-addr=localhost", "-m", "--", "mochi", *arguments]
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         raise UserError(f"nodes: found {nodes} outside a Slurm job; several nodes need the Slurm profile")

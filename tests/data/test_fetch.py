@@ -141,6 +141,12 @@ def make_tar(path: Path, *members: tarfile.TarInfo | str) -> Path:
     return path
 
 
+def special(name: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    return info
+
+
 def link(name: str, target: str) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = tarfile.SYMTYPE, target
@@ -148,14 +154,35 @@ def link(name: str, target: str) -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize(
-    "member", ["../outside.txt", "a/../../outside.txt", link("a/up", "../../x"), link("a", "/etc/passwd")]
-)
+    "member",
+    [
+        "../outside.txt", "a/../../outside.txt", "/outside.txt",
+        link("a/up", "../../x"), link("a", "/etc/passwd"), special("pipe", tarfile.FIFOTYPE),
+    ],
+)  # fmt: skip
 def test_an_archive_that_reaches_outside_is_refused_whole(tmp_path: Path, member) -> None:
     path = make_tar(tmp_path / "evil.tgz", "fine.txt", member)
     with pytest.raises(DataError, match=r"evil.tgz: refused, nothing unpacked"):
         unpacked(path, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.txt"))
     assert not (tmp_path / "outside.txt").exists()
+
+
+def test_nothing_is_unpacked_through_a_link(tmp_path: Path) -> None:
+    """The link itself is honest; what lies behind it could be anywhere."""
+    path = make_tar(tmp_path / "evil.tgz", link("here", "."), "here/file.txt")
+    with pytest.raises(DataError, match=r"'here/file.txt' lies behind a link"):
+        unpacked(path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("filters", [True, False])
+def test_python_with_and_without_filters_unpacks_the_same(
+    tmp_path: Path, filters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not filters:  # before Python 3.11.4
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    path = make_tar(tmp_path / "good.tgz", "a/b.txt", link("a/c.txt", "b.txt"))
+    assert (unpacked(path, tmp_path / "cache") / "a" / "c.txt").read_text() == "hello"
 
 
 def test_an_honest_archive_is_unpacked_once(tmp_path: Path) -> None:

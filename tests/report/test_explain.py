@@ -2,14 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 
-from mochi.config import Experiment
+from mochi.config import Experiment, parse_experiment
 from mochi.errors import UserError
 from mochi.report.explain import explain
 from mochi.running.provenance import file_digest
-from tests.project import Project
+from tests.project import CONFIG, ROOT, Project
 
 MOCHI = "mochi-16-24-8"
 
@@ -57,3 +59,35 @@ def test_every_link_is_named_and_checked(
 def test_unknown_cells(tiny: Experiment, finished: Project, method: str, task: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         explain(tiny, finished.folder / "results", method, task)
+
+
+def test_a_detection_set_shows_each_fine_tuning(tmp_path: Path) -> None:
+    content = yaml.safe_load((ROOT / CONFIG).read_text())
+    content["methods"], content["seeds"] = {"moco-v2": {}}, [0]
+    experiment = parse_experiment(content, CONFIG)
+    name = next(iter(experiment.evaluation.detection))
+    record = {
+        "command": ["python", "-m", "mochi", "detect"], "settings_digest": "5" * 16, "seed": 0,
+        "code_digest": "c" * 16, "git": {"commit": "a" * 40, "dirty": False}, "inputs": {},
+        "versions": {"torch": "2"}, "hardware": {"gpus": ["H100"]}, "wall_seconds": 3.0,
+        "energy_joules": 7200.0,
+    }  # fmt: skip
+    for stage in (
+        "pretrain",
+        "linear",
+        "knn",
+        *(f"detection-{each}" for each in experiment.evaluation.detection),
+    ):
+        folder = tmp_path / experiment.name / "moco-v2/seed0" / stage
+        folder.mkdir(parents=True)
+        singles = {"0": {"AP50": 40.0}, "1": {"AP50": 42.0}}
+        (folder / "metrics.json").write_text(
+            json.dumps({"top1": 1.0, "AP50": 41.0, "fine_tunings": singles})
+        )
+        (folder / "provenance.json").write_text(json.dumps(record))
+    lines = explain(experiment, tmp_path, "moco-v2", f"detection-{name}")
+    assert lines[0] == f"moco-v2, detection-{name} AP50: 41.00 ± 1.41 over 2"
+    assert lines[1] == "seed 0: AP50 40.00 and 42.00"
+    assert "commit aaaaaaaaaaaa" in lines[4]
+    assert "DIFFERS from here" in lines[4]
+    assert "took 3.0 s, 2.0 Wh of GPU" in lines[6]

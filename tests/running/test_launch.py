@@ -22,7 +22,7 @@ def test_several_gpus_of_a_host() -> None:
     command = launch.torchrun(4, 1, ARGUMENTS, {})
     assert command[1:] == [
         "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone",
-        "-m", "--", "mochi", *ARGUMENTS,
+        "--local-addr=localhost", "-m", "--", "mochi", *ARGUMENTS,
     ]  # fmt: skip
 
 

@@ -6,12 +6,13 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 CONFIG ?= config/config.yaml
 
-.PHONY: help reproduce record test lint lock
+.PHONY: help reproduce record test test-slow lint lock
 
 help:
 	@echo "make reproduce   environment from the lock, then the embedded experiment, end to end"
 	@echo "make record      a finished experiment into DVC: dvc.yaml, dvc.lock, cache (CONFIG=...)"
 	@echo "make test        environment, then the whole test suite"
+	@echo "make test-slow   kills, scale, Slurm, the image: needs root, slurm-wlm, munge, buildah, debootstrap"
 	@echo "make lint        environment, then format, lint, types and import rules"
 	@echo "make lock        resolve requirements.lock again from pyproject.toml"
 
@@ -29,6 +30,9 @@ record: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	python -m pytest --numprocesses 2 --dist loadfile
+
+test-slow: $(VENV)/.ready
+	python -m pytest -o pythonpath=". .ci" -o timeout=2900 --durations=15 .ci
 
 lint: $(VENV)/.ready
 	ruff format --check .

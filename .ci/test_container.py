@@ -25,13 +25,17 @@ class Image:
         self.build, self.torch, self.work = build, torch, work
         self.id = build("from", "localhost/mochi").strip().splitlines()[-1]
 
-    def run(self, *command: str, mounted: bool = True, seconds: int = 600) -> str:
+    def run(
+        self, *command: str, mounted: bool = True, read_only: str = "", user: str = UID, seconds: int = 600
+    ) -> str:
         """What `docker run --user 12345:12345 -v CLONE:/work mochi COMMAND` would run and print."""
         mounts = ["-v", f"{self.work}:/work"] if mounted else []
+        if read_only:
+            mounts += ["-v", f"{self.work / read_only}:/work/{read_only}:ro"]
         lent = buildah.host_torch(self.build) if self.torch == "none" else []
         entry = self.settings()["Entrypoint"]
         return self.build(
-            "run", "--user", UID, *mounts, *lent, self.id, "--", *entry, *command, seconds=seconds
+            "run", "--user", user, *mounts, *lent, self.id, "--", *entry, *command, seconds=seconds
         )
 
     def settings(self) -> dict[str, list[str]]:
@@ -104,8 +108,23 @@ def test_the_experiment_from_data_to_table(image: Image) -> None:
     assert "Nothing to be done" in again
 
 
+def test_read_only_data_and_a_second_user_of_the_folder(image: Image) -> None:
+    """A data set that nobody may write is enough, and a colleague of the same group goes on."""
+    for path in (image.work, *image.work.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o2070 if path.is_dir() else 0o060))
+    again = ["snakemake", "--cores", "2", "--configfile", "tests/tiny.yaml", "--forcerun", "evaluate"]
+    printed = image.run(
+        "sh", "-c", 'umask 002 && exec "$@"', "sh", *again, user="54321:12345", read_only="data"
+    )
+    assert "(100%) done" in printed
+    owners = {path.stat().st_uid for path in (image.work / "results").rglob("metrics.json")}
+    assert owners == {54321}
+
+
 def test_the_package_passes_its_tests(image: Image) -> None:
-    printed = image.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", seconds=1500)
+    suite = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
+    printed = image.run(*suite, seconds=1500)
     assert " passed" in printed
 
 

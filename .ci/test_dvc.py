@@ -2,8 +2,8 @@
 
 import json
 import re
+import resource
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -51,11 +51,13 @@ def test_repro_brings_both_tools_up_to_date_and_history_can_be_walked(clone: Pro
 
 
 def test_a_stage_costs_repro_less_than_five_seconds(clone: Project) -> None:
-    """Measured on stages that compute nothing, for Snakemake finds their results complete."""
+    """Measured on stages that compute nothing, for Snakemake finds their results complete; in processor
+    seconds, for which other work on the host is no excuse."""
     stages = [f"knn@{run}" for run in ("random-init/seed0", "mochi-16-24-8/seed0", "mochi-16-24-8/seed1")]
-    begin = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = clone.run("dvc", "repro", "--force", "--single-item", *stages)
-    seconds = (time.monotonic() - begin) / len(stages)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / len(stages)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Running stage") == len(stages)
     print(f"{seconds:.2f} s a stage")

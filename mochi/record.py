@@ -13,7 +13,15 @@ from typing import Any
 
 import yaml
 
-from mochi.config import EVALUATIONS, Experiment, detection_runs, load_experiment, method_seeds
+from mochi.config import (
+    EVALUATIONS,
+    Experiment,
+    Training,
+    detection_runs,
+    load_experiment,
+    method_seeds,
+    resolve,
+)
 from mochi.errors import UserError
 from mochi.running.atomic import write_text
 
@@ -23,6 +31,7 @@ DEFAULT_CONFIG = Path("config/config.yaml")
 # `persist`: DVC deletes outputs before a command otherwise, and Snakemake would make all of them again.
 _IN_GIT = {"cache": False, "persist": True}
 _IN_CACHE = {"persist": True}
+_FIGURES = ("accuracy", "training", "negatives")
 
 _HEADER = """\
 # Written by `python -m mochi record`; a test compares it with the workflow. docs/dvc.md explains it.
@@ -57,7 +66,7 @@ def pipeline(experiment: Experiment, config: Path) -> dict[str, Any]:
     return {
         "vars": [{"runs": stages.runs}],
         "stages": described,
-        "plots": [{f"{root}/{path}".removeprefix("./"): look} for path, look in stages.plots().items()],
+        "plots": stages.plots("" if root == "." else f"{root}/"),
     }
 
 
@@ -154,6 +163,12 @@ class _Stages:
             f"{method}/seed{seed}"
             for method in experiment.methods
             for seed in method_seeds(experiment, method)
+        ]
+        self._trained = [
+            f"{method}/seed{seed}"
+            for method in experiment.methods
+            for seed in method_seeds(experiment, method)
+            if isinstance(resolve(experiment, method, seed).pretrain, Training)
         ]
         self._detection = experiment.evaluation.detection
         self._detected = {
@@ -254,8 +269,7 @@ class _Stages:
         }
 
     def figures(self) -> dict[str, Any]:
-        names = ("accuracy", "training", "negatives")
-        files = [f"{self._home}/figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
+        files = [f"{self._home}/figures/{name}.{kind}" for name in _FIGURES for kind in ("png", "svg")]
         curves = self._each("pretrain/metrics.csv") + self._each("pretrain/matching.csv")
         return {
             "cmd": self._make(files[0]),
@@ -268,10 +282,16 @@ class _Stages:
         """One file of each stage that nothing depends on."""
         return [f"{self._home}/tables/summary.csv", f"{self._home}/figures/accuracy.png"]
 
-    def plots(self) -> dict[str, dict[str, str]]:
-        """For `dvc plots show` and `dvc plots diff`."""
-        bars = {"x": "mean", "y": "method", "template": "bar_horizontal", "title": "Accuracy, %"}
-        return {f"{self._home}/tables/summary.csv": bars}
+    def plots(self, root: str) -> list[dict[str, Any]]:
+        """For `dvc plots show` and `dvc plots diff`: the loss of every training, and the figures.
+
+        Args:
+            root: from dvc.yaml to the Snakefile's folder; paths of plots know no `wdir`.
+        """
+        curves = {f"{root}{self._home}/{run}/pretrain/metrics.csv": "loss" for run in self._trained}
+        loss = {"x": "epoch", "y": curves, "title": "Training loss", "y_label": "loss"}
+        pictures = [f"{root}{self._home}/figures/{name}.png" for name in _FIGURES]
+        return [*([{"loss": loss}] if curves else []), *({path: None} for path in pictures)]
 
     def _metrics(self) -> list[str]:
         frozen = [path for task in self.tasks for path in self._each(f"{task}/metrics.json")]

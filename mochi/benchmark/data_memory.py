@@ -32,7 +32,7 @@ def rows(split: StoredSplit, folder: Path) -> list[Row]:
     part = "resident memory of loader and workers, epoch 20 beside epoch 2"
     found = [row(part, [resident[-1]], [resident[1]], "MB")]
     large = repeated(split, 1_000_000 // len(split), folder / "repeated")
-    for workers in (1, 4):
+    for workers in (1, max(2, os.cpu_count() or 1)):
         sizes = [max(_worker_memory(each, config, 0, workers, "Anonymous")) for each in (large, split)]
         part = f"private memory of a worker, {len(large):,} rows beside {len(split):,}"
         found.append(row(part, [sizes[0]], [sizes[1]], "MB", note=f"the largest of {workers} workers"))

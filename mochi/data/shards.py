@@ -49,6 +49,8 @@ class StoredSplit:
 
     def _column(self, name: str, dtype: type[np.generic], width: int = 1) -> NDArray[Any]:
         """A column of numbers as a view of the file. (Arrow's own to_numpy brings in all of pandas.)"""
+        if len(self) == 0:
+            return np.empty(0, dtype)
         buffer = self._index[name].chunk(0).buffers()[1]
         return np.frombuffer(buffer, dtype, count=width * len(self))
 
@@ -116,13 +118,16 @@ class StoredDataset:
         self.folder = folder
         self.manifest = manifest
         self.classes: list[str] = manifest["classes"]
+        self._opened: dict[str, StoredSplit] = {}
 
     def split(self, name: str) -> StoredSplit:
-        """One split.
+        """One split; the same object each time, so that what is held of it is held once.
 
         Raises:
             DataError: the data set has no such split, or a file of it is missing or cut.
         """
+        if name in self._opened:
+            return self._opened[name]
         splits = self.manifest["splits"]
         if name not in splits:
             raise DataError(
@@ -136,7 +141,7 @@ class StoredDataset:
                     f"{path}: found {'no file' if found is None else f'{found} bytes'}; expected "
                     f"{shard['bytes']} bytes; prepare the data again: {_how(self.folder)}"
                 )
-        return StoredSplit(self.folder, name, splits[name])
+        return self._opened.setdefault(name, StoredSplit(self.folder, name, splits[name]))
 
 
 def open_dataset(folder: Path) -> StoredDataset:

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their place, flushed to disk, then renamed."""
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -31,8 +32,20 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+        _remove_abandoned(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what writers of `path` left behind when they were killed; a living one keeps its own."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        try:
+            os.kill(int(left.suffixes[-2][1:]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except PermissionError:
+            continue  # somebody else's, and alive
 
 
 def write_text(path: Path, text: str) -> None:

@@ -83,10 +83,10 @@ def test_transparency_lies_over_white() -> None:
 
 def test_sixteen_bits_are_scaled_not_cut() -> None:
     """Pillow's own conversion cuts at 255: everything above one 257th of the range turns white."""
-    values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    values = np.array([[0, 257, 128 * 257, 200 * 257, 65535]], dtype=np.uint16)
     for kind in ("PNG", "TIFF"):
         grey = stored(encoded(Image.fromarray(values), kind))
-        assert grey[0].tolist() == [[v, v, v] for v in (0, 1, 128, 255)]
+        assert grey[0].tolist() == [[v, v, v] for v in (0, 1, 128, 200, 255)]
 
 
 def test_float_images_are_scaled(picture: Picture) -> None:

@@ -337,3 +337,14 @@ def test_a_giant_among_small_ones(tree: Path, tmp_path: Path) -> None:
     batches = list(two_views(split, config, batch_size=19, seed=0, epoch=0, device=torch.device("cpu")))
     assert row in batches[0].indices
     assert torch.isfinite(batches[0].query).all()
+
+
+def test_a_split_of_wrecks_alone_is_empty_not_fatal(tree: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tree / "val")
+    (tree / "val" / "ant").mkdir(parents=True)
+    (tree / "val" / "ant" / "x.jpg").write_text("no picture")
+    out = tmp_path / "data" / "photos"
+    prepare(folder(tree, max_unreadable=0.1), out, jobs=1)
+    split = open_dataset(out).split("val")
+    assert (len(split), split.labels.tolist(), split.labelled.tolist()) == (0, [], [])
+    assert split.hashes.shape == (0, 32)

@@ -235,8 +235,8 @@ class FineTuning:
             for name, loss in {"loss": total, **losses}.items():
                 sums[name] = sums.get(name, 0.0) + loss.item() / self._accumulate
         # The mean, so that all processes stop together where one of them would leave the others waiting.
-        loss = distributed.mean_over_ranks(torch.tensor(sums["loss"], device=self._recipe.device)).item()
-        check_finite(loss, step=self.step, lr=lr, last_good=self._saved)
+        mean = distributed.mean_over_ranks(torch.tensor(sums["loss"], device=self._recipe.device))
+        check_finite(float(mean), step=self.step, lr=lr, last_good=self._saved)
         distributed.average_gradients(self.detector.parameters())
         self._optimizer.step()
         self.step += 1

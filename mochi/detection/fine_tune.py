@@ -234,7 +234,9 @@ class FineTuning:
             (total / self._accumulate).backward()
             for name, loss in {"loss": total, **losses}.items():
                 sums[name] = sums.get(name, 0.0) + loss.item() / self._accumulate
-        check_finite(sums["loss"], step=self.step, lr=lr, last_good=self._saved)
+        # The mean, so that all processes stop together where one of them would leave the others waiting.
+        mean = distributed.mean_over_ranks(torch.tensor(sums["loss"], device=self._recipe.device))
+        check_finite(float(mean), step=self.step, lr=lr, last_good=self._saved)
         distributed.average_gradients(self.detector.parameters())
         self._optimizer.step()
         self.step += 1

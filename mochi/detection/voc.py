@@ -17,6 +17,7 @@ from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotat
 from mochi.running.atomic import replacing, write_text
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+_ORIENTATION = 0x0112  # EXIF; 5 to 8 exchange width and height
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -143,10 +144,12 @@ def _image_path(root: Path, name: str, stated: str | None) -> Path:
 
 
 def _image_size(path: Path) -> tuple[int, int]:
-    """(width, height) from the header alone."""
+    """(width, height) of the upright image, from the header alone."""
     try:
         with Image.open(path) as image:
-            return image.size
+            width, height = image.width, image.height
+            turned = image.getexif().get(_ORIENTATION, 1) >= 5
+            return (height, width) if turned else (width, height)
     except OSError as error:
         raise AnnotationError(f"{path}: cannot be read as an image: {error}") from None
 

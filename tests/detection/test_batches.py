@@ -165,7 +165,10 @@ def test_unreadable_and_exchanged_images_are_named(many: Images) -> None:
 def test_grey_photographs_become_three_channels(real_data: Callable[[str], Path]) -> None:
     root = real_data("voc-raccoon.tar") / "raccoon"
     annotations = voc.read(root, "trainval", ["raccoon"], "fail")
-    grey = [number for number, image in enumerate(annotations.images) if Image.open(image.path).mode == "L"]
+    grey = []
+    for number, image in enumerate(annotations.images):
+        with Image.open(image.path) as file:
+            grey += [number] if file.mode == "L" else []
     assert len(grey) == 3
     item = Images(annotations).item(grey[0], 100, 200, flipped=False)
     assert item.image.shape[0] == 3

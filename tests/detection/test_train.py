@@ -2,6 +2,7 @@
 and that test images take no part in choosing the learning rate."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,22 @@ def test_masks_on_coco_scenes(tiny: Experiment, weights: Path, tmp_path: Path) -
     written = metrics(tmp_path / "out")
     assert {"AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75"} <= written.keys()
     assert written["rule"] == "coco"
+
+
+def test_mask_rcnn_on_real_coco(
+    tiny: Experiment, weights: Path, tmp_path: Path, real_data: Callable[[str], Path]
+) -> None:
+    """Polygons of several parts, crowds, 80 classes: from files to box and mask AP."""
+    data = {"format": "coco", "path": str(real_data("coco-tiny.tar") / "coco-tiny"), "train": ["train2017"],
+            "test": ["val2017"], "rule": None, "classes": None, "empty_images": "drop"}  # fmt: skip
+    chosen = small_set(
+        tmp_path, data=data, model={"masks": True}, training={"train_sizes": [64], "test_size": 64}
+    )
+    train.run(run_with(tiny, chosen), "few", weights, tmp_path / "out", tmp_path / "work")
+    assert {"AP", "mask_AP"} <= metrics(tmp_path / "out").keys()
+    counts = json.loads((tmp_path / "out" / "provenance.json").read_text())["annotations"]
+    assert counts["test"]["crowds"] == 16
+    assert counts["train"]["objects"] == 1444 - 14
 
 
 def _stage_rank(run: Run, weights: Path, out: Path, work: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mochi.detection import voc
 from mochi.detection.annotations import AnnotationError, Annotations, for_training
+from mochi.detection.batches import Images
 from tests.detection.conftest import voc_object
 
 Writer = Callable[..., Path]
@@ -98,6 +100,21 @@ def test_a_size_that_is_not_the_images_is_counted_and_the_image_believed(voc_ima
     annotations = read(voc_image(voc_object(), size="<size><width>0</width></size>"))
     assert (annotations.images[0].width, annotations.images[0].height) == (48, 40)
     assert annotations.report()["files whose size is missing or not the image's"] == 1
+
+
+def test_a_rotated_file_is_read_upright(voc_image: Writer) -> None:
+    """Orientation 6: 48 x 40 pixels are stored, 40 x 48 are seen, by the reader as by training."""
+    root = voc_image(voc_object(box=(1, 1, 40, 48)))
+    path = root / "JPEGImages" / "one.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+    annotations = read(root)
+    assert (annotations.images[0].width, annotations.images[0].height) == (40, 48)
+    item = Images(annotations).item(0, 40, 99, flipped=False)
+    assert item.image.shape == (3, 48, 40)
+    assert item.boxes.tolist() == [[0, 0, 40, 48]]
 
 
 def test_parts_of_persons_are_not_objects(voc_image: Writer) -> None:

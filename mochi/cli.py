@@ -39,9 +39,17 @@ Gpus = Annotated[
 @app.command()
 def check(
     config: Annotated[Path | None, typer.Option("--config", help="Experiment file to check.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of images to report on instead.")] = None,
     data_root: DataRoot = Path("data"),
+    report: Annotated[Path | None, typer.Option(help="With --data: write the report as JSON.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="With --data: processes that decode images.")] = 1,
 ) -> None:
-    """Check an experiment, its data and this machine, before anything is computed."""
+    """Check an experiment or a folder of images, and this machine, before anything is computed."""
+    if data is not None:
+        if config is not None:
+            raise UserError("found both --config and --data; check one thing at a time")
+        _report_on_images(data, report, jobs, data_root)
+        return
     from mochi import check as checking
     from mochi.config import load_experiment
 
@@ -52,6 +60,18 @@ def check(
     if any(finding.startswith("error") for finding in findings):
         raise typer.Exit(1)
     typer.echo(f"{experiment.name}: {len(experiment.methods)} methods, ready")
+
+
+def _report_on_images(folder: Path, report: Path | None, jobs: int, data_root: Path) -> None:
+    """What is in a folder, and which settings fit a set of this size."""
+    from mochi.data import report as reporting
+    from mochi.running.atomic import write_json
+    from mochi.running.health import counter
+
+    found = reporting.inspect(folder, jobs=jobs, cache=data_root / ".cache", progress=counter("check"))
+    typer.echo(reporting.render(found))
+    if report is not None:
+        write_json(report, found)
 
 
 @app.command()
@@ -334,6 +354,19 @@ def _take_gpus(count: int | None, nodes: int = 1) -> None:
 
     if count is not None:
         on_gpus(count, nodes)
+
+
+@benchmark.command("data")
+def benchmark_data(
+    rounds: Rounds = 5,
+    num_images: Annotated[
+        int, typer.Option(min=64, help="JPEGs made for the parts that read files.")
+    ] = 1024,
+) -> None:
+    """Views, loaders and preparation beside torchvision's and lightly's, and memory over time."""
+    from mochi.benchmark import data, rows
+
+    typer.echo("\n".join(rows.lines(data.run(repeats=rounds, num_images=num_images))))
 
 
 def _prepare_process(threads: int, *folders: Path) -> None:

@@ -2,6 +2,7 @@
 and nothing that was there is lost."""
 
 import io
+import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -146,6 +147,22 @@ def test_own_images_from_the_command_line(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "0 images" in refused("prepare", "--source", "folder", "--path", str(empty), "--out", str(out))
+
+
+def test_check_reports_on_a_folder_of_images(tmp_path: Path) -> None:
+    """Text for a person, JSON for a program, and a mistake that is named."""
+    folder = tmp_path / "images/train/cat"
+    folder.mkdir(parents=True)
+    for index in range(4):
+        Image.new("RGB", (40, 30 + index), (index, 0, 0)).save(folder / f"{index}.png")
+    report = tmp_path / "report.json"
+    places = ["--data", str(tmp_path / "images"), "--data-root", str(tmp_path / "data")]
+    done = mochi("check", *places, "--report", str(report))
+    assert done.returncode == 0, done.stderr
+    assert "train: 4 images, 4 labelled" in done.stdout
+    assert json.loads(report.read_text())["splits"]["train"]["images"] == 4
+    assert "check one thing at a time" in refused("check", "--config", TINY, *places)
+    assert "nowhere" in refused("check", "--data", str(tmp_path / "nowhere"))
 
 
 def test_benchmark_negatives_prints_every_alternative() -> None:

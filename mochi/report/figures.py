@@ -80,7 +80,8 @@ def _training(epochs: pd.DataFrame, methods: list[str], colours: dict[str, str])
                 chance = rows.groupby("epoch")["chance"].first()
                 loss_axes.plot(chance.index, chance, color=colours[method], linestyle=":", linewidth=1)
     loss_axes.set_ylabel("loss (nats); dotted: chance")
-    for method, mean, low, high in _bands(epochs, methods, "accuracy"):
+    contrastive = [method for method, *_ in _bands(epochs, methods, "accuracy_with_synthetics")]
+    for method, mean, low, high in _bands(epochs, contrastive, "accuracy"):
         _band(accuracy_axes, method, colours[method], 100 * mean, 100 * low, 100 * high)
     for method, mean, _, _ in _bands(epochs, methods, "accuracy_with_synthetics"):
         accuracy_axes.plot(mean.index, 100 * mean, color=colours[method], linestyle="--", linewidth=1)

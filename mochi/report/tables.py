@@ -39,24 +39,39 @@ def summarize(scores: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(experiment: Experiment, table: pd.DataFrame) -> str:
-    """A table to look at: a row for each method, a column for each number."""
-    columns = list(dict.fromkeys(zip(table["task"], table["metric"], strict=True)))
-    cells = {(row.method, row.task, row.metric): _cell(row) for row in table.itertuples(index=False)}
-    header = ["method", *(f"{task} {_NAMES.get(metric, metric)}" for task, metric in columns), "seeds"]
-    lines = [f"# {experiment.title}", "", _row(header), _row(["---"] * len(header))]
-    for method in experiment.methods:
-        seeds = table.loc[table["method"] == method, "n"].max()
-        lines.append(_row([method, *(cells.get((method, *column), "") for column in columns), str(seeds)]))
+    """Tables to look at, a row for each method: classification, then each detection set."""
+    sets = [task for task in dict.fromkeys(table["task"]) if task.startswith("detection-")]
+    classification = [task for task in dict.fromkeys(table["task"]) if task not in sets]
+    lines = [f"# {experiment.title}", ""]
+    lines += _grid(experiment, table, classification, "seeds")
+    for task in sets:
+        lines += ["", f"## {task}", "", *_grid(experiment, table, [task], "fine-tunings")]
     lines += [
         "",
-        "Percent; mean ± sample standard deviation over seeds. In brackets: the published value, where",
-        "there is one for this very setting. `linear top-1` is the last epoch at the protocol's learning",
-        "rate; `best lr` is the learning rate that won on a held-out part of train.",
+        "Percent; mean ± sample standard deviation over seeds, or over fine-tunings. In brackets: the",
+        "published value, where there is one for this very setting. `linear top-1` is the last epoch at",
+        "the protocol's learning rate; `best lr` is the rate that won on a held-out part of train.",
     ]
     return "\n".join(lines) + "\n"
 
 
 _NAMES = {"top1": "top-1", "top5": "top-5", "best_lr_top1": "top-1 (best lr)"}
+
+
+def _grid(experiment: Experiment, table: pd.DataFrame, tasks: list[str], repeats: str) -> list[str]:
+    """One table: a column for each number of `tasks`, and how many runs each rests on."""
+    table = table[table["task"].isin(tasks)]
+    columns = list(dict.fromkeys(zip(table["task"], table["metric"], strict=True)))
+    cells = {(row.method, row.task, row.metric): _cell(row) for row in table.itertuples(index=False)}
+    names = [_NAMES.get(metric, metric) for _, metric in columns]
+    if len(tasks) > 1:
+        names = [f"{task} {name}" for (task, _), name in zip(columns, names, strict=True)]
+    header = ["method", *names, repeats]
+    lines = [_row(header), _row(["---"] * len(header))]
+    for method in [method for method in experiment.methods if method in set(table["method"])]:
+        num = table.loc[table["method"] == method, "n"].max()
+        lines.append(_row([method, *(cells.get((method, *column), "") for column in columns), str(num)]))
+    return lines
 
 
 def _cell(row: object) -> str:

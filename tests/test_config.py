@@ -125,7 +125,11 @@ def test_the_papers_own_settings_are_allowed() -> None:
         "num_query_synthetics": 256,
         "warmup_epochs": 0,
     }
-    parse_experiment(changed("methods/mochi-32-256-256", {"mixing": mixing}), "x.yaml")
+    experiment = parse_experiment(changed("methods/mochi-32-256-256", {"mixing": mixing}), "x.yaml")
+    recipe = resolve(experiment, "mochi-32-256-256", 0).pretrain
+    assert isinstance(recipe, Contrastive)
+    assert recipe.mixing is not None
+    assert recipe.mixing.num_pair_synthetics > recipe.mixing.num_hardest
 
 
 def test_a_run_is_the_recipe_with_the_methods_changes() -> None:

@@ -75,7 +75,8 @@ def test_a_preparation_after_the_report_decodes_nothing(tree: Path, tmp_path: Pa
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(decode, "check", explode)
-    prepare(Folder(source="folder", name="p", path=str(tree)), tmp_path / "data" / "p", jobs=1)
+    manifest = prepare(Folder(source="folder", name="p", path=str(tree)), tmp_path / "data" / "p", jobs=1)
+    assert manifest["splits"]["train"]["count"] > 0
 
 
 def settings(num_train: int, side: int, classes: int = 10) -> dict[str, object]:

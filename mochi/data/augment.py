@@ -29,6 +29,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _GREY = (0.2989, 0.587, 0.114)  # torchvision's weights
 _BLUR_RADIUS = 6  # three standard deviations of the widest blur
+_BLUR_REACH = 3.5  # taps beyond so many deviations are left out
 
 # The columns of one row of draws. New ones go to the end: earlier draws keep their values.
 _ORDER, _FACTORS = slice(0, 4), slice(4, 8)
@@ -65,16 +66,20 @@ def draw(
     )
 
 
-def photometric(images: Tensor, parameters: Parameters, version: str) -> Tensor:
-    """Everything after crop and flip, in the order of the version; normalised, channels last.
+def photometric(
+    images: Tensor, parameters: Parameters, version: str, output: Tensor | None = None
+) -> Tensor:
+    """Everything after crop and flip, in the order of the version; normalised.
 
     v1: greyscale, colour jitter. v2: colour jitter, greyscale, blur. (A mirrored image commutes with
     all of them, so the flip is done with the crop.)
 
     Args:
         images: (B, 3, S, S), float32 in [0, 1], which are overwritten, or uint8.
+        output: (B, 3, S, S) float32, filled and returned; channels last when made here.
     """
-    output = torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
+    output = _channels_last(images) if output is None else output
+    mean, std = _statistics(images.device)
     for rows in parts(len(images), images[0].numel(), images.device):
         part = _unit(images[rows])
         if version == "v1":
@@ -83,16 +88,21 @@ def photometric(images: Tensor, parameters: Parameters, version: str) -> Tensor:
         if version == "v2":
             greyscale_(part, parameters.grey[rows])
             blur_(part, parameters.sigma[rows])
-        output[rows] = _normalized_(part)
+        output[rows] = part.sub_(mean).div_(std)
     return output
 
 
-def normalize(images: Tensor) -> Tensor:
-    """(B, 3, S, S), in [0, 1] or uint8 -> ImageNet mean 0 and deviation 1, channels last."""
-    output = torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
+def normalize(images: Tensor, output: Tensor | None = None) -> Tensor:
+    """ImageNet mean 0 and deviation 1; arguments as `photometric`'s."""
+    output = _channels_last(images) if output is None else output
+    mean, std = _statistics(images.device)
     for rows in parts(len(images), images[0].numel(), images.device):
-        output[rows] = _normalized_(_unit(images[rows]))
+        output[rows] = _unit(images[rows]).sub_(mean).div_(std)
     return output
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
 
 
 def _unit(images: Tensor) -> Tensor:
@@ -106,10 +116,9 @@ def _unit(images: Tensor) -> Tensor:
     )
 
 
-def _normalized_(images: Tensor) -> Tensor:
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
-    return images.sub_(mean).div_(std)
+def _statistics(device: torch.device) -> Tensor:
+    """(2, 3, 1, 1): ImageNet's mean and deviation of each channel."""
+    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[:, :, None, None]
 
 
 def grey_of(images: Tensor) -> Tensor:
@@ -120,7 +129,7 @@ def grey_of(images: Tensor) -> Tensor:
 
 def greyscale_(images: Tensor, chosen: NDArray[np.bool_]) -> None:
     """Make the chosen (B,) images grey, in place."""
-    _on_chosen_(images, chosen, lambda some: grey_of(some).expand(-1, 3, -1, -1))
+    _on_chosen_(images, chosen, lambda some: some.copy_(grey_of(some).expand_as(some)))
 
 
 def jitter_(
@@ -131,88 +140,95 @@ def jitter_(
     Brightness, contrast and saturation are one formula, clamp(f x + (1 - f) anchor), whose anchor is
     black, the mean grey, or the pixel's grey.
     """
+    operation = np.where(chosen[:, None], order, -1)  # (B, 4): by position
+    f = factors[np.arange(len(order))[:, None], order]
+    blended = (operation >= 0) & (operation < 3)
+    gains = [np.where(blended, f, 1), *(np.where(operation == n, 1 - f, 0) for n in (1, 2))]
+    gain, by_mean, by_grey = torch.from_numpy(np.stack(gains).astype(np.float32)).to(images.device)
     for position in range(4):
-        operation = np.where(chosen, order[:, position], -1)  # (B,)
-        blended = (operation >= 0) & (operation < 3)
-        if blended.any():
-            f = np.where(blended, factors[np.arange(len(operation)), order[:, position]], 1.0)
-            by_mean = np.where(operation == 1, 1 - f, 0.0)
-            by_grey = np.where(operation == 2, 1 - f, 0.0)
-            scalars = torch.from_numpy(np.stack([f, by_mean, by_grey]).astype(np.float32))
-            gain, mean_gain, grey_gain = scalars.to(images.device)[:, :, None, None, None]  # (B, 1, 1, 1)
-            if by_mean.any() or by_grey.any():
-                grey = grey_of(images)
-                mean = grey.mean(dim=(2, 3), keepdim=True)
-                images.mul_(gain).add_(grey.mul_(grey_gain).add_(mean * mean_gain)).clamp_(0, 1)
-            else:
-                images.mul_(gain).clamp_(0, 1)
-        turned = operation == 3
-        _on_chosen_(images, turned, partial(rotate_hue, turns=factors[turned, 3]))
+        here = (slice(None), position, None, None, None)  # (B, 1, 1, 1)
+        kinds = set(operation[:, position].tolist())
+        if kinds & {0, 1, 2}:
+            grey = grey_of(images) if kinds & {1, 2} else images[:, 0:1]
+            images.mul_(gain[here])
+            if 1 in kinds:
+                images.add_(grey.mean(dim=(2, 3), keepdim=True).mul_(by_mean[here]))
+            if 2 in kinds:
+                images.addcmul_(grey, by_grey[here])
+            images.clamp_(0, 1)
+        if 3 in kinds:
+            turned = operation[:, position] == 3
+            _on_chosen_(images, turned, partial(rotate_hue_, turns=f[turned, position]))
 
 
-def rotate_hue(images: Tensor, turns: NDArray[np.float64]) -> Tensor:
-    """Turn the hue of each image by `turns` (B,) of the whole circle, value and saturation kept.
+def rotate_hue_(images: Tensor, turns: NDArray[np.float64]) -> None:
+    """Turn the hue of each image by `turns` (B,) of the whole circle, in place; value and saturation stay.
 
-    HSV without S and V: with m the smallest channel and d the spread of the channels, a channel of hue h
-    (in sixths of the circle) is m + d c, where c = clamp(|h - 3| - 1, 0, 1) for red and
-    clamp(2 - |h - 2|, 0, 1), clamp(2 - |h - 4|, 0, 1) for green and blue.
+    HSV without S and V. With m the smallest channel, d the spread of the channels and hues in sixths of the
+    circle, a colour's hue is h = ±(1 + (g + b - r - m) / d), positive where green is above blue; and a
+    colour of hue h has in the channel whose own hue is c (red 0, green 2, blue 4) the value
+    m + d (clamp(||h - c| - 3|, 1, 2) - 1), for h - c in [-6, 6]. No pixel needs a choice of formula, which
+    takes twice as long; and turning a colour one way is turning the three channels the other way.
     """
     red, green, blue = images.tensor_split(3, dim=1)  # (B, 1, H, W)
-    largest = torch.maximum(torch.maximum(red, green), blue)
     smallest = torch.minimum(torch.minimum(red, green), blue)
-    spread = largest - smallest
-    per_spread = spread.clamp(min=1e-8).reciprocal_()
-    hue = torch.where(
-        red == largest,
-        (green - blue).mul_(per_spread),
-        torch.where(
-            green == largest,
-            (blue - red).mul_(per_spread).add_(2),
-            (red - green).mul_(per_spread).add_(4),
-        ),
-    )
-    hue += torch.from_numpy((6 * turns).astype(np.float32)).to(images.device)[:, None, None, None]
-    hue -= (hue / 6).floor_().mul_(6)
-    output = torch.empty_like(images)
-    for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
-        share = (hue - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-        torch.addcmul(smallest, spread, share, out=output[:, channel : channel + 1])
-    return output
+    spread = torch.maximum(torch.maximum(red, green), blue).sub_(smallest)
+    hue = (green + blue).sub_(red).sub_(smallest).div_(spread.clamp(min=1e-8)).add_(1)
+    hue.copysign_(green - blue)  # [-3, 3]
+    shifted = (np.array([0, 2, 4]) - 6 * turns[:, None] + 3) % 6 - 3  # (B, 3) in [-3, 3)
+    channels = torch.from_numpy(shifted.astype(np.float32)).to(images.device)[:, :, None, None]
+    torch.sub(hue, channels, out=images)
+    images.abs_().sub_(3).abs_().clamp_(1, 2)
+    images.mul_(spread).add_(smallest.sub_(spread))
 
 
 def blur_(images: Tensor, sigma: NDArray[np.float64]) -> None:
     """Gaussian blur of the images whose sigma is above 0, in place, border reflected.
 
-    13 taps, as torchvision's kernel_size=13; one direction after the other, two taps at a time.
+    13 taps, as torchvision's kernel_size=13, less those beyond 3.5 deviations: together they weigh an
+    eighth of an 8-bit level.
     """
-    deviations = torch.from_numpy(sigma[sigma > 0].astype(np.float32)).to(images.device)
-    _on_chosen_(images, sigma > 0, lambda some: _blurred(_blurred(some, deviations, 2), deviations, 3))
+    if not sigma.any():
+        return
+    radius = min(_BLUR_RADIUS, *(side - 1 for side in images.shape[2:]))
+    kernels = torch.from_numpy(_half_gaussians(sigma[sigma > 0], radius)).to(images.device)
+
+    def along_both_(some: Tensor) -> None:
+        for axis in (2, 3):
+            _blur_along_(some, kernels, axis)
+
+    _on_chosen_(images, sigma > 0, along_both_)
 
 
-def _blurred(images: Tensor, sigma: Tensor, axis: int) -> Tensor:
-    """(B, 3, H, W) blurred along one axis."""
-    side = images.shape[axis]
-    radius = min(_BLUR_RADIUS, side - 1)
-    distance = torch.arange(radius + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)  # (B, taps)
-    kernel = (kernel / (kernel[:, :1] + 2 * kernel[:, 1:].sum(1, keepdim=True))).T[:, :, None, None, None]
+def _half_gaussians(sigma: NDArray[np.float64], radius: int) -> NDArray[np.float32]:
+    """(taps, B) weights of the centre and of the taps on one side of it, as many as the widest needs."""
+    taps = np.arange(radius + 1)[:, None]
+    weights = np.where(taps <= _BLUR_REACH * sigma, np.exp(-0.5 * (taps / sigma) ** 2), 0)
+    weights /= weights[0] + 2 * weights[1:].sum(axis=0)
+    return weights[weights.any(axis=1)].astype(np.float32)
+
+
+def _blur_along_(images: Tensor, kernels: Tensor, axis: int) -> None:
+    """Blur (B, 3, H, W) along one axis, two taps at a time, in place; kernels as `_half_gaussians`."""
+    radius, side = len(kernels) - 1, images.shape[axis]
     padding = (radius, radius, 0, 0) if axis == 3 else (0, 0, radius, radius)
     padded = F.pad(images, padding, mode="reflect")
-    output = images * kernel[0]
-    for tap in range(1, radius + 1):
-        before = padded.narrow(axis, radius - tap, side)
-        after = padded.narrow(axis, radius + tap, side)
-        output.addcmul_(before + after, kernel[tap])
-    return output
+    centre, *pairs = kernels[:, :, None, None, None]  # each (B, 1, 1, 1)
+    images.mul_(centre)
+    for tap, weight in enumerate(pairs, start=1):
+        before, after = (padded.narrow(axis, radius + shift, side) for shift in (-tap, tap))
+        images.addcmul_(before + after, weight)
 
 
-def _on_chosen_(images: Tensor, chosen: NDArray[np.bool_], operation: Callable[[Tensor], Tensor]) -> None:
-    """Replace the chosen (B,) images by what `operation` makes of them.
+def _on_chosen_(images: Tensor, chosen: NDArray[np.bool_], operation_: Callable[[Tensor], object]) -> None:
+    """Let `operation_` change the chosen (B,) images in place.
 
     The choice is known on the host, so nothing waits for the device.
     """
     if chosen.all():
-        images.copy_(operation(images))
+        operation_(images)
     elif chosen.any():
         rows = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
-        images[rows] = operation(images[rows])
+        some = images[rows]
+        operation_(some)
+        images[rows] = some

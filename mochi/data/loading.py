@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mochi.config import Augmentation
 from mochi.data import augment, crops, draws
@@ -199,13 +199,22 @@ def _photometric(
 ) -> Tensor:
     """The crops of one view, augmented and normalised."""
     parameters = augment.draw(augmentation, rows, seed=seed, epoch=epoch, view=view)
-    return augment.photometric(images, parameters, augmentation.version)
+    return augment.photometric(images, parameters, augmentation.version, _output_for(images))
 
 
 def _plain(images: Tensor, rows: Rows, view: int) -> Tensor:
     """Crops that are only normalised."""
     del rows, view
-    return augment.normalize(images)
+    return augment.normalize(images, _output_for(images))
+
+
+def _output_for(images: Tensor) -> Tensor | None:
+    """On a worker, shared memory: the main process then needs no copy (as in torch's default_collate)."""
+    if get_worker_info() is None:
+        return None
+    storage = torch.UntypedStorage._new_shared(images.numel() * torch.float32.itemsize)
+    flat = torch.empty(0).set_(storage)
+    return flat.view(images.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 def _labels(split: StoredSplit, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:

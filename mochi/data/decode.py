@@ -43,12 +43,20 @@ class UnreadableError(ValueError):
 
 
 def check(data: bytes) -> Checked:
-    """Decode one file whole and say what is to be stored of it."""
+    """Decode one file whole and say what is to be stored of it.
+
+    Of a JPEG whose bytes will serve only the picture's making is cut short: all its data are decoded, but
+    into pixels an eighth as wide, which finds the same faults in two thirds of the time.
+    """
     try:
         image = open_image(data)
         kind, mode, size = str(image.format), image.mode, image.size
+        # Of a PNG this could not be asked yet: its metadata may come last.
+        plain_jpeg = kind == "JPEG" and _is_plain(image, data)
+        if plain_jpeg:
+            image.draft(None, (1, 1))
         _load(image)
-        if _is_plain(image, data):
+        if plain_jpeg or _is_plain(image, data):
             return Checked("", *size, kind, mode, None)
         picture = to_rgb(image)
     except UnreadableError as error:

@@ -16,10 +16,10 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 UNLABELLED_FOLDERS = ("unlabeled", "unlabelled")
 
 _JUNK_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}
-_OTHER_SUFFIXES = {
+_OTHER_SUFFIXES = (
     ".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".py", ".ipynb",
     ".mat", ".npy", ".npz", ".zip", ".tar", ".tgz", ".log",
-}  # fmt: skip
+)  # fmt: skip
 
 
 def collect(config: Folder, cache: Path) -> Origin:
@@ -92,7 +92,7 @@ def _classes(root: Path, splits: dict[str, list[tuple[str, str | None]]]) -> lis
 
 def _file_split(root: Path, rows: list[tuple[str, str | None]], number: dict[str, int]) -> FileSplit:
     labels = [UNLABELLED if name is None else number[name] for _, name in rows]
-    blobs = [Blob(str(root / path)) for path, _ in rows]
+    blobs = [Blob(f"{root}{os.sep}{path}") for path, _ in rows]  # a Path for each takes ten times as long
     return FileSplit(blobs, [path for path, _ in rows], np.array(labels, dtype=np.int64))
 
 
@@ -127,7 +127,7 @@ def _walk(
                 yield from _walk(root, path, (*parents, identity), ignored)
             elif not entry.is_file():
                 ignored["broken link or not a regular file"] += 1
-            elif Path(entry.name).suffix.lower() in _OTHER_SUFFIXES:
+            elif entry.name.lower().endswith(_OTHER_SUFFIXES):
                 ignored["not an image by its suffix"] += 1
             else:
                 yield path

@@ -1,8 +1,10 @@
 # One experiment, from raw images to tables. `snakemake --cores all [--configfile config/NAME.yaml]`.
 from pathlib import Path
 
+import yaml
 from snakemake.utils import min_version
 
+from mochi.running.atomic import write_text
 from mochi.running.lock import hold
 
 min_version("9.18")
@@ -14,6 +16,7 @@ include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/detection.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/outdated.smk"
 
 
 localrules:
@@ -29,6 +32,11 @@ localrules:
 # Instead of Snakemake's lock (`nolock` in the profile), which outlives a kill.
 onstart:
     hold(Path(".snakemake/run.lock"))
+    # Made from nothing that could be newer: in a clone no date would have it made again.
+    if recorded_code() != CODE:
+        write_text(
+            Path(rules.code.output[0]), yaml.safe_dump(CODE, sort_keys=False)
+        )
 
 
 rule all:

@@ -103,13 +103,18 @@ def _cpu_name() -> str:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit and whether tracked files differ from it; None outside a repository (a tarball)."""
+    """Commit, and whether tracked files differ from it; None outside a repository (a tarball).
+
+    Results do not count: those that stand in git change while they are made again.
+    """
     try:
         commit = _ask_git("rev-parse", "HEAD")
-        dirty = bool(_ask_git("status", "--porcelain", "--untracked-files=no"))
+        changed = _ask_git(
+            "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit, "dirty": dirty}
+    return {"commit": commit, "dirty": bool(changed)}
 
 
 def _ask_git(*arguments: str) -> str:

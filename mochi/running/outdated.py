@@ -1,0 +1,51 @@
+"""Results that other settings or other code have made, told by their own record.
+
+Snakemake remembers settings and code too, but in `.snakemake`, which `git clone` alone does not bring:
+there it would take whatever lies in `results` for what the experiment asks for.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from mochi.errors import UserError
+
+_LONG_AGO = (1, 1)  # 0 is no time to Snakemake
+
+
+def date_back(path: Path) -> None:
+    """Make a file older than all that it is made from; nothing where there is none.
+
+    Raises:
+        UserError: the file belongs to somebody else.
+    """
+    if not path.exists():
+        return
+    try:
+        os.utime(path, _LONG_AGO)
+    except PermissionError as error:
+        raise UserError(
+            f"{path}: found what other settings or code have made, and it is not yours to replace ({error}); "
+            "work in a copy, or ask its owner"
+        ) from None
+
+
+def date_back_results(folder: Path, settings_digest: str, code_digest: str) -> bool:
+    """Date back the results of a stage, and its run.yaml, if they were made otherwise.
+
+    Returns:
+        whether the settings differ, so that run.yaml must be written again.
+
+    Raises:
+        UserError: the files belong to somebody else.
+    """
+    try:
+        made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # not finished: made again in any case
+    other_settings = bool(made.get("settings_digest") != settings_digest)
+    if other_settings:
+        date_back(folder / "run.yaml")
+    if other_settings or made.get("code_digest") != code_digest:
+        date_back(folder / "provenance.json")
+    return other_settings

@@ -1,0 +1,48 @@
+# Results in a clone, where Snakemake remembers nothing of them: are they what this experiment asks for?
+import yaml
+
+from mochi.errors import UserError
+from mochi.running.outdated import date_back, date_back_results
+
+STAGES = [
+    (RUN.format(**run) + f"/{stage}", run["method"], run["seed"], stage)
+    for run in RUNS
+    for stage in ("pretrain", *EVALUATIONS)
+] + [
+    (
+        RUN.format(method=method, seed=seed) + f"/detection-{name}",
+        method,
+        seed,
+        f"detection-{name}",
+    )
+    for name in DETECTION
+    for method, seed in configuration.detection_runs(EXPERIMENT, name)
+]
+
+
+def recorded_code():
+    record = Path(rules.code.output[0])
+    return yaml.safe_load(record.read_text()) if record.exists() else CODE
+
+
+def date_back_what_was_made_otherwise():
+    for folder, method, seed, stage in STAGES:
+        run = configuration.resolve(EXPERIMENT, method, seed, CONFIG)
+        settings = configuration.digest(configuration.settings(run, stage))
+        code = CODE["detection" if stage.startswith("detection-") else stage]
+        if date_back_results(Path(folder), settings, code):
+            OTHERWISE.add(f"{folder}/run.yaml")
+    made = recorded_code()
+    for name, output in (
+        ("tables", rules.tables.output),
+        ("figures", rules.figures.output),
+    ):
+        if made.get(name) != CODE[name]:
+            date_back(Path(output[0]))
+
+
+if workflow.is_main_process:
+    try:
+        date_back_what_was_made_otherwise()
+    except UserError as error:
+        raise WorkflowError(str(error)) from None

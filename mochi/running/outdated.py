@@ -25,8 +25,8 @@ def date_back(path: Path) -> None:
         os.utime(path, _LONG_AGO)
     except PermissionError as error:
         raise UserError(
-            f"{path}: found what other settings or code have made, and it is not yours to replace ({error}); "
-            "work in a copy, or ask its owner"
+            f"{path}: found what other settings or code have made, in a file that is not yours ({error}); "
+            "work in a copy of the project, or ask the file's owner"
         ) from None
 
 

@@ -118,6 +118,20 @@ def test_results_that_snakemake_does_not_remember_are_held_to_their_own_record(
     assert clone.jobs() == expected, "a dry run has changed the answer"
 
 
+@pytest.mark.parametrize("remembered", [True, False])
+def test_settings_resolved_by_themselves_still_rerun_what_depends_on_them(
+    project: Project, tmp_path: Path, remembered: bool
+) -> None:
+    """As `dvc repro` does it: `snakemake runs` first, the stages after that."""
+    clone = project.copy(tmp_path / "clone")
+    if not remembered:
+        shutil.rmtree(clone.folder / ".snakemake")
+    clone.edit(CONFIG, "k: 5", "k: 4")
+    done = clone.snakemake("runs")
+    assert done.returncode == 0, done.stderr
+    assert clone.jobs() == {"evaluate": 3, "tables": 1, "figures": 1}
+
+
 def test_a_mistake_is_one_line_before_anything_runs(project: Project) -> None:
     before = (project.folder / CONFIG).read_text()
     project.edit(CONFIG, "queue_size:", "queue_sise:")

@@ -31,21 +31,20 @@ def date_back(path: Path) -> None:
 
 
 def date_back_results(folder: Path, settings_digest: str, code_digest: str) -> bool:
-    """Date back the results of a stage, and its run.yaml, if they were made otherwise.
+    """Date back the results of a stage if they were made otherwise.
 
     Returns:
-        whether the settings differ, so that run.yaml must be written again.
+        whether with other settings.
 
     Raises:
         UserError: the files belong to somebody else.
     """
+    record = folder / "provenance.json"
     try:
-        made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        made = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # not finished: made again in any case
     other_settings = bool(made.get("settings_digest") != settings_digest)
-    if other_settings:
-        date_back(folder / "run.yaml")
     if other_settings or made.get("code_digest") != code_digest:
-        date_back(folder / "provenance.json")
+        date_back(record)
     return other_settings

@@ -25,13 +25,25 @@ def recorded_code():
     return yaml.safe_load(record.read_text()) if record.exists() else CODE
 
 
+def recorded_settings(path, stage):
+    try:
+        run = configuration.load_run(path, stage)
+    except configuration.ConfigError:
+        return None
+    return configuration.digest(configuration.settings(run, stage))
+
+
 def date_back_what_was_made_otherwise():
     for folder, method, seed, stage in STAGES:
         run = configuration.resolve(EXPERIMENT, method, seed, CONFIG)
         settings = configuration.digest(configuration.settings(run, stage))
         code = CODE["detection" if stage.startswith("detection-") else stage]
-        if date_back_results(Path(folder), settings, code):
-            OTHERWISE.add(f"{folder}/run.yaml")
+        resolved = Path(folder, "run.yaml")
+        if date_back_results(
+            Path(folder), settings, code
+        ) and settings != recorded_settings(resolved, stage):
+            date_back(resolved)
+            OTHERWISE.add(str(resolved))
     made = recorded_code()
     for name, output in (
         ("tables", rules.tables.output),

@@ -13,16 +13,16 @@ from mochi.errors import UserError
 _LONG_AGO = (1, 1)  # 0 is no time to Snakemake
 
 
-def date_back(path: Path) -> None:
-    """Make a file older than all that it is made from; nothing where there is none.
+def date(path: Path, *, outdated: bool) -> None:
+    """Make a file older than all that it is made from, or undo that; nothing where there is none.
 
     Raises:
         UserError: the file belongs to somebody else.
     """
-    if not path.exists():
+    if not path.exists() or outdated == (path.stat().st_mtime == _LONG_AGO[1]):
         return
     try:
-        os.utime(path, _LONG_AGO)
+        os.utime(path, _LONG_AGO if outdated else None)
     except PermissionError as error:
         raise UserError(
             f"{path}: found what other settings or code have made, in a file that is not yours ({error}); "
@@ -30,8 +30,8 @@ def date_back(path: Path) -> None:
         ) from None
 
 
-def date_back_results(folder: Path, settings_digest: str, code_digest: str) -> bool:
-    """Date back the results of a stage if they were made otherwise.
+def date_results(folder: Path, settings_digest: str, code_digest: str) -> bool:
+    """Date back the results of a stage if they were made otherwise, or undo that.
 
     Returns:
         whether with other settings.
@@ -45,6 +45,5 @@ def date_back_results(folder: Path, settings_digest: str, code_digest: str) -> b
     except (OSError, ValueError):
         return False  # not finished: made again in any case
     other_settings = bool(made.get("settings_digest") != settings_digest)
-    if other_settings or made.get("code_digest") != code_digest:
-        date_back(record)
+    date(record, outdated=other_settings or made.get("code_digest") != code_digest)
     return other_settings

@@ -2,7 +2,7 @@
 import yaml
 
 from mochi.errors import UserError
-from mochi.running.outdated import date_back, date_back_results
+from mochi.running.outdated import date, date_results
 
 STAGES = [
     (RUN.format(**run) + f"/{stage}", run["method"], run["seed"], stage)
@@ -33,28 +33,27 @@ def recorded_settings(path, stage):
     return configuration.digest(configuration.settings(run, stage))
 
 
-def date_back_what_was_made_otherwise():
+def date_what_was_made_otherwise():
     for folder, method, seed, stage in STAGES:
         run = configuration.resolve(EXPERIMENT, method, seed, CONFIG)
         settings = configuration.digest(configuration.settings(run, stage))
         code = CODE["detection" if stage.startswith("detection-") else stage]
         resolved = Path(folder, "run.yaml")
-        if date_back_results(
-            Path(folder), settings, code
-        ) and settings != recorded_settings(resolved, stage):
-            date_back(resolved)
+        if date_results(Path(folder), settings, code) and settings != recorded_settings(
+            resolved, stage
+        ):
+            date(resolved, outdated=True)
             OTHERWISE.add(str(resolved))
     made = recorded_code()
     for name, output in (
         ("tables", rules.tables.output),
         ("figures", rules.figures.output),
     ):
-        if made.get(name) != CODE[name]:
-            date_back(Path(output[0]))
+        date(Path(output[0]), outdated=made.get(name) != CODE[name])
 
 
 if workflow.is_main_process:
     try:
-        date_back_what_was_made_otherwise()
+        date_what_was_made_otherwise()
     except UserError as error:
         raise WorkflowError(str(error)) from None

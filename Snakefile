@@ -1,10 +1,8 @@
 # One experiment, from raw images to tables. `snakemake --cores all [--configfile config/NAME.yaml]`.
 from pathlib import Path
 
-import yaml
 from snakemake.utils import min_version
 
-from mochi.running.atomic import write_text
 from mochi.running.lock import hold
 
 min_version("9.18")
@@ -34,9 +32,7 @@ onstart:
     hold(Path(".snakemake/run.lock"))
     # Made from nothing that could be newer: in a clone no date would have it made again.
     if recorded_code() != CODE:
-        write_text(
-            Path(rules.code.output[0]), yaml.safe_dump(CODE, sort_keys=False)
-        )
+        shell("python -m mochi digests --out {rules.code.output:q}")
 
 
 rule all:

@@ -70,15 +70,24 @@ rule detect:
         " --gpus {resources.gpu} 2>&1 | tee {log:q}"
 
 
+# Every stage of every run: its folder, method, seed and name.
+STAGES = [
+    (RUN.format(**run) + f"/{stage}", run["method"], run["seed"], stage)
+    for run in RUNS
+    for stage in ("pretrain", *EVALUATIONS)
+] + [
+    (
+        RUN.format(method=method, seed=seed) + f"/detection-{name}",
+        method,
+        seed,
+        f"detection-{name}",
+    )
+    for name in DETECTION
+    for method, seed in configuration.detection_runs(EXPERIMENT, name)
+]
+
+
 # `snakemake runs`: the settings of every stage of every run, and nothing computed.
 rule runs:
     input:
-        [
-            settings
-            for stage in ("pretrain", *EVALUATIONS)
-            for settings in of_every_run(RUN + f"/{stage}/run.yaml")
-        ],
-        [
-            metrics.replace("metrics.json", "run.yaml")
-            for metrics in sum(DETECTED.values(), [])
-        ],
+        [f"{folder}/run.yaml" for folder, _, _, _ in STAGES],

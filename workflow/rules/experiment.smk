@@ -51,17 +51,10 @@ GPUS_PER_RUN = 1 if GPUS else 0
 THREADS_PER_RUN = 8 if GPUS_PER_RUN else 1
 
 
-def run_of(wildcards):
-    return configuration.resolve(
-        EXPERIMENT, wildcards.method, int(wildcards.seed), CONFIG
-    )
-
-
-def settings_of(stage):
-    """A param: the digest of all settings that the stage's results depend on."""
-    return lambda wildcards: configuration.digest(
-        configuration.settings(run_of(wildcards), stage)
-    )
+def settings_digest(method, seed, stage):
+    """Of all settings that the stage's results depend on."""
+    run = configuration.resolve(EXPERIMENT, method, int(seed), CONFIG)
+    return configuration.digest(configuration.settings(run, stage))
 
 
 def of_every_run(pattern):
@@ -85,7 +78,7 @@ rule resolve:
     log:
         f"logs/{NAME}/{{method}}/seed{{seed}}/{{stage}}.resolve.log",
     params:
-        settings=lambda wildcards: settings_of(wildcards.stage)(wildcards),
+        settings=lambda wildcards: settings_digest(**wildcards),
     shell:
         "python -m mochi resolve --config {input.config:q} --method {wildcards.method:q}"
         " --seed {wildcards.seed} --stage {wildcards.stage} --out {output:q} 2> {log:q}"

@@ -4,21 +4,6 @@ import yaml
 from mochi.errors import UserError
 from mochi.running.outdated import date, date_results
 
-STAGES = [
-    (RUN.format(**run) + f"/{stage}", run["method"], run["seed"], stage)
-    for run in RUNS
-    for stage in ("pretrain", *EVALUATIONS)
-] + [
-    (
-        RUN.format(method=method, seed=seed) + f"/detection-{name}",
-        method,
-        seed,
-        f"detection-{name}",
-    )
-    for name in DETECTION
-    for method, seed in configuration.detection_runs(EXPERIMENT, name)
-]
-
 
 def recorded_code():
     record = Path(rules.code.output[0])
@@ -35,8 +20,7 @@ def recorded_settings(path, stage):
 
 def date_what_was_made_otherwise():
     for folder, method, seed, stage in STAGES:
-        run = configuration.resolve(EXPERIMENT, method, seed, CONFIG)
-        settings = configuration.digest(configuration.settings(run, stage))
+        settings = settings_digest(method, seed, stage)
         code = CODE["detection" if stage.startswith("detection-") else stage]
         resolved = Path(folder, "run.yaml")
         if date_results(Path(folder), settings, code) and settings != recorded_settings(

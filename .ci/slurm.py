@@ -1,22 +1,27 @@
 """A real Slurm on this host, for tests: two nodes of two processors and two pretended GPUs each.
 
 Needs root and Debian's slurm-wlm and munge. `/etc/slurm` is written, for other places do not reach the
-jobs, and emptied at the end: a configuration without a controller delays every Snakemake by 10 s.
+jobs, and emptied at the end: a configuration without a controller delays every Snakemake by 10 s. What
+a killed run left there is cleared by the next one; a second run at the same time waits.
 """
 
-import os
+import fcntl
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 NODES = ("node1", "node2")
 
+_ETC = Path("/etc/slurm")
+_LOCK = Path("/run/lock/mochi-tests-slurm")
+_DAEMONS = "slurm.*d"  # slurmctld, slurmd, slurmstepd, slurmscriptd
+_MARK = "# Written by MoCHi's tests; they remove it."
 _CONFIG = """\
+{mark}
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
 AuthType=auth/munge
@@ -51,31 +56,59 @@ _GPUS = "NodeName=node1,node2 Name=gpu File=/dev/null\nNodeName=node1,node2 Name
 
 @contextmanager
 def running(folder: Path) -> Iterator[None]:
-    """Start munge, the controller and the nodes; stop them and cancel all jobs at the end."""
-    host = socket.gethostname()
+    """Start munge, the controller and the nodes; stop them and cancel all jobs at the end.
+
+    Raises:
+        RuntimeError: the host has a Slurm of its own, or the nodes do not come up.
+    """
+    with _LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel however this process ends
+        config = _ETC / "slurm.conf"
+        if config.exists():
+            if not config.read_text().startswith(_MARK):
+                raise RuntimeError(f"this host has a Slurm of its own ({config}); it is left alone")
+            _clear()
+        _write_config(folder)
+        try:
+            _start_munge()
+            subprocess.run(["slurmctld"], check=True)
+            for name in NODES:
+                subprocess.run(["slurmd", "-N", name], check=True)
+            _wait_until_idle()
+            yield
+        finally:
+            _clear()
+
+
+def _write_config(folder: Path) -> None:
     (folder / "state").mkdir(parents=True)
-    etc = Path("/etc/slurm")
-    etc.mkdir(exist_ok=True)
-    if (etc / "slurm.conf").exists():
-        raise RuntimeError("this host has a Slurm of its own (/etc/slurm/slurm.conf); it is left alone")
+    _ETC.mkdir(exist_ok=True)
+    host = socket.gethostname()
     ports = range(17001, 17001 + len(NODES))
     nodes = [_NODE.format(name=name, host=host, port=port) for name, port in zip(NODES, ports, strict=True)]
-    (etc / "slurm.conf").write_text(_CONFIG.format(host=host, folder=folder, nodes="\n".join(nodes)))
-    (etc / "gres.conf").write_text(_GPUS)
-    (etc / "cgroup.conf").write_text("CgroupAutomount=no\n")
-    _start_munge()
-    try:
-        subprocess.run(["slurmctld"], check=True)
-        for name in NODES:
-            subprocess.run(["slurmd", "-N", name], check=True)
-        _wait_until_idle()
-        yield
-    finally:
-        subprocess.run(["scancel", "--full", "--signal=KILL", "--user=root"], check=False)
-        for name in ("slurmctld", *NODES):
-            _stop(folder / f"{name}.pid")
-        for name in ("slurm.conf", "gres.conf", "cgroup.conf"):
-            (etc / name).unlink()
+    (_ETC / "slurm.conf").write_text(
+        _CONFIG.format(mark=_MARK, host=host, folder=folder, nodes="\n".join(nodes))
+    )
+    (_ETC / "gres.conf").write_text(_GPUS)
+    (_ETC / "cgroup.conf").write_text("CgroupAutomount=no\n")
+
+
+def _clear() -> None:
+    """No job, no daemon, no file of ours. The configuration, by which we know them, goes last."""
+    cancel = ["scancel", "--full", "--signal=KILL", "--user=root"]
+    with suppress(subprocess.TimeoutExpired):  # nothing answers where only the controller was killed
+        subprocess.run(cancel, check=False, timeout=15)
+    for signal, seconds in (("TERM", 20), ("KILL", 5)):
+        subprocess.run(["pkill", f"-{signal}", "-x", _DAEMONS], check=False)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and _any_daemon():
+            time.sleep(0.2)
+    for name in ("cgroup.conf", "gres.conf", "slurm.conf"):
+        (_ETC / name).unlink(missing_ok=True)
+
+
+def _any_daemon() -> bool:
+    return subprocess.run(["pgrep", "-x", _DAEMONS], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def _start_munge() -> None:
@@ -96,8 +129,3 @@ def _wait_until_idle() -> None:
             return
         time.sleep(0.5)
     raise RuntimeError(f"Slurm's nodes did not come up: {shown.stdout}{shown.stderr}")
-
-
-def _stop(pid_file: Path) -> None:
-    if pid_file.exists():
-        os.kill(int(pid_file.read_text()), signal.SIGTERM)

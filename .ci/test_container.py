@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import buildah
 import pytest
@@ -56,7 +57,7 @@ class Image:
         with self.container() as container:
             return self.build("run", *options, container, "--", *entry, *command, seconds=seconds)
 
-    def settings(self) -> dict[str, list[str]]:
+    def settings(self) -> dict[str, Any]:
         """The image's configuration."""
         return dict(
             json.loads(self.build("inspect", "--type", "image", "localhost/mochi"))["OCIv1"]["config"]

@@ -74,7 +74,9 @@ def draw_detections(path: Path, images: Images, detections: Detections) -> None:
 def _draw(axes: Axes, box: NDArray[np.float32], text: str, color: str) -> None:
     x0, y0, x1, y1 = (float(value) for value in box)
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.5))
-    axes.text(x0, y0, text, color="white", fontsize=6, backgroundcolor=color, verticalalignment="bottom")
+    # Inside its box: above it, a label of a box at the upper edge would cover the title.
+    background = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
+    axes.text(x0, y0, text, color="white", fontsize=6, verticalalignment="top", bbox=background)
 
 
 def _save(figure: Figure, path: Path) -> None:

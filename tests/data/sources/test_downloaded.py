@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torchvision.datasets as published
 from PIL import Image
 
 from mochi.config import Cifar, Imagenette, Stl10
@@ -26,6 +27,15 @@ def make_archive(path: Path, files: dict[str, bytes]) -> str:
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def test_addresses_and_checksums_are_torchvisions() -> None:
+    assert published.STL10.url in stl10.ARCHIVE.urls
+    assert stl10.ARCHIVE.md5 == published.STL10.tgz_md5
+    ours = {size: (*archive.urls, archive.md5) for size, archive in imagenette.ARCHIVES.items()}
+    assert ours == published.Imagenette._ARCHIVES
+    first = {wnid: names[0] for wnid, names in published.Imagenette._WNID_TO_CLASS.items()}
+    assert first == imagenette.NAMES
 
 
 @pytest.mark.parametrize("source", ["cifar10", "cifar100"])

@@ -20,14 +20,15 @@ _MEASURED_STEPS = 5
 _SMALL_SHARED_MEMORY = 1 << 30
 
 
-def check(experiment: Experiment, data_root: Path) -> list[str]:
+def check(experiment: Experiment, data_root: Path, *, verify: bool = False) -> list[str]:
     """Findings, one line each, starting with `error`, `warning` or `note`.
 
     Args:
         experiment: already checked in itself, as every experiment that loads.
         data_root: holds the prepared data sets.
+        verify: read the prepared files whole and compare their sha256 with the manifest's.
     """
-    return [*_machine(), *_data(experiment, data_root)]
+    return [*_machine(), *_data(experiment, data_root, verify)]
 
 
 def plan(experiment: Experiment, data_root: Path, *, measure: bool) -> list[str]:
@@ -73,13 +74,15 @@ def _machine() -> Iterator[str]:
         )
 
 
-def _data(experiment: Experiment, data_root: Path) -> Iterator[str]:
+def _data(experiment: Experiment, data_root: Path, verify: bool) -> Iterator[str]:
     folder = data_root / experiment.dataset.name
     try:
         dataset = open_dataset(folder)
     except DataError as error:
         yield f"note: data not prepared yet ({error})"
         return
+    for path in dataset.damaged() if verify else ():
+        yield f"error: {path}: missing or damaged: its sha256 is not the manifest's; prepare the data again"
     for method in experiment.methods:
         run = resolve(experiment, method, method_seeds(experiment, method)[0])
         if not isinstance(run.pretrain, Training):

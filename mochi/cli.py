@@ -43,6 +43,9 @@ def check(
     data_root: DataRoot = Path("data"),
     report: Annotated[Path | None, typer.Option(help="With --data: write the report as JSON.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="With --data: processes that decode images.")] = 1,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the prepared data whole and compare every sha256.")
+    ] = False,
 ) -> None:
     """Check an experiment or a folder of images, and this machine, before anything is computed."""
     if data is not None:
@@ -54,7 +57,7 @@ def check(
     from mochi.config import load_experiment
 
     experiment = load_experiment(config or Path("config/config.yaml"))
-    findings = checking.check(experiment, data_root)
+    findings = checking.check(experiment, data_root, verify=verify)
     for finding in findings:
         typer.echo(finding)
     if any(finding.startswith("error") for finding in findings):

@@ -27,6 +27,9 @@ class Facts:
 
 def advise(facts: Facts) -> list[Advice]:
     """From the number and size of the images to an experiment's keys, in its order."""
+    if facts.num_train < _FEWEST:
+        why = f"{facts.num_train} images are too few to learn from; there should be thousands"
+        return [Advice("pretrain", None, why), *_evaluation(facts)]
     size = _image_size(facts.short_side)
     batch = _batch_size(facts.num_train)
     steps = facts.num_train // batch
@@ -43,6 +46,7 @@ def advise(facts: Facts) -> list[Advice]:
     ]
 
 
+_FEWEST = 64
 _STEM = "imagenet divides the sides by 4 before the first stage, half by 2, full keeps them"
 
 
@@ -94,18 +98,18 @@ def _recipe(num_train: int, batch: int, steps: int) -> list[Advice]:
         Advice(
             "methods.mochi-N-s-s'",
             f"mochi-{hardest}-{hardest // 2}-{hardest // 4}",
-            "the paper's 1024-512-256, N at most a sixteenth of the queue",
+            f"the paper's 1024-512-256; N is {hardest / queue:.0%} of the queue, the paper's at most 6%",
         ),
     ]
 
 
 def _evaluation(facts: Facts) -> list[Advice]:
-    if not facts.train_classes or not facts.has_val:
-        lacking = "labels" if not facts.train_classes else "a val (or test) folder"
+    filled = [count for count in facts.train_classes.values() if count]
+    if not filled or not facts.has_val:
+        lacking = "a val (or test) folder" if filled else "labelled images in train"
         return [
             Advice("evaluation", None, f"no probe without {lacking}; the encoder can still be exported")
         ]
-    filled = [count for count in facts.train_classes.values() if count]
     return [
         Advice(
             "evaluation.knn.k",

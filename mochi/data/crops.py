@@ -19,6 +19,8 @@ _TRIES = 10  # RandomResizedCrop gives up after ten windows that do not fit
 _SCALE, _RATIO = slice(0, _TRIES), slice(_TRIES, 2 * _TRIES)
 _TOP, _LEFT, _FLIP, _COLUMNS = 20, 21, 22, 23
 
+_LONGEST_RATIO = 16  # of the sides, in the part of an image that a centre crop is cut from
+
 # Images a pass on the CPU: small enough for the cache of one core, large enough to hide the calls.
 _CACHE_FLOATS = 300_000
 
@@ -132,10 +134,23 @@ def centre_resize(pixels: Tensor, resize: int, size: int) -> Tensor:
 
 
 def centre_image(image: Tensor, resize: int, size: int) -> Tensor:
-    """The same for one decoded image: (3, H, W) uint8 -> (3, S, S) uint8."""
+    """The same for one decoded image: (3, H, W) uint8 -> (3, S, S) uint8.
+
+    Of a strip only the middle is resized: whole, one of 1 x 12,000 pixels would take gigabytes. What is
+    left is at most half a pixel off the centre.
+    """
+    image = _middle(image, _LONGEST_RATIO * min(image.shape[1:]))
     height, width = shortened(image.shape[1], image.shape[2], resize)
     top, left = _margin(height, size), _margin(width, size)
     return _resize(image, height, width)[:, top : top + size, left : left + size]
+
+
+def _middle(image: Tensor, longest: int) -> Tensor:
+    """(3, H, W) -> (3, min(H, longest), min(W, longest)), a view."""
+    for axis in (1, 2):
+        cut = max(image.shape[axis] - longest, 0)
+        image = image.narrow(axis, cut // 2, image.shape[axis] - cut)
+    return image
 
 
 def _margin(side: int, size: int) -> int:

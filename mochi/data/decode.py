@@ -17,11 +17,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 _LOG = logging.getLogger(__name__)
 
-RULES = 1
+RULES = 2
 """Raised when any of the rules above changes: cached verdicts of other rules are not used."""
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb (twice MAX_IMAGE_PIXELS)."""
+
+MAX_BYTES = 1 << 30
+"""As many pixels, three channels of 16 bits, not compressed. A longer file is not even read."""
 
 _ORIENTATION = 0x0112
 
@@ -106,6 +109,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
                 white = Image.new("RGBA", layered.size, "white")
                 return Image.alpha_composite(white, layered).convert("RGB")
             return upright.convert("RGB")
+    except UnreadableError:
+        raise
     except Exception as error:
         raise UnreadableError(f"{image.format} does not convert: {_short(error)}") from None
 
@@ -148,16 +153,26 @@ def _png_depth(data: bytes) -> int:
 def _from_deep(image: Image.Image) -> Image.Image:
     """16-bit and 32-bit grey to 8 bits by scaling, where Pillow's `convert` would clip at 255.
 
-    Integers are read as 16-bit; floats as [0, 1] when they stay inside it, else their own range.
+    Integers are read as 16-bit and floats as [0, 1] when they stay inside it, else both by their own
+    range. What is not finite in floats, the usual mark of missing data, is black; a PNG's transparent
+    value is white.
+
+    Raises:
+        UnreadableError: not one finite value.
     """
     values = np.asarray(image, dtype=np.float64)
-    if image.mode == "F":
-        low, high = float(values.min()), float(values.max())
-        low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, max(high, low + 1e-12))
-        values = (values - low) / (high - low) * 255
-    else:
-        values = values / 257
-    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        raise UnreadableError(f"{image.format} holds no finite value")
+    low, high = float(finite.min()), float(finite.max())
+    usual = 1.0 if image.mode == "F" else 65535.0
+    if low >= 0 and high <= usual:
+        low, high = 0.0, usual
+    scaled = (values - low) / max(high - low, 1e-12) * 255
+    scaled[~np.isfinite(values)] = 0
+    if "transparency" in image.info:
+        scaled[values == image.info["transparency"]] = 255
+    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
 
 
 def _sniff(data: bytes) -> str:

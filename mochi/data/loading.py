@@ -6,13 +6,18 @@ in batch, on an accelerator or, without one, by the workers. Neither the number 
 changes a single value.
 """
 
+import logging
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,6 +27,9 @@ from mochi.config import Augmentation
 from mochi.data import augment, crops, draws
 from mochi.data.decode import open_image
 from mochi.data.shards import DataError, StoredSplit
+
+_LOG = logging.getLogger(__name__)
+_SHARED = Path("/dev/shm")  # noqa: S108 - its free space is asked for
 
 Rows = NDArray[np.int64]
 
@@ -244,7 +252,7 @@ class _RandomCrops:
         placed = [self._draw(rows, *sides, view=view) for view in range(self.views)]
         output = torch.empty(self.views, len(rows), 3, self.size, self.size, dtype=torch.uint8)
         for number, row in enumerate(rows.tolist()):
-            image = decode_rgb(split.encoded(row))
+            image = decode_rgb(split, row)
             for view, (windows, flips) in enumerate(placed):
                 output[view, number] = crops.crop_image(image, windows[number], flips[number], self.size)
         return output
@@ -252,6 +260,8 @@ class _RandomCrops:
 
 class _CentreCrop:
     """Short side to `resize`, then the central square of `size`."""
+
+    views = 1
 
     def __init__(self, resize: int, size: int) -> None:
         self.resize, self.size = resize, size
@@ -263,19 +273,29 @@ class _CentreCrop:
 
     def of_split(self, split: StoredSplit, rows: Rows) -> Tensor:
         """Rows of an encoded split -> (1, B, 3, S, S) uint8."""
-        images = (decode_rgb(split.encoded(row)) for row in rows.tolist())
+        images = (decode_rgb(split, row) for row in rows.tolist())
         return torch.stack([crops.centre_image(image, self.resize, self.size) for image in images])[None]
 
 
 _Cut = _RandomCrops | _CentreCrop
 
 
-def decode_rgb(data: pa.Buffer) -> Tensor:
-    """A stored JPEG or PNG as (3, H, W) uint8, by the decoder that has checked it."""
-    image = open_image(data)
-    # `convert` would copy an image that is RGB already.
-    upright = image if image.mode == "RGB" else image.convert("RGB")
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+def decode_rgb(split: StoredSplit, row: int) -> Tensor:
+    """A stored JPEG or PNG as (3, H, W) uint8, by the decoder that has checked it.
+
+    Raises:
+        DataError: it no longer decodes, so its shard was damaged since; image and folder are named.
+    """
+    try:
+        image = open_image(split.encoded(row))
+        # `convert` would copy an image that is RGB already.
+        upright = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's JPEG and PNG readers raise
+        raise DataError(
+            f"{split.folder}: {split.path(row)} (row {row} of {split.name}) no longer decodes: {error}; "
+            "a shard was damaged: see which with `python -m mochi check --verify`, and prepare again"
+        ) from None
+    return torch.from_numpy(upright).permute(2, 0, 1)
 
 
 _Finish = Callable[[Tensor, Rows, int], Tensor]
@@ -302,28 +322,74 @@ def _finished(
             yield rows, [finish(images, rows, view) for view, images in enumerate(crops_of_views)]
         return
     on_workers = device.type == "cpu"
-    loader: DataLoader[tuple[Tensor, list[Tensor]]] = DataLoader(
+    first = next(batches, None)
+    if first is None:
+        return
+    batch_bytes = cut.views * len(first) * 3 * cut.size**2 * (4 if on_workers else 1)
+    workers, ahead = _fitting(workers, batch_bytes)
+    loader: DataLoader[tuple[Tensor, list[Tensor]] | DataError] = DataLoader(
         _Decoded(split, cut, finish if on_workers else None),
-        sampler=batches,
+        sampler=chain([first], batches),
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead,
     )
-    for index, views in loader:
+    for loaded in loader:
+        if isinstance(loaded, DataError):
+            raise loaded
+        index, views = loaded
         rows = index.numpy()
         moved = [images.to(device, non_blocking=True) for images in views]
         yield rows, moved if on_workers else [finish(m, rows, view) for view, m in enumerate(moved)]
 
 
-class _Decoded(Dataset[tuple[Tensor, list[Tensor]]]):
-    """On a worker: rows -> the rows and each view's crops, uint8 or finished; one decode an image."""
+_AHEAD = 4
+
+
+def _fitting(workers: int, batch_bytes: int) -> tuple[int, int | None]:
+    """(workers, batches each prepares ahead): as many as shared memory has room for beside two in use.
+
+    A container has 64 MiB of it unless it is told otherwise, and a worker that wants more dies.
+    """
+    if workers == 0:
+        return 0, None
+    room = max(_free_shared_memory() // batch_bytes - 2, 0)
+    fitting = min(workers, room)
+    ahead = min(_AHEAD, room // fitting) if fitting else None
+    if (fitting, ahead) != (workers, _AHEAD):
+        _warn_once(
+            f"{_SHARED} has room for {fitting} of {workers} loading workers, each {ahead or 0} of {_AHEAD} "
+            "batches ahead; give it more (--ipc=host or --shm-size=16g for a container)"
+        )
+    return fitting, ahead
+
+
+def _free_shared_memory() -> int:
+    """Bytes for this process; the ranks of a host share them."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return shutil.disk_usage(_SHARED).free // ranks if _SHARED.exists() else sys.maxsize
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _LOG.warning("%s", text)
+
+
+class _Decoded(Dataset[tuple[Tensor, list[Tensor]] | DataError]):
+    """On a worker: rows -> the rows and each view's crops, uint8 or finished; one decode an image.
+
+    An error for the user is handed over, for DataLoader would bury what is raised under a traceback.
+    """
 
     def __init__(self, split: StoredSplit, cut: _Cut, finish: _Finish | None) -> None:
         self.split, self.cut, self.finish = split, cut, finish
 
-    def __getitem__(self, rows: Rows) -> tuple[Tensor, list[Tensor]]:
-        views = list(self.cut.of_split(self.split, rows))
+    def __getitem__(self, rows: Rows) -> tuple[Tensor, list[Tensor]] | DataError:
+        try:
+            views = list(self.cut.of_split(self.split, rows))
+        except DataError as error:
+            return error
         if self.finish is not None:
             views = [self.finish(images, rows, view) for view, images in enumerate(views)]
         return torch.from_numpy(rows), views

@@ -1,5 +1,6 @@
 """What a source says it holds, before any pixel is stored."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -61,6 +62,11 @@ def class_counts(labels: NDArray[np.int64], classes: list[str]) -> dict[str, int
     """Class name -> number of rows, empty classes included."""
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     return dict(zip(classes, counts.tolist(), strict=True))
+
+
+def as_text(path: str) -> str:
+    """A path as valid UTF-8, whatever bytes its name is made of."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def in_batches(count: int, size: int) -> Iterator[range]:

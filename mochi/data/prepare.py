@@ -7,7 +7,7 @@ from typing import Any
 
 from mochi.config import Dataset
 from mochi.data import decode, duplicates, shards, store
-from mochi.data.origin import ArraySplit, Origin, Progress
+from mochi.data.origin import ArraySplit, Origin, Progress, as_text
 from mochi.data.scan import Scanned, Scanner, scanning
 from mochi.data.shards import DataError, StoredSplit
 from mochi.data.sources import cifar, coco, folder, imagenet, imagenette, photo_patches, stl10, voc
@@ -77,6 +77,10 @@ def prepare(
         "duplicates": _report_duplicates(out, entries, origin.classes),
     }
     write_json(out / "manifest.json", manifest)
+    listed = {file["file"] for entry in entries.values() for file in entry["shards"]}
+    for path in (*out.glob("*-images*"), *out.glob("*-index.arrow")):
+        if path.name not in listed:  # of an earlier preparation
+            path.unlink()
     return manifest
 
 
@@ -124,7 +128,7 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: Any) -> None:
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows([store.as_text(str(value)) for value in row] for row in rows)
+        writer.writerows([as_text(str(value)) for value in row] for row in rows)
 
 
 def _refuse_unreadable(
@@ -135,6 +139,6 @@ def _refuse_unreadable(
         path, size, reason = unreadable[0]
         raise DataError(
             f"{count} of {total} files are unreadable, more than max_unreadable = "
-            f"{origin.max_unreadable} allows; the first: {store.as_text(path)} ({size} bytes): {reason}; "
+            f"{origin.max_unreadable} allows; the first: {as_text(path)} ({size} bytes): {reason}; "
             f"all of them: {out / 'quarantine.csv'}; mend or remove them, or raise max_unreadable"
         )

@@ -9,10 +9,9 @@ import numpy as np
 from mochi.config import Folder
 from mochi.data import duplicates
 from mochi.data.advice import Facts, advise
-from mochi.data.origin import FileSplit, Progress, class_counts
+from mochi.data.origin import FileSplit, Progress, as_text, class_counts
 from mochi.data.scan import Scanner, scanning
 from mochi.data.sources import folder as source
-from mochi.data.store import as_text
 
 _SHOWN = 5  # examples of each kind; the JSON has them all
 
@@ -44,7 +43,7 @@ def inspect(folder: Path, *, jobs: int, cache: Path, progress: Progress | None =
         has_val="val" in splits,
     )
     return {
-        "folder": str(folder),
+        "folder": as_text(str(folder)),
         "files": total,
         "splits": {
             name: {

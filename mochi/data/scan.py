@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -48,9 +49,8 @@ class Scanner:
         new: list[tuple[bytes, decode.Checked]] = []
         try:
             for result in self._results(split, keep_encoded):
-                # Verdicts on what could not even be read, or is to be written anew, would save nothing.
-                if result.sha256 and result.verdict.encoded is None:
-                    new.append((result.sha256, result.verdict))
+                if result.sha256:  # there is none of what could not even be read
+                    new.append((result.sha256, _without_bytes(result.verdict)))
                 if len(new) >= _KEEP_EVERY:
                     verdicts.add(self._cache, new)
                     new = []
@@ -103,15 +103,29 @@ def _judge(first: int, blobs: list[Blob], known: Verdicts, keep_encoded: bool) -
 
 def _judge_one(row: int, blob: Blob, known: Verdicts, keep_encoded: bool) -> Scanned:
     try:
+        size = os.stat(blob.file).st_size if blob.size is None else blob.size  # noqa: PTH116 - as in `_read`
+        if size > decode.MAX_BYTES:
+            raise decode.UnreadableError(f"more than {decode.MAX_BYTES >> 20} MiB, too large for an image")
         data = _read(blob)
     except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
-        return Scanned(row, -1, b"", decode.Checked(reason, 0, 0, "", "", None))
+        return _unread(row, -1, f"cannot be read: {error.strerror}")
+    except MemoryError:
+        return _unread(row, size, "cannot be read: not enough memory")
+    except decode.UnreadableError as error:
+        return _unread(row, size, str(error))
     sha256 = hashlib.sha256(data).digest()
-    verdict = known.get(sha256) or decode.check(data)
-    if verdict.encoded is not None and not keep_encoded:
-        verdict = replace(verdict, encoded=b"")
-    return Scanned(row, len(data), sha256, verdict)
+    verdict = known.get(sha256)
+    if verdict is None or (keep_encoded and verdict.encoded is not None):
+        verdict = decode.check(data)
+    return Scanned(row, len(data), sha256, verdict if keep_encoded else _without_bytes(verdict))
+
+
+def _without_bytes(verdict: decode.Checked) -> decode.Checked:
+    return verdict if verdict.encoded is None else replace(verdict, encoded=b"")
+
+
+def _unread(row: int, size: int, reason: str) -> Scanned:
+    return Scanned(row, size, b"", decode.Checked(reason, 0, 0, "", "", None))
 
 
 def stored_bytes(split: FileSplit, result: Scanned) -> bytes:

@@ -8,6 +8,7 @@
 Everything is memory-mapped, so a row costs no process any memory of its own.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -142,6 +143,18 @@ class StoredDataset:
                     f"{shard['bytes']} bytes; prepare the data again: {_how(self.folder)}"
                 )
         return self._opened.setdefault(name, StoredSplit(self.folder, name, splits[name]))
+
+    def damaged(self) -> list[Path]:
+        """Files that are missing or whose sha256 is not the manifest's; reads all of them."""
+        files = [file for entry in self.manifest["splits"].values() for file in entry["shards"]]
+        return [self.folder / file["file"] for file in files if not self._is_whole(file)]
+
+    def _is_whole(self, file: dict[str, Any]) -> bool:
+        path = self.folder / file["file"]
+        if not path.is_file():
+            return False
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest() == str(file["sha256"])
 
 
 def open_dataset(folder: Path) -> StoredDataset:

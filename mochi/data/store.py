@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mochi.data import shards
-from mochi.data.origin import ArraySplit, FileSplit, class_counts, in_batches
+from mochi.data.origin import ArraySplit, FileSplit, as_text, class_counts, in_batches
 from mochi.data.scan import Scanned, stored_bytes
 from mochi.running.atomic import replacing
 
@@ -95,16 +94,12 @@ def list_in_place(split: FileSplit, results: Iterator[Scanned]) -> Stored:
 def finish(
     out: Path, name: str, split: ArraySplit | FileSplit, stored: Stored, classes: list[str]
 ) -> dict[str, Any]:
-    """Write the index, remove files of an earlier preparation; returns the split's part of the manifest."""
+    """Write the index; returns the split's part of the manifest."""
     labels = split.labels[stored.kept]
     paths = [as_text(split.paths[row]) for row in stored.kept]
     with _hashed_file(out / f"{name}-index.arrow") as (file, description):
         sizes = np.array(stored.sizes, dtype=np.int32).reshape(-1, 2)
         shards.write_index(file, labels, paths, bytes(stored.hashes), sizes)
-    files = [*stored.files, description]
-    for path in out.glob(f"{name}-images*"):
-        if path.name not in {file["file"] for file in files}:
-            path.unlink()
     return {
         "count": len(labels),
         "unlabelled": int((labels == shards.UNLABELLED).sum()),
@@ -112,13 +107,8 @@ def finish(
         "storage": stored.storage,
         "reencoded": stored.reencoded,
         "quarantined": len(stored.unreadable),
-        "shards": files,
+        "shards": [*stored.files, description],
     }
-
-
-def as_text(path: str) -> str:
-    """A path as valid UTF-8, whatever bytes its name is made of."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _readable(split: FileSplit, results: Iterator[Scanned], stored: Stored) -> Iterator[Scanned]:

@@ -2,12 +2,16 @@
 
 A store is a folder of Arrow files. `open_store` merges what earlier runs left, interrupted ones too;
 rows are sorted by hash and memory-mapped, so that any number of processes look up without memory of
-their own. Verdicts of other rules or of another Pillow lie in another folder and are not used.
+their own. Several runs may share a store: one merges at a time, and a file that another run has merged
+away meanwhile costs no more than its look-ups. Verdicts of other rules or of another Pillow lie in
+another folder and are not used.
 """
 
+import fcntl
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +34,7 @@ _SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("format", pa.string()),
         ("mode", pa.string()),
+        ("anew", pa.bool_()),
     ]
 )
 
@@ -41,25 +46,31 @@ class Verdicts:
     path: Path | None
 
     def get(self, sha256: bytes) -> Checked | None:
-        """The verdict on a content, or None where it was never seen."""
-        if self.path is None:
+        """The verdict on a content, or None where it was never seen.
+
+        Of a picture to be written anew the bytes are not kept: its `encoded` is empty.
+        """
+        opened = None if self.path is None else _open(self.path)
+        if opened is None:
             return None
-        batch, prefixes = _open(self.path)
+        batch, prefixes = opened
         prefix = np.uint64(int.from_bytes(sha256[:8], "big"))
         row = int(np.searchsorted(prefixes, prefix))
         while row < len(prefixes) and prefixes[row] == prefix:
             if batch["sha256"][row].as_py() == sha256:
-                return Checked(
-                    **{name: batch[name][row].as_py() for name in _SCHEMA.names[1:]}, encoded=None
-                )
+                values = {name: batch[name][row].as_py() for name in _SCHEMA.names[1:]}
+                return Checked(encoded=b"" if values.pop("anew") else None, **values)
             row += 1
         return None
 
 
 @lru_cache(maxsize=1)
-def _open(path: Path) -> tuple[pa.RecordBatch, NDArray[np.uint64]]:
-    """Once a process: the mapped file, and the first eight bytes of each hash as numbers."""
-    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+def _open(path: Path) -> tuple[pa.RecordBatch, NDArray[np.uint64]] | None:
+    """Once a process: the mapped file, and the first eight bytes of each hash as numbers; None if gone."""
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    except FileNotFoundError:
+        return None
     return batch, _hashes(batch["sha256"])[:, 0].astype(np.uint64)
 
 
@@ -70,27 +81,39 @@ def folder(cache: Path) -> Path:
 
 def open_store(cache: Path) -> Verdicts:
     """All verdicts under `cache`, merged into one file. A damaged file is set aside with a warning."""
-    parts = []
-    for path in sorted(folder(cache).glob("*.arrow")):
-        try:
-            parts.append((path, read_arrow(path)))
-        except (pa.ArrowInvalid, OSError) as error:
-            _LOG.warning("%s: unreadable (%s); its images are checked again", path, error)
-            path.unlink()
-    if not parts:
+    if not folder(cache).is_dir():
         return Verdicts(None)
-    if len(parts) == 1:
-        return Verdicts(parts[0][0])
-    merged = _write(cache, pa.concat_tables(table for _, table in parts))
-    for path, _ in parts:
-        if path != merged:
-            path.unlink(missing_ok=True)
-    return Verdicts(merged)
+    parts = []
+    with _locked(folder(cache)):
+        for path in sorted(folder(cache).glob("*.arrow")):
+            try:
+                parts.append((path, read_arrow(path)))
+            except (pa.ArrowInvalid, OSError) as error:
+                aside = path.replace(path.with_suffix(".damaged"))
+                _LOG.warning("%s: unreadable (%s); its images are checked again", aside, error)
+        if len(parts) < 2:
+            return Verdicts(parts[0][0] if parts else None)
+        merged = _write(cache, pa.concat_tables(table for _, table in parts))
+        for path, _ in parts:
+            if path != merged:
+                path.unlink()
+        return Verdicts(merged)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the kernel lets go however it ends."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def add(cache: Path, rows: Iterable[tuple[bytes, Checked]]) -> None:
     """Keep new verdicts, as one more file."""
-    columns = list(zip(*((s, c.reason, c.width, c.height, c.format, c.mode) for s, c in rows), strict=True))
+    values = (
+        (sha256, c.reason, c.width, c.height, c.format, c.mode, c.encoded is not None) for sha256, c in rows
+    )
+    columns = list(zip(*values, strict=True))
     if columns:
         arrays = [pa.array(values, kind.type) for values, kind in zip(columns, _SCHEMA, strict=True)]
         _write(cache, pa.table(arrays, schema=_SCHEMA))

@@ -121,6 +121,17 @@ def test_centre_crops_equal_torchvision(
         assert levels_apart(pillow / 255, coarse) <= 2  # its weights have 16 bits, Pillow's 22
 
 
+@pytest.mark.parametrize("tall", [False, True])
+def test_of_a_strip_the_middle_is_resized(tall: bool, picture: Callable[..., Image.Image]) -> None:
+    """Whole, 3 x 12,000 pixels would become 32 x 128,000 before all but 24 columns were thrown away."""
+    strip = torch.from_numpy(np.array(picture(0, 3, 12_000))).permute(2, 0, 1)
+    middle = strip[:, :, 5976:6024]
+    if tall:
+        strip, middle = strip.mT, middle.mT
+    view = crops.centre_image(strip, 32, 24)
+    assert torch.equal(view, v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(24)])(middle))
+
+
 def test_resampling_rows_sum_to_one_and_stay_in_the_window() -> None:
     start, length = torch.tensor([3.0, 0.0]), torch.tensor([5.0, 12.0])
     weights = crops.resampling(start, length, 12, 7)

@@ -67,6 +67,53 @@ def test_workers_change_nothing(split: StoredSplit) -> None:
     assert fingerprint(views(split)) == fingerprint(views(split, workers=2))
 
 
+@pytest.mark.parametrize(
+    ("batches", "fitting", "ahead"),
+    [(10, 2, 4), (7, 2, 2), (4, 2, 1), (3, 1, 1), (2, 0, None), (0, 0, None)],
+)
+def test_little_shared_memory_means_fewer_workers(
+    batches: int, fitting: int, ahead: int | None, split: StoredSplit, monkeypatch, caplog
+) -> None:
+    """Docker gives a container 64 MiB, and workers die with "Bus error" when that is full."""
+    if split.pixels is not None:
+        return  # never leaves the process
+    batch_bytes = 2 * 4 * 3 * 16 * 16 * 4
+    monkeypatch.setattr(loading, "_free_shared_memory", lambda: batches * batch_bytes + 1)
+    loading._warn_once.cache_clear()
+    given = {}
+    real = loading.DataLoader
+
+    def recorded(*arguments: object, **options: object) -> object:
+        given.update(options)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loading, "DataLoader", recorded)
+    assert fingerprint(views(split, workers=2)) == fingerprint(views(split))
+    views(split, workers=2)
+    assert (given["num_workers"], given["prefetch_factor"]) == (fitting, ahead)
+    assert caplog.text.count("--shm-size") == (batches < 10)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_shard_is_named_with_its_image(workers: int, split: StoredSplit) -> None:
+    """Disks lose bits; "broken data stream when reading image file" alone says nothing."""
+    folder = split.folder
+    assert open_dataset(folder).damaged() == []
+    shard = next(folder.glob("train-images*"))
+    content = bytearray(shard.read_bytes())
+    place = len(content) // 2
+    content[place : place + 60] = bytes(60)
+    shard.write_bytes(content)
+    assert open_dataset(folder).damaged() == [shard]
+    if split.pixels is None:
+        with pytest.raises(
+            DataError, match=r"/set: train/./\d\.png \(row \d+ of train\) no longer decodes"
+        ):
+            views(open_dataset(folder).split("train"), workers=workers)
+    shard.unlink()
+    assert open_dataset(folder).damaged() == [shard]
+
+
 def test_every_image_has_its_own_crops_in_every_epoch(split: StoredSplit) -> None:
     """Complaint of many frameworks: workers that share a seed cut the same crops."""
     batches = [batch for epoch in (0, 1) for batch in views(split, epoch=epoch, batch_size=1, workers=2)]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 from mochi.config import Folder
 from mochi.data import decode, scan, verdicts
 from mochi.data.prepare import prepare
+from mochi.data.report import inspect
 from mochi.data.shards import DataError, open_dataset
 
 Picture = Callable[..., Image.Image]
@@ -85,7 +87,8 @@ def test_another_preparation_leaves_nothing_of_the_first(
     picture(0, 16, 16).save(tree / "train" / "a" / "0.png")
     prepare(folder(tree), out, jobs=1)
     listed = {file["file"] for file in open_dataset(out).manifest["splits"]["train"]["shards"]}
-    assert listed == {path.name for path in out.glob("train-*")}
+    reports = {"manifest.json", "quarantine.csv", "duplicates.csv"}
+    assert listed == {path.name for path in out.iterdir()} - reports
 
 
 def test_unreadable_files_are_set_aside_and_named(tree: Path, tmp_path: Path) -> None:
@@ -176,6 +179,22 @@ def test_unlabelled_images(tree: Path, picture: Picture, tmp_path: Path) -> None
     assert manifest["splits"]["train"]["count"] == manifest["splits"]["train"]["unlabelled"] == 5
 
 
+@pytest.mark.parametrize("case", [str.upper, str.title])
+def test_split_folders_count_in_any_case(case: Callable[[str], str], tree: Path, tmp_path: Path) -> None:
+    """`Val/` was once pretrained on, as one more folder of an unlabelled tree."""
+    for name in ("train", "val"):
+        (tree / name).rename(tree / case(name))
+    manifest = prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
+    assert {name: split["count"] for name, split in manifest["splits"].items()} == {"train": 18, "val": 9}
+    assert manifest["classes"] == ["ant", "bee", "cat"]
+
+
+def test_images_to_test_on_alone_are_refused(tree: Path, tmp_path: Path) -> None:
+    (tree / "train").rename(tree / "training")
+    with pytest.raises(DataError, match=r"found training, val, but no train folder"):
+        prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
+
+
 def test_test_images_are_the_evaluation_where_there_is_no_val(tree: Path, tmp_path: Path) -> None:
     (tree / "val").rename(tree / "test")
     manifest = prepare(folder(tree), tmp_path / "a" / "photos", jobs=1)
@@ -200,11 +219,17 @@ def test_odd_names_survive(picture: Picture, tmp_path: Path) -> None:
         picture(seed, 30, 31 + seed).save(root / "train" / "my class" / name, "JPEG")
     undecodable = os.fsencode(root / "train" / "my class") + b"/caf\xe9.jpg"
     Path(os.fsdecode(undecodable)).touch()
+    other = Path(os.fsdecode(os.fsencode(root / "train") + b"/th\xe9"))
+    other.mkdir()
+    picture(9, 30, 31).save(other / "x.jpg")
+    root = root.rename(os.fsdecode(os.fsencode(tmp_path) + b"/odd \xe9"))
     out = tmp_path / "data" / "odd"
     manifest = prepare(folder(root, max_unreadable=0.5), out, jobs=1)
     split = open_dataset(out).split("train")
-    assert sorted(split.path(row) for row in range(6)) == sorted(f"train/my class/{name}" for name in names)
-    assert manifest["classes"] == ["my class"]
+    assert sorted(split.path(row) for row in range(7)) == sorted(
+        [*(f"train/my class/{name}" for name in names), "train/th\\xe9/x.jpg"]
+    )
+    assert manifest["classes"] == ["my class", "th\\xe9"]
     assert rows_of(out / "quarantine.csv")[0][0] == "train/my class/caf\\xe9.jpg"
 
 
@@ -250,6 +275,47 @@ def test_a_second_run_decodes_nothing(tree: Path, tmp_path: Path, monkeypatch: p
     (tree / "train" / "ant" / "new.jpg").write_bytes(changed)
     with pytest.raises(AssertionError, match="decoded again"):
         prepare(options, out, jobs=1)
+
+
+def test_what_is_written_anew_is_decoded_where_it_is_written_alone(
+    picture: Picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are not kept, so a preparation needs them again; a check does not."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    picture(1, 30, 40).save(root / "a.bmp")
+    picture(2, 30, 41).save(root / "b.jpg")
+    cache = tmp_path / "data" / ".cache"
+    first = inspect(root, jobs=1, cache=cache)
+    decoded = []
+    real = decode.check
+
+    def counted(data: bytes) -> decode.Checked:
+        decoded.append(data[:2])
+        return real(data)
+
+    monkeypatch.setattr(decode, "check", counted)
+    assert inspect(root, jobs=1, cache=cache) == first
+    assert first["written_anew"] == 1
+    assert decoded == []
+    prepare(folder(root), tmp_path / "data" / "photos", jobs=1)
+    assert decoded == [b"BM"]
+    assert open_dataset(tmp_path / "data" / "photos").split("train").image(0).shape == (30, 40, 3)
+
+
+def test_a_file_longer_than_any_image_is_not_read(tree: Path, tmp_path: Path) -> None:
+    """A video or a disk image among photographs; three gigabytes of one were once read, once a process."""
+    with (tree / "train" / "ant" / "backup").open("wb") as file:
+        file.truncate(decode.MAX_BYTES + 1)
+    out = tmp_path / "data" / "photos"
+    tracemalloc.start()
+    prepare(folder(tree, max_unreadable=0.1), out, jobs=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20
+    [(path, size, reason)] = rows_of(out / "quarantine.csv")
+    assert (path, int(size)) == ("train/ant/backup", decode.MAX_BYTES + 1)
+    assert reason == "more than 1024 MiB, too large for an image"
 
 
 def test_an_interrupted_run_goes_on(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Your own images: `train/<class>/*`, `val/<class>/*`, or any tree of images without labels."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -8,17 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from mochi.config import Folder
-from mochi.data.origin import Blob, FileSplit, Origin
+from mochi.data.origin import Blob, FileSplit, Origin, as_text
 from mochi.data.shards import UNLABELLED, DataError
 
+_LOG = logging.getLogger(__name__)
+
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""Folder name -> split name; without a `val` the `test` images are `val`, which evaluations read."""
+"""Folder name, in any case -> split; without a `val` the `test` images are `val`, for evaluations."""
 UNLABELLED_FOLDERS = ("unlabeled", "unlabelled")
 
 _JUNK_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}
 _OTHER_SUFFIXES = (
     ".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".py", ".ipynb",
-    ".mat", ".npy", ".npz", ".zip", ".tar", ".tgz", ".log",
+    ".mat", ".npy", ".npz", ".zip", ".tar", ".tgz", ".log", ".mp4", ".mov", ".avi", ".mkv", ".webm",
 )  # fmt: skip
 
 
@@ -30,7 +33,7 @@ def collect(config: Folder, cache: Path) -> Origin:
     `train`. Links are followed, loops cut.
 
     Raises:
-        DataError: no such folder, or not one image in it.
+        DataError: no such folder, not one image in it, or images to test on and none to learn from.
     """
     del cache
     root = Path(config.path)
@@ -38,8 +41,16 @@ def collect(config: Folder, cache: Path) -> Origin:
         raise DataError(f"{root}: no such folder; set dataset.path to the folder of your images")
     ignored: Counter[str] = Counter()
     paths = walk(root, ignored)
-    top = {path.split("/", 1)[0] for path in paths if "/" in path}
-    has_splits = "train" in top or (root / "train").is_dir()
+    top = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _is_junk(entry.name))
+    found = {SPLITS[name.lower()] for name in top if name.lower() in SPLITS}
+    if found and "train" not in found:
+        raise DataError(
+            f"{root}: found {', '.join(top)}, but no train folder; put the images to learn from into "
+            f"{root / 'train'}/<class>/ (or {root / 'train'} without labels)"
+        )
+    has_splits = bool(found)
+    if top and not has_splits:
+        _LOG.info("%s: no train folder in it: all images are one split without labels", as_text(str(root)))
     splits: dict[str, list[tuple[str, str | None]]] = {}
     for path in paths:
         split, name = _place(path) if has_splits else ("train", None)
@@ -54,12 +65,12 @@ def collect(config: Folder, cache: Path) -> Origin:
             f"0 images under {root}: looked for files of any image type in "
             f"train/<class>/, val/<class>/ or anywhere below; ignored: {dict(ignored) or 'nothing'}"
         )
-    classes = _classes(root, splits) if has_splits else []
+    classes = _classes(root, top, splits) if has_splits else []
     number = {name: label for label, name in enumerate(classes)}
     return Origin(
-        source=f"folder {root.name}",
+        source=f"folder {as_text(root.name)}",
         licence="unknown: your own images",
-        classes=classes,
+        classes=[as_text(name) for name in classes],
         splits={split: _file_split(root, rows, number) for split, rows in splits.items()},
         ignored=dict(ignored),
         max_unreadable=config.max_unreadable,
@@ -71,19 +82,19 @@ def _place(path: str) -> tuple[str | None, str | None]:
     parts = path.split("/")
     if parts[0] in UNLABELLED_FOLDERS:
         return "train", None
-    split = SPLITS.get(parts[0]) if len(parts) > 1 else None
+    split = SPLITS.get(parts[0].lower()) if len(parts) > 1 else None
     labelled = len(parts) > 2 and parts[1] not in UNLABELLED_FOLDERS
     return split, parts[1] if labelled else None
 
 
-def _classes(root: Path, splits: dict[str, list[tuple[str, str | None]]]) -> list[str]:
+def _classes(root: Path, top: list[str], splits: dict[str, list[tuple[str, str | None]]]) -> list[str]:
     """Names of the class folders of every split, the empty ones too, so that numbers stay stable."""
     if not any(name for rows in splits.values() for _, name in rows):
         return []
     names = {
         entry.name
-        for folder in SPLITS
-        if (root / folder).is_dir()
+        for folder in top
+        if folder.lower() in SPLITS
         for entry in os.scandir(root / folder)
         if entry.is_dir() and not _is_junk(entry.name) and entry.name not in UNLABELLED_FOLDERS
     }

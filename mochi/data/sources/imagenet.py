@@ -6,7 +6,9 @@ The archives are read where they are: nothing is unpacked, an image is a stretch
 import csv
 import hashlib
 import io
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +27,7 @@ _TRAIN, _VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _KAGGLE = "LOC_val_solution.csv"
 _CLASSES = 1000
+_WNID = re.compile(r"n\d{8}")
 
 Found = tuple[str, str, Blob]
 """Class (wnid), path to show, bytes."""
@@ -47,16 +50,18 @@ def collect(config: ImageNet, cache: Path) -> Origin:
     root = Path(config.path)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; expected {_TRAIN} and {_VAL}, or train/ and val/")
-    splits = {"train": list(_train(root)), "val": list(_val(root))}
-    present = {wnid for wnid, _, _ in splits["train"]}
-    wanted = imagenet100() if config.subset == "imagenet100" else sorted(present)
-    missing = sorted(set(wanted) - present)
-    if missing:
-        raise DataError(
-            f"{root}: {len(missing)} of the {len(wanted)} classes of {config.subset} have no training "
-            f"images: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; "
-            "the extraction is not complete"
-        )
+    ignored: Counter[str] = Counter()
+    splits = {"train": list(_train(root, ignored)), "val": list(_val(root, ignored))}
+    present = {name: {wnid for wnid, _, _ in found} for name, found in splits.items()}
+    wanted = imagenet100() if config.subset == "imagenet100" else sorted(present["train"])
+    for name in splits:
+        missing = sorted(set(wanted) - present[name])
+        if missing:
+            raise DataError(
+                f"{root}: {len(missing)} of the {len(wanted)} classes of {config.subset} have no image "
+                f"in {name}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; "
+                "the extraction is not complete"
+            )
     if config.subset == "all" and len(wanted) != _CLASSES:
         raise DataError(
             f"{root}: found {len(wanted)} classes, expected {_CLASSES}; the extraction is not complete "
@@ -69,6 +74,7 @@ def collect(config: ImageNet, cache: Path) -> Origin:
         licence="ImageNet terms of access: research, no redistribution",
         classes=wanted,
         splits={name: _split(found, wanted) for name, found in splits.items()},
+        ignored=dict(ignored),
         max_unreadable=config.max_unreadable,
     )
 
@@ -83,10 +89,10 @@ def _split(found: list[Found], wanted: list[str]) -> FileSplit:
     )
 
 
-def _train(root: Path) -> Iterator[Found]:
+def _train(root: Path, ignored: Counter[str]) -> Iterator[Found]:
     """Training images: a tree of class folders, or the archive of one archive a class."""
     if (root / "train").is_dir():
-        yield from _by_folder(root, "train")
+        yield from _by_folder(root, "train", ignored)
     elif (root / _TRAIN).is_file():
         with (root / _TRAIN).open("rb") as file:
             for name, offset, _ in _members(root / _TRAIN):
@@ -100,13 +106,13 @@ def _train(root: Path) -> Iterator[Found]:
         raise DataError(f"{root}: neither train/ nor {_TRAIN} in it")
 
 
-def _val(root: Path) -> Iterator[Found]:
+def _val(root: Path, ignored: Counter[str]) -> Iterator[Found]:
     """Validation images: class folders, or a flat folder or archive with the labels beside it."""
     folder = root / "val"
-    if folder.is_dir() and any(entry.is_dir() for entry in folder.iterdir()):
-        yield from _by_folder(root, "val")
+    if folder.is_dir() and any(_WNID.fullmatch(entry.name) for entry in folder.iterdir()):
+        yield from _by_folder(root, "val", ignored)
     elif folder.is_dir():
-        flat = ((path, Blob(str(folder / path))) for path in walk(folder))
+        flat = ((path, Blob(str(folder / path))) for path in walk(folder, ignored))
         yield from _labelled(root, flat)
     elif (root / _VAL).is_file():
         members = _members(root / _VAL)
@@ -115,8 +121,8 @@ def _val(root: Path) -> Iterator[Found]:
         raise DataError(f"{root}: neither val/ nor {_VAL} in it")
 
 
-def _by_folder(root: Path, split: str) -> Iterator[Found]:
-    for path in walk(root / split):
+def _by_folder(root: Path, split: str, ignored: Counter[str]) -> Iterator[Found]:
+    for path in walk(root / split, ignored):
         if "/" in path:
             yield path.split("/", 1)[0], f"{split}/{path}", Blob(str(root / split / path))
 

@@ -3,6 +3,7 @@ devkit's tables) and the extracted tree must give the same rows; what is missing
 """
 
 import io
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_imagenet100_takes_its_classes_and_names_the_missing(
     root = tmp_path / "imagenet"
     write_tree(root, jpegs)
     with pytest.raises(
-        DataError, match=r"100 of the 100 classes of imagenet100 have no training images: n0"
+        DataError, match=r"100 of the 100 classes of imagenet100 have no image in train: n0"
     ):
         prepare(options(root, "imagenet100"), tmp_path / "data" / "in", jobs=1)
     monkeypatch.setattr(imagenet, "imagenet100", lambda: sorted(WNIDS[:2]))
@@ -147,6 +148,26 @@ def test_imagenet100_takes_its_classes_and_names_the_missing(
         DataError, match=r"1 of the 4 classes .*: n07777777; the extraction is not complete"
     ):
         prepare(options(root, "imagenet100"), tmp_path / "data" / "in", jobs=1)
+
+
+def test_an_incomplete_val_is_refused(jpegs: dict[str, bytes], tmp_path: Path) -> None:
+    root = tmp_path / "imagenet"
+    write_tree(root, jpegs)
+    shutil.rmtree(root / "val" / WNIDS[2])
+    with pytest.raises(DataError, match=rf"1 of the 3 classes .* in val: {WNIDS[2]}; the extraction"):
+        prepare(options(root), tmp_path / "data" / "in", jobs=1)
+
+
+def test_a_hidden_folder_makes_no_class_folders_of_a_flat_val(
+    jpegs: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imagenet, "_CLASSES", 3)
+    root = tmp_path / "imagenet"
+    write_tree(root, jpegs, "kaggle")
+    (root / "val" / ".ipynb_checkpoints").mkdir()
+    manifest = prepare(options(root), tmp_path / "data" / "in", jobs=1)
+    assert manifest["splits"]["val"]["count"] == len(VAL)
+    assert manifest["ignored"] == {"hidden or system file": 1}
 
 
 def test_the_list_is_the_pinned_one() -> None:

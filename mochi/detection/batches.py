@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from mochi.data.decode import UnreadableError, open_image, to_rgb
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
 from mochi.detection.coco import decode_masks
+from mochi.detection.readable import misfit
 
 # ImageNet's statistics on the scale of bytes; MoCo's configurations give detectron2 the same.
 _MEAN = torch.tensor([123.675, 116.280, 103.530])[:, None, None]
@@ -118,11 +119,8 @@ class Images:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         pixels = read_rgb(annotated.path)
-        if pixels.shape[:2] != (annotated.height, annotated.width):
-            raise AnnotationError(
-                f"{annotated.path}: the image is {pixels.shape[1]} x {pixels.shape[0]} pixels upright, its "
-                f"annotation says {annotated.width} x {annotated.height}; its boxes would be misplaced"
-            )
+        if reason := misfit(annotated, *pixels.shape[:2]):
+            raise AnnotationError(reason)
         if self._cache is not None:
             self._cache[index] = pixels
         return pixels

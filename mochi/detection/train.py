@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mochi.config import ConfigError, DetectionData, DetectionSet, Run, digest, settings
 from mochi.detection import coco, figures, voc
@@ -17,6 +18,7 @@ from mochi.detection.evaluate import Detections, coco_metrics, voc_curves, voc_m
 from mochi.detection.fine_tune import FineTuning, FrozenBackbone, Recipe
 from mochi.detection.model import Detector
 from mochi.detection.predict import detect
+from mochi.detection.readable import check_images
 from mochi.running import checkpoint, distributed
 from mochi.running.atomic import write_json
 from mochi.running.health import NonFiniteError, write_events
@@ -58,6 +60,7 @@ def run(
     device = distributed.pick_device()
     with distributed.process_group(device):
         train, test = read_splits(chosen.data, masks=chosen.model.masks)
+        check_images([train, test], Path(chosen.data.path), jobs=torch.get_num_threads())
         recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device)
         learnt = Images(for_training(train, chosen.data.empty_images))
         frozen = FrozenBackbone(recipe, learnt) if chosen.training.reading == "frozen" else None

@@ -30,9 +30,6 @@ localrules:
 # Instead of Snakemake's lock (`nolock` in the profile), which outlives a kill.
 onstart:
     hold(Path(".snakemake/run.lock"))
-    # Made from nothing that could be newer: in a clone no date would have it made again.
-    if recorded_code() != CODE:
-        shell("python -m mochi digests --out {rules.code.output:q}")
 
 
 rule all:

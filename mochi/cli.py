@@ -5,6 +5,7 @@ Only this module prints or exits. Imports of heavy modules stand in the commands
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -157,6 +158,7 @@ def pretrain(
     from mochi.running.launch import local_share
 
     _prepare_process(local_share(threads), out, work)
+    _hold(work)
     workers = local_share(workers, at_least=0)
     stage.run(load_run(run, "pretrain"), data, out, work, workers=workers, events=events)
 
@@ -236,6 +238,7 @@ def detect(
     from mochi.running.launch import local_share
 
     _prepare_process(local_share(threads), out, work)
+    _hold(work)
     stage.run(load_run(run, f"detection-{name}"), name, encoder, out, work, events)
 
 
@@ -381,6 +384,14 @@ def _prepare_process(threads: int, *folders: Path) -> None:
     torch.set_num_threads(threads)
     for folder in folders:
         require_writable(folder)
+
+
+def _hold(work: Path) -> None:
+    """One training of a run at a time; its ranks are one."""
+    from mochi.running.lock import hold_folder
+
+    if os.environ.get("RANK", "0") == "0":
+        hold_folder(work)
 
 
 def main() -> NoReturn:

@@ -260,7 +260,7 @@ class _Stages:
         }
 
     def tables(self) -> dict[str, Any]:
-        files = [f"{self._home}/tables/summary.{kind}" for kind in ("csv", "md")]
+        files = [f"{self._home}/tables/{name}" for name in ("summary.csv", "summary.md", "made_from.json")]
         return {
             "cmd": self._make(files[0]),
             "deps": ["workflow/published.csv", *self._metrics()],
@@ -270,6 +270,7 @@ class _Stages:
 
     def figures(self) -> dict[str, Any]:
         files = [f"{self._home}/figures/{name}.{kind}" for name in _FIGURES for kind in ("png", "svg")]
+        files.append(f"{self._home}/figures/made_from.json")
         curves = self._each("pretrain/metrics.csv") + self._each("pretrain/matching.csv")
         return {
             "cmd": self._make(files[0]),

@@ -156,8 +156,8 @@ def test_run_files_round_trip_and_another_version_is_refused(tmp_path: Path) -> 
     assert load_run(file, "knn").pretrain is None
     with pytest.raises(ConfigError, match="says nothing about the stage pretrain"):
         load_run(file, "pretrain")
-    file.write_text(write_run(run).replace("version: 1", "version: 7"))
-    with pytest.raises(ConfigError, match=r"version: found 7; this program reads run files of version 1"):
+    file.write_text(write_run(run).replace("version: 2", "version: 7"))
+    with pytest.raises(ConfigError, match=r"version: found 7; this program reads run files of version 2"):
         load_run(file, "pretrain")
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
+from PIL import Image
 
 from tests.project import CONFIG, Project
 
@@ -108,11 +110,17 @@ def cloned(project: Project, folder: Path, edit: tuple[str, str, str]) -> Projec
         (CONFIG, "k: 5", "k: 4", {"resolve": 3, "evaluate": 3, "tables": 1, "figures": 1}),
         (
             "mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4",
-            {"pretrain": 3, "evaluate": 6, "tables": 1, "figures": 1},
+            {"code": 1, "pretrain": 3, "evaluate": 6, "tables": 1, "figures": 1},
         ),
-        ("mochi/report/tables.py", '"top-1"', '"top1"', {"tables": 1}),
+        ("mochi/report/tables.py", '"top-1"', '"top1"', {"code": 1, "tables": 1}),
+        (CONFIG, "title: ", "title: Another, ", {"tables": 1, "figures": 1}),
+        (CONFIG, "seeds: [0, 1]}", "seeds: [0]}", {"tables": 1, "figures": 1}),
+        (
+            CONFIG, "train_per_photo: ", "train_per_photo: 1",
+            {"resolve": 9, "prepare": 1, "pretrain": 3, "evaluate": 6, "tables": 1, "figures": 1},
+        ),
     ],
-    ids=["comment", "setting", "formula", "table"],
+    ids=["comment", "setting", "formula", "table", "title", "rows", "data"],
 )  # fmt: skip
 def test_results_that_snakemake_does_not_remember_are_held_to_their_own_record(
     project: Project, tmp_path: Path, file: str, old: str, new: str, expected: dict[str, int]
@@ -121,6 +129,63 @@ def test_results_that_snakemake_does_not_remember_are_held_to_their_own_record(
     shutil.rmtree(clone.folder / ".snakemake")
     assert clone.jobs() == expected
     assert clone.jobs() == expected, "a dry run has changed the answer"
+
+
+def test_results_that_git_has_replaced_are_told_by_their_own_record(
+    project: Project, tmp_path: Path
+) -> None:
+    """Snakemake remembers the files of one settings, and `git checkout` has brought those of another."""
+    clone = project.copy(tmp_path / "clone")
+    committed = shutil.copytree(clone.folder / "results", tmp_path / "committed")
+    clone.edit(CONFIG, "k: 5", "k: 4")
+    assert clone.snakemake().returncode == 0
+    assert clone.jobs() == {}
+    shutil.rmtree(clone.folder / "results")
+    shutil.copytree(committed, clone.folder / "results")
+    expected = {"resolve": 3, "evaluate": 3, "tables": 1, "figures": 1}
+    assert clone.jobs() == expected
+    assert clone.snakemake().returncode == 0
+    assert clone.jobs() == {}
+    metrics = json.loads((clone.folder / f"results/tiny/{MOCHI}/seed0/knn/metrics.json").read_text())
+    assert metrics["k"] == 4
+
+
+def test_an_experiment_file_may_be_renamed_and_share_its_data(project: Project, tmp_path: Path) -> None:
+    clone = project.copy(tmp_path / "clone")
+    (clone.folder / CONFIG).rename(clone.folder / "config/renamed.yaml")
+    shutil.copy(clone.folder / "config/renamed.yaml", clone.folder / "config/other.yaml")
+    clone.edit("config/other.yaml", "name: tiny", "name: other")
+    shown = clone.snakemake("--dry-run", "--configfile", "config/renamed.yaml")
+    assert "Nothing to be done" in shown.stdout + shown.stderr
+    shown = clone.snakemake("--dry-run", "--configfile", "config/other.yaml")
+    assert "pretrain " in shown.stdout
+    assert "prepare " not in shown.stdout
+
+
+def test_more_images_in_a_folder_are_another_data_set(project: Project, tmp_path: Path) -> None:
+    clone = project.copy(tmp_path / "clone")
+    photos = clone.folder / "photos"
+    for split, count in (("train", 24), ("val", 4)):
+        for label in ("a", "b"):
+            (photos / split / label).mkdir(parents=True)
+            for number in range(count):
+                picture = Image.new("RGB", (20, 20 + number % 3), (5 * number, 0, 0))
+                picture.save(photos / split / label / f"{number}.png")
+    experiment = yaml.safe_load((clone.folder / CONFIG).read_text())
+    experiment["dataset"] = {"source": "folder", "name": "mine", "path": "photos"}
+    (clone.folder / CONFIG).write_text(yaml.safe_dump(experiment, sort_keys=False))
+    manifest = "data/mine/manifest.json"
+    assert clone.snakemake(manifest).returncode == 0
+    assert "Nothing to be done" in clone.snakemake("--dry-run", manifest).stdout
+    for remembered in (True, False):
+        if not remembered:
+            shutil.rmtree(clone.folder / ".snakemake")
+        shutil.copy(photos / "train/a/0.png", photos / f"train/b/more{remembered}.png")
+        assert "prepare " in clone.snakemake("--dry-run", manifest).stdout
+        assert clone.snakemake(manifest).returncode == 0
+        assert "Nothing to be done" in clone.snakemake("--dry-run", manifest).stdout
+    photos.rename(clone.folder / "elsewhere")
+    assert "Nothing to be done" in clone.snakemake("--dry-run", manifest).stdout
 
 
 @pytest.mark.parametrize("remembered", [True, False])
@@ -151,7 +216,10 @@ def test_a_mistake_is_one_line_before_anything_runs(project: Project) -> None:
 def test_settings_on_the_command_line_are_refused(project: Project) -> None:
     done = project.snakemake("--config", "seeds=[7]")
     assert done.returncode != 0
-    assert "copy the experiment file, change the line there and pass it with --configfile" in done.stderr
+    assert (
+        "copy the experiment file, change the line and the name there and pass it with --configfile"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(("arguments", "limit"), [((), "1"), (("--resources", "gpu=2"), "2")])

@@ -16,7 +16,7 @@ from mochi.config.reading import ConfigError, read_value, read_yaml, unknown_key
 from mochi.config.sections import CountOrZero, Name, Section, distinct_seeds
 from mochi.config.training import Augmentation, Contrastive, Encoder, Objective, Supervised, Untrained
 
-RUN_VERSION = 1
+RUN_VERSION = 2
 
 
 class Experiment(Section):
@@ -47,7 +47,7 @@ class Run(Section):
     experiment: Name
     method: Name
     seed: CountOrZero
-    dataset: Name
+    dataset: Dataset
     encoder: Encoder
     augmentation: Augmentation | None
     pretrain: Objective | None
@@ -157,7 +157,7 @@ def resolve(experiment: Experiment, method: str, seed: int, origin: str = "exper
             "experiment": experiment.name,
             "method": method,
             "seed": seed,
-            "dataset": experiment.dataset.name,
+            "dataset": experiment.dataset.model_dump(),
             "encoder": experiment.encoder.model_dump(),
             "augmentation": augmentation,
             "pretrain": recipe,
@@ -245,8 +245,13 @@ def only_for(run: Run, stage: str) -> Run:
 
 
 def settings(run: Run, stage: str) -> dict[str, Any]:
-    """What `only_for` keeps, as JSON, without names and without what changes no result."""
+    """What `only_for` keeps, as JSON, without names and without what changes no result.
+
+    Of the data set what it is, not where it lies: moved results and data are the same.
+    """
     kept = only_for(run, stage).model_dump(mode="json", exclude={"version", "experiment", "method"})
+    for place in ("path", "archive", "mirrors"):
+        kept["dataset"].pop(place, None)
     if kept["pretrain"]:
         kept["pretrain"].pop("checkpoint_minutes", None)
     if stage.startswith("detection-"):

@@ -48,6 +48,8 @@ class Origin:
     splits: dict[str, ArraySplit | FileSplit]
     ignored: dict[str, int] = field(default_factory=dict)
     """Reason -> number of files left out on purpose (hidden files, other types)."""
+    listing: str = ""
+    """Digest of the names of the user's own files, to tell when there are others."""
     max_unreadable: float = 0.0
     """Largest share of files that may be set aside as unreadable."""
     in_place: bool = False

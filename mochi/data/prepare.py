@@ -70,6 +70,7 @@ def prepare(
         "licence": origin.licence,
         "classes": origin.classes,
         "options": dataset.model_dump(mode="json"),
+        "listing": origin.listing,
         "rules": decode.RULES,
         "splits": entries,
         "ignored": dict(sorted(origin.ignored.items())),

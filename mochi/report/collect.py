@@ -10,6 +10,7 @@ import pandas as pd
 from mochi.config import EVALUATIONS, Experiment, detection_runs, method_seeds
 from mochi.errors import UserError
 
+CURVES = ("metrics.csv", "matching.csv")
 _DETECTION_METRICS = ("AP50", "AP", "AP75", "mask_AP50", "mask_AP", "mask_AP75")
 
 
@@ -65,6 +66,25 @@ def scores(experiment: Experiment, results: Path) -> pd.DataFrame:
                     if metric in single
                 ]
     return pd.DataFrame(rows, columns=["method", "seed", "task", "metric", "value"])
+
+
+def metrics_files(experiment: Experiment, results: Path) -> list[Path]:
+    """Every file that `scores` reads."""
+    files = [
+        folder / task / "metrics.json"
+        for _, _, folder in runs(experiment, results)
+        for task in tasks(experiment)
+    ]
+    return files + [
+        results / experiment.name / method / f"seed{seed}" / f"detection-{name}" / "metrics.json"
+        for name in experiment.evaluation.detection
+        for method, seed in detection_runs(experiment, name)
+    ]
+
+
+def curve_files(experiment: Experiment, results: Path) -> list[Path]:
+    """Every file that `curves` reads."""
+    return [folder / "pretrain" / name for _, _, folder in runs(experiment, results) for name in CURVES]
 
 
 def curves(experiment: Experiment, results: Path, name: str) -> pd.DataFrame:

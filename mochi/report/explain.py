@@ -62,6 +62,8 @@ def _link(stage: str, record: dict[str, Any]) -> list[str]:
     git, machine = record["git"], record["hardware"]
     module = STAGE_MODULES["detection" if stage.startswith("detection-") else stage]
     code = "as here" if record["code_digest"] == code_digest(module) else "DIFFERS from here"
+    if len(made_by := record.get("code_digests", [])) > 1:
+        code += f"; a resumed training, begun by other code: {', '.join(made_by[:-1])}"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     devices = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['threads']} threads"
     joules = record.get("energy_joules")

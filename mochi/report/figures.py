@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mochi.config import Experiment
-from mochi.report.collect import curves, scores
-from mochi.running.atomic import replacing
+from mochi.report.collect import CURVES, curve_files, curves, metrics_files, scores
+from mochi.running.atomic import replacing, write_json
+from mochi.running.code import code_digest
+from mochi.running.outdated import made_from
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one for each method, in order.
 _COLOURS = ["#999999", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -25,7 +27,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def run(experiment: Experiment, results: Path, out: Path) -> None:
-    """Write accuracy, training and negatives, each as png and svg.
+    """Write accuracy, training and negatives, each as png and svg, and made_from.json.
 
     Args:
         experiment: whose results.
@@ -37,12 +39,13 @@ def run(experiment: Experiment, results: Path, out: Path) -> None:
     """
     methods = list(experiment.methods)
     colours = {method: _COLOURS[index % len(_COLOURS)] for index, method in enumerate(methods)}
-    epochs = curves(experiment, results, "metrics.csv")
-    matching = curves(experiment, results, "matching.csv")
+    epochs, matching = (curves(experiment, results, name) for name in CURVES)
     with mpl.rc_context(_STYLE):
         _save(_accuracy(scores(experiment, results), methods, colours), out / "accuracy")
         _save(_training(epochs, methods, colours), out / "training")
         _save(_negatives(epochs, matching, methods, colours), out / "negatives")
+    files = [*metrics_files(experiment, results), *curve_files(experiment, results)]
+    write_json(out / "made_from.json", made_from(experiment.title, code_digest(__name__), files))
 
 
 def _accuracy(scores: pd.DataFrame, methods: list[str], colours: dict[str, str]) -> Figure:

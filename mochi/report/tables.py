@@ -5,14 +5,16 @@ from pathlib import Path
 import pandas as pd
 
 from mochi.config import Experiment
-from mochi.report.collect import scores
-from mochi.running.atomic import write_text
+from mochi.report.collect import metrics_files, scores
+from mochi.running.atomic import write_json, write_text
+from mochi.running.code import code_digest
+from mochi.running.outdated import made_from
 
 _KEYS = ["method", "task", "metric"]
 
 
 def run(experiment: Experiment, results: Path, published: Path, out: Path) -> None:
-    """Write summary.csv (long form) and summary.md (one row for each method).
+    """Write summary.csv (long form), summary.md (one row for each method) and made_from.json.
 
     Args:
         experiment: whose results.
@@ -26,6 +28,8 @@ def run(experiment: Experiment, results: Path, published: Path, out: Path) -> No
     table = summarize(scores(experiment, results), _published(published, experiment.name))
     write_text(out / "summary.csv", table.to_csv(index=False))
     write_text(out / "summary.md", markdown(experiment, table))
+    files = [*metrics_files(experiment, results), published]
+    write_json(out / "made_from.json", made_from(experiment.title, code_digest(__name__), files))
 
 
 def summarize(scores: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,6 @@
-"""Digests of code, so that a changed formula re-runs what it touches and a changed comment nothing."""
+"""Digests of code, so that a changed formula re-runs what it touches and a changed comment nothing; and of
+files.
+"""
 
 import ast
 import hashlib
@@ -18,6 +20,12 @@ STAGE_MODULES = {
     "tables": "mochi.report.tables",
     "figures": "mochi.report.figures",
 }
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stage_digests() -> dict[str, str]:
@@ -77,7 +85,19 @@ def _executed_text(path: Path) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [child for child in body if not _is_docstring(child)]  # type: ignore[attr-defined]
-    return ast.dump(tree)
+    return _text(tree)
+
+
+def _text(node: object) -> str:
+    """A syntax tree as text that is the same on every Python: `ast.dump` shows the fields that a version
+    has added, empty ones too.
+    """
+    if isinstance(node, ast.AST):
+        shown = ((name, _text(value)) for name, value in ast.iter_fields(node) if value not in (None, []))
+        return f"{type(node).__name__}({', '.join(f'{name}={text}' for name, text in shown)})"
+    if isinstance(node, list):
+        return f"[{', '.join(map(_text, node))}]"
+    return repr(node)
 
 
 def _is_docstring(node: ast.AST) -> bool:

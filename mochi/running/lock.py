@@ -1,4 +1,4 @@
-"""One workflow at a time in a folder, by a lock that the kernel drops with the process.
+"""One workflow at a time in a folder, one process at a run: locks that the kernel drops with the process.
 
 Snakemake's own lock outlives a kill, after which every run is refused until somebody unlocks by hand.
 """
@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 
 from mochi.errors import UserError
@@ -37,3 +38,35 @@ def hold(path: Path) -> None:
         return
     os.truncate(file, 0)
     os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def hold_folder(folder: Path, wait_seconds: float = 20) -> None:
+    """Keep other processes from a run's work folder until this one ends, however it ends.
+
+    A workflow that was killed alone leaves its jobs running, and two would take each other's checkpoints.
+    The folder itself is locked, so that nothing is left in it. The wait is for loading workers, which
+    outlive a killed training by some seconds.
+
+    Raises:
+        UserError: another process holds it, and does not end within `wait_seconds`.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    deadline = time.monotonic() + wait_seconds
+    while not _taken(opened):
+        if time.monotonic() > deadline:
+            os.close(opened)
+            raise UserError(
+                f"{folder}: found another process at work on this run, perhaps of a workflow that was killed; "
+                "expected none; wait for it or stop it"
+            )
+        time.sleep(0.2)
+
+
+def _taken(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("this file system cannot lock (%s)", error.strerror)
+    return True

@@ -1,6 +1,5 @@
 """Where a number comes from: command, commit, settings, code, data, seed, versions, hardware, time."""
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -16,6 +15,7 @@ import torch
 import mochi
 from mochi.config import Run, digest, settings
 from mochi.running.code import code_digest
+from mochi.running.code import file_digest as file_digest  # noqa: PLC0414 - for now
 from mochi.running.energy import gpu_joules
 
 _PACKAGE = Path(mochi.__file__).parent
@@ -72,12 +72,6 @@ def record(
         "energy_joules": watch.joules(),
         **extra,
     }
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hardware() -> dict[str, Any]:

@@ -1,7 +1,23 @@
 # From raw images to shards and their manifest.
+def listing():
+    """The names of the user's own images: more or fewer of them are another data set."""
+    if EXPERIMENT.dataset.source != "folder":
+        return ""
+    from mochi.data.sources import folder
+
+    if Path(EXPERIMENT.dataset.path).is_dir():
+        return folder.listing(Path(EXPERIMENT.dataset.path))
+    # Elsewhere, where nothing but the results is.
+    return manifest().get("listing", "")
+
+
+def manifest():
+    return json.loads(Path(MANIFEST).read_text()) if Path(MANIFEST).exists() else {}
+
+
 rule prepare:
     input:
-        config=ancient(CONFIG),
+        otherwise(MANIFEST),
     output:
         MANIFEST,
     log:
@@ -12,7 +28,8 @@ rule prepare:
     params:
         out=DATA,
         dataset=configuration.digest(EXPERIMENT.dataset.model_dump(mode="json")),
+        listing=listing(),
         code=CODE["prepare"],
     shell:
-        "python -m mochi prepare --config {input.config:q} --out {params.out:q} --jobs {threads}"
+        "python -m mochi prepare --config {CONFIG:q} --out {params.out:q} --jobs {threads}"
         " 2>&1 | tee {log:q}"

@@ -14,8 +14,6 @@ SCENES = {
 
 
 rule scenes:
-    input:
-        config=ancient(CONFIG),
     output:
         "{folder}/scenes.json",
     log:
@@ -31,7 +29,7 @@ rule scenes:
         ),
         code=CODE["scenes"],
     shell:
-        "python -m mochi scenes --config {input.config:q} --set {params.set:q}"
+        "python -m mochi scenes --config {CONFIG:q} --set {params.set:q}"
         " --out {wildcards.folder:q} 2>&1 | tee {log:q}"
 
 

@@ -1,4 +1,5 @@
 # The experiment, its runs, and what each stage's results depend on.
+import json
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mochi.running.code import stage_digests
 if workflow.config_settings.config:
     raise WorkflowError(
         "--config changes settings on the command line, where no result could be traced back to them; "
-        "copy the experiment file, change the line there and pass it with --configfile"
+        "copy the experiment file, change the line and the name there and pass it with --configfile"
     )
 if len(workflow.overwrite_configfiles) > 1:
     raise WorkflowError("one experiment at a time: --configfile takes a single file")
@@ -61,18 +62,23 @@ def of_every_run(pattern):
     return [pattern.format(**run) for run in RUNS]
 
 
-# run.yaml files that say something else than the experiment; `outdated.smk` finds them.
+# Files that say otherwise than the experiment; `outdated.smk` finds them.
 OTHERWISE = set()
+
+
+def otherwise(pattern):
+    """The input of a rule that has none: for a file that says otherwise, one that is newer."""
+    return lambda wildcards: (
+        "Snakefile"
+        if pattern.format(**wildcards) in OTHERWISE
+        else ancient("Snakefile")
+    )
 
 
 # What a stage depends on and no more: editing the probe changes the probe's run.yaml alone.
 rule resolve:
     input:
-        config=lambda wildcards: (
-            CONFIG
-            if f"{RUN}/{{stage}}/run.yaml".format(**wildcards) in OTHERWISE
-            else ancient(CONFIG)
-        ),
+        otherwise(RUN + "/{stage}/run.yaml"),
     output:
         RUN + "/{stage}/run.yaml",
     log:
@@ -80,12 +86,14 @@ rule resolve:
     params:
         settings=lambda wildcards: settings_digest(**wildcards),
     shell:
-        "python -m mochi resolve --config {input.config:q} --method {wildcards.method:q}"
+        "python -m mochi resolve --config {CONFIG:q} --method {wildcards.method:q}"
         " --seed {wildcards.seed} --stage {wildcards.stage} --out {output:q} 2> {log:q}"
 
 
 # What the code of each stage was, for DVC, which reads it key by key.
 rule code:
+    input:
+        otherwise(f"results/{NAME}/code.yaml"),
     output:
         f"results/{NAME}/code.yaml",
     log:

@@ -1,13 +1,13 @@
-# Results in a clone, where Snakemake remembers nothing of them: are they what this experiment asks for?
+# Are the results that lie here what this experiment asks for? Snakemake may not remember, or not these.
 import yaml
 
 from mochi.errors import UserError
-from mochi.running.outdated import date, date_results
-
-
-def recorded_code():
-    record = Path(rules.code.output[0])
-    return yaml.safe_load(record.read_text()) if record.exists() else CODE
+from mochi.running.outdated import (
+    date,
+    date_results,
+    date_summary,
+    seen_by_snakemake,
+)
 
 
 def recorded_settings(path, stage):
@@ -18,22 +18,34 @@ def recorded_settings(path, stage):
     return configuration.digest(configuration.settings(run, stage))
 
 
+def make_again(path, *params):
+    """A file that says otherwise than these params of its rule, before what depends on it."""
+    if path.exists() and not seen_by_snakemake(path, *params):
+        date(path, outdated=True)
+        OTHERWISE.add(str(path))
+
+
 def date_what_was_made_otherwise():
     for folder, method, seed, stage in STAGES:
         settings = settings_digest(method, seed, stage)
         code = CODE["detection" if stage.startswith("detection-") else stage]
+        date_results(Path(folder), settings, code)
         resolved = Path(folder, "run.yaml")
-        if date_results(Path(folder), settings, code) and settings != recorded_settings(
-            resolved, stage
-        ):
-            date(resolved, outdated=True)
-            OTHERWISE.add(str(resolved))
-    made = recorded_code()
-    for name, output in (
-        ("tables", rules.tables.output),
-        ("figures", rules.figures.output),
+        if settings != recorded_settings(resolved, stage):
+            make_again(resolved, settings)
+    code = Path(rules.code.output[0])
+    if code.exists() and yaml.safe_load(code.read_text()) != CODE:
+        make_again(code, *CODE.values())
+    dataset, prepared = EXPERIMENT.dataset.model_dump(mode="json"), manifest()
+    if (dataset, listing()) != (prepared.get("options"), prepared.get("listing")):
+        make_again(Path(MANIFEST), configuration.digest(dataset), listing())
+    for rule, stage, files in (
+        (rules.tables, "tables", [*METRICS, PUBLISHED]),
+        (rules.figures, "figures", [*METRICS, *CURVES]),
     ):
-        date(Path(output[0]), outdated=made.get(name) != CODE[name])
+        date_summary(
+            Path(rule.output.made_from), EXPERIMENT.title, CODE[stage], map(Path, files)
+        )
 
 
 if workflow.is_main_process:

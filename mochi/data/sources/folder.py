@@ -1,5 +1,6 @@
 """Your own images: `train/<class>/*`, `val/<class>/*`, or any tree of images without labels."""
 
+import hashlib
 import logging
 import os
 from collections import Counter
@@ -73,8 +74,15 @@ def collect(config: Folder, cache: Path) -> Origin:
         classes=[as_text(name) for name in classes],
         splits={split: _file_split(root, rows, number) for split, rows in splits.items()},
         ignored=dict(ignored),
+        listing=listing(root),
         max_unreadable=config.max_unreadable,
     )
+
+
+def listing(root: Path) -> str:
+    """Digest of the paths of all images below a folder, without a look into them."""
+    names = "\n".join(walk(root))
+    return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
 
 
 def _place(path: str) -> tuple[str | None, str | None]:

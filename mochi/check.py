@@ -7,9 +7,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from mochi.config import Contrastive, Experiment, Run, Training, method_seeds, resolve
+from mochi.config import (
+    EVALUATIONS,
+    Contrastive,
+    Experiment,
+    Run,
+    Supervised,
+    Training,
+    method_seeds,
+    resolve,
+)
 from mochi.data.loading import steps_per_epoch
 from mochi.data.shards import DataError, StoredDataset, open_dataset
 from mochi.learners import make_learner, queue_warning
@@ -18,6 +28,7 @@ from mochi.running.precision import autocast
 
 _MEASURED_STEPS = 5
 _SMALL_SHARED_MEMORY = 1 << 30
+_USUAL_SIZE = 224  # of views, whatever the size of the images
 
 
 def check(experiment: Experiment, data_root: Path, *, verify: bool = False) -> list[str]:
@@ -75,17 +86,31 @@ def _machine() -> Iterator[str]:
 
 
 def _data(experiment: Experiment, data_root: Path, verify: bool) -> Iterator[str]:
+    yield from _detection(experiment)
     folder = data_root / experiment.dataset.name
     try:
         dataset = open_dataset(folder)
     except DataError as error:
+        place = getattr(experiment.dataset, "path", None)
+        if place is not None and not Path(place).exists():
+            yield f"error: dataset.path: {place}: not found, and nothing is prepared in {folder}"
         yield f"note: data not prepared yet ({error})"
         return
+    if dataset.manifest["options"] != experiment.dataset.model_dump(mode="json"):
+        yield (
+            f"warning: {folder}: prepared with other options than the experiment's dataset: "
+            f"{dataset.manifest['options']}; Snakemake prepares it again"
+        )
     for path in dataset.damaged() if verify else ():
         yield f"error: {path}: missing or damaged: its sha256 is not the manifest's; prepare the data again"
+    yield from _sizes(experiment, dataset)
+    yield from _labels(experiment, dataset)
     for method in experiment.methods:
         run = resolve(experiment, method, method_seeds(experiment, method)[0])
         if not isinstance(run.pretrain, Training):
+            continue
+        if isinstance(run.pretrain, Supervised) and not _labelled(dataset, "train"):
+            yield f"error: {method}: found 0 labelled images in train; bring some, or remove {method}"
             continue
         num_images = make_learner(run, dataset).num_images
         try:
@@ -94,6 +119,45 @@ def _data(experiment: Experiment, data_root: Path, verify: bool) -> Iterator[str
             yield f"error: {method}: {error}"
         if isinstance(run.pretrain, Contrastive) and (text := queue_warning(run.pretrain, num_images)):
             yield f"warning: {method}: {text}"
+
+
+def _detection(experiment: Experiment) -> Iterator[str]:
+    """Detection sets that are not made here must lie where the experiment says."""
+    for name, chosen in experiment.evaluation.detection.items():
+        if chosen.data.scenes is None:
+            for file in chosen.data.annotation_files():
+                if not Path(file).exists():
+                    yield f"error: evaluation.detection.{name}: {file}: not found; bring the set there"
+
+
+def _labels(experiment: Experiment, dataset: StoredDataset) -> Iterator[str]:
+    """A probe learns from labelled images of train and is judged on those of val."""
+    for task in EVALUATIONS:
+        if getattr(experiment.evaluation, task) is not None:
+            for split in ("train", "val"):
+                if not _labelled(dataset, split):
+                    yield (
+                        f"error: evaluation.{task}: found 0 labelled images in {split}; "
+                        f"bring some, or remove {task} from the experiment"
+                    )
+
+
+def _labelled(dataset: StoredDataset, split: str) -> int:
+    entry = dataset.manifest["splits"].get(split, {"count": 0, "unlabelled": 0})
+    return int(entry["count"] - entry["unlabelled"])
+
+
+def _sizes(experiment: Experiment, dataset: StoredDataset) -> Iterator[str]:
+    """Views much smaller than the images waste what is in them."""
+    if not dataset.manifest["splits"].get("train", {}).get("count"):
+        return
+    train, size = dataset.split("train"), experiment.augmentation.image_size
+    short = int(np.median(np.minimum(train.heights, train.widths)))
+    if short >= 2 * size and size < _USUAL_SIZE:
+        yield (
+            f"warning: augmentation.image_size: found {size}; images of train have a median short side of "
+            f"{short} px; `python -m mochi check --data` says what fits"
+        )
 
 
 def _seconds_per_step(run: Run, dataset: StoredDataset) -> float:

@@ -7,6 +7,7 @@ Only this module prints or exits. Imports of heavy modules stand in the commands
 import logging
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -104,7 +105,10 @@ def resolve(
     from mochi import config as configuration
     from mochi.running.atomic import write_text
 
-    run = configuration.resolve(configuration.load_experiment(config), method, seed, str(config))
+    experiment = configuration.load_experiment(config)
+    run = configuration.resolve(experiment, method, seed, str(config))
+    if seed not in (known := configuration.method_seeds(experiment, method)):
+        raise UserError(f"--seed: found {seed}; {method} has the seeds {', '.join(map(str, known))}")
     write_text(out, configuration.write_run(configuration.only_for(run, stage) if stage else run))
 
 
@@ -158,9 +162,9 @@ def pretrain(
     from mochi.running.launch import local_share
 
     _prepare_process(local_share(threads), out, work)
-    _hold(work)
     workers = local_share(workers, at_least=0)
-    stage.run(load_run(run, "pretrain"), data, out, work, workers=workers, events=events)
+    with _holding(work):
+        stage.run(load_run(run, "pretrain"), data, out, work, workers=workers, events=events)
 
 
 @app.command()
@@ -238,8 +242,8 @@ def detect(
     from mochi.running.launch import local_share
 
     _prepare_process(local_share(threads), out, work)
-    _hold(work)
-    stage.run(load_run(run, f"detection-{name}"), name, encoder, out, work, events)
+    with _holding(work):
+        stage.run(load_run(run, f"detection-{name}"), name, encoder, out, work, events)
 
 
 @app.command()
@@ -313,12 +317,12 @@ Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds of 
 
 @benchmark.command("negatives")
 def benchmark_negatives(
-    batch: Annotated[int, typer.Option(help="B, queries.")] = 256,
-    queue_size: Annotated[int, typer.Option(help="K.")] = 65536,
-    dim: Annotated[int, typer.Option(help="C.")] = 128,
-    num_hardest: Annotated[int, typer.Option(help="N.")] = 1024,
-    num_pairs: Annotated[int, typer.Option(help="s.")] = 512,
-    num_query: Annotated[int, typer.Option(help="s'.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="B, queries.")] = 256,
+    queue_size: Annotated[int, typer.Option(min=2, help="K.")] = 65536,
+    dim: Annotated[int, typer.Option(min=1, help="C.")] = 128,
+    num_hardest: Annotated[int, typer.Option(min=2, help="N, at most K.")] = 1024,
+    num_pairs: Annotated[int, typer.Option(min=0, help="s.")] = 512,
+    num_query: Annotated[int, typer.Option(min=0, help="s'.")] = 256,
     rounds: Rounds = 7,
     threads: Threads = 1,
 ) -> None:
@@ -327,6 +331,8 @@ def benchmark_negatives(
     from mochi.running.distributed import pick_device
 
     _prepare_process(threads)
+    if num_hardest > queue_size:
+        raise UserError(f"--num-hardest: found {num_hardest}; at most the queue's {queue_size}")
     sizes = (batch, queue_size, dim, num_hardest, num_pairs, num_query)
     typer.echo("B={} K={} C={} N={} s={} s'={}, loss and gradient".format(*sizes))
     rows = negatives.run(*sizes, rounds=rounds, device=pick_device())
@@ -386,12 +392,11 @@ def _prepare_process(threads: int, *folders: Path) -> None:
         require_writable(folder)
 
 
-def _hold(work: Path) -> None:
+def _holding(work: Path) -> AbstractContextManager[None]:
     """One training of a run at a time; its ranks are one."""
-    from mochi.running.lock import hold_folder
+    from mochi.running.lock import holding
 
-    if os.environ.get("RANK", "0") == "0":
-        hold_folder(work)
+    return holding(work) if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
 def main() -> NoReturn:

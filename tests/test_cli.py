@@ -3,16 +3,20 @@ and nothing that was there is lost."""
 
 import io
 import json
+import re
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 from PIL import Image
 
 from mochi import cli
+from mochi.config import Experiment, Folder
+from mochi.data.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests/tiny.yaml")
@@ -88,6 +92,75 @@ def test_check_warns_of_a_long_queue_and_refuses_a_large_batch(tiny_data: Path, 
     assert f"error: {MOCHI}: batch_size: found 200; the set has 160 images" in done.stdout
 
 
+def checked(change: dict[str, Any], data_root: Path, tmp_path: Path) -> str:
+    """What `check` says of the tiny experiment with some sections changed."""
+    file = tmp_path / "changed.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(Path(TINY).read_text()) | change, sort_keys=False))
+    return mochi("check", "--config", str(file), "--data-root", str(data_root)).stdout
+
+
+def test_check_tells_what_would_fail_after_the_training(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path
+) -> None:
+    folder = {"source": "folder", "name": "mine", "path": str(tmp_path / "photos")}
+    nowhere = tmp_path / "nowhere"
+    assert "photos: not found, and nothing is prepared in" in checked(
+        {"dataset": folder}, nowhere, tmp_path
+    )
+    for number in range(70):
+        path = tmp_path / "photos" / "2024" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40 + number % 2, 50), (number, 0, 0)).save(path)
+    out = tmp_path / "data" / "mine"
+    prepare(Folder(**folder), out, jobs=1)
+    methods = {"methods": {"moco-v2": {}, "supervised": {"objective": "supervised", "lr": 0.1}}}
+    said = checked({"dataset": folder, **methods}, out.parent, tmp_path)
+    assert "error: supervised: found 0 labelled images in train; bring some, or remove supervised" in said
+    assert "error: evaluation.knn: found 0 labelled images in train; bring some, or remove knn" in said
+    assert "error: evaluation.linear: found 0 labelled images in val" in said
+    assert (
+        "warning: augmentation.image_size: found 16; images of train have a median short side of 40" in said
+    )
+    said = checked({"dataset": folder | {"max_unreadable": 0.5}}, out.parent, tmp_path)
+    assert f"warning: {out}: prepared with other options" in said
+    sets = yaml.safe_load((Path(TINY).parents[1] / "config/raccoon.yaml").read_text())["evaluation"][
+        "detection"
+    ]
+    evaluation = yaml.safe_load(Path(TINY).read_text())["evaluation"] | {"detection": sets}
+    said = checked({"evaluation": evaluation}, tiny_data.parent, tmp_path)
+    assert re.search(
+        r"error: evaluation.detection.raccoon\S*: \S+/val.txt: not found; bring the set there", said
+    )
+
+
+def test_verify_reads_everything(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_data, tmp_path / tiny_data.name))
+    arguments = ("check", "--config", TINY, "--data-root", str(tmp_path), "--verify")
+    assert mochi(*arguments).returncode == 0
+    pixels = copy / "train-images.npy"
+    content = bytearray(pixels.read_bytes())
+    content[-1] ^= 1
+    pixels.write_bytes(content)
+    done = mochi(*arguments)
+    assert done.returncode == 1
+    assert f"error: {pixels}: missing or damaged" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--seed", "7"), "--seed: found 7; mochi-16-24-8 has the seeds 0, 1"),
+        (
+            ("--seed", "0", "--stage", "foo"),
+            "--stage: found 'foo'; this experiment has: pretrain, linear, knn",
+        ),
+    ],
+)
+def test_resolve_refuses_what_is_not_there(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "run.yaml")
+    assert said in refused("resolve", "--config", TINY, "--method", MOCHI, "--out", out, *arguments)
+
+
 def test_plan_counts_runs_and_steps(tiny_data: Path) -> None:
     done = mochi("plan", "--config", TINY, "--data-root", str(tiny_data.parent), "--measure")
     assert done.returncode == 0, done.stderr
@@ -112,8 +185,8 @@ def test_missing_data_and_foreign_run_files(run_file: str, tmp_path: Path) -> No
     ]
     assert "prepare" in refused("pretrain", "--run", run_file, *places)
     other = tmp_path / "other.yaml"
-    other.write_text(Path(run_file).read_text().replace("version: 1", "version: 99"))
-    assert "found 99; this program reads run files of version 1" in refused(
+    other.write_text(Path(run_file).read_text().replace("version: 2", "version: 99"))
+    assert "found 99; this program reads run files of version 2" in refused(
         "pretrain", "--run", str(other), *places
     )
 

@@ -231,7 +231,14 @@ def only_for(run: Run, stage: str) -> Run:
 
     Pretraining ignores the evaluation. An evaluation ignores the others and the recipe, whose effect
     reaches it through the encoder's bytes. So editing one thing re-runs what depends on it and no more.
+
+    Raises:
+        ConfigError: the experiment has no such stage.
     """
+    detected = [] if run.evaluation is None else run.evaluation.detection
+    stages = ["pretrain", *EVALUATIONS, *(f"detection-{name}" for name in detected)]
+    if stage not in stages:
+        raise ConfigError(f"--stage: found {stage!r}; this experiment has: {', '.join(stages)}")
     if stage == "pretrain":
         return run.model_copy(update={"evaluation": None})
     evaluation = run.evaluation

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mochi.data.decode import open_image
 from mochi.errors import UserError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 UNLABELLED = -1
 
 
@@ -182,7 +182,7 @@ def open_dataset(folder: Path) -> StoredDataset:
 
 
 def _how(folder: Path) -> str:
-    return f"`python -m mochi prepare ... --out {folder}`"
+    return f"by Snakemake, or `python -m mochi prepare --config FILE --out {folder}`"
 
 
 def read_arrow(path: Path) -> pa.Table:

@@ -8,6 +8,8 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mochi.errors import UserError
@@ -40,8 +42,9 @@ def hold(path: Path) -> None:
     os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
-def hold_folder(folder: Path, wait_seconds: float = 20) -> None:
-    """Keep other processes from a run's work folder until this one ends, however it ends.
+@contextmanager
+def holding(folder: Path, wait_seconds: float = 20) -> Iterator[None]:
+    """Keep other processes from a run's work folder, until this one ends if need be.
 
     A workflow that was killed alone leaves its jobs running, and two would take each other's checkpoints.
     The folder itself is locked, so that nothing is left in it. The wait is for loading workers, which
@@ -56,10 +59,14 @@ def hold_folder(folder: Path, wait_seconds: float = 20) -> None:
         if time.monotonic() > deadline:
             os.close(opened)
             raise UserError(
-                f"{folder}: found another process at work on this run, perhaps of a workflow that was killed; "
+                f"{folder}: found another process at work on this run, perhaps of a killed workflow; "
                 "expected none; wait for it or stop it"
             )
         time.sleep(0.2)
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def _taken(file: int) -> bool:

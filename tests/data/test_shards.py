@@ -54,7 +54,7 @@ def test_a_split_travels_as_a_path(prepared: Path) -> None:
         (lambda folder: (folder / "manifest.json").write_text("{"), r"cannot be read"),
         (
             lambda folder: (folder / "manifest.json").write_text('{"version": 99}'),
-            r"found version 99; expected 1",
+            r"found version 99; expected 2",
         ),
         (lambda folder: (folder / "manifest.json").write_text("[1]"), r"found version None"),
         (

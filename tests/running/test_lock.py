@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mochi.errors import UserError
-from mochi.running.lock import hold, hold_folder
+from mochi.running.lock import hold, holding
 from tests.project import Project
 
 HOLD = """
@@ -64,16 +64,20 @@ def test_a_run_is_held_by_one_process_and_free_once_that_is_gone(tmp_path: Path)
     work = tmp_path / "work"
     work.mkdir()
     script = (
-        "import sys, time; from pathlib import Path; from mochi.running.lock import hold_folder\n"
-        "hold_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from mochi.running.lock import holding\n"
+        "with holding(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     command = [sys.executable, "-c", script, str(work)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another process at work on this run"):
-            hold_folder(work, wait_seconds=0.3)
+        with (
+            pytest.raises(UserError, match="another process at work on this run"),
+            holding(work, wait_seconds=0.3),
+        ):
+            raise AssertionError
         first.kill()
-    hold_folder(work, wait_seconds=5)
-    assert list(work.iterdir()) == []
+    for _ in range(2):
+        with holding(work, wait_seconds=5):
+            assert list(work.iterdir()) == []

@@ -51,7 +51,12 @@ def collect(config: Folder, cache: Path) -> Origin:
         )
     has_splits = bool(found)
     if top and not has_splits:
-        _LOG.info("%s: no train folder in it: all images are one split without labels", as_text(str(root)))
+        _LOG.warning(
+            "%s: no train folder in it, so all images are one split without labels; if its folders (%s) are "
+            "classes, put them under train/ and val/",
+            as_text(str(root)),
+            as_text(", ".join(top[:3]) + (", ..." if len(top) > 3 else "")),
+        )
     splits: dict[str, list[tuple[str, str | None]]] = {}
     for path in paths:
         split, name = _place(path) if has_splits else ("train", None)

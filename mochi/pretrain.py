@@ -41,8 +41,8 @@ from mochi.running.provenance import Stopwatch, record
 
 logger = logging.getLogger(__name__)
 
-# Reading a loss waits for the device, so a GPU is asked only this often.
-_STEPS_BETWEEN_READS = 20
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 20}
+"""Steps from one look at the loss to the next: it waits for the device, so a GPU is asked less often."""
 
 
 @dataclass
@@ -150,6 +150,7 @@ class _Training:
         position = self.position
         names = self._learner.metric_names
         sums = torch.tensor(position.sums or [0.0] * len(names), dtype=torch.float64, device=self._device)
+        note = f"epoch {position.epoch}"
         for batch in batches:
             step = position.epoch * self._num_steps + position.step
             with autocast(self._device, self._recipe.precision):
@@ -162,7 +163,7 @@ class _Training:
             last = position.step == self._num_steps
             self._learner.after_update(last_of_epoch=last)
             sums += metrics
-            if self._device.type == "cpu" or position.step % _STEPS_BETWEEN_READS == 0 or last:
+            if position.step % STEPS_BETWEEN_LOOKS[self._device.type] == 0 or last:
                 total_loss = sums[0].item()
                 check_finite(total_loss, step=step, lr=lr, last_good=self._saved)
                 note = f"epoch {position.epoch}, loss {total_loss / position.step:.3f}"

@@ -2,12 +2,14 @@
 says; and what is wrong is refused before anything is computed."""
 
 import csv
+import itertools
 import json
 import math
 import multiprocessing
 import random
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,40 @@ def steps_done(saved: Path) -> int:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     state = json.loads(header["__metadata__"]["state"])
     return int(5 * state["epoch"] + state["step"])
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_device_that_is_seldom_asked_gets_the_same_bytes(
+    stop: int,
+    uninterrupted: Path,
+    tiny: Experiment,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: looks at some steps only, and a resume from a step between two of them."""
+    run = resolve(tiny, MOCHI, 0)
+    stop_at(stop, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(changed(run, checkpoint_minutes=1e-9), tiny_data, tmp_path)
+    monkeypatch.undo()
+    assert steps_done(tmp_path / "work" / "pretrain.safetensors") == stop
+    monkeypatch.setitem(pretrain.STEPS_BETWEEN_LOOKS, "cpu", 3)
+    expected = (uninterrupted / "out" / "encoder.safetensors").read_bytes()
+    assert train(changed(run, checkpoint_minutes=1e-9), tiny_data, tmp_path) == expected
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the next run in this process after so many steps."""
+    average, calls = pretrain.average_gradients, itertools.count()
+
+    def stopping(parameters: Iterable[torch.nn.Parameter]) -> None:
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        average(parameters)
+
+    monkeypatch.setattr(pretrain, "average_gradients", stopping)
 
 
 def test_floor_and_ceiling(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:

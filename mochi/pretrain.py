@@ -42,7 +42,9 @@ from mochi.running.provenance import Stopwatch, record
 logger = logging.getLogger(__name__)
 
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 20}
-"""Steps from one look at the loss to the next: it waits for the device, so a GPU is asked less often."""
+"""Steps from one look at the loss to the next: it waits for the device, so a GPU is asked less often.
+
+Only what was looked at is saved, so that a checkpoint is always one to go on from."""
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Position:
     step: int = 0
     """Steps done in this epoch."""
     sums: list[float] = field(default_factory=list)
-    """Sums of the metrics over those steps."""
+    """Sums of the metrics over those steps, a mean over ranks."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """One for each finished epoch: metrics.csv."""
     matching: list[dict[str, float]] = field(default_factory=list)
@@ -78,7 +80,7 @@ def run(
     Raises:
         DataError: no data, or a batch larger than the data set.
         CheckpointError: the checkpoint in `work` is of another run, or the disk is full.
-        NonFiniteError: the loss is not a number.
+        NonFiniteError: a loss or the parameters are no finite numbers.
     """
     watch = Stopwatch()
     assert run.pretrain is not None
@@ -146,7 +148,7 @@ class _Training:
                     write_events(events, position.rows[-1])
 
     def _steps(self, batches: Iterator[Any], lr: float, progress: Progress) -> Tensor:
-        """The steps that are left of this epoch; returns the sums of their metrics over the epoch."""
+        """The steps that are left of this epoch; returns the sums of the epoch's metrics."""
         position = self.position
         names = self._learner.metric_names
         sums = torch.tensor(position.sums or [0.0] * len(names), dtype=torch.float64, device=self._device)
@@ -164,19 +166,30 @@ class _Training:
             self._learner.after_update(last_of_epoch=last)
             sums += metrics
             if position.step % STEPS_BETWEEN_LOOKS[self._device.type] == 0 or last:
-                total_loss = sums[0].item()
-                check_finite(total_loss, step=step, lr=lr, last_good=self._saved)
-                note = f"epoch {position.epoch}, loss {total_loss / position.step:.3f}"
+                sums = self._look(sums, step, lr)
+                note = f"epoch {position.epoch}, loss {sums[0].item() / position.step:.3f}"
             progress.advance(note)
-            if not last and time.monotonic() - self._last_save > 60 * self._recipe.checkpoint_minutes:
-                position.sums = sums.tolist()
-                self._save()
+        return sums
+
+    def _look(self, sums: Tensor, step: int, lr: float) -> Tensor:
+        """Stop if all is not well, else save if it is time; returns the mean of the sums over the ranks.
+
+        Every rank goes on from that mean: they stop together, and resume from what rank 0 saved.
+        """
+        position = self.position
+        sums = mean_over_ranks(sums)
+        parameters = self._learner.module.parameters()
+        check_finite(sums[0].item(), step=step, lr=lr, last_good=self._saved, parameters=parameters)
+        due = time.monotonic() - self._last_save > 60 * self._recipe.checkpoint_minutes
+        if due and position.step < self._num_steps:
+            position.sums = sums.tolist()
+            self._save()
         return sums
 
     def _close_epoch(self, sums: Tensor, lr: float, speed: dict[str, float]) -> None:
         """Append the epoch's row and move to the beginning of the next epoch."""
         position = self.position
-        means = (mean_over_ranks(sums) / self._num_steps).tolist()
+        means = (sums / self._num_steps).tolist()
         metrics = dict(zip(self._learner.metric_names, means, strict=True))
         described = self._learner.describe_epoch(position.epoch, metrics)
         row = {"epoch": position.epoch, "lr": lr, **metrics, **described, **speed}

@@ -9,7 +9,7 @@ import multiprocessing
 import random
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -144,7 +144,7 @@ def test_a_device_that_is_seldom_asked_gets_the_same_bytes(
 ) -> None:
     """As on a GPU: looks at some steps only, and a resume from a step between two of them."""
     run = resolve(tiny, MOCHI, 0)
-    stop_at(stop, monkeypatch)
+    at_step(stop, interrupt, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(changed(run, checkpoint_minutes=1e-9), tiny_data, tmp_path)
     monkeypatch.undo()
@@ -155,16 +155,21 @@ def test_a_device_that_is_seldom_asked_gets_the_same_bytes(
     assert rows(tmp_path) == rows(uninterrupted)
 
 
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the next run in this process after so many steps."""
-    average, calls = pretrain.average_gradients, itertools.count()
+def at_step(step: int, do: Callable[[torch.nn.Parameter], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something to the first parameter after the gradients of this step of the next run."""
+    average, steps = pretrain.average_gradients, itertools.count()
 
-    def stopping(parameters: Iterable[torch.nn.Parameter]) -> None:
-        if next(calls) == step:
-            raise KeyboardInterrupt
+    def faulty(parameters: Iterable[torch.nn.Parameter]) -> None:
+        parameters = list(parameters)
         average(parameters)
+        if next(steps) == step:
+            do(parameters[0])
 
-    monkeypatch.setattr(pretrain, "average_gradients", stopping)
+    monkeypatch.setattr(pretrain, "average_gradients", faulty)
+
+
+def interrupt(_: torch.nn.Parameter) -> None:
+    raise KeyboardInterrupt
 
 
 def test_floor_and_ceiling(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
@@ -210,13 +215,39 @@ def test_a_queue_longer_than_the_data_is_warned_of(
     assert "queue_size = 320 is 2.00 times the 160 training images" in caplog.text
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
-    tiny: Experiment, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_no_number_stops(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
     run = changed(resolve(tiny, MOCHI, 0), lr=1e30)
-    with pytest.raises(NonFiniteError, match=r"at step \d+ \(learning rate 1e\+30\)"):
+    with pytest.raises(NonFiniteError, match=r"at step \d+ \(learning rate 1e\+30\).*none yet"):
         train(run, tiny_data, tmp_path)
     assert not (tmp_path / "out" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize("looks", [1, 3])
+@pytest.mark.parametrize("fault", [3, 4, 8])
+def test_what_an_update_ruined_is_not_saved(
+    looks: int,
+    fault: int,
+    uninterrupted: Path,
+    tiny: Experiment,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gradient that is no number, in the middle of an epoch of 5 steps and at its end: the loss before
+    it is fine. The checkpoint is of a step before, and without the fault the run goes on from it."""
+    run = changed(resolve(tiny, MOCHI, 0), checkpoint_minutes=1e-9)
+    monkeypatch.setitem(pretrain.STEPS_BETWEEN_LOOKS, "cpu", looks)
+    at_step(fault, lambda parameter: parameter.grad.fill_(math.nan), monkeypatch)
+    with pytest.raises(NonFiniteError, match=r"Last good checkpoint: .*pretrain\.safetensors"):
+        train(run, tiny_data, tmp_path)
+    monkeypatch.undo()
+    saved = tmp_path / "work" / "pretrain.safetensors"
+    assert 0 < steps_done(saved) <= fault
+    for name, value in load_file(saved).items():
+        assert value.isfinite().all(), name
+    expected = (uninterrupted / "out" / "encoder.safetensors").read_bytes()
+    assert train(run, tiny_data, tmp_path) == expected
+    assert rows(tmp_path) == rows(uninterrupted)
 
 
 @pytest.mark.parametrize(

@@ -3,34 +3,46 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from torch import Tensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from mochi.errors import UserError
 
 
 class NonFiniteError(UserError):
-    """A loss that is not a number: training cannot go on."""
+    """A loss or parameters that are no finite numbers: training cannot go on."""
 
 
-def check_finite(loss: float, *, step: int, lr: float, last_good: Path) -> None:
-    """Stop at the first loss that is not finite.
+def check_finite(
+    loss: float, *, step: int, lr: float, last_good: Path, parameters: Iterable[Tensor] = ()
+) -> None:
+    """Stop at the first loss that is not finite, or at an update that ruined the parameters.
+
+    A loss tells of the parameters before its update, a checkpoint holds those after it: give them, and
+    what is saved next is known to be good.
 
     Raises:
         NonFiniteError: names the step, the learning rate and the last good checkpoint.
     """
-    if not math.isfinite(loss):
-        checkpoint = f"{last_good}" if last_good.exists() else "none yet"
-        raise NonFiniteError(
-            f"the loss is {loss} at step {step} (learning rate {lr:.6g}); expected a finite number. "
-            f"Last good checkpoint: {checkpoint}. Lower the learning rate, or look for images without "
-            "contrast or with values out of range; the same command goes on from that checkpoint"
-        )
+    found = f"the loss is {loss}"
+    if math.isfinite(loss):
+        norm = get_total_norm(parameters).item()
+        if math.isfinite(norm):
+            return
+        found = f"the norm of the updated parameters is {norm}"
+    checkpoint = f"{last_good}" if last_good.exists() else "none yet"
+    raise NonFiniteError(
+        f"{found} at step {step} (learning rate {lr:.6g}); expected a finite number. "
+        f"Last good checkpoint: {checkpoint}. Lower the learning rate, or look for images without "
+        "contrast or with values out of range; the same command goes on from that checkpoint"
+    )
 
 
 class Progress:

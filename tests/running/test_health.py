@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from mochi.running.health import NonFiniteError, Progress, check_finite, verdict
 
@@ -30,6 +31,15 @@ def test_a_loss_that_is_no_number_stops_with_step_rate_and_checkpoint(tmp_path: 
     saved.touch()
     with pytest.raises(NonFiniteError, match=str(saved)):
         check_finite(math.inf, step=3, lr=0.1, last_good=saved)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_parameters_that_are_no_numbers_stop_too(tmp_path: Path, value: float) -> None:
+    """One number of one tensor is enough, with a loss that knows nothing of it yet."""
+    good, bad = torch.ones(3), torch.tensor([[1.0], [value]])
+    check_finite(1.0, step=3, lr=0.1, last_good=tmp_path, parameters=[good, good])
+    with pytest.raises(NonFiniteError, match=r"parameters is (nan|inf) at step 3 \(learning rate 0\.1\)"):
+        check_finite(1.0, step=3, lr=0.1, last_good=tmp_path, parameters=[good, bad])
 
 
 def test_progress_in_a_log_is_plain_lines_with_an_eta(capsys: pytest.CaptureFixture[str]) -> None:

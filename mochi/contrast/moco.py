@@ -31,6 +31,7 @@ class Step(NamedTuple):
     key: Tensor  # (B, C) unit keys, float32
     queue: Tensor  # (K, C) the negatives the loss saw
     queue_labels: Tensor  # (K,) their classes
+    excluded: Tensor | None  # (B, K) bool, what of it the class oracle left out
     rule: Rule | None  # what mixed, for diagnosis: called again it draws more of the same kind
 
 
@@ -85,10 +86,10 @@ class MoCo(nn.Module):
         with torch.no_grad():
             self._update_momentum_encoder()
             key = self._encode_keys(key_images, step)  # (B, C)
-        excluded = labels[:, None] == self.queue.labels if self.recipe.class_oracle else None  # (B, K)
+        excluded = self._of_own_class(labels) if self.recipe.class_oracle else None  # (B, K)
         rule = self._rule(step) if synthesize else None
         loss = contrastive_loss(query, key, self.queue.keys, self.recipe.temperature, rule, excluded)
-        return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, rule)
+        return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, excluded, rule)
 
     def enqueue(self, key: Tensor, labels: Tensor) -> None:
         """Replace the oldest keys by this step's, gathered in rank order: the same queue on every rank."""
@@ -112,6 +113,10 @@ class MoCo(nn.Module):
         order = torch.randperm(len(everything), generator=self._generator(step, _SHUFFLE)).to(images.device)
         shuffled = unit(self.momentum_encoder(own_slice(everything[order])))
         return own_slice(gather(shuffled)[order.argsort()])
+
+    def _of_own_class(self, labels: Tensor) -> Tensor:
+        """(B, K) negatives of the query's class, by label; a query without a label has none."""
+        return (labels[:, None] == self.queue.labels) & (labels >= 0)[:, None]
 
     def _rule(self, step: int) -> Rule | None:
         """MoCHi's rule of negatives for this step, None for plain MoCo."""

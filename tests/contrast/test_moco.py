@@ -123,11 +123,20 @@ def test_the_oracle_excludes_the_class_of_the_query() -> None:
     moco.queue.enqueue(F.normalize(torch.randn(20, 6), dim=-1), torch.arange(20) % 3)
     step = moco.training_step(images(0), images(1), LABELS, step=0, synthesize=True)
     excluded = LABELS[:, None] == step.queue_labels
+    assert torch.equal(step.excluded, excluded)
     masked = (step.query @ step.queue.T).masked_fill(excluded, -torch.inf)
     assert step.rule is not None
     for synthetic in step.rule(masked):
         assert not excluded.gather(1, synthetic.parents.flatten(1)).any()
     torch.testing.assert_close(step.loss.hardest_negative, masked.amax(1))
+
+
+def test_the_oracle_excludes_nothing_of_which_the_class_is_unknown() -> None:
+    """A fresh queue has no labels, and an unlabelled image no class: all negatives stay."""
+    moco = MoCo(ENCODER, recipe(class_oracle=True), seed=0)
+    labels = torch.tensor([-1, 0, -1, 1, -1, 2, -1, 0])
+    step = moco.training_step(images(0), images(1), labels, step=0, synthesize=False)
+    torch.testing.assert_close(step.loss.hardest_negative, (step.query @ step.queue.T).amax(1))
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])

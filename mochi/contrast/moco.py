@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mochi.config import Contrastive, Encoder
+from mochi.config import ConfigError, Contrastive, Encoder
 from mochi.contrast.key_queue import KeyQueue
 from mochi.contrast.loss import ContrastiveLoss, contrastive_loss
 from mochi.contrast.negatives import Rule, Synthetics, hardest, mix_pairs, mix_with_query
@@ -42,14 +42,16 @@ class MoCo(nn.Module):
         encoder: the backbone's architecture.
         recipe: the method's hyper-parameters.
         seed: of the weights, the queue's first rows, the shuffles and the mixes.
+
+    Raises:
+        ConfigError: the processes cannot share the batch-norm groups evenly.
     """
 
     def __init__(self, encoder: Encoder, recipe: Contrastive, seed: int) -> None:
         super().__init__()
         self.recipe = recipe
         self.seed = seed
-        # bn_groups are of the global batch; each rank normalises its share of them.
-        num_groups = max(recipe.bn_groups // world_size(), 1)
+        num_groups = _groups_of_a_rank(recipe.bn_groups)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             backbone = ResNet(encoder, partial(GroupedBatchNorm2d, num_groups=num_groups))
@@ -140,6 +142,17 @@ class MoCo(nn.Module):
 
     def _generator(self, step: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
         return torch.Generator(device).manual_seed((self.seed << 40) + (step << 4) + stream)
+
+
+def _groups_of_a_rank(bn_groups: int) -> int:
+    """This rank's share of the batch-norm groups, which are of the global batch whoever computes it."""
+    if bn_groups % world_size():
+        fits = ", ".join(str(n) for n in range(1, bn_groups + 1) if bn_groups % n == 0)
+        raise ConfigError(
+            f"bn_groups: found {bn_groups}; {world_size()} processes cannot share the groups evenly; "
+            f"use a number of processes (--gpus) out of {fits}"
+        )
+    return bn_groups // world_size()
 
 
 def unit(features: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mochi.config import Contrastive, Encoder, Mixing
+from mochi.config import ConfigError, Contrastive, Encoder, Mixing
 from mochi.contrast.moco import MoCo
 from mochi.encoder import GroupedBatchNorm2d
 from tests.reference import mochi_loss
@@ -87,6 +87,17 @@ def test_groups_have_their_own_statistics() -> None:
     assert not torch.allclose(plain(batch), expected)
     torch.testing.assert_close(grouped.running_mean, 0.1 * batch.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(GroupedBatchNorm2d(3, 1)(batch), plain(batch))
+
+
+def test_groups_that_processes_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are of the global batch: more processes than groups would quietly make more groups."""
+    for processes, groups in ((1, 6), (2, 3), (3, 2), (6, 1)):
+        monkeypatch.setattr("mochi.contrast.moco.world_size", lambda processes=processes: processes)
+        assert MoCo(ENCODER, recipe(bn_groups=6, batch_size=12), seed=0).backbone.bn1.num_groups == groups
+    for processes in (4, 12):
+        monkeypatch.setattr("mochi.contrast.moco.world_size", lambda processes=processes: processes)
+        with pytest.raises(ConfigError, match=rf"found 6; {processes} processes .* out of 1, 2, 3, 6"):
+            MoCo(ENCODER, recipe(bn_groups=6, batch_size=12), seed=0)
 
 
 def test_the_momentum_encoder_moves_by_parameters_only() -> None:

@@ -16,10 +16,11 @@ from mochi.contrast.key_queue import KeyQueue
 from mochi.contrast.loss import ContrastiveLoss, contrastive_loss
 from mochi.contrast.negatives import Rule, Synthetics, hardest, mix_pairs, mix_with_query
 from mochi.encoder import GroupedBatchNorm2d, ResNet, projection_head
-from mochi.running.distributed import gather, own_slice, world_size
+from mochi.running.distributed import gather, own_slice, rank, world_size
 
 # Random streams of one step. Each is seeded by (seed, step, stream), so there is no generator state to
-# save, and a resumed run draws what the uninterrupted one would have drawn.
+# save, and a resumed run draws what the uninterrupted one would have drawn. The shuffle is the same on
+# every rank; mixes are of a rank's own queries, so each rank draws its own.
 _SHUFFLE, _MIXING = 1, 2
 
 
@@ -126,7 +127,7 @@ class MoCo(nn.Module):
         if mixing is None:
             return None
 
-        generator = self._generator(step, _MIXING, self.queue.keys.device)
+        generator = self._generator(step, _MIXING, rank=rank(), device=self.queue.keys.device)
 
         def rule(similarity: Tensor) -> list[Synthetics]:
             pool = hardest(similarity, mixing.num_hardest, some_excluded=self.recipe.class_oracle)
@@ -140,8 +141,12 @@ class MoCo(nn.Module):
 
         return rule
 
-    def _generator(self, step: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
-        return torch.Generator(device).manual_seed((self.seed << 40) + (step << 4) + stream)
+    def _generator(
+        self, step: int, stream: int, *, rank: int = 0, device: torch.device | str = "cpu"
+    ) -> torch.Generator:
+        """Bits 0-3 the stream, 4-29 the step, 30-39 the rank, from 40 on the seed."""
+        number = (self.seed << 40) + (rank << 30) + (step << 4) + stream
+        return torch.Generator(device).manual_seed(number)
 
 
 def _groups_of_a_rank(bn_groups: int) -> int:

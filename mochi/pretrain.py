@@ -37,7 +37,7 @@ from mochi.running.distributed import (
 )
 from mochi.running.health import Progress, check_finite, write_events
 from mochi.running.precision import autocast, make_deterministic, use_bfloat16
-from mochi.running.provenance import Stopwatch, record
+from mochi.running.provenance import Stopwatch, file_digest, record
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,18 @@ class Position:
     """Rows of matching.csv."""
     code: list[str] = field(default_factory=list)
     """Digests of the code that worked on it; more than one if it changed between two resumes."""
+    wall_seconds: float = 0.0
+    """Time of the sessions before this one, up to their last checkpoint."""
+    energy_joules: float | None = 0.0
+    """GPU energy of those sessions; None where one of them could not tell."""
+
+    def spent(self, watch: Stopwatch) -> dict[str, float | None]:
+        """Time and energy of all sessions, for the checkpoint and the provenance."""
+        before, now = self.energy_joules, watch.joules()
+        return {
+            "wall_seconds": round(self.wall_seconds + watch.seconds(), 3),
+            "energy_joules": None if before is None or now is None else round(before + now, 1),
+        }
 
 
 def run(
@@ -79,7 +91,7 @@ def run(
 
     Raises:
         DataError: no data, or a batch larger than the data set.
-        CheckpointError: the checkpoint in `work` is of another run, or the disk is full.
+        CheckpointError: the checkpoint in `work` is of another run or other data, or the disk is full.
         NonFiniteError: a loss or the parameters are no finite numbers.
     """
     watch = Stopwatch()
@@ -99,7 +111,8 @@ def run(
             ):
                 logger.warning("warning: %s", text)
             learner.module.to(device).to(memory_format=torch.channels_last)
-            training = _Training(run, run.pretrain, learner, device, saved)
+            manifest = file_digest(data / "manifest.json")
+            training = _Training(run, run.pretrain, learner, device, saved, manifest, watch)
             loading = {"batch_size": run.pretrain.batch_size, "seed": run.seed, "device": device}
             loading |= {"workers": workers, "rank": rank(), "world_size": world_size()}
             training.train(loading, events)
@@ -113,11 +126,24 @@ class _Training:
     """A learner on its way from its position to its last epoch."""
 
     def __init__(
-        self, run: Run, recipe: Training, learner: Learner, device: torch.device, saved: Path
+        self,
+        run: Run,
+        recipe: Training,
+        learner: Learner,
+        device: torch.device,
+        saved: Path,
+        manifest: str,
+        watch: Stopwatch,
     ) -> None:
         self._recipe, self._learner, self._device, self._saved = recipe, learner, device, saved
+        self._watch = watch
         self._label = f"{run.method} seed {run.seed}"
-        self._identity = {"experiment": run.experiment, "method": run.method, **settings(run, "pretrain")}
+        self._identity = {
+            "experiment": run.experiment,
+            "method": run.method,
+            **settings(run, "pretrain"),
+            "manifest.json": manifest,
+        }
         self._num_steps = steps_per_epoch(learner.num_images, recipe.batch_size)
         self._optimizer = torch.optim.SGD(
             [parameter for parameter in learner.module.parameters() if parameter.requires_grad],
@@ -211,7 +237,8 @@ class _Training:
     def _save(self) -> None:
         if rank() == 0:
             tensors = checkpoint.pack(self._learner.module, self._optimizer)
-            checkpoint.save(self._saved, tensors, asdict(self.position), self._identity)
+            state = asdict(self.position) | self.position.spent(self._watch)
+            checkpoint.save(self._saved, tensors, state, self._identity)
         self._last_save = time.monotonic()
 
     def _resume(self) -> Position:
@@ -293,5 +320,6 @@ def _write_products(
         precision="bfloat16" if bfloat16 else "float32",
         world_size=world_size(),
         code_digests=position.code,
+        **position.spent(watch),
     )
     write_json(out / "provenance.json", provenance)

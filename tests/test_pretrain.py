@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from mochi.encoder import ResNet
 from mochi.running import checkpoint
 from mochi.running.checkpoint import CheckpointError
 from mochi.running.health import NonFiniteError
+from mochi.running.provenance import file_digest
 
 MOCHI = "mochi-16-24-8"
 TIMINGS = {"images_per_second", "data_wait"}
@@ -195,6 +197,39 @@ def test_a_checkpoint_of_another_run_is_refused(tiny: Experiment, tiny_data: Pat
     with pytest.raises(CheckpointError, match=r"method=moco-v2.*method=mochi-16-24-8"):
         train(run, tiny_data, tmp_path)
     assert saved.exists()
+
+
+def test_a_resume_on_other_data_is_refused(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same name, another manifest: prepared again from other files."""
+    run = resolve(tiny, MOCHI, 0)
+    at_step(7, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tiny_data, tmp_path)
+    monkeypatch.undo()
+    other = shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
+    (other / "manifest.json").write_text((tiny_data / "manifest.json").read_text() + "\n")
+    digests = [file_digest(folder / "manifest.json") for folder in (tiny_data, other)]
+    with pytest.raises(
+        CheckpointError,
+        match="with manifest.json={}; this is the run with manifest.json={}.*and data".format(*digests),
+    ):
+        train(run, other, tmp_path)
+
+
+def test_time_and_energy_are_those_of_all_sessions(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = resolve(tiny, MOCHI, 0)
+    monkeypatch.setattr(pretrain.Stopwatch, "seconds", lambda _: 100.0)
+    monkeypatch.setattr(pretrain.Stopwatch, "joules", lambda _: 5.0)
+    at_step(7, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tiny_data, tmp_path)
+    train(run, tiny_data, tmp_path)
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert (provenance["wall_seconds"], provenance["energy_joules"]) == (200.0, 10.0)
 
 
 def test_a_batch_larger_than_the_data_is_refused(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:

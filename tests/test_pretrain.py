@@ -16,15 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from mochi import pretrain
 from mochi.config import Experiment, Run, resolve
-from mochi.data.shards import DataError
+from mochi.contrast import moco as moco_module
+from mochi.contrast.moco import MoCo
+from mochi.contrast.negatives import hardest, mix_pairs, mix_with_query
+from mochi.data.loading import two_views
+from mochi.data.shards import DataError, open_dataset
 from mochi.encoder import ResNet
 from mochi.running import checkpoint
 from mochi.running.checkpoint import CheckpointError
 from mochi.running.health import NonFiniteError
 from mochi.running.provenance import file_digest
+from tests.reference import mochi_loss, synthetic_vectors
 
 MOCHI = "mochi-16-24-8"
 TIMINGS = {"images_per_second", "data_wait"}
@@ -283,6 +289,80 @@ def test_what_an_update_ruined_is_not_saved(
     expected = (uninterrupted / "out" / "encoder.safetensors").read_bytes()
     assert train(run, tiny_data, tmp_path) == expected
     assert rows(tmp_path) == rows(uninterrupted)
+
+
+def plain_loop(run: Run, data: Path) -> tuple[MoCo, list[float]]:
+    """The run as one would write it down without this package's loop: its last state and its losses."""
+    recipe, mixing = run.pretrain, run.pretrain.mixing
+    moco = MoCo(run.encoder, recipe, run.seed)  # for its first weights and keys
+    optimizer = torch.optim.SGD(
+        moco.query_encoder.parameters(), momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    losses, oldest, split = [], 0, open_dataset(data).split("train")
+
+    def draws(stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed((run.seed << 40) + (len(losses) << 4) + stream)
+
+    for epoch in range(recipe.epochs):
+        optimizer.param_groups[0]["lr"] = recipe.lr * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
+        loading = {"batch_size": recipe.batch_size, "seed": run.seed, "device": torch.device("cpu")}
+        for batch in two_views(split, run.augmentation, epoch=epoch, **loading):
+            query = F.normalize(moco.query_encoder(batch.query), dim=-1)
+            with torch.no_grad():
+                for ours, theirs in zip(
+                    moco.momentum_encoder.parameters(), moco.query_encoder.parameters(), strict=True
+                ):
+                    ours.copy_(recipe.key_momentum * ours + (1 - recipe.key_momentum) * theirs)
+                order, key = torch.randperm(len(query), generator=draws(1)), torch.empty_like(query)
+                key[order] = F.normalize(moco.momentum_encoder(batch.key[order]), dim=-1)
+            queue, vectors = moco.queue.keys.clone(), []
+            if epoch >= mixing.warmup_epochs:
+                similarity, generator = query.detach() @ queue.T, draws(2)
+                pool = hardest(similarity, mixing.num_hardest)
+                pairs = mix_pairs(queue, pool, mixing.num_pair_synthetics, generator)
+                mixes = mix_with_query(similarity, pool, mixing.num_query_synthetics, generator)
+                vectors = [synthetic_vectors(query.detach(), queue, each) for each in (pairs, mixes)]
+            loss = mochi_loss(query, key, queue, recipe.temperature, vectors)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            moco.queue.keys[torch.arange(oldest, oldest + len(key)) % len(queue)] = key
+            oldest += len(key)
+            losses.append(loss.item())
+    return moco, losses
+
+
+def test_the_run_is_a_plain_loop_over_the_algorithm(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch without mixing and one with: both encoders, the queue, and the losses of metrics.csv."""
+    run = changed(resolve(tiny, MOCHI, 0), precision="float32", weight_decay=0.05)
+    monkeypatch.setattr(pretrain.checkpoint, "discard", lambda path: None)
+    train(run, tiny_data, tmp_path)
+    saved = load_file(tmp_path / "work" / "pretrain.safetensors")
+    moco, losses = plain_loop(run, tiny_data)
+    for name, value in [*moco.named_parameters(), ("queue.keys", moco.queue.keys)]:
+        torch.testing.assert_close(saved[f"module.{name}"], value, rtol=1e-4, atol=1e-4, msg=name)
+    means = [sum(losses[:5]) / 5, sum(losses[5:]) / 5]
+    assert [float(row["loss"]) for row in rows(tmp_path)] == pytest.approx(means, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_encoder_computes_in_the_precision_of_the_recipe(
+    precision: str, tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = set()
+
+    def unit(features: torch.Tensor) -> torch.Tensor:
+        found.add(features.dtype)
+        return normalise(features)
+
+    normalise = moco_module.unit
+    monkeypatch.setattr(moco_module, "unit", unit)
+    train(changed(resolve(tiny, MOCHI, 0), precision=precision), tiny_data, tmp_path)
+    assert found == {getattr(torch, precision)}
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert provenance["precision"] == precision
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ def test_the_run_is_a_plain_loop_over_the_algorithm(
     saved = load_file(tmp_path / "work" / "pretrain.safetensors")
     moco, losses = plain_loop(run, tiny_data)
     for name, value in [*moco.named_parameters(), ("queue.keys", moco.queue.keys)]:
-        torch.testing.assert_close(saved[f"module.{name}"], value, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(saved[f"module.{name}"], value, rtol=1e-3, atol=1e-3, msg=name)
     means = [sum(losses[:5]) / 5, sum(losses[5:]) / 5]
     assert [float(row["loss"]) for row in rows(tmp_path)] == pytest.approx(means, rel=1e-5)
 

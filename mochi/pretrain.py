@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from mochi.config import Contrastive, Run, Training, Untrained, settings
 from mochi.data.loading import steps_per_epoch
@@ -44,7 +45,8 @@ logger = logging.getLogger(__name__)
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 20}
 """Steps from one look at the loss to the next: it waits for the device, so a GPU is asked less often.
 
-Only what was looked at is saved, so that a checkpoint is always one to go on from."""
+Only what was looked at is saved, so that a checkpoint is always one to go on from.
+"""
 
 
 @dataclass
@@ -204,8 +206,8 @@ class _Training:
         """
         position = self.position
         sums = mean_over_ranks(sums)
-        parameters = self._learner.module.parameters()
-        check_finite(sums[0].item(), step=step, lr=lr, last_good=self._saved, parameters=parameters)
+        norm = get_total_norm(self._learner.module.parameters()).item()
+        check_finite(sums[0].item(), step=step, lr=lr, last_good=self._saved, norm=norm)
         due = time.monotonic() - self._last_save > 60 * self._recipe.checkpoint_minutes
         if due and position.step < self._num_steps:
             position.sums = sums.tolist()

@@ -278,7 +278,7 @@ def test_what_an_update_ruined_is_not_saved(
     it is fine. The checkpoint is of a step before, and without the fault the run goes on from it."""
     run = changed(resolve(tiny, MOCHI, 0), checkpoint_minutes=1e-9)
     monkeypatch.setitem(pretrain.STEPS_BETWEEN_LOOKS, "cpu", looks)
-    at_step(fault, lambda parameter: parameter.grad.fill_(math.nan), monkeypatch)
+    at_step(fault, lambda parameter: parameter.grad[0, 0].fill_(math.nan), monkeypatch)
     with pytest.raises(NonFiniteError, match=r"Last good checkpoint: .*pretrain\.safetensors"):
         train(run, tiny_data, tmp_path)
     monkeypatch.undo()

@@ -3,14 +3,12 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from torch import Tensor
-from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from mochi.errors import UserError
@@ -20,23 +18,22 @@ class NonFiniteError(UserError):
     """A loss or parameters that are no finite numbers: training cannot go on."""
 
 
-def check_finite(
-    loss: float, *, step: int, lr: float, last_good: Path, parameters: Iterable[Tensor] = ()
-) -> None:
+def check_finite(loss: float, *, step: int, lr: float, last_good: Path, norm: float = 0.0) -> None:
     """Stop at the first loss that is not finite, or at an update that ruined the parameters.
 
-    A loss tells of the parameters before its update, a checkpoint holds those after it: give them, and
-    what is saved next is known to be good.
+    Args:
+        loss: it tells of the parameters before the update.
+        step: the step of the update.
+        lr: its learning rate.
+        last_good: the checkpoint to name.
+        norm: of all parameters after the update, which is what a checkpoint holds.
 
     Raises:
         NonFiniteError: names the step, the learning rate and the last good checkpoint.
     """
-    found = f"the loss is {loss}"
-    if math.isfinite(loss):
-        norm = get_total_norm(parameters).item()
-        if math.isfinite(norm):
-            return
-        found = f"the norm of the updated parameters is {norm}"
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    found = f"the norm of the parameters is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     checkpoint = f"{last_good}" if last_good.exists() else "none yet"
     raise NonFiniteError(
         f"{found} at step {step} (learning rate {lr:.6g}); expected a finite number. "

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from mochi.config import Contrastive, Run, Training, Untrained, settings
 from mochi.data.loading import steps_per_epoch
@@ -37,12 +38,15 @@ from mochi.running.distributed import (
 )
 from mochi.running.health import Progress, check_finite, write_events
 from mochi.running.precision import autocast, make_deterministic, use_bfloat16
-from mochi.running.provenance import Stopwatch, record
+from mochi.running.provenance import Stopwatch, file_digest, record
 
 logger = logging.getLogger(__name__)
 
-# Reading a loss waits for the device, so a GPU is asked only this often.
-_STEPS_BETWEEN_READS = 20
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 20}
+"""Steps from one look at the loss to the next: it waits for the device, so a GPU is asked less often.
+
+Only what was looked at is saved, so that a checkpoint is always one to go on from.
+"""
 
 
 @dataclass
@@ -53,13 +57,25 @@ class Position:
     step: int = 0
     """Steps done in this epoch."""
     sums: list[float] = field(default_factory=list)
-    """Sums of the metrics over those steps."""
+    """Sums of the metrics over those steps, a mean over ranks."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """One for each finished epoch: metrics.csv."""
     matching: list[dict[str, float]] = field(default_factory=list)
     """Rows of matching.csv."""
     code: list[str] = field(default_factory=list)
     """Digests of the code that worked on it; more than one if it changed between two resumes."""
+    wall_seconds: float = 0.0
+    """Time of the sessions before this one, up to their last checkpoint."""
+    energy_joules: float | None = 0.0
+    """GPU energy of those sessions; None where one of them could not tell."""
+
+    def spent(self, watch: Stopwatch) -> dict[str, float | None]:
+        """Time and energy of all sessions, for the checkpoint and the provenance."""
+        before, now = self.energy_joules, watch.joules()
+        return {
+            "wall_seconds": round(self.wall_seconds + watch.seconds(), 3),
+            "energy_joules": None if before is None or now is None else round(before + now, 1),
+        }
 
 
 def run(
@@ -77,8 +93,8 @@ def run(
 
     Raises:
         DataError: no data, or a batch larger than the data set.
-        CheckpointError: the checkpoint in `work` is of another run, or the disk is full.
-        NonFiniteError: the loss is not a number.
+        CheckpointError: the checkpoint in `work` is of another run or other data, or the disk is full.
+        NonFiniteError: a loss or the parameters are no finite numbers.
     """
     watch = Stopwatch()
     assert run.pretrain is not None
@@ -97,7 +113,8 @@ def run(
             ):
                 logger.warning("warning: %s", text)
             learner.module.to(device).to(memory_format=torch.channels_last)
-            training = _Training(run, run.pretrain, learner, device, saved)
+            manifest = file_digest(data / "manifest.json")
+            training = _Training(run, run.pretrain, learner, device, saved, manifest, watch)
             loading = {"batch_size": run.pretrain.batch_size, "seed": run.seed, "device": device}
             loading |= {"workers": workers, "rank": rank(), "world_size": world_size()}
             training.train(loading, events)
@@ -111,11 +128,24 @@ class _Training:
     """A learner on its way from its position to its last epoch."""
 
     def __init__(
-        self, run: Run, recipe: Training, learner: Learner, device: torch.device, saved: Path
+        self,
+        run: Run,
+        recipe: Training,
+        learner: Learner,
+        device: torch.device,
+        saved: Path,
+        manifest: str,
+        watch: Stopwatch,
     ) -> None:
         self._recipe, self._learner, self._device, self._saved = recipe, learner, device, saved
+        self._watch = watch
         self._label = f"{run.method} seed {run.seed}"
-        self._identity = {"experiment": run.experiment, "method": run.method, **settings(run, "pretrain")}
+        self._identity = {
+            "experiment": run.experiment,
+            "method": run.method,
+            **settings(run, "pretrain"),
+            "manifest.json": manifest,
+        }
         self._num_steps = steps_per_epoch(learner.num_images, recipe.batch_size)
         self._optimizer = torch.optim.SGD(
             [parameter for parameter in learner.module.parameters() if parameter.requires_grad],
@@ -146,10 +176,11 @@ class _Training:
                     write_events(events, position.rows[-1])
 
     def _steps(self, batches: Iterator[Any], lr: float, progress: Progress) -> Tensor:
-        """The steps that are left of this epoch; returns the sums of their metrics over the epoch."""
+        """The steps that are left of this epoch; returns the sums of the epoch's metrics."""
         position = self.position
         names = self._learner.metric_names
         sums = torch.tensor(position.sums or [0.0] * len(names), dtype=torch.float64, device=self._device)
+        note = f"epoch {position.epoch}"
         for batch in batches:
             step = position.epoch * self._num_steps + position.step
             with autocast(self._device, self._recipe.precision):
@@ -162,20 +193,31 @@ class _Training:
             last = position.step == self._num_steps
             self._learner.after_update(last_of_epoch=last)
             sums += metrics
-            if self._device.type == "cpu" or position.step % _STEPS_BETWEEN_READS == 0 or last:
-                total_loss = sums[0].item()
-                check_finite(total_loss, step=step, lr=lr, last_good=self._saved)
-                note = f"epoch {position.epoch}, loss {total_loss / position.step:.3f}"
+            if position.step % STEPS_BETWEEN_LOOKS[self._device.type] == 0 or last:
+                sums = self._look(sums, step, lr)
+                note = f"epoch {position.epoch}, loss {sums[0].item() / position.step:.3f}"
             progress.advance(note)
-            if not last and time.monotonic() - self._last_save > 60 * self._recipe.checkpoint_minutes:
-                position.sums = sums.tolist()
-                self._save()
+        return sums
+
+    def _look(self, sums: Tensor, step: int, lr: float) -> Tensor:
+        """Stop if all is not well, else save if it is time; returns the mean of the sums over the ranks.
+
+        Every rank goes on from that mean: they stop together, and resume from what rank 0 saved.
+        """
+        position = self.position
+        sums = mean_over_ranks(sums)
+        norm = get_total_norm(self._learner.module.parameters()).item()
+        check_finite(sums[0].item(), step=step, lr=lr, last_good=self._saved, norm=norm)
+        due = time.monotonic() - self._last_save > 60 * self._recipe.checkpoint_minutes
+        if due and position.step < self._num_steps:
+            position.sums = sums.tolist()
+            self._save()
         return sums
 
     def _close_epoch(self, sums: Tensor, lr: float, speed: dict[str, float]) -> None:
         """Append the epoch's row and move to the beginning of the next epoch."""
         position = self.position
-        means = (mean_over_ranks(sums) / self._num_steps).tolist()
+        means = (sums / self._num_steps).tolist()
         metrics = dict(zip(self._learner.metric_names, means, strict=True))
         described = self._learner.describe_epoch(position.epoch, metrics)
         row = {"epoch": position.epoch, "lr": lr, **metrics, **described, **speed}
@@ -197,7 +239,8 @@ class _Training:
     def _save(self) -> None:
         if rank() == 0:
             tensors = checkpoint.pack(self._learner.module, self._optimizer)
-            checkpoint.save(self._saved, tensors, asdict(self.position), self._identity)
+            state = asdict(self.position) | self.position.spent(self._watch)
+            checkpoint.save(self._saved, tensors, state, self._identity)
         self._last_save = time.monotonic()
 
     def _resume(self) -> Position:
@@ -279,5 +322,6 @@ def _write_products(
         precision="bfloat16" if bfloat16 else "float32",
         world_size=world_size(),
         code_digests=position.code,
+        **position.spent(watch),
     )
     write_json(out / "provenance.json", provenance)

@@ -1,8 +1,12 @@
 """Two processes against one: the same batches and batch-norm groups, the same queue, the same encoder."""
 
+import csv
+import itertools
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,12 +27,12 @@ def float32_run(tiny: Experiment) -> Run:
     return run.model_copy(update={"pretrain": recipe})
 
 
-def torchrun(*arguments: str) -> None:
+def torchrun(*arguments: str, fails: bool = False) -> None:
     command = ["timeout", "-s", "KILL", "120", sys.executable, "-m", "torch.distributed.run"]
     command += ["--standalone", "--nproc-per-node=2", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) is fails, done.stderr[-3000:]
 
 
 def queue_of_this_rank(run_file: Path, out: Path) -> None:
@@ -47,6 +51,22 @@ def queue_of_this_rank(run_file: Path, out: Path) -> None:
         save_file(state, out / f"rank{distributed.rank()}.safetensors")
 
 
+def killed_at_step_7(run_file: Path, data: Path, folder: Path) -> None:
+    """What each of two ranks runs below: a checkpoint after every step, and a death in the second epoch."""
+    run = load_run(run_file, "pretrain")
+    recipe = run.pretrain.model_copy(update={"checkpoint_minutes": 1e-9})
+    torch.set_num_threads(1)
+    average, steps = pretrain.average_gradients, itertools.count()
+
+    def deadly(parameters: Iterable[torch.nn.Parameter]) -> None:
+        if next(steps) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        average(parameters)
+
+    pretrain.average_gradients = deadly
+    pretrain.run(run.model_copy(update={"pretrain": recipe}), data, folder / "out", folder / "work")
+
+
 def test_one_process_needs_no_group() -> None:
     rows = torch.arange(4)
     with distributed.process_group(torch.device("cpu")):
@@ -58,7 +78,7 @@ def test_one_process_needs_no_group() -> None:
 def test_the_queue_is_the_same_on_every_rank_and_in_one_process(tiny: Experiment, tmp_path: Path) -> None:
     run_file = tmp_path / "run.yaml"
     run_file.write_text(write_run(float32_run(tiny)))
-    torchrun("-m", "--", "tests.test_distributed", str(run_file), str(tmp_path))
+    torchrun("-m", "--", "tests.test_distributed", "queue", str(run_file), str(tmp_path))
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     (tmp_path / "alone").mkdir()
     queue_of_this_rank(run_file, tmp_path / "alone")
@@ -69,6 +89,29 @@ def test_the_queue_is_the_same_on_every_rank_and_in_one_process(tiny: Experiment
     torch.testing.assert_close(first["keys"], alone["keys"], rtol=1e-3, atol=1e-4)
     both = torch.cat((first["key"], second["key"]))
     torch.testing.assert_close(both, alone["key"], rtol=1e-3, atol=1e-4)
+
+
+def test_two_killed_processes_end_as_if_nothing_happened(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Encoder and metrics, byte for byte: the ranks' metrics differ, and the checkpoint is rank 0's."""
+    (tmp_path / "run.yaml").write_text(write_run(resolve(tiny, MOCHI, 0)))
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    start = (str(tmp_path / "run.yaml"), str(tiny_data), str(killed))
+    torchrun("-m", "--", "tests.test_distributed", "kill", *start, fails=True)
+    assert (killed / "work" / "pretrain.safetensors").exists()
+    for folder in (killed, whole):
+        paths = ["--data", str(tiny_data), "--out", str(folder / "out"), "--work", str(folder / "work")]
+        torchrun("-m", "--", "mochi", "pretrain", "--run", str(tmp_path / "run.yaml"), *paths)
+    expected, found = ((folder / "out" / "encoder.safetensors").read_bytes() for folder in (whole, killed))
+    assert found == expected
+    assert metrics(killed) == metrics(whole)
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    timings = {"images_per_second", "data_wait"}
+    with (folder / "out" / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in timings} for row in csv.DictReader(file)]
 
 
 def test_two_processes_train_the_encoder_that_one_does(
@@ -88,4 +131,5 @@ def test_two_processes_train_the_encoder_that_one_does(
 
 
 if __name__ == "__main__":
-    queue_of_this_rank(Path(sys.argv[1]), Path(sys.argv[2]))
+    work, *paths = sys.argv[1:]
+    {"queue": queue_of_this_rank, "kill": killed_at_step_7}[work](*map(Path, paths))

@@ -2,25 +2,35 @@
 says; and what is wrong is refused before anything is computed."""
 
 import csv
+import itertools
 import json
 import math
 import multiprocessing
 import random
+import shutil
 import signal
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from mochi import pretrain
 from mochi.config import Experiment, Run, resolve
-from mochi.data.shards import DataError
+from mochi.contrast import moco as moco_module
+from mochi.contrast.moco import MoCo
+from mochi.contrast.negatives import hardest, mix_pairs, mix_with_query
+from mochi.data.loading import two_views
+from mochi.data.shards import DataError, open_dataset
 from mochi.encoder import ResNet
 from mochi.running import checkpoint
 from mochi.running.checkpoint import CheckpointError
 from mochi.running.health import NonFiniteError
+from mochi.running.provenance import file_digest
+from tests.reference import mochi_loss, synthetic_vectors
 
 MOCHI = "mochi-16-24-8"
 TIMINGS = {"images_per_second", "data_wait"}
@@ -131,6 +141,45 @@ def steps_done(saved: Path) -> int:
     return int(5 * state["epoch"] + state["step"])
 
 
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_device_that_is_seldom_asked_gets_the_same_bytes(
+    stop: int,
+    uninterrupted: Path,
+    tiny: Experiment,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: looks at some steps only, and a resume from a step between two of them."""
+    run = resolve(tiny, MOCHI, 0)
+    at_step(stop, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(changed(run, checkpoint_minutes=1e-9), tiny_data, tmp_path)
+    monkeypatch.undo()
+    assert steps_done(tmp_path / "work" / "pretrain.safetensors") == stop
+    monkeypatch.setitem(pretrain.STEPS_BETWEEN_LOOKS, "cpu", 3)
+    expected = (uninterrupted / "out" / "encoder.safetensors").read_bytes()
+    assert train(changed(run, checkpoint_minutes=1e-9), tiny_data, tmp_path) == expected
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+def at_step(step: int, do: Callable[[torch.nn.Parameter], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something to the first parameter after the gradients of this step of the next run."""
+    average, steps = pretrain.average_gradients, itertools.count()
+
+    def faulty(parameters: Iterable[torch.nn.Parameter]) -> None:
+        parameters = list(parameters)
+        average(parameters)
+        if next(steps) == step:
+            do(parameters[0])
+
+    monkeypatch.setattr(pretrain, "average_gradients", faulty)
+
+
+def interrupt(_: torch.nn.Parameter) -> None:
+    raise KeyboardInterrupt
+
+
 def test_floor_and_ceiling(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
     train(resolve(tiny, "random-init", 0), tiny_data, tmp_path / "floor")
     assert rows(tmp_path / "floor") == []
@@ -156,6 +205,39 @@ def test_a_checkpoint_of_another_run_is_refused(tiny: Experiment, tiny_data: Pat
     assert saved.exists()
 
 
+def test_a_resume_on_other_data_is_refused(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same name, another manifest: prepared again from other files."""
+    run = resolve(tiny, MOCHI, 0)
+    at_step(7, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tiny_data, tmp_path)
+    monkeypatch.undo()
+    other = shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
+    (other / "manifest.json").write_text((tiny_data / "manifest.json").read_text() + "\n")
+    digests = [file_digest(folder / "manifest.json") for folder in (tiny_data, other)]
+    with pytest.raises(
+        CheckpointError,
+        match="with manifest.json={}; this is the run with manifest.json={}.*and data".format(*digests),
+    ):
+        train(run, other, tmp_path)
+
+
+def test_time_and_energy_are_those_of_all_sessions(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = resolve(tiny, MOCHI, 0)
+    monkeypatch.setattr(pretrain.Stopwatch, "seconds", lambda _: 100.0)
+    monkeypatch.setattr(pretrain.Stopwatch, "joules", lambda _: 5.0)
+    at_step(7, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tiny_data, tmp_path)
+    train(run, tiny_data, tmp_path)
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert (provenance["wall_seconds"], provenance["energy_joules"]) == (200.0, 10.0)
+
+
 def test_a_batch_larger_than_the_data_is_refused(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
     run = changed(resolve(tiny, MOCHI, 0), batch_size=161)
     with pytest.raises(DataError, match=r"batch_size: found 161; the set has 160 images"):
@@ -174,13 +256,113 @@ def test_a_queue_longer_than_the_data_is_warned_of(
     assert "queue_size = 320 is 2.00 times the 160 training images" in caplog.text
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
-    tiny: Experiment, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_no_number_stops(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
     run = changed(resolve(tiny, MOCHI, 0), lr=1e30)
-    with pytest.raises(NonFiniteError, match=r"at step \d+ \(learning rate 1e\+30\)"):
+    with pytest.raises(NonFiniteError, match=r"at step \d+ \(learning rate 1e\+30\).*none yet"):
         train(run, tiny_data, tmp_path)
     assert not (tmp_path / "out" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize("looks", [1, 3])
+@pytest.mark.parametrize("fault", [3, 4, 8])
+def test_what_an_update_ruined_is_not_saved(
+    looks: int,
+    fault: int,
+    uninterrupted: Path,
+    tiny: Experiment,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gradient that is no number, in the middle of an epoch of 5 steps and at its end: the loss before
+    it is fine. The checkpoint is of a step before, and without the fault the run goes on from it."""
+    run = changed(resolve(tiny, MOCHI, 0), checkpoint_minutes=1e-9)
+    monkeypatch.setitem(pretrain.STEPS_BETWEEN_LOOKS, "cpu", looks)
+    at_step(fault, lambda parameter: parameter.grad[0, 0].fill_(math.nan), monkeypatch)
+    with pytest.raises(NonFiniteError, match=r"Last good checkpoint: .*pretrain\.safetensors"):
+        train(run, tiny_data, tmp_path)
+    monkeypatch.undo()
+    saved = tmp_path / "work" / "pretrain.safetensors"
+    assert 0 < steps_done(saved) <= fault
+    for name, value in load_file(saved).items():
+        assert value.isfinite().all(), name
+    expected = (uninterrupted / "out" / "encoder.safetensors").read_bytes()
+    assert train(run, tiny_data, tmp_path) == expected
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+def plain_loop(run: Run, data: Path) -> tuple[MoCo, list[float]]:
+    """The run as one would write it down without this package's loop: its last state and its losses."""
+    recipe, mixing = run.pretrain, run.pretrain.mixing
+    moco = MoCo(run.encoder, recipe, run.seed)  # for its first weights and keys
+    optimizer = torch.optim.SGD(
+        moco.query_encoder.parameters(), momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    losses, oldest, split = [], 0, open_dataset(data).split("train")
+
+    def draws(stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed((run.seed << 40) + (len(losses) << 4) + stream)
+
+    for epoch in range(recipe.epochs):
+        optimizer.param_groups[0]["lr"] = recipe.lr * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
+        loading = {"batch_size": recipe.batch_size, "seed": run.seed, "device": torch.device("cpu")}
+        for batch in two_views(split, run.augmentation, epoch=epoch, **loading):
+            query = F.normalize(moco.query_encoder(batch.query), dim=-1)
+            with torch.no_grad():
+                for ours, theirs in zip(
+                    moco.momentum_encoder.parameters(), moco.query_encoder.parameters(), strict=True
+                ):
+                    ours.copy_(recipe.key_momentum * ours + (1 - recipe.key_momentum) * theirs)
+                order, key = torch.randperm(len(query), generator=draws(1)), torch.empty_like(query)
+                key[order] = F.normalize(moco.momentum_encoder(batch.key[order]), dim=-1)
+            queue, vectors = moco.queue.keys.clone(), []
+            if epoch >= mixing.warmup_epochs:
+                similarity, generator = query.detach() @ queue.T, draws(2)
+                pool = hardest(similarity, mixing.num_hardest)
+                pairs = mix_pairs(queue, pool, mixing.num_pair_synthetics, generator)
+                mixes = mix_with_query(similarity, pool, mixing.num_query_synthetics, generator)
+                vectors = [synthetic_vectors(query.detach(), queue, each) for each in (pairs, mixes)]
+            loss = mochi_loss(query, key, queue, recipe.temperature, vectors)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            moco.queue.keys[torch.arange(oldest, oldest + len(key)) % len(queue)] = key
+            oldest += len(key)
+            losses.append(loss.item())
+    return moco, losses
+
+
+def test_the_run_is_a_plain_loop_over_the_algorithm(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch without mixing and one with: both encoders, the queue, and the losses of metrics.csv."""
+    run = changed(resolve(tiny, MOCHI, 0), precision="float32", weight_decay=0.05)
+    monkeypatch.setattr(pretrain.checkpoint, "discard", lambda path: None)
+    train(run, tiny_data, tmp_path)
+    saved = load_file(tmp_path / "work" / "pretrain.safetensors")
+    moco, losses = plain_loop(run, tiny_data)
+    for name, value in [*moco.named_parameters(), ("queue.keys", moco.queue.keys)]:
+        torch.testing.assert_close(saved[f"module.{name}"], value, rtol=1e-3, atol=1e-3, msg=name)
+    means = [sum(losses[:5]) / 5, sum(losses[5:]) / 5]
+    assert [float(row["loss"]) for row in rows(tmp_path)] == pytest.approx(means, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_encoder_computes_in_the_precision_of_the_recipe(
+    precision: str, tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = set()
+
+    def unit(features: torch.Tensor) -> torch.Tensor:
+        found.add(features.dtype)
+        return normalise(features)
+
+    normalise = moco_module.unit
+    monkeypatch.setattr(moco_module, "unit", unit)
+    train(changed(resolve(tiny, MOCHI, 0), precision=precision), tiny_data, tmp_path)
+    assert found == {getattr(torch, precision)}
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert provenance["precision"] == precision
 
 
 @pytest.mark.parametrize(

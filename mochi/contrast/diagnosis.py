@@ -17,10 +17,11 @@ def matching_probabilities(step: Step, temperature: float) -> Tensor:
     """Mean matching probability of each query's hardest negatives, hardest first (figure 2a).
 
     Returns:
-        (min(1024, K),) p_n of the softmax over the positive and the real negatives of the queue.
+        (min(1024, K),) p_n of the softmax over the positive and the real negatives of the queue, without
+        those that the class oracle excludes.
     """
-    similarity = step.query @ step.queue.T  # (B, K)
-    logits = torch.cat(((step.query * step.key).sum(-1, keepdim=True), similarity), 1) / temperature
+    positive = (step.query * step.key).sum(-1, keepdim=True)  # (B, 1)
+    logits = torch.cat((positive, _as_the_loss_saw_it(step, step.query @ step.queue.T)), 1) / temperature
     probabilities = logits.softmax(1)[:, 1:]
     return probabilities.topk(min(NUM_MATCHED, len(step.queue)), dim=1).values.mean(0)
 
@@ -34,8 +35,9 @@ def false_negatives(step: Step, labels: Tensor) -> dict[str, float]:
         labels: (B,) classes of the queries, -1 where unknown; unlabelled queries and keys do not count.
 
     Returns:
-        `false_negatives`: among the hardest 1024 of the queue; with synthetics also
-        `false_parents_any` (mixed from at least one) and `false_parents_all` (from false negatives only).
+        `false_negatives`: among the hardest 1024 of the queue, whether or not the class oracle excludes
+        them; with synthetics also `false_parents_any` (mixed from at least one) and `false_parents_all`
+        (from false negatives only).
     """
     known = labels >= 0
     if not known.any() or not (step.queue_labels >= 0).any():
@@ -46,7 +48,7 @@ def false_negatives(step: Step, labels: Tensor) -> dict[str, float]:
     shares = {"false_negatives": same.gather(1, hardest).float().mean().item()}
     if step.rule is not None:
         any_parent, all_parents = [], []
-        for synthetic in step.rule(similarity):
+        for synthetic in step.rule(_as_the_loss_saw_it(step, similarity)):
             parents = synthetic.parents[known]  # (B', S, P)
             false = same.gather(1, parents.flatten(1)).view_as(parents)
             any_parent.append(false.any(-1))
@@ -54,3 +56,8 @@ def false_negatives(step: Step, labels: Tensor) -> dict[str, float]:
         shares["false_parents_any"] = torch.cat(any_parent, 1).float().mean().item()
         shares["false_parents_all"] = torch.cat(all_parents, 1).float().mean().item()
     return shares
+
+
+def _as_the_loss_saw_it(step: Step, similarity: Tensor) -> Tensor:
+    """(B, K) similarities, -inf where the class oracle excludes a negative."""
+    return similarity if step.excluded is None else similarity.masked_fill(step.excluded, -torch.inf)

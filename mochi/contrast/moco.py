@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mochi.config import Contrastive, Encoder
+from mochi.config import ConfigError, Contrastive, Encoder
 from mochi.contrast.key_queue import KeyQueue
 from mochi.contrast.loss import ContrastiveLoss, contrastive_loss
 from mochi.contrast.negatives import Rule, Synthetics, hardest, mix_pairs, mix_with_query
 from mochi.encoder import GroupedBatchNorm2d, ResNet, projection_head
-from mochi.running.distributed import gather, own_slice, world_size
+from mochi.running.distributed import gather, own_slice, rank, world_size
 
 # Random streams of one step. Each is seeded by (seed, step, stream), so there is no generator state to
-# save, and a resumed run draws what the uninterrupted one would have drawn.
+# save, and a resumed run draws what the uninterrupted one would have drawn. The shuffle is the same on
+# every rank; mixes are of a rank's own queries, so each rank draws its own.
 _SHUFFLE, _MIXING = 1, 2
 
 
@@ -31,6 +32,7 @@ class Step(NamedTuple):
     key: Tensor  # (B, C) unit keys, float32
     queue: Tensor  # (K, C) the negatives the loss saw
     queue_labels: Tensor  # (K,) their classes
+    excluded: Tensor | None  # (B, K) bool, what of it the class oracle left out
     rule: Rule | None  # what mixed, for diagnosis: called again it draws more of the same kind
 
 
@@ -41,14 +43,16 @@ class MoCo(nn.Module):
         encoder: the backbone's architecture.
         recipe: the method's hyper-parameters.
         seed: of the weights, the queue's first rows, the shuffles and the mixes.
+
+    Raises:
+        ConfigError: the processes cannot share the batch-norm groups evenly.
     """
 
     def __init__(self, encoder: Encoder, recipe: Contrastive, seed: int) -> None:
         super().__init__()
         self.recipe = recipe
         self.seed = seed
-        # bn_groups are of the global batch; each rank normalises its share of them.
-        num_groups = max(recipe.bn_groups // world_size(), 1)
+        num_groups = _groups_of_a_rank(recipe.bn_groups)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             backbone = ResNet(encoder, partial(GroupedBatchNorm2d, num_groups=num_groups))
@@ -85,10 +89,10 @@ class MoCo(nn.Module):
         with torch.no_grad():
             self._update_momentum_encoder()
             key = self._encode_keys(key_images, step)  # (B, C)
-        excluded = labels[:, None] == self.queue.labels if self.recipe.class_oracle else None  # (B, K)
+        excluded = self._of_own_class(labels) if self.recipe.class_oracle else None  # (B, K)
         rule = self._rule(step) if synthesize else None
         loss = contrastive_loss(query, key, self.queue.keys, self.recipe.temperature, rule, excluded)
-        return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, rule)
+        return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, excluded, rule)
 
     def enqueue(self, key: Tensor, labels: Tensor) -> None:
         """Replace the oldest keys by this step's, gathered in rank order: the same queue on every rank."""
@@ -113,13 +117,17 @@ class MoCo(nn.Module):
         shuffled = unit(self.momentum_encoder(own_slice(everything[order])))
         return own_slice(gather(shuffled)[order.argsort()])
 
+    def _of_own_class(self, labels: Tensor) -> Tensor:
+        """(B, K) negatives of the query's class, by label; a query without a label has none."""
+        return (labels[:, None] == self.queue.labels) & (labels >= 0)[:, None]
+
     def _rule(self, step: int) -> Rule | None:
         """MoCHi's rule of negatives for this step, None for plain MoCo."""
         mixing = self.recipe.mixing
         if mixing is None:
             return None
 
-        generator = self._generator(step, _MIXING, self.queue.keys.device)
+        generator = self._generator(step, _MIXING, rank=rank(), device=self.queue.keys.device)
 
         def rule(similarity: Tensor) -> list[Synthetics]:
             pool = hardest(similarity, mixing.num_hardest, some_excluded=self.recipe.class_oracle)
@@ -133,8 +141,23 @@ class MoCo(nn.Module):
 
         return rule
 
-    def _generator(self, step: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
-        return torch.Generator(device).manual_seed((self.seed << 40) + (step << 4) + stream)
+    def _generator(
+        self, step: int, stream: int, *, rank: int = 0, device: torch.device | str = "cpu"
+    ) -> torch.Generator:
+        """Bits 0-3 the stream, 4-29 the step, 30-39 the rank, from 40 on the seed."""
+        number = (self.seed << 40) + (rank << 30) + (step << 4) + stream
+        return torch.Generator(device).manual_seed(number)
+
+
+def _groups_of_a_rank(bn_groups: int) -> int:
+    """This rank's share of the batch-norm groups, which are of the global batch whoever computes it."""
+    if bn_groups % world_size():
+        fits = ", ".join(str(n) for n in range(1, bn_groups + 1) if bn_groups % n == 0)
+        raise ConfigError(
+            f"bn_groups: found {bn_groups}; {world_size()} processes cannot share the groups evenly; "
+            f"use a number of processes (--gpus) out of {fits}"
+        )
+    return bn_groups // world_size()
 
 
 def unit(features: Tensor) -> Tensor:

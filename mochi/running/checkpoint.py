@@ -101,7 +101,7 @@ def _refuse_another_run(path: Path, found: Mapping[str, Any], wanted: Mapping[st
         ours = ", ".join(f"{key}={wanted.get(key)}" for key in keys)
         raise CheckpointError(
             f"{path} is the checkpoint of another run. It was written by the run with {theirs}; "
-            f"this is the run with {ours}. To continue that run, restore its settings; "
+            f"this is the run with {ours}. To continue that run, restore its settings and data; "
             f"to start this one from its beginning, remove {path.parent}"
         )
 

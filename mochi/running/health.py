@@ -15,22 +15,31 @@ from mochi.errors import UserError
 
 
 class NonFiniteError(UserError):
-    """A loss that is not a number: training cannot go on."""
+    """A loss or parameters that are no finite numbers: training cannot go on."""
 
 
-def check_finite(loss: float, *, step: int, lr: float, last_good: Path) -> None:
-    """Stop at the first loss that is not finite.
+def check_finite(loss: float, *, step: int, lr: float, last_good: Path, norm: float = 0.0) -> None:
+    """Stop at the first loss that is not finite, or at an update that ruined the parameters.
+
+    Args:
+        loss: it tells of the parameters before the update.
+        step: the step of the update.
+        lr: its learning rate.
+        last_good: the checkpoint to name.
+        norm: of all parameters after the update, which is what a checkpoint holds.
 
     Raises:
         NonFiniteError: names the step, the learning rate and the last good checkpoint.
     """
-    if not math.isfinite(loss):
-        checkpoint = f"{last_good}" if last_good.exists() else "none yet"
-        raise NonFiniteError(
-            f"the loss is {loss} at step {step} (learning rate {lr:.6g}); expected a finite number. "
-            f"Last good checkpoint: {checkpoint}. Lower the learning rate, or look for images without "
-            "contrast or with values out of range; the same command goes on from that checkpoint"
-        )
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    found = f"the norm of the parameters is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    checkpoint = f"{last_good}" if last_good.exists() else "none yet"
+    raise NonFiniteError(
+        f"{found} at step {step} (learning rate {lr:.6g}); expected a finite number. "
+        f"Last good checkpoint: {checkpoint}. Lower the learning rate, or look for images without "
+        "contrast or with values out of range; the same command goes on from that checkpoint"
+    )
 
 
 class Progress:

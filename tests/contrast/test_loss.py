@@ -242,3 +242,18 @@ def test_queries_taken_in_groups_equal_the_whole_batch() -> None:
     slow.backward()
     torch.testing.assert_close(grouped.loss, slow, rtol=1e-12, atol=0)
     torch.testing.assert_close(grouped_raw.grad, slow_raw.grad, rtol=1e-11, atol=1e-15)
+
+
+def test_autocast_does_not_reach_the_loss() -> None:
+    """Not the similarities, not the synthetics, and not the product that makes the gradient."""
+    raw, key, queue = batch(5, 8, 24, seed=3, dtype=torch.float32)
+    found = []
+    for enabled in (False, True):
+        query = F.normalize(raw, dim=-1).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = contrastive_loss(query, key, queue, 0.2, mochi_rule(queue, 6, 7, 5)).loss
+        loss.backward()
+        found.append((loss, query.grad))
+    (plain, plain_gradient), (cast, cast_gradient) = found
+    assert torch.equal(cast, plain)
+    assert torch.equal(cast_gradient, plain_gradient)

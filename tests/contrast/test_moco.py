@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mochi.config import Contrastive, Encoder, Mixing
-from mochi.contrast.moco import MoCo
+from mochi.config import ConfigError, Contrastive, Encoder, Mixing
+from mochi.contrast.moco import MoCo, Step
+from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
 from mochi.encoder import GroupedBatchNorm2d
-from tests.reference import mochi_loss
+from tests.reference import mochi_loss, synthetic_vectors
 
 ENCODER = Encoder(architecture="resnet10", stem="half", width=4)
 
@@ -33,15 +34,32 @@ def images(seed: int, num: int = 8) -> torch.Tensor:
 LABELS = torch.arange(8) % 3
 
 
-def test_a_step_is_the_algorithm_of_the_paper() -> None:
-    moco = MoCo(ENCODER, recipe(), seed=0)
+def drawn(moco: MoCo, step: Step, generator: torch.Generator) -> list[Synthetics]:
+    """The step's synthetics, drawn again."""
+    similarity, mixing = step.query @ step.queue.T, moco.recipe.mixing
+    pool = hardest(similarity, mixing.num_hardest)
+    pairs = mix_pairs(step.queue, pool, mixing.num_pair_synthetics, generator)
+    return [pairs, mix_with_query(similarity, pool, mixing.num_query_synthetics, generator)]
+
+
+def stream(seed: int, step: int, stream: int, rank: int = 0) -> torch.Generator:
+    """1 shuffles and 2 mixes."""
+    return torch.Generator().manual_seed((seed << 40) + (rank << 30) + (step << 4) + stream)
+
+
+@pytest.mark.parametrize("through_query", [False, True])
+def test_a_step_is_the_algorithm_of_the_paper(through_query: bool) -> None:
+    mixing = MIXING.model_copy(update={"through_query": through_query})
+    moco = MoCo(ENCODER, recipe(mixing=mixing), seed=5)
     with torch.no_grad():
         for parameter in moco.momentum_encoder.parameters():
             parameter.add_(0.1)
     before = copy.deepcopy(moco)
     step = moco.training_step(images(0), images(1), LABELS, step=3, synthesize=True)
+    step.loss.loss.backward()
 
     query = F.normalize(before.query_encoder(images(0)), dim=-1)
+    torch.testing.assert_close(step.query, query)
     for key_parameter, query_parameter in zip(
         before.momentum_encoder.parameters(), before.query_encoder.parameters(), strict=True
     ):
@@ -50,13 +68,49 @@ def test_a_step_is_the_algorithm_of_the_paper() -> None:
         moco.momentum_encoder.parameters(), before.momentum_encoder.parameters(), strict=True
     ):
         torch.testing.assert_close(ours, expected)
-    expected_loss = mochi_loss(query, step.key, before.queue.keys, 0.2, [])
-    torch.testing.assert_close(step.loss.loss, expected_loss)
+    order = torch.randperm(8, generator=stream(5, 3, 1))
+    key = torch.empty(8, 6)
+    key[order] = F.normalize(before.momentum_encoder(images(1)[order]), dim=-1).detach()
+    torch.testing.assert_close(step.key, key)
+
+    queue = before.queue.keys
+    pairs, mixes = drawn(moco, step, stream(5, 3, 2))
+    # Whatever the length of b q + (1 - b) n, its direction is the synthetic.
+    mixed = synthetic_vectors(query if through_query else query.detach(), queue, mixes)
+    vectors = [synthetic_vectors(query.detach(), queue, pairs), F.normalize(mixed, dim=-1)]
+    double = [tensor.double() for tensor in (query, key, queue)]
+    expected_loss = mochi_loss(*double, 0.2, [each.double() for each in vectors])
+    expected_loss.backward()
+    torch.testing.assert_close(step.loss.loss.double(), expected_loss, rtol=1e-5, atol=0)
+    for ours, expected in zip(
+        moco.query_encoder.parameters(), before.query_encoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-5)
+
     # The queue is what the loss saw until `enqueue`, which puts the keys of this step in.
     assert torch.equal(moco.queue.keys, before.queue.keys)
     moco.enqueue(step.key, LABELS)
     assert torch.equal(moco.queue.keys[:8], step.key)
     assert torch.equal(moco.queue.labels[:8], LABELS)
+
+
+def test_each_rank_mixes_for_itself_and_all_shuffle_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's queries are its own, so equal draws would halve what two ranks see; a shuffle is of the
+    batch of all ranks."""
+    moco, keys = MoCo(ENCODER, recipe(mixing=MIXING), seed=5), []
+    for rank in (0, 1, 2):
+        monkeypatch.setattr("mochi.contrast.moco.rank", lambda rank=rank: rank)
+        step = moco.training_step(images(0), images(1), LABELS, step=3, synthesize=True)
+        rule = moco._rule(3)
+        assert rule is not None
+        for ours, expected in zip(
+            rule(step.query @ step.queue.T), drawn(moco, step, stream(5, 3, 2, rank)), strict=True
+        ):
+            assert torch.equal(ours.parents, expected.parents)
+            assert torch.equal(ours.weights, expected.weights)
+        keys.append(moco._encode_keys(images(1), 3))
+    assert torch.equal(keys[0], keys[1])
+    assert torch.equal(keys[0], keys[2])
 
 
 def test_keys_come_back_in_the_order_of_their_images() -> None:
@@ -87,6 +141,17 @@ def test_groups_have_their_own_statistics() -> None:
     assert not torch.allclose(plain(batch), expected)
     torch.testing.assert_close(grouped.running_mean, 0.1 * batch.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(GroupedBatchNorm2d(3, 1)(batch), plain(batch))
+
+
+def test_groups_that_processes_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are of the global batch: more processes than groups would quietly make more groups."""
+    for processes, groups in ((1, 6), (2, 3), (3, 2), (6, 1)):
+        monkeypatch.setattr("mochi.contrast.moco.world_size", lambda processes=processes: processes)
+        assert MoCo(ENCODER, recipe(bn_groups=6, batch_size=12), seed=0).backbone.bn1.num_groups == groups
+    for processes in (4, 12):
+        monkeypatch.setattr("mochi.contrast.moco.world_size", lambda processes=processes: processes)
+        with pytest.raises(ConfigError, match=rf"found 6; {processes} processes .* out of 1, 2, 3, 6"):
+            MoCo(ENCODER, recipe(bn_groups=6, batch_size=12), seed=0)
 
 
 def test_the_momentum_encoder_moves_by_parameters_only() -> None:
@@ -123,11 +188,20 @@ def test_the_oracle_excludes_the_class_of_the_query() -> None:
     moco.queue.enqueue(F.normalize(torch.randn(20, 6), dim=-1), torch.arange(20) % 3)
     step = moco.training_step(images(0), images(1), LABELS, step=0, synthesize=True)
     excluded = LABELS[:, None] == step.queue_labels
+    assert torch.equal(step.excluded, excluded)
     masked = (step.query @ step.queue.T).masked_fill(excluded, -torch.inf)
     assert step.rule is not None
     for synthetic in step.rule(masked):
         assert not excluded.gather(1, synthetic.parents.flatten(1)).any()
     torch.testing.assert_close(step.loss.hardest_negative, masked.amax(1))
+
+
+def test_the_oracle_excludes_nothing_of_which_the_class_is_unknown() -> None:
+    """A fresh queue has no labels, and an unlabelled image no class: all negatives stay."""
+    moco = MoCo(ENCODER, recipe(class_oracle=True), seed=0)
+    labels = torch.tensor([-1, 0, -1, 1, -1, 2, -1, 0])
+    step = moco.training_step(images(0), images(1), labels, step=0, synthesize=False)
+    torch.testing.assert_close(step.loss.hardest_negative, (step.query @ step.queue.T).amax(1))
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])

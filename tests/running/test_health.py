@@ -1,6 +1,8 @@
 """Verdicts in the cases that people ask about, and the stop at the first loss that is no number."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,19 @@ def test_a_loss_that_is_no_number_stops_with_step_rate_and_checkpoint(tmp_path: 
     saved.touch()
     with pytest.raises(NonFiniteError, match=str(saved)):
         check_finite(math.inf, step=3, lr=0.1, last_good=saved)
+
+
+def test_parameters_that_are_no_numbers_stop_too(tmp_path: Path) -> None:
+    """With a loss that knows nothing of it yet."""
+    check_finite(1.0, step=3, lr=0.1, last_good=tmp_path, norm=7.0)
+    with pytest.raises(NonFiniteError, match=r"parameters is inf at step 3 \(learning rate 0\.1\)"):
+        check_finite(1.0, step=3, lr=0.1, last_good=tmp_path, norm=math.inf)
+
+
+def test_showing_progress_needs_no_torch() -> None:
+    """Preparation shows it, and torch would take longer to import than a small set to prepare."""
+    code = "import sys, mochi.running.health; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_progress_in_a_log_is_plain_lines_with_an_eta(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,8 @@ _LAYOUTS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, i
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
 
+_SAFE_CHANNELS = 16
+
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation whose training statistics are separate for each of `num_groups` groups.
@@ -53,6 +55,24 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(outputs)
 
 
+class Shortcut(nn.Conv2d):
+    """The 1x1 convolution beside a block, without bias.
+
+    Below 16 channels the rows and columns it skips are cut away first: the gradient of a strided 1x1
+    convolution in channels-last float32 writes outside its memory there (torch 2.14 with oneDNN on a CPU).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        if self.in_channels >= _SAFE_CHANNELS:
+            return super().forward(input)
+        down, across = self.stride
+        return F.conv2d(input[:, :, ::down, ::across], self.weight)
+
+
 class ResNet(nn.Module):
     """torchvision's ResNet with a choice of stem and width; parameters carry torchvision's names.
 
@@ -88,7 +108,7 @@ class ResNet(nn.Module):
         downsample = None
         if stride != 1 or self._channels != channels:
             downsample = nn.Sequential(
-                nn.Conv2d(self._channels, channels, 1, stride, bias=False), self._norm_layer(channels)
+                Shortcut(self._channels, channels, stride), self._norm_layer(channels)
             )
         blocks = [block(self._channels, planes, stride, downsample, norm_layer=self._norm_layer)]
         blocks += [block(channels, planes, norm_layer=self._norm_layer) for _ in range(depth - 1)]

@@ -170,6 +170,28 @@ def test_a_loss_that_is_no_number_stops_it(voc_set: Path, encoder_file: Path, tm
                tmp_path / "x", lr=1e9).train("diverges")  # fmt: skip
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(
+    voc_set: Path, encoder_file: Path, tmp_path: Path, value: float
+) -> None:
+    """The loss of the step that spoils them is still a number, and no other step may come to notice."""
+    saved = tmp_path / "x.safetensors"
+    run = tuning(small_set(voc_set, training={"checkpoint_minutes": 1e-9}), encoder_file, saved)
+    steps = run._optimizer.step
+
+    def spoilt() -> None:
+        steps()
+        if run.step == 3:  # the last of four
+            run.detector.backbone.conv1.weight.data[0, 0, 0, 0] = value
+
+    run._optimizer.step = spoilt  # type: ignore[method-assign, assignment]
+    with pytest.raises(NonFiniteError, match=f"after step 4 .*Last good checkpoint: {saved}"):
+        run.train("spoilt")
+    resumed = tuning(small_set(voc_set, training={"checkpoint_minutes": 1e-9}), encoder_file, saved)
+    assert resumed.step == 3
+    assert all(tensor.isfinite().all() for tensor in state(resumed).values())
+
+
 def paper_training(**changes: object) -> DetectionTraining:
     values = {
         "reading": "finetune", "seeds": [0], "lr": [0.02], "lr_batch_size": 16, "batch_size": 16,

@@ -62,6 +62,15 @@ def test_every_shipped_experiment_is_valid(path: Path) -> None:
         (f"methods/{MOCHI}/seeds", [1, 1], f"methods.{MOCHI}.seeds: found [1, 1]; seeds must be distinct"),
         ("pretrain/temperature", 0, "temperature: found 0"),
         ("pretrain/temperature", -1.0, "temperature: found -1.0"),
+        ("pretrain/temperature", float("inf"), "x.yaml: pretrain.temperature: found inf; allowed: a finite number"),
+        ("pretrain/weight_decay", "nan", "pretrain.weight_decay: found 'nan'; allowed: a finite number"),
+        ("evaluation/linear/lr", "1e999", "evaluation.linear.lr: found '1e999'; allowed: a finite number"),
+        ("pretrain/objective", "supervised", "x.yaml: pretrain.objective: found 'supervised'; rows are contrastive"),
+        ("pretrain/objective", "banana", "pretrain.objective: found 'banana'"),
+        ("pretrain/objective", "contrastive", "pretrain.objective: found 'contrastive'"),
+        ("methods/random-init/augmentation", "v1", "methods.random-init.augmentation: found 'v1'; expected the keys"),
+        ("methods/random-init/augmentation", None, "methods.random-init.augmentation: found None; expected the keys"),
+        ("methods/random-init/augmentation", {"blurr": True}, "augmentation.blurr: unknown key 'blurr'; did you mean 'blur'?"),
         ("pretrain/lr", "fast", "lr: found 'fast'; allowed: a valid number"),
         ("pretrain/epochs", True, "epochs: found True; allowed: a valid integer"),
         ("pretrain/bn_groups", 17, "bn_groups: found 17; batch_size = 32 leaves fewer than 2 images a group"),
@@ -80,6 +89,35 @@ def test_a_mistake_is_named(path: str, value: Any, message: str) -> None:
     (line,) = str(error.value).splitlines()
     assert line.startswith("x.yaml: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lr", "junk", "pretrain.lr: found 'junk'; allowed: a valid number"),
+        ("queue_sise", 5, "pretrain.queue_sise: unknown key 'queue_sise'; did you mean 'queue_size'?"),
+        ("schedule", "linear", "pretrain.schedule: found 'linear'"),
+    ],
+)
+@pytest.mark.parametrize("method", [{"objective": "none"}, {"lr": 0.1, "schedule": "step"}])
+def test_the_shared_recipe_is_checked_where_no_row_reads_it(
+    key: str, value: Any, message: str, method: dict[str, Any]
+) -> None:
+    """One day a row will."""
+    data = changed(f"pretrain/{key}", value) | {"methods": {"row": method}}
+    with pytest.raises(ConfigError) as error:
+        parse_experiment(data, "x.yaml")
+    assert str(error.value).startswith(f"x.yaml: {message}")
+
+
+def test_rows_may_complete_and_correct_the_shared_recipe() -> None:
+    """What keys must be to each other is asked of each row: 40 groups fit its batch, not the shared one."""
+    data = changed("pretrain/bn_groups", 40)
+    del data["pretrain"]["lr"]
+    data["methods"] = {"row": {"lr": 0.1, "batch_size": 80}}
+    recipe = resolve(parse_experiment(data, "x.yaml"), "row", 0).pretrain
+    assert isinstance(recipe, Contrastive)
+    assert (recipe.lr, recipe.batch_size, recipe.bn_groups) == (0.1, 80, 40)
 
 
 def test_a_missing_key_is_named() -> None:

@@ -1,5 +1,6 @@
 """How frozen encoders are judged."""
 
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -68,4 +69,21 @@ class Evaluation(Section):
             raise ValueError(
                 f"resize: found {self.resize}; must be at least image_size = {self.image_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _scenes_of_a_folder_agree(self) -> Self:
+        first: dict[Path, str] = {}
+        for name, chosen in self.detection.items():
+            other = first.setdefault(Path(chosen.data.path), name)
+            data, others = chosen.data, self.detection[other].data
+            if (data.scenes or others.scenes) and (data.scenes, data.classes) != (
+                others.scenes,
+                others.classes,
+            ):
+                raise ValueError(
+                    f"detection.{name}.data.path: found {data.path!r}, as in detection.{other}, with other "
+                    "`scenes` or `classes`; a folder holds one set of scenes: make them equal, or give "
+                    "each a path of its own"
+                )
         return self

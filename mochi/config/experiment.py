@@ -14,7 +14,15 @@ from mochi.config.datasets import Dataset
 from mochi.config.evaluation import EVALUATIONS, Evaluation
 from mochi.config.reading import ConfigError, read_value, read_yaml, unknown_key, validate
 from mochi.config.sections import CountOrZero, Name, Section, distinct_seeds
-from mochi.config.training import Augmentation, Contrastive, Encoder, Objective, Supervised, Untrained
+from mochi.config.training import (
+    Augmentation,
+    Contrastive,
+    Encoder,
+    Objective,
+    SharedRecipe,
+    Supervised,
+    Untrained,
+)
 
 RUN_VERSION = 2
 
@@ -29,7 +37,7 @@ class Experiment(Section):
     encoder: Encoder
     augmentation: Augmentation
     pretrain: dict[str, Any]
-    """The shared recipe: fields of `Contrastive`. A method overrides them key by key."""
+    """The shared recipe: fields of `SharedRecipe`. A method overrides them key by key."""
     methods: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     """Row name -> what differs. Beside recipe keys: `seeds`, `augmentation`."""
     evaluation: Evaluation
@@ -70,6 +78,7 @@ def load_experiment(path: Path) -> Experiment:
 def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
     """Check a mapping that came from `origin`; see `load_experiment`."""
     experiment: Experiment = validate(Experiment, data, origin)
+    _check_shared_recipe(experiment, origin)
     for method in experiment.methods:
         for seed in method_seeds(experiment, method, origin):
             resolve(experiment, method, seed, origin)
@@ -138,18 +147,19 @@ def resolve(experiment: Experiment, method: str, seed: int, origin: str = "exper
     objective = own.get("objective", "contrastive")
     models: dict[str, type[Section]] = {"none": Untrained, "supervised": Supervised}
     model = models.get(str(objective), Contrastive)
-    known = set(Contrastive.model_fields)
-    for place, keys in (("pretrain", experiment.pretrain), (f"methods.{method}", own)):
-        for key in keys:
-            if key not in known:
-                allowed = sorted(known | (_METHOD_ONLY if place != "pretrain" else set()))
-                raise ConfigError(f"{origin}: {place}.{key}: {unknown_key(key, allowed)}")
+    for key in own:
+        if key not in Contrastive.model_fields:
+            allowed = sorted({*Contrastive.model_fields, *_METHOD_ONLY})
+            raise ConfigError(f"{origin}: methods.{method}.{key}: {unknown_key(key, allowed)}")
     merged = {**experiment.pretrain, **own, "objective": objective}
     recipe = {key: value for key, value in merged.items() if key in model.model_fields or key in own}
-    augmentation = {
-        **experiment.augmentation.model_dump(exclude_unset=True),
-        **experiment.methods[method].get("augmentation", {}),
-    }
+    views = experiment.methods[method].get("augmentation", {})
+    if not isinstance(views, Mapping):
+        raise ConfigError(
+            f"{origin}: methods.{method}.augmentation: found {views!r}; expected the keys of "
+            "`augmentation` that differ, for example {version: v1}"
+        )
+    augmentation = {**experiment.augmentation.model_dump(exclude_unset=True), **views}
     run: Run = validate(
         Run,
         {
@@ -168,6 +178,17 @@ def resolve(experiment: Experiment, method: str, seed: int, origin: str = "exper
     )
     _check_name(run, origin)
     return run
+
+
+def _check_shared_recipe(experiment: Experiment, origin: str) -> None:
+    """Every key, whether or not a method goes by it."""
+    shared = experiment.pretrain
+    if "objective" in shared:
+        raise ConfigError(
+            f"{origin}: pretrain.objective: found {shared['objective']!r}; rows are contrastive unless "
+            "they say otherwise themselves; move it to a row, as in supervised: {objective: supervised}"
+        )
+    validate(SharedRecipe, shared, origin, rename={key: f"pretrain.{key}" for key in shared})
 
 
 def _check_name(run: Run, origin: str) -> None:

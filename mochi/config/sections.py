@@ -15,7 +15,7 @@ def _read_number(value: object) -> object:
     return value
 
 
-Real = Annotated[float, BeforeValidator(_read_number)]
+Real = Annotated[float, BeforeValidator(_read_number), Field(allow_inf_nan=False)]
 PositiveReal = Annotated[Real, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]

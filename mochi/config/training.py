@@ -1,8 +1,8 @@
 """Views, encoders and how they learn."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from mochi.config.sections import Count, CountOrZero, PositiveReal, Real, Section
 
@@ -133,5 +133,14 @@ class Contrastive(Training):
             raise ValueError(f"matching_epochs: found {late}; epochs count from 0 to {self.epochs - 1}")
         return self
 
+
+_SHARED: dict[str, Any] = {
+    name: (field.rebuild_annotation(), None)
+    for name, field in Contrastive.model_fields.items()
+    if name != "objective"
+}
+SharedRecipe = create_model("SharedRecipe", __base__=Section, **_SHARED)
+"""Any of the keys of `Contrastive`, each checked by itself: what they must be to each other is known of a
+whole recipe alone."""
 
 Objective = Annotated[Untrained | Supervised | Contrastive, Field(discriminator="objective")]

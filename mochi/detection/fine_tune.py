@@ -23,7 +23,7 @@ from mochi.detection.initialise import load_encoder
 from mochi.detection.model import Detector, build
 from mochi.detection.normalization import settle_statistics
 from mochi.running import checkpoint, distributed
-from mochi.running.health import Progress, check_finite
+from mochi.running.health import NonFiniteError, Progress, check_finite
 from mochi.running.precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class FineTuning:
         """All steps that are left, then batch-norm statistics settled; the detector is ready to judge.
 
         Raises:
-            NonFiniteError: the loss is not a number.
+            NonFiniteError: the loss, or a weight after a step, is not a number.
         """
         training, steps = self._recipe.settings.training, self._schedule.steps
         self._set_modes()
@@ -240,7 +240,22 @@ class FineTuning:
         distributed.average_gradients(self.detector.parameters())
         self._optimizer.step()
         self.step += 1
+        self._check_weights(lr)
         return sums
+
+    def _check_weights(self, lr: float) -> None:
+        """The loss speaks of the weights before the step; those after it are saved, and judged at the end.
+
+        They are the same on all processes, so that all of them stop together.
+        """
+        tensors = [tensor for tensor in self.detector.state_dict().values() if tensor.is_floating_point()]
+        if not math.isfinite(nn.utils.get_total_norm(tensors, math.inf)):
+            last_good = f"{self._saved}" if self._saved.exists() else "none yet"
+            raise NonFiniteError(
+                f"found weights that are not finite after step {self.step} (learning rate {lr:.6g}); "
+                f"expected finite numbers. Last good checkpoint: {last_good}. Lower the learning rate; the "
+                "same command goes on from that checkpoint"
+            )
 
     def _losses(self, items: Any) -> dict[str, Tensor]:
         batch = collate(items, self.detector.stride)

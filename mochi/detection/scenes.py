@@ -6,6 +6,7 @@ pixel of a training scene stands in a test scene.
 """
 
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,13 @@ _DIFFICULT_SHARE, _CROWD_SHARE = 0.06, 0.12
 # How much of the background shines through a difficult piece.
 _FADED = 0.5
 
+# Every file that `run` writes, below its folder. scenes.json alone would not tell our folders from others':
+# Snakemake deletes it before it makes the scenes again.
+_MADE = re.compile(
+    r"scenes\.json|annotations/instances_(train|test)\.json|(train|test)/(train|test)_\d{5,}\.png"
+    r"|VOC/(ImageSets/Main/(train|test)\.txt|(Annotations|JPEGImages)/(train|test)_\d{5,}\.(xml|jpg))"
+)
+
 Pixels = NDArray[np.uint8]
 
 
@@ -56,17 +64,23 @@ def run(data: DetectionData, root: Path) -> dict[str, Any]:
 
     Args:
         data: its `scenes` and `classes` say what to make.
-        root: the folder to make; what stands there is replaced.
+        root: the folder to make; scenes that stand there are replaced.
 
     Returns:
         what scenes.json says.
 
     Raises:
-        ConfigError: no `scenes` section, or a class that is not a photograph.
+        ConfigError: no `scenes` section, a class that is not a photograph, or files in `root` that are no
+            scenes.
         OSError: the disk is full or the folder read-only.
     """
     if data.scenes is None or data.classes is None:
         raise ConfigError(f"{root}: this detection set has no `scenes` section, so nothing is made for it")
+    if (foreign := _foreign(root)) is not None:
+        raise ConfigError(
+            f"{root}: found {foreign}, which is no part of scenes made here; making them replaces the "
+            "whole folder, so give `data.path` a folder of their own, or take the `scenes` section out"
+        )
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as name:
         new = Path(name) / root.name
@@ -86,6 +100,17 @@ def run(data: DetectionData, root: Path) -> dict[str, Any]:
             shutil.rmtree(root)
         new.rename(root)
     return manifest
+
+
+def _foreign(root: Path) -> Path | None:
+    """Something in the folder that `run` did not write: a user's data."""
+    if root.is_symlink() or root.is_file():
+        return root
+    for path in root.rglob("*"):
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and not _MADE.fullmatch(path.relative_to(root).as_posix()):
+            return path
+    return None
 
 
 def _write_split(

@@ -1,5 +1,6 @@
 """The detection stage: an encoder fine-tuned several times on one set, judged, and drawn."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ def run(
         AnnotationError: annotations or images that cannot be used.
         InitialisationError: the encoder does not fit.
         CheckpointError: a checkpoint in `work` is of another run.
-        NonFiniteError: the loss is not a number.
+        NonFiniteError: the loss or a weight is not a number.
     """
     watch = Stopwatch()
     assert run.evaluation is not None
@@ -64,7 +65,8 @@ def run(
         recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device)
         learnt = Images(for_training(train, chosen.data.empty_images))
         frozen = FrozenBackbone(recipe, learnt) if chosen.training.reading == "frozen" else None
-        stage = _Stage(run, set_name, recipe, frozen, work, events)
+        digests = {"train": annotations_digest(train), "test": annotations_digest(test)}
+        stage = _Stage(run, set_name, recipe, frozen, work, events, digests)
         rate, tries = stage.choose_rate(train)
         results = {}
         for seed in chosen.training.seeds:
@@ -108,6 +110,18 @@ def read_splits(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annot
     return parts[0], parts[1]
 
 
+def annotations_digest(annotations: Annotations) -> str:
+    """sha256 of what was read of a split, its images' pixels aside, wherever and however it was written."""
+    total = hashlib.sha256(json.dumps(annotations.classes).encode())
+    for image in annotations.images:
+        masks = [[mask["size"], str(mask["counts"])] for mask in image.masks or ()]
+        said = [image.image_id, image.path.name, image.height, image.width, len(image.labels), masks]
+        total.update(json.dumps(said).encode())
+        for array in (image.boxes, image.labels, image.ignored, image.trained, image.areas):
+            total.update(b"" if array is None else array.tobytes())
+    return total.hexdigest()
+
+
 def judge(annotations: Annotations, detections: Detections, data: DetectionData) -> dict[str, Any]:
     """Percent. VOC sets: both VOC rules and COCO's beside them; COCO sets: COCO's, masks too."""
     if data.format == "coco":
@@ -129,6 +143,8 @@ class _Stage:
     frozen: FrozenBackbone | None
     work: Path
     events: Path | None
+    digests: Mapping[str, str]
+    """Of the annotations: what was finished on others must not enter one mean with what is to come."""
 
     def __post_init__(self) -> None:
         self._identity = {
@@ -136,6 +152,7 @@ class _Stage:
             "method": self.run.method,
             "set": self.set_name,
             "encoder_sha256": file_digest(self.recipe.weights),
+            "annotations_sha256": self.digests,
             **settings(self.run, f"detection-{self.set_name}"),
         }
 

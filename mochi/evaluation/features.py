@@ -14,7 +14,10 @@ from mochi.data.loading import Images, centre_crops
 from mochi.data.shards import StoredDataset
 from mochi.encoder import ResNet
 from mochi.errors import UserError
-from mochi.running.precision import autocast
+from mochi.running.precision import autocast, use_bfloat16
+
+# A run resolved for an evaluation does not say in which format its encoder was trained.
+_PRECISION = "auto"
 
 
 class EncoderError(UserError):
@@ -90,11 +93,16 @@ def extract_splits(
 
 
 @torch.inference_mode()
-def extract(encoder: ResNet, batches: Iterable[Images], precision: str = "auto") -> tuple[Tensor, Tensor]:
+def extract(encoder: ResNet, batches: Iterable[Images]) -> tuple[Tensor, Tensor]:
     """Features (M, D) float32 and labels (M,) of every image of `batches`, on the encoder's device."""
     features, labels = [], []
     for batch in batches:
-        with autocast(batch.images.device, precision):
+        with autocast(batch.images.device, _PRECISION):
             features.append(encoder(batch.images).float())
         labels.append(batch.labels)
     return torch.cat(features).clone(), torch.cat(labels).clone()
+
+
+def precision_on(device: torch.device) -> str:
+    """The number format in which `extract` runs an encoder there, for provenance."""
+    return "bfloat16" if use_bfloat16(device, _PRECISION) else "float32"

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from mochi.config import Run
 from mochi.data.shards import open_dataset
-from mochi.evaluation.features import extract_splits, load_encoder
+from mochi.evaluation.features import extract_splits, load_encoder, precision_on
 from mochi.running.atomic import write_json
 from mochi.running.distributed import pick_device
+from mochi.running.precision import make_deterministic
 from mochi.running.provenance import Stopwatch, record
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,9 @@ def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0
     assert run.evaluation is not None
     settings = run.evaluation.knn
     assert settings is not None
-    encoder = load_encoder(encoder_file, run.encoder, pick_device())
+    device = pick_device()
+    make_deterministic()
+    encoder = load_encoder(encoder_file, run.encoder, device)
     dataset = open_dataset(data)
     train, train_labels, val, val_labels = extract_splits(run.evaluation, dataset, encoder, workers)
     k = min(settings.k, len(train))
@@ -54,7 +57,8 @@ def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0
         },
     )
     inputs = {"data": data / "manifest.json", "encoder": encoder_file}
-    write_json(out / "provenance.json", record("knn", run, __name__, inputs, watch))
+    provenance = record("knn", run, __name__, inputs, watch, precision=precision_on(device))
+    write_json(out / "provenance.json", provenance)
 
 
 def classify(

@@ -18,10 +18,11 @@ from mochi.config import LinearProbe, Run
 from mochi.data.loading import random_crops
 from mochi.data.shards import StoredDataset, open_dataset
 from mochi.encoder import ResNet
-from mochi.evaluation.features import encoder_digest, extract, extract_splits, load_encoder
+from mochi.evaluation.features import encoder_digest, extract, extract_splits, load_encoder, precision_on
 from mochi.running.atomic import write_json
 from mochi.running.distributed import pick_device
 from mochi.running.health import NonFiniteError, Progress
+from mochi.running.precision import make_deterministic
 from mochi.running.provenance import Stopwatch, record
 
 
@@ -44,6 +45,7 @@ def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0
     protocol = run.evaluation.linear
     assert protocol is not None
     device = pick_device()
+    make_deterministic()
     encoder = load_encoder(encoder_file, run.encoder, device)
     # The backbone stays in evaluation mode while the probe trains: with batch statistics it would not be
     # the same encoder, and its running statistics would move. MoCo's main_lincls.py does the same.
@@ -69,7 +71,8 @@ def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0
         out / "metrics.json", _metrics(protocol, probes.rates, scores, comparison, len(train), len(val))
     )
     inputs = {"data": data / "manifest.json", "encoder": encoder_file}
-    write_json(out / "provenance.json", record("linear", run, __name__, inputs, watch))
+    provenance = record("linear", run, __name__, inputs, watch, precision=precision_on(device))
+    write_json(out / "provenance.json", provenance)
 
 
 class Probes:

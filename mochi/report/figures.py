@@ -49,13 +49,22 @@ def run(experiment: Experiment, results: Path, out: Path) -> None:
 
 
 def _accuracy(scores: pd.DataFrame, methods: list[str], colours: dict[str, str]) -> Figure:
-    """Top-1 of every seed as a point, their mean as a line, for each task."""
-    top1 = scores[scores["metric"] == "top1"]
-    tasks = list(dict.fromkeys(top1["task"]))
-    figure = Figure(figsize=(4 * len(tasks), 0.5 * len(methods) + 1.2), layout="constrained")
+    """Top-1 of every seed as a point, their mean as a line, for each task.
+
+    An experiment of detection sets alone shows their AP50, a point for each fine-tuning.
+    """
+    metric, name = ("top1", "top-1") if (scores["metric"] == "top1").any() else ("AP50", "AP50")
+    shown = scores[scores["metric"] == metric]
+    tasks = list(dict.fromkeys(shown["task"]))
+    figure = Figure(figsize=(4 * max(len(tasks), 1), 0.5 * len(methods) + 1.2), layout="constrained")
+    if not tasks:
+        figure.text(0.5, 0.5, "the experiment has no evaluation", ha="center", va="center")
+        return figure
     for axes, task in zip(_row_of(figure, len(tasks), sharey=True), tasks, strict=True):
         for place, method in enumerate(methods):
-            values = top1[(top1["task"] == task) & (top1["method"] == method)]["value"]
+            values = shown[(shown["task"] == task) & (shown["method"] == method)]["value"]
+            if values.empty:  # a detection set may be computed for some rows only
+                continue
             mean = values.mean()
             axes.plot([mean, mean], [place - 0.3, place + 0.3], color=colours[method], linewidth=2)
             axes.scatter(values, [place] * len(values), color=colours[method], alpha=0.6, s=18, zorder=3)
@@ -66,7 +75,7 @@ def _accuracy(scores: pd.DataFrame, methods: list[str], colours: dict[str, str])
         axes.margins(x=0.35)
         axes.set_yticks(range(len(methods)), methods)
         axes.set_ylim(len(methods) - 0.5, -0.5)
-        axes.set_xlabel(f"{task} top-1 (%)")
+        axes.set_xlabel(f"{task} {name} (%)")
     return figure
 
 
@@ -91,7 +100,8 @@ def _training(epochs: pd.DataFrame, methods: list[str], colours: dict[str, str])
     accuracy_axes.set_ylabel("proxy task accuracy (%)\ndashed: synthetic negatives count")
     for axes in (loss_axes, accuracy_axes):
         axes.set_xlabel("epoch")
-    loss_axes.legend(frameon=False)
+    if loss_axes.lines:
+        loss_axes.legend(frameon=False)
     return figure
 
 

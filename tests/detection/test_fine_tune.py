@@ -1,6 +1,7 @@
 """A fine-tuning resumed against one that ran straight, byte by byte; accumulation against one large batch;
-the schedule against detectron2's numbers."""
+the schedule against detectron2's numbers; the optimizer against its update written out."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mochi.config import ConfigError, DetectionSet, DetectionTraining
 from mochi.detection.annotations import for_training
 from mochi.detection.batches import Images, collate
-from mochi.detection.fine_tune import FineTuning, FrozenBackbone, Recipe, Schedule, accumulation
+from mochi.detection.fine_tune import FineTuning, FrozenBackbone, Recipe, Schedule, accumulation, seed_step
 from mochi.detection.train import read_splits
 from mochi.running import distributed
 from mochi.running.checkpoint import CheckpointError
@@ -56,6 +57,57 @@ def test_resumed_equals_straight(voc_set: Path, encoder_file: Path, tmp_path: Pa
     other.train("other seed")
     assert not torch.equal(state(other)["heads.box_predictor.cls_score.weight"],
                            expected["heads.box_predictor.cls_score.weight"])  # fmt: skip
+
+
+def test_statistics_are_settled_on_the_batch_that_comes_next(
+    voc_set: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    """With one batch they are that batch's own; the moving average of the steps before is not that."""
+    run = tuning(small_set(voc_set, training={"precise_bn_batches": 1}), encoder_file, tmp_path / "x")
+    run.train("settled")
+    again = copy.deepcopy(run.detector).train()
+    layers = {
+        name: module for name, module in again.named_modules() if isinstance(module, torch.nn.BatchNorm2d)
+    }
+    for layer in layers.values():
+        layer.momentum = 1.0
+    batch = collate(run._dataset[4], again.stride)
+    seed_step(0, 4)
+    with torch.no_grad():
+        again(batch.images, batch.sizes, batch.targets(CPU))
+    for name, layer in layers.items():
+        settled = run.detector.get_submodule(name)
+        torch.testing.assert_close(settled.running_mean, layer.running_mean)
+        torch.testing.assert_close(settled.running_var, layer.running_var)
+
+
+def test_the_optimizer_is_sgd_with_momentum_and_leaves_norms_without_decay(
+    voc_set: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    """Two steps with all gradients 1, against the update written out."""
+    training = {"momentum": 0.8, "weight_decay": 0.25}
+    run = tuning(small_set(voc_set, training=training), encoder_file, tmp_path / "x")
+    norms = {
+        f"{name}.{kind}"
+        for name, module in run.detector.named_modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+        for kind in ("weight", "bias")
+    }
+    expected = {}
+    for name, parameter in run.detector.named_parameters():
+        parameter.data += 1  # biases start at 0, which decay would leave as they are
+        parameter.grad = torch.ones_like(parameter)
+        decay = 0.0 if name in norms else 0.25
+        velocity = 1 + decay * parameter.detach()
+        moved = parameter.detach() - 0.5 * velocity
+        expected[name] = moved - 0.5 * (0.8 * velocity + 1 + decay * moved)
+    for group in run._optimizer.param_groups:
+        group["lr"] = 0.5
+    for _ in range(2):
+        run._optimizer.step()
+    assert len(norms) > 10
+    for name, parameter in run.detector.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
 
 
 def test_a_checkpoint_of_another_run_is_refused(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
@@ -116,6 +168,28 @@ def test_a_loss_that_is_no_number_stops_it(voc_set: Path, encoder_file: Path, tm
     with pytest.raises(NonFiniteError, match="step"):
         tuning(small_set(voc_set, training={"iterations": 40, "lr_drops": []}), encoder_file,
                tmp_path / "x", lr=1e9).train("diverges")  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(
+    voc_set: Path, encoder_file: Path, tmp_path: Path, value: float
+) -> None:
+    """The loss of the step that spoils them is still a number, and no other step may come to notice."""
+    saved = tmp_path / "x.safetensors"
+    run = tuning(small_set(voc_set, training={"checkpoint_minutes": 1e-9}), encoder_file, saved)
+    steps = run._optimizer.step
+
+    def spoilt() -> None:
+        steps()
+        if run.step == 3:  # the last of four
+            run.detector.backbone.conv1.weight.data[0, 0, 0, 0] = value
+
+    run._optimizer.step = spoilt  # type: ignore[method-assign, assignment]
+    with pytest.raises(NonFiniteError, match=f"after step 4 .*Last good checkpoint: {saved}"):
+        run.train("spoilt")
+    resumed = tuning(small_set(voc_set, training={"checkpoint_minutes": 1e-9}), encoder_file, saved)
+    assert resumed.step == 3
+    assert all(tensor.isfinite().all() for tensor in state(resumed).values())
 
 
 def paper_training(**changes: object) -> DetectionTraining:

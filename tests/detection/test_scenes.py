@@ -112,6 +112,53 @@ def test_what_was_there_before_is_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["photo-scenes"]
 
 
+def test_scenes_that_snakemake_took_the_record_of_are_replaced(tmp_path: Path) -> None:
+    """It deletes a rule's outputs before it runs the rule again: all but scenes.json is still there."""
+    root = tmp_path / "photo-scenes"
+    few = data(scenes=PhotoScenes(image_size=64, num_train=2, num_test=1, seed=0))
+    scenes.run(few, root)
+    (root / "scenes.json").unlink()
+    scenes.run(few, root)
+    assert (root / "scenes.json").exists()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "VOC2007/JPEGImages/000005.jpg",
+        "VOC/Annotations/000005.xml",
+        "train/000000000009.jpg",
+        "scenes.json/x",
+    ],
+)
+@pytest.mark.parametrize("made_before", [False, True])
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path, file: str, *, made_before: bool) -> None:
+    """A `scenes` section added to a set of one's own must not cost the set."""
+    root = tmp_path / "VOCdevkit"
+    few = data(scenes=PhotoScenes(image_size=64, num_train=2, num_test=1, seed=0))
+    if made_before:
+        scenes.run(few, root)
+        (root / "scenes.json").unlink()
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_text("years of work")
+    with pytest.raises(
+        ConfigError, match=rf"VOCdevkit: found \S*{file}, .* `data\.path` a folder of their own"
+    ):
+        scenes.run(few, root)
+    assert (root / file).read_text() == "years of work"
+
+
+def test_a_link_and_a_file_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "file").write_text("years of work")
+    for name in ("link", "file"):
+        with pytest.raises(ConfigError, match=f"found .*{name}, which is no part of scenes"):
+            scenes.run(data(), tmp_path / name)
+    (tmp_path / "elsewhere").rmdir()
+    assert (tmp_path / "file").read_text() == "years of work"
+
+
 def test_classes_that_are_no_photographs_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"found \['zebra'\].*astronaut"):
         scenes.run(data(classes=["brick", "zebra"]), tmp_path / "x")

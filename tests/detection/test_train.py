@@ -1,9 +1,11 @@
 """The whole stage on a handful of images: what it writes, that a killed run ends with the same numbers,
 and that test images take no part in choosing the learning rate."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 
 from mochi.config import ConfigError, DetectionSet, Experiment, Run, resolve, settings
 from mochi.detection import scenes, train
-from mochi.detection.annotations import split_off
+from mochi.detection.annotations import AnnotatedImage, Annotations, split_off
 from mochi.detection.fine_tune import FineTuning
 from mochi.detection.train import read_splits
 from mochi.encoder import ResNet
@@ -112,6 +114,55 @@ def test_traces_of_another_encoder_are_not_used(
     )
     with pytest.raises(CheckpointError, match="encoder_sha256"):
         train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_was_finished_on_other_annotations_is_not_used(
+    tiny: Experiment,
+    voc_set: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    split: str,
+) -> None:
+    """A box corrected between two fine-tunings: the first is made again, and a half-made one is refused."""
+    run = run_with(tiny, small_set(voc_set, training={"seeds": [0, 1], "checkpoint_minutes": 1e-9}))
+    advance, taken, kill = FineTuning._advance, [], [True]
+
+    def watched(self: FineTuning, batches: object) -> dict[str, float]:
+        if (self._seed, self.step) == (1, 2) and kill.pop():
+            raise KeyboardInterrupt
+        taken.append((self._seed, self.step))
+        return advance(self, batches)
+
+    monkeypatch.setattr(FineTuning, "_advance", watched)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+    file = voc_set / "Annotations" / ("a1.xml" if split == "train" else "b1.xml")
+    file.write_text(file.read_text().replace("<xmin>", "<xmin>1", 1))
+    taken.clear()
+    with pytest.raises(CheckpointError, match=f"annotations_sha256.{split}"):
+        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+    assert taken == [(0, step) for step in range(4)]
+
+
+def test_the_digest_of_annotations_knows_all_that_is_read_of_them() -> None:
+    image = AnnotatedImage(
+        1, Path("here/a.jpg"), 40, 48, np.array([[1, 2, 3, 4]], np.float32), np.array([1]),
+        np.array([False]), np.array([True]), ({"size": [40, 48], "counts": b"abc"},), np.array([4.0]),
+    )  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {}, {"image_id": 2}, {"path": Path("here/b.jpg")}, {"height": 41}, {"width": 49},
+        {"boxes": image.boxes + 0.5}, {"labels": np.array([2])}, {"ignored": np.array([True])},
+        {"trained": np.array([False])}, {"masks": ({"size": [40, 48], "counts": b"abd"},)},
+        {"masks": None}, {"areas": np.array([5.0])}, {"areas": None},
+    ]  # fmt: skip
+    splits = [Annotations(("a", "b"), (dataclasses.replace(image, **change),)) for change in changes]
+    splits += [Annotations(("a", "c"), (image,)), Annotations(("a", "b"), (image, image))]
+    digests = [train.annotations_digest(split) for split in splits]
+    assert len(set(digests)) == len(digests)
+    elsewhere = dataclasses.replace(image, path=Path("there/a.jpg"))
+    assert train.annotations_digest(Annotations(("a", "b"), (elsewhere,))) == digests[0]
 
 
 def test_the_rate_is_chosen_on_a_part_of_train(

@@ -142,3 +142,37 @@ def test_mistakes_in_a_section_are_named(section: str, changes: dict[str, Any], 
     data["evaluation"]["detection"]["few"][section] |= changes
     with pytest.raises(ConfigError, match=message):
         parse_experiment(data, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scenes": {"image_size": 64, "num_train": 6, "num_test": 3, "seed": 1}},
+        {"scenes": None},
+        {"classes": ["coffee", "brick"]},
+        {"classes": ["brick", "grass"], "path": "data//few-scenes/"},
+    ],
+)
+def test_sets_that_share_a_folder_of_scenes_must_agree(changes: dict[str, Any]) -> None:
+    """Else the second would be trained on what was made for the first."""
+    data = tiny_with_detection()
+    data["evaluation"]["detection"]["few-frozen"]["data"] |= changes
+    with pytest.raises(ConfigError) as error:
+        parse_experiment(data, "x.yaml")
+    (line,) = str(error.value).splitlines()
+    assert line.startswith("x.yaml: evaluation: detection.few-frozen.data.path: found 'data/")
+    assert "as in detection.few, with other `scenes` or `classes`" in line
+    data["evaluation"]["detection"]["few-frozen"]["data"]["path"] = "data/others"
+    parse_experiment(data, "x.yaml")
+
+
+def test_sets_of_ones_own_may_share_a_folder() -> None:
+    """`path` may hold several VOC trees, each with its classes."""
+    data = tiny_with_detection()
+    sets = data["evaluation"]["detection"].values()
+    for chosen, folder, classes in zip(
+        sets, ("raccoon", "BCCD"), (["raccoon"], ["RBC", "WBC"]), strict=True
+    ):
+        own = {"path": "data", "train": [f"{folder}/train"], "test": [f"{folder}/val"], "classes": classes}
+        chosen["data"] |= {**own, "scenes": None}
+    parse_experiment(data, "x.yaml")

@@ -1,4 +1,5 @@
-"""The chunked vote against one written out in loops, and the stage on the tiny experiment."""
+"""The chunked vote against one written out in loops, and the stage against that vote on the tiny
+experiment's images."""
 
 import json
 import math
@@ -34,6 +35,30 @@ def test_equals_a_vote_in_loops(num_train: int, num_val: int, chunk: int, seed: 
     k = min(5, num_train)
     predicted = knn.classify(train, labels, val, num_classes=3, k=k, temperature=0.07, chunk=chunk)
     assert predicted.tolist() == [vote(train, labels.tolist(), row, k, 0.07) for row in val]
+
+
+def test_the_stage_judges_val_by_train_at_the_runs_temperature(
+    tiny: Experiment,
+    tiny_data: Path,
+    encoder_file: Path,
+    by_hand: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    run = resolve(tiny, "random-init", 0)
+    evaluation = run.evaluation.model_copy(update={"knn": NearestNeighbours(k=60, temperature=0.002)})
+    run = run.model_copy(update={"evaluation": evaluation})
+    knn.run(run, tiny_data, encoder_file, tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (train, train_labels), (val, val_labels) = by_hand["train"], by_hand["val"]
+
+    def top1(temperature: float) -> float:
+        votes = [vote(train, train_labels.tolist(), row, 60, temperature) for row in val]
+        return 100 * float((torch.tensor(votes) == val_labels).float().mean())
+
+    image = 100 / len(val)  # features one by one and in batches differ in their last bits: a vote may tip
+    assert metrics["top1"] == pytest.approx(top1(0.002), abs=1.01 * image)
+    assert abs(top1(1.0) - top1(0.002)) > 3 * image
+    assert (metrics["num_train"], metrics["num_val"], metrics["temperature"]) == (160, 64, 0.002)
 
 
 def test_a_small_temperature_does_not_overflow() -> None:

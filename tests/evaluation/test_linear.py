@@ -1,5 +1,6 @@
-"""The probe's own gradient and update against autograd and torch's SGD; that it changes nothing but itself;
-and that candidates are compared on rows they did not see."""
+"""The probe's own gradient and update against autograd and torch's SGD; the stage against the same protocol
+written out one classifier at a time; that it changes nothing but itself; and that candidates are compared
+on rows they did not see."""
 
 import json
 import math
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from mochi import pretrain
 from mochi.config import Experiment, LinearProbe, resolve
+from mochi.data.shards import open_dataset
 from mochi.evaluation import linear
 from mochi.evaluation.features import encoder_digest, load_encoder
 from mochi.running.health import NonFiniteError
@@ -41,6 +43,103 @@ def test_equals_autograd_and_torchs_sgd(index: int) -> None:
         F.cross_entropy(logits, labels[seen]).backward()
         optimizer.step()
         torch.testing.assert_close(probes._weight[index], weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def one_probe(
+    train: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor, rate: float, protocol: LinearProbe
+) -> torch.Tensor:
+    """Weights (D + 1, 16) of one classifier trained on `rows` alone, in the stage's order of seed 0."""
+    features, labels = F.pad(train[0], (0, 1), value=1.0), train[1]
+    weight = 0.01 * torch.randn(features.shape[1], 16, generator=torch.Generator().manual_seed(0))
+    weight[-1] = 0
+    weight.requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=rate, momentum=protocol.momentum)
+    for epoch in range(protocol.epochs):
+        if epoch in protocol.lr_drops:
+            optimizer.param_groups[0]["lr"] *= protocol.lr_drop_factor
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch))
+        for batch in order.split(protocol.batch_size):
+            seen = batch[torch.isin(batch, rows)]
+            optimizer.zero_grad()
+            F.cross_entropy(features[seen] @ weight, labels[seen]).backward()
+            optimizer.step()
+    return weight.detach()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # All of the learning is in the first epoch; without the drop there would be nine more of it.
+        {"epochs": 10, "lr": 0.003, "lr_candidates": [0.1], "lr_drops": [1], "lr_drop_factor": 1e-3},
+        # Half of train learnt by heart: what a classifier saw it knows, what it did not see it does not.
+        {"epochs": 40, "lr": 1.0, "lr_candidates": [0.3], "lr_drops": [], "held_out": 0.5},
+    ],
+    ids=["drops", "held out"],
+)
+def test_the_stage_equals_the_protocol_written_out(
+    tiny: Experiment,
+    tiny_data: Path,
+    encoder_file: Path,
+    by_hand: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    tmp_path: Path,
+    changes: dict[str, object],
+) -> None:
+    run = resolve(tiny, "random-init", 0)
+    assert run.evaluation.linear is not None
+    protocol = run.evaluation.linear.model_copy(update=changes)
+    evaluation = run.evaluation.model_copy(update={"linear": protocol})
+    linear.run(run.model_copy(update={"evaluation": evaluation}), tiny_data, encoder_file, tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["num_train"], metrics["num_val"]) == (160, 64)
+
+    (train, labels), (val, val_labels) = by_hand["train"], by_hand["val"]
+    mean, scale = train.mean(0), train.std(0).clamp(min=1e-6)
+    train, val = (train - mean) / scale, (val - mean) / scale
+    held_out = linear.held_out_rows(160, protocol.held_out, 0)
+
+    def accuracy(weight: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> float:
+        right = (F.pad(features, (0, 1), value=1.0) @ weight).argmax(1) == labels
+        return 100 * float(right.float().mean())
+
+    rates = [protocol.lr, *protocol.lr_candidates]
+    whole = {rate: one_probe((train, labels), torch.arange(160), rate, protocol) for rate in rates}
+    # Features one by one and in batches differ in their last bits: an image on the border may tip.
+    assert metrics["top1"] == pytest.approx(accuracy(whole[protocol.lr], val, val_labels), abs=101 / 64)
+    if protocol.lr_drops:
+        on = one_probe(
+            (train, labels), torch.arange(160), protocol.lr, protocol.model_copy(update={"lr_drops": []})
+        )
+        assert accuracy(on, val, val_labels) > metrics["top1"] + 500 / 64
+    best = accuracy(whole[metrics["best_lr"]], val, val_labels)
+    assert metrics["best_lr_top1"] == pytest.approx(best, abs=101 / 64)
+    for rate in rates:
+        part = one_probe((train, labels), torch.nonzero(~held_out)[:, 0], rate, protocol)
+        judged = accuracy(part, train[held_out], labels[held_out])
+        image = 100 / int(held_out.sum())
+        assert metrics["held_out_top1"][f"{rate:g}"] == pytest.approx(judged, abs=1.01 * image)
+        if protocol.held_out == 0.5:
+            assert accuracy(whole[rate], train[held_out], labels[held_out]) > judged + 5 * image
+
+
+def test_cropped_rows_keep_their_held_out_marks(
+    tiny: Experiment,
+    tiny_data: Path,
+    encoder_file: Path,
+    by_hand: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mark of a random crop is that of the row it was cut from."""
+    run = resolve(tiny, "random-init", 0)
+    assert run.evaluation.linear is not None
+    protocol = run.evaluation.linear.model_copy(update={"min_scale": 0.2, "held_out": 0.5})
+    encoder = load_encoder(encoder_file, run.encoder, torch.device("cpu"))
+    monkeypatch.setattr(linear, "extract", lambda _, crops: (crops[0].indices, crops[0].labels))
+    batches = linear._Batches(run, protocol, open_dataset(tiny_data), encoder, *by_hand["train"], workers=0)
+    marks = linear.held_out_rows(160, 0.5, run.seed)
+    seen = [(rows, held_out) for rows, _, held_out in batches.of(0)]
+    assert sum(len(rows) for rows, _ in seen) == 160
+    for rows, held_out in seen:
+        assert torch.equal(held_out, marks[rows])
 
 
 def test_scores_are_top1_and_top5_in_percent() -> None:

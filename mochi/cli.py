@@ -30,6 +30,9 @@ OutFolder = Annotated[Path, typer.Option("--out", help="Folder that receives the
 EncoderFile = Annotated[Path, typer.Option("--encoder", help="encoder.safetensors of the pretrain stage.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Processor threads to compute with.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that load images.")]
+OneGpu = Annotated[
+    int | None, typer.Option("--gpus", min=0, max=1, help="0 or 1. Default: what is visible.")
+]
 Gpus = Annotated[
     int | None,
     typer.Option(
@@ -175,7 +178,7 @@ def linear(
     out: OutFolder,
     threads: Threads = 1,
     workers: Workers = 0,
-    gpus: Gpus = None,
+    gpus: OneGpu = None,
 ) -> None:
     """Linear classification on the frozen encoder."""
     _take_gpus(gpus)
@@ -194,7 +197,7 @@ def knn(
     out: OutFolder,
     threads: Threads = 1,
     workers: Workers = 0,
-    gpus: Gpus = None,
+    gpus: OneGpu = None,
 ) -> None:
     """Nearest-neighbour classification on the frozen encoder."""
     _take_gpus(gpus)

@@ -27,7 +27,7 @@ from mochi.encoder import ResNet
 from mochi.learners import Learner, make_learner, queue_warning
 from mochi.running import checkpoint
 from mochi.running.atomic import replacing, write_json
-from mochi.running.code import code_digest
+from mochi.running.code import code_digest, file_digest
 from mochi.running.distributed import (
     average_gradients,
     mean_over_ranks,
@@ -38,7 +38,7 @@ from mochi.running.distributed import (
 )
 from mochi.running.health import Progress, check_finite, write_events
 from mochi.running.precision import autocast, make_deterministic, use_bfloat16
-from mochi.running.provenance import Stopwatch, file_digest, record
+from mochi.running.provenance import Stopwatch, record
 
 logger = logging.getLogger(__name__)
 

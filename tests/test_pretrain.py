@@ -28,8 +28,8 @@ from mochi.data.shards import DataError, open_dataset
 from mochi.encoder import ResNet
 from mochi.running import checkpoint
 from mochi.running.checkpoint import CheckpointError
+from mochi.running.code import file_digest
 from mochi.running.health import NonFiniteError
-from mochi.running.provenance import file_digest
 from tests.reference import mochi_loss, synthetic_vectors
 
 MOCHI = "mochi-16-24-8"

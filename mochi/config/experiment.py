@@ -117,9 +117,9 @@ def parse_dataset(source: str, name: str, path: str | None, options: list[str]) 
 def method_seeds(experiment: Experiment, method: str, origin: str = "experiment") -> list[int]:
     """The method's own seeds, or the experiment's."""
     seeds = experiment.methods[method].get("seeds", experiment.seeds)
-    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+    if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
         raise ConfigError(
-            f"{origin}: methods.{method}.seeds: found {seeds!r}; allowed: a list of integers >= 0"
+            f"{origin}: methods.{method}.seeds: found {seeds!r}; allowed: a list of integers >= 0, one at least"
         )
     try:
         return distinct_seeds(seeds)

@@ -22,9 +22,10 @@ from mochi.detection.predict import detect
 from mochi.detection.readable import check_images
 from mochi.running import checkpoint, distributed
 from mochi.running.atomic import write_json
+from mochi.running.code import file_digest
 from mochi.running.health import NonFiniteError, write_events
 from mochi.running.precision import autocast
-from mochi.running.provenance import Stopwatch, file_digest, record
+from mochi.running.provenance import Stopwatch, record
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def run(
                 f"detection-{set_name}", run, __name__, {"encoder": encoder_file}, watch,
                 checksums=first["checksums"],
                 annotations={"train": learnt.annotations.report(), "test": test.report()},
+                annotations_sha256=stage.digests,
                 world_size=distributed.world_size(),
             )  # fmt: skip
             write_json(out / "provenance.json", provenance)

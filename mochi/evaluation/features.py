@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mochi import config
 from mochi.data.loading import Images, centre_crops
-from mochi.data.shards import StoredDataset
+from mochi.data.shards import DataError, StoredDataset
 from mochi.encoder import ResNet
 from mochi.errors import UserError
 from mochi.running.precision import autocast, use_bfloat16
@@ -28,12 +29,17 @@ def load_encoder(path: Path, encoder: config.Encoder, device: torch.device) -> R
     """The encoder in `path`, in evaluation mode, every tensor accounted for.
 
     Raises:
-        EncoderError: the file is absent, or its tensors are not those of the run's architecture.
+        EncoderError: the file is absent or unreadable, or its tensors are not the run's architecture's.
     """
     if not path.exists():
         raise EncoderError(f"{path}: no such encoder; run the pretrain stage of this run first")
     model = ResNet(encoder)
-    weights = load_file(path)
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise EncoderError(
+            f"{path}: cannot be read as safetensors: {error}; expected an encoder that `pretrain` wrote"
+        ) from None
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -76,12 +82,22 @@ class Features(NamedTuple):
 def extract_splits(
     evaluation: config.Evaluation, dataset: StoredDataset, encoder: ResNet, workers: int
 ) -> Features:
-    """Features of train and val under the evaluation's transform, on the encoder's device."""
+    """Features of train and val under the evaluation's transform, on the encoder's device.
+
+    Raises:
+        DataError: one of them is missing, or has no labelled image.
+    """
     device = next(encoder.parameters()).device
     parts: list[Tensor] = []
-    for split in ("train", "val"):
+    for name in ("train", "val"):
+        split = dataset.split(name)
+        if not len(split.labelled):
+            raise DataError(
+                f"{dataset.folder}: found 0 labelled images in {name}; a probe needs some; bring them, or "
+                "remove linear and knn from the experiment"
+            )
         crops = centre_crops(
-            dataset.split(split),
+            split,
             resize=evaluation.resize,
             image_size=evaluation.image_size,
             batch_size=evaluation.batch_size,

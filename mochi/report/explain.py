@@ -9,8 +9,7 @@ from typing import Any
 from mochi.config import Experiment
 from mochi.errors import UserError
 from mochi.report.collect import read_json, runs, scores, tasks
-from mochi.running.code import STAGE_MODULES, code_digest
-from mochi.running.provenance import file_digest
+from mochi.running.code import STAGE_MODULES, code_digest, file_digest
 
 
 def explain(experiment: Experiment, results: Path, method: str, task: str) -> list[str]:

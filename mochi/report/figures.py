@@ -1,12 +1,13 @@
 """Figures: accuracy with spread, training curves, and what the negatives were like."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from mochi.config import Experiment
 from mochi.report.collect import CURVES, curve_files, curves, metrics_files, scores
@@ -101,7 +102,8 @@ def _training(epochs: pd.DataFrame, methods: list[str], colours: dict[str, str])
     for axes in (loss_axes, accuracy_axes):
         axes.set_xlabel("epoch")
     if loss_axes.lines:
-        loss_axes.legend(frameon=False)
+        several = epochs.groupby("method")["seed"].nunique().max() > 1
+        loss_axes.legend(frameon=False, title="band: lowest to highest seed" if several else None)
     return figure
 
 
@@ -122,19 +124,25 @@ def _negatives(
     if shown:
         matching_axes.set_xscale("log")
         matching_axes.set_yscale("log")
-        matching_axes.legend(frameon=False, title="darker: later epoch")
+        drawn = ", ".join(str(epoch) for epoch in sorted(matching["epoch"].unique()))
+        matching_axes.legend(frameon=False, title=f"darker: later epoch ({drawn})")
     matching_axes.set_xlabel("rank of the negative")
     matching_axes.set_ylabel("mean matching probability")
-    for column, style in (
-        ("false_negatives", "-"),
-        ("false_parents_any", "--"),
-        ("false_parents_all", ":"),
-    ):
-        for method, mean, _, _ in _bands(epochs, methods, column):
-            false_axes.plot(mean.index, 100 * mean, style, color=colours[method], linewidth=1.2)
+    kinds: list[tuple[str, Literal["-", "--", ":"], str]] = [
+        ("false_negatives", "-", "hardest negatives (up to 1024)"),
+        ("false_parents_any", "--", "mixes: one parent or both"),
+        ("false_parents_all", ":", "mixes: both parents"),
+    ]
+    for column, style, _ in kinds:
+        for place, (method, mean, _, _) in enumerate(_bands(epochs, methods, column)):
+            # Wide below narrow: lines of two methods often lie on each other.
+            width = max(2.8 - 0.8 * place, 1.2)
+            false_axes.plot(mean.index, 100 * mean, style, color=colours[method], linewidth=width)
     false_axes.set_xlabel("epoch")
-    false_axes.set_ylabel("same class as the query (%)")
-    false_axes.set_title("solid: hardest 1024; dashed: any parent of a mix; dotted: all", fontsize=8)
+    false_axes.set_ylabel("of the query's class (%)")
+    if false_axes.lines:
+        keys = [Line2D([], [], color="black", linestyle=style, label=text) for _, style, text in kinds]
+        false_axes.legend(handles=keys, frameon=False)
     return figure
 
 

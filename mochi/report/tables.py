@@ -47,11 +47,11 @@ def markdown(experiment: Experiment, table: pd.DataFrame) -> str:
     sets = [task for task in dict.fromkeys(table["task"]) if task.startswith("detection-")]
     classification = [task for task in dict.fromkeys(table["task"]) if task not in sets]
     lines = [f"# {experiment.title}", ""]
-    lines += _grid(experiment, table, classification, "seeds")
+    if classification:
+        lines += [*_grid(experiment, table, classification, "seeds"), ""]
     for task in sets:
-        lines += ["", f"## {task}", "", *_grid(experiment, table, [task], "fine-tunings")]
+        lines += [f"## {task}", "", *_grid(experiment, table, [task], "fine-tunings"), ""]
     lines += [
-        "",
         "Percent; mean ± sample standard deviation over seeds, or over fine-tunings. In brackets: the",
         "published value, where there is one for this very setting. `linear top-1` is the last epoch at",
         "the protocol's learning rate; `best lr` is the rate that won on a held-out part of train.",

@@ -14,8 +14,7 @@ import torch
 
 import mochi
 from mochi.config import Run, digest, settings
-from mochi.running.code import code_digest
-from mochi.running.code import file_digest as file_digest  # noqa: PLC0414 - for now
+from mochi.running.code import code_digest, file_digest
 from mochi.running.energy import gpu_joules
 
 _PACKAGE = Path(mochi.__file__).parent

@@ -10,7 +10,7 @@ import yaml
 from mochi.config import Experiment, parse_experiment
 from mochi.errors import UserError
 from mochi.report.explain import explain
-from mochi.running.provenance import file_digest
+from mochi.running.code import file_digest
 from tests.project import CONFIG, ROOT, Project
 
 MOCHI = "mochi-16-24-8"

@@ -52,8 +52,8 @@ def collect(config: Folder, cache: Path) -> Origin:
     has_splits = bool(found)
     if top and not has_splits:
         _LOG.warning(
-            "%s: no train folder in it, so all images are one split without labels; if its folders (%s) are "
-            "classes, put them under train/ and val/",
+            "%s: no train folder in it, so all images are one split without labels; "
+            "if its folders (%s) are classes, put them under train/ and val/",
             as_text(str(root)),
             as_text(", ".join(top[:3]) + (", ..." if len(top) > 3 else "")),
         )

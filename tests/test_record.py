@@ -93,7 +93,12 @@ def test_both_graphs_have_the_same_files_and_edges(config: str, tmp_path: Path) 
         stage = writer.get(target) or writer[str(Path(target).parent)]
         return set(stage["reads"])
 
-    edges = {(source, target) for source, target in edges if source != "Snakefile"}  # dates, not contents
+    # Where a rule has no other input, the published numbers lend it a date.
+    edges = {
+        (source, target)
+        for source, target in edges
+        if source != "workflow/published.csv" or "/tables/" in target
+    }
     for source, target in edges:
         assert source in reads_of(target), f"DVC lacks the edge {source} -> {target}"
     for target in outputs:

@@ -118,9 +118,7 @@ def method_seeds(experiment: Experiment, method: str, origin: str = "experiment"
     """The method's own seeds, or the experiment's."""
     seeds = experiment.methods[method].get("seeds", experiment.seeds)
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
-        raise ConfigError(
-            f"{origin}: methods.{method}.seeds: found {seeds!r}; allowed: a list of integers >= 0, one at least"
-        )
+        raise ConfigError(f"{origin}: methods.{method}.seeds: found {seeds!r}; allowed: some integers >= 0")
     try:
         return distinct_seeds(seeds)
     except ValueError as error:

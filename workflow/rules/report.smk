@@ -7,7 +7,6 @@ METRICS = [
 CURVES = of_every_run(RUN + "/pretrain/metrics.csv") + of_every_run(
     RUN + "/pretrain/matching.csv"
 )
-PUBLISHED = "workflow/published.csv"
 
 
 rule tables:

@@ -70,11 +70,15 @@ def seen_by_snakemake(path: Path, *params: str) -> bool:
     return not all(value in record for value in params)
 
 
-def date_results(folder: Path, settings_digest: str, code_digest: str) -> None:
-    """Date back the results of a stage if they were made otherwise, or undo that. Raises as `date`."""
+def date_results(folder: Path, settings_digest: str, code_digest: str) -> bool:
+    """Date back the results of a stage if they were made otherwise, or undo that. Raises as `date`.
+
+    Returns:
+        whether there are results of these settings.
+    """
     made = _read(record := folder / "provenance.json")
-    if made is None:  # not finished: made again in any case
-        return
+    if made is None:
+        return False
     other_settings = made.get("settings_digest") != settings_digest
     other_code = made.get("code_digest") != code_digest
     seen = (other_settings and seen_by_snakemake(folder / "run.yaml", settings_digest)) or (
@@ -82,6 +86,7 @@ def date_results(folder: Path, settings_digest: str, code_digest: str) -> None:
     )
     if not seen:
         date(record, outdated=other_settings or other_code)
+    return not other_settings
 
 
 def made_from(title: str, code_digest: str, files: Iterable[Path]) -> dict[str, Any]:

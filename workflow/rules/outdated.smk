@@ -29,9 +29,10 @@ def date_what_was_made_otherwise():
     for folder, method, seed, stage in STAGES:
         settings = settings_digest(method, seed, stage)
         code = CODE["detection" if stage.startswith("detection-") else stage]
-        date_results(Path(folder), settings, code)
         resolved = Path(folder, "run.yaml")
-        if settings != recorded_settings(resolved, stage):
+        if not date_results(
+            Path(folder), settings, code
+        ) and settings != recorded_settings(resolved, stage):
             make_again(resolved, settings)
     code = Path(rules.code.output[0])
     if code.exists() and yaml.safe_load(code.read_text()) != CODE:

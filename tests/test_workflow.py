@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from mochi.config import RUN_VERSION
 from tests.project import CONFIG, Project
 
 MOCHI = "mochi-16-24-8"
@@ -129,6 +130,15 @@ def test_results_that_snakemake_does_not_remember_are_held_to_their_own_record(
     shutil.rmtree(clone.folder / ".snakemake")
     assert clone.jobs() == expected
     assert clone.jobs() == expected, "a dry run has changed the answer"
+
+
+def test_settings_of_an_older_version_are_resolved_anew(project: Project, tmp_path: Path) -> None:
+    edit = ("mochi/evaluation/knn.py", "/ temperature).exp()", "/ temperature).exp() + 0")
+    clone = cloned(project, tmp_path / "clone", edit)
+    shutil.rmtree(clone.folder / ".snakemake")
+    for path in (clone.folder / "results/tiny").glob("*/*/knn/run.yaml"):
+        path.write_text(path.read_text().replace(f"version: {RUN_VERSION}", f"version: {RUN_VERSION - 1}"))
+    assert clone.jobs() == {"code": 1, "resolve": 3, "evaluate": 3, "tables": 1, "figures": 1}
 
 
 def test_results_that_git_has_replaced_are_told_by_their_own_record(

@@ -74,7 +74,7 @@ def date_results(folder: Path, settings_digest: str, code_digest: str) -> bool:
     """Date back the results of a stage if they were made otherwise, or undo that. Raises as `date`.
 
     Returns:
-        whether there are results of these settings.
+        whether there are results, and made so.
     """
     made = _read(record := folder / "provenance.json")
     if made is None:
@@ -86,7 +86,7 @@ def date_results(folder: Path, settings_digest: str, code_digest: str) -> bool:
     )
     if not seen:
         date(record, outdated=other_settings or other_code)
-    return not other_settings
+    return not (other_settings or other_code)
 
 
 def made_from(title: str, code_digest: str, files: Iterable[Path]) -> dict[str, Any]:

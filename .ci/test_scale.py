@@ -1,12 +1,17 @@
 """A finished experiment of 100 runs: what it takes both tools to see that there is nothing to do."""
 
+import json
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
-from mochi.config import load_experiment, only_for, resolve, write_run
+from mochi.config import digest, load_experiment, only_for, resolve, settings, write_run
+from mochi.report.collect import curve_files, metrics_files
+from mochi.running.code import stage_digests
+from mochi.running.outdated import made_from
 from tests.project import CONFIG, Project
 
 NUM_RUNS = 100
@@ -25,24 +30,34 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     content["methods"] = {"random-init": {"objective": "none"}}
     content["seeds"] = list(range(NUM_RUNS))
     (project.folder / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False))
-    experiment = load_experiment(project.folder / CONFIG)
+    experiment, code = load_experiment(project.folder / CONFIG), stage_digests()
     for seed in range(NUM_RUNS):
         run = resolve(experiment, "random-init", seed)
         for stage, files in STAGES.items():
             folder = project.folder / f"results/tiny/random-init/seed{seed}/{stage}"
             folder.mkdir(parents=True)
             (folder / "run.yaml").write_text(write_run(only_for(run, stage)))
+            made = {"settings_digest": digest(settings(run, stage)), "code_digest": code[stage]}
             for name in files:
-                (folder / name).write_text(
-                    '{"top1": 1.0}' if name.endswith("json") else f"{seed},{stage}\n"
-                )
+                values: dict[str, object] = {**made} if name == "provenance.json" else {"top1": 1.0}
+                text = json.dumps(values) if name.endswith("json") else f"{seed},{stage}\n"
+                (folder / name).write_text(text)
     targets = ["data/photo-patches-tiny/manifest.json", "results/tiny/code.yaml"]
     done = project.snakemake(*targets)
     assert done.returncode == 0, done.stderr[-3000:]
     tables = project.folder / "results/tiny/tables"
     figures = project.folder / "results/tiny/figures"
-    for folder in (tables, figures):
+    results = project.folder / "results"
+    measured = metrics_files(experiment, results)
+    for folder, read in (
+        (tables, [*measured, project.folder / "workflow/published.csv"]),
+        (figures, [*measured, *curve_files(experiment, results)]),
+    ):
         folder.mkdir()
+        summary = made_from(experiment.title, code[folder.name], read)
+        digests = summary["files"].items()
+        summary["files"] = {str(Path(path).relative_to(project.folder)): sha256 for path, sha256 in digests}
+        (folder / "made_from.json").write_text(json.dumps(summary))
     for path in (tables / "summary.csv", tables / "summary.md"):
         path.write_text("method,mean\n")
     for name in ("accuracy", "training", "negatives"):

@@ -175,4 +175,5 @@ def test_sets_of_ones_own_may_share_a_folder() -> None:
     ):
         own = {"path": "data", "train": [f"{folder}/train"], "test": [f"{folder}/val"], "classes": classes}
         chosen["data"] |= {**own, "scenes": None}
-    parse_experiment(data, "x.yaml")
+    read = parse_experiment(data, "x.yaml").evaluation.detection.values()
+    assert [chosen.data.classes for chosen in read] == [["raccoon"], ["RBC", "WBC"]]

@@ -1,4 +1,8 @@
 # From raw images to shards and their manifest.
+def manifest():
+    return json.loads(Path(MANIFEST).read_text()) if Path(MANIFEST).exists() else {}
+
+
 def listing():
     """The names of the user's own images: more or fewer of them are another data set."""
     if EXPERIMENT.dataset.source != "folder":
@@ -11,8 +15,9 @@ def listing():
     return manifest().get("listing", "")
 
 
-def manifest():
-    return json.loads(Path(MANIFEST).read_text()) if Path(MANIFEST).exists() else {}
+DATASET = EXPERIMENT.dataset.model_dump(mode="json")
+# Of a million images this takes seconds: once.
+LISTING = listing()
 
 
 rule prepare:
@@ -27,8 +32,8 @@ rule prepare:
     threads: workflow.cores or 1
     params:
         out=DATA,
-        dataset=configuration.digest(EXPERIMENT.dataset.model_dump(mode="json")),
-        listing=listing(),
+        dataset=configuration.digest(DATASET),
+        listing=LISTING,
         code=CODE["prepare"],
     shell:
         "python -m mochi prepare --config {CONFIG:q} --out {params.out:q} --jobs {threads}"

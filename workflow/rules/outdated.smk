@@ -37,9 +37,9 @@ def date_what_was_made_otherwise():
     code = Path(rules.code.output[0])
     if code.exists() and yaml.safe_load(code.read_text()) != CODE:
         make_again(code, *CODE.values())
-    dataset, prepared = EXPERIMENT.dataset.model_dump(mode="json"), manifest()
-    if (dataset, listing()) != (prepared.get("options"), prepared.get("listing")):
-        make_again(Path(MANIFEST), configuration.digest(dataset), listing())
+    prepared = manifest()
+    if (DATASET, LISTING) != (prepared.get("options"), prepared.get("listing")):
+        make_again(Path(MANIFEST), configuration.digest(DATASET), LISTING)
     for rule, stage, files in (
         (rules.tables, "tables", [*METRICS, PUBLISHED]),
         (rules.figures, "figures", [*METRICS, *CURVES]),

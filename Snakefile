@@ -3,7 +3,7 @@ from pathlib import Path
 
 from snakemake.utils import min_version
 
-from mochi.running.lock import hold
+from mochi.runtime.locks import hold
 
 min_version("9.18")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mochi.running.outdated import made_from
 
 from mochi.config import digest, load_experiment, only_for, resolve, settings, write_run
+from mochi.provenance.fingerprint import stage_digests
 from mochi.report.collect import curve_files, metrics_files
-from mochi.running.code import stage_digests
-from mochi.running.outdated import made_from
 from tests.project import CONFIG, Project
 
 NUM_RUNS = 100

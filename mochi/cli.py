@@ -58,7 +58,7 @@ def check(
             raise UserError("found both --config and --data; check one thing at a time")
         _report_on_images(data, report, jobs, data_root)
         return
-    from mochi import check as checking
+    from mochi import preflight as checking
     from mochi.config import load_experiment
 
     experiment = load_experiment(config or Path("config/config.yaml"))
@@ -72,9 +72,9 @@ def check(
 
 def _report_on_images(folder: Path, report: Path | None, jobs: int, data_root: Path) -> None:
     """What is in a folder, and which settings fit a set of this size."""
-    from mochi.data import report as reporting
-    from mochi.running.atomic import write_json
-    from mochi.running.health import counter
+    from mochi.data import inspect as reporting
+    from mochi.runtime.progress import counter
+    from mochi.storage.atomic import write_json
 
     found = reporting.inspect(folder, jobs=jobs, cache=data_root / ".cache", progress=counter("check"))
     typer.echo(reporting.render(found))
@@ -89,7 +89,7 @@ def plan(
     measure: Annotated[bool, typer.Option(help="Time a few steps here to estimate the hours.")] = True,
 ) -> None:
     """Runs, steps, disk and estimated hours of an experiment on this machine."""
-    from mochi import check as checking
+    from mochi import preflight as checking
     from mochi.config import load_experiment
 
     for line in checking.plan(load_experiment(config), data_root, measure=measure):
@@ -106,7 +106,7 @@ def resolve(
 ) -> None:
     """Write run.yaml: one method and seed of an experiment, complete in itself."""
     from mochi import config as configuration
-    from mochi.running.atomic import write_text
+    from mochi.storage.atomic import write_text
 
     experiment = configuration.load_experiment(config)
     run = configuration.resolve(experiment, method, seed, str(config))
@@ -128,8 +128,8 @@ def prepare(
 ) -> None:
     """Images into shards and a manifest. Unreadable files are set aside and listed."""
     from mochi.config import load_experiment, parse_dataset
-    from mochi.data import prepare as stage
-    from mochi.running.health import counter
+    from mochi.data.ingest import prepare as stage
+    from mochi.runtime.progress import counter
 
     if (config is None) == (source is None):
         raise UserError("found both or neither of --config and --source; give one of them")
@@ -160,9 +160,9 @@ def pretrain(
 ) -> None:
     """Train an encoder: MoCo, MoCHi, the supervised ceiling or the untrained floor."""
     _take_gpus(gpus, nodes)
-    from mochi import pretrain as stage
     from mochi.config import load_run
-    from mochi.running.launch import local_share
+    from mochi.pretraining import stage as stage
+    from mochi.runtime.launch import local_share
 
     _prepare_process(local_share(threads), out, work)
     workers = local_share(workers, at_least=0)
@@ -241,8 +241,8 @@ def detect(
     """Fine-tune the encoder as a detector, several times, and judge it."""
     _take_gpus(gpus)
     from mochi.config import load_run
-    from mochi.detection import train as stage
-    from mochi.running.launch import local_share
+    from mochi.detection import stage as stage
+    from mochi.runtime.launch import local_share
 
     _prepare_process(local_share(threads), out, work)
     with _holding(work):
@@ -298,8 +298,8 @@ def digests(out: Annotated[Path, typer.Option(help="The YAML file to write.")]) 
     """Write the digest of each stage's code: what executes, without comments and layout."""
     import yaml
 
-    from mochi.running.atomic import write_text
-    from mochi.running.code import stage_digests
+    from mochi.provenance.fingerprint import stage_digests
+    from mochi.storage.atomic import write_text
 
     write_text(out, yaml.safe_dump(stage_digests(), sort_keys=False))
 
@@ -331,7 +331,7 @@ def benchmark_negatives(
 ) -> None:
     """The loss and its gradient: ours, MoCo-v2 by autograd, and MoCHi with materialised synthetics."""
     from mochi.benchmark import negatives, timing
-    from mochi.running.distributed import pick_device
+    from mochi.runtime.distributed import pick_device
 
     _prepare_process(threads)
     if num_hardest > queue_size:
@@ -352,8 +352,8 @@ def benchmark_step(
     """A training step of each contrastive method of an experiment, the encoders alone, the data alone."""
     from mochi.benchmark import step, timing
     from mochi.config import load_experiment
-    from mochi.data.shards import open_dataset
-    from mochi.running.distributed import pick_device
+    from mochi.data.format import open_dataset
+    from mochi.runtime.distributed import pick_device
 
     _prepare_process(threads)
     experiment = load_experiment(config)
@@ -365,7 +365,7 @@ def benchmark_step(
 
 def _take_gpus(count: int | None, nodes: int = 1) -> None:
     """Before anything heavy is imported: this process may become torchrun here."""
-    from mochi.running.launch import on_gpus
+    from mochi.runtime.launch import on_gpus
 
     if count is not None:
         on_gpus(count, nodes)
@@ -388,7 +388,7 @@ def _prepare_process(threads: int, *folders: Path) -> None:
     """Threads as the rule gave them, and folders that can be written, before any compute."""
     import torch
 
-    from mochi.running.atomic import require_writable
+    from mochi.storage.atomic import require_writable
 
     torch.set_num_threads(threads)
     for folder in folders:
@@ -397,7 +397,7 @@ def _prepare_process(threads: int, *folders: Path) -> None:
 
 def _holding(work: Path) -> AbstractContextManager[None]:
     """One training of a run at a time; its ranks are one."""
-    from mochi.running.lock import holding
+    from mochi.runtime.locks import holding
 
     return holding(work) if os.environ.get("RANK", "0") == "0" else nullcontext()
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 from mochi.config import Experiment, load_experiment
-from mochi.data.prepare import prepare
+from mochi.data.ingest.prepare import prepare
 from tests.project import Project
 
 # Machines are noisy: a slow example is no failure. The same examples every time: a red test stays red.

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mochi import cli
 from mochi.config import Experiment, Folder
-from mochi.data.prepare import prepare
+from mochi.data.ingest.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests/tiny.yaml")

@@ -28,12 +28,12 @@ from mochi.benchmark import data_memory as memory
 from mochi.benchmark.bare_decode import decode_files
 from mochi.benchmark.rows import Row, row
 from mochi.config import Augmentation, Folder
-from mochi.data import augment, crops
-from mochi.data.loading import two_views
-from mochi.data.origin import in_batches
+from mochi.data.format import StoredSplit, open_dataset
+from mochi.data.ingest.prepare import prepare
+from mochi.data.ingest.raw import in_batches
 from mochi.data.photographs import PHOTOGRAPHS, load
-from mochi.data.prepare import prepare
-from mochi.data.shards import StoredSplit, open_dataset
+from mochi.data.views import augment, crops
+from mochi.data.views.loading import two_views
 
 _WIDTH, _HEIGHT = 500, 375  # the usual size of ImageNet's photographs
 

@@ -10,9 +10,9 @@ import torch
 
 from mochi.benchmark.rows import Row, row
 from mochi.config import Augmentation
-from mochi.data import shards
-from mochi.data.loading import two_views
-from mochi.data.shards import StoredSplit
+from mochi.data import format as shards
+from mochi.data.format import StoredSplit
+from mochi.data.views.loading import two_views
 
 
 def rows(split: StoredSplit, folder: Path) -> list[Row]:

@@ -7,9 +7,9 @@ import torch
 
 from mochi.benchmark.timing import Measurement, compare
 from mochi.config import Contrastive, Experiment, Run, method_seeds, resolve
-from mochi.data.shards import StoredDataset
-from mochi.learners import ContrastiveLearner
-from mochi.running.precision import autocast
+from mochi.data.format import StoredDataset
+from mochi.pretraining.objectives import ContrastiveLearner
+from mochi.runtime.precision import autocast
 
 
 def run(

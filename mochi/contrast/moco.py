@@ -15,8 +15,8 @@ from mochi.config import ConfigError, Contrastive, Encoder
 from mochi.contrast.key_queue import KeyQueue
 from mochi.contrast.loss import ContrastiveLoss, contrastive_loss
 from mochi.contrast.negatives import Rule, Synthetics, hardest, mix_pairs, mix_with_query
-from mochi.encoder import GroupedBatchNorm2d, ResNet, projection_head
-from mochi.running.distributed import gather, own_slice, rank, world_size
+from mochi.encoders.resnet import GroupedBatchNorm2d, ResNet, projection_head
+from mochi.runtime.distributed import gather, own_slice, rank, world_size
 
 # Random streams of one step. Each is seeded by (seed, step, stream), so there is no generator state to
 # save, and a resumed run draws what the uninterrupted one would have drawn. The shuffle is the same on

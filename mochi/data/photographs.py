@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mochi.data import decode, draws
-from mochi.data.shards import DataError
+from mochi.data.format import DataError
+from mochi.data.ingest import decode
+from mochi.data.views import counter_rng as draws
 
 GRID = 4
 """Cells along each side; one cell of every row and column is validation."""

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from mochi.data.decode import UnreadableError, open_image, to_rgb
+from mochi.data.ingest.decode import UnreadableError, open_image, to_rgb
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
+from mochi.detection.check_images import misfit
 from mochi.detection.coco import decode_masks
-from mochi.detection.readable import misfit
 
 # ImageNet's statistics on the scale of bytes; MoCo's configurations give detectron2 the same.
 _MEAN = torch.tensor([123.675, 116.280, 103.530])[:, None, None]

@@ -10,7 +10,7 @@ import numpy as np
 from faster_coco_eval.core import mask as mask_api
 
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations, RunLengths, clip
-from mochi.running.atomic import write_json
+from mochi.storage.atomic import write_json
 
 
 def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotations:

@@ -12,9 +12,9 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from mochi.detection.annotations import AnnotationError
+from mochi.detection.average_precision import Curve, Detections
 from mochi.detection.batches import Images, read_rgb
-from mochi.detection.evaluate import Curve, Detections
-from mochi.running.atomic import replacing
+from mochi.storage.atomic import replacing
 
 _SCENES = 4
 _SHOWN_SCORE = 0.5

@@ -20,7 +20,7 @@ from torchvision.ops import RoIAlign
 
 from mochi.config import DetectionModel, Encoder
 from mochi.detection.normalization import SharedBatchNorm2d
-from mochi.encoder import ResNet
+from mochi.encoders.resnet import ResNet
 
 Target = dict[str, Tensor]
 

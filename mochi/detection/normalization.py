@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mochi.running import distributed
+from mochi.runtime import distributed
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -22,7 +22,7 @@ from mochi.config import ConfigError, DetectionData, PhotoScenes
 from mochi.data.photographs import LICENCE, PHOTOGRAPHS, Cell, cells, load
 from mochi.detection import coco, voc
 from mochi.detection.annotations import AnnotatedImage, Annotations
-from mochi.running.atomic import write_json
+from mochi.storage.atomic import write_json
 
 logger = logging.getLogger(__name__)
 

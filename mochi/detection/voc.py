@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations, clip
-from mochi.running.atomic import replacing, write_text
+from mochi.storage.atomic import replacing, write_text
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 exchange width and height

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mochi import config
-from mochi.data.loading import Images, centre_crops
-from mochi.data.shards import DataError, StoredDataset
-from mochi.encoder import ResNet
+from mochi.data.format import DataError, StoredDataset
+from mochi.data.views.loading import Images, centre_crops
+from mochi.encoders.resnet import ResNet
 from mochi.errors import UserError
-from mochi.running.precision import autocast, use_bfloat16
+from mochi.runtime.precision import autocast, use_bfloat16
 
 # A run resolved for an evaluation does not say in which format its encoder was trained.
 _PRECISION = "auto"

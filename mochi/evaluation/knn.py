@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mochi.config import Run
-from mochi.data.shards import open_dataset
+from mochi.data.format import open_dataset
 from mochi.evaluation.features import extract_splits, load_encoder, precision_on
-from mochi.running.atomic import write_json
-from mochi.running.distributed import pick_device
-from mochi.running.precision import make_deterministic
-from mochi.running.provenance import Stopwatch, record
+from mochi.provenance.record import Stopwatch, record
+from mochi.runtime.distributed import pick_device
+from mochi.runtime.precision import make_deterministic
+from mochi.storage.atomic import write_json
 
 logger = logging.getLogger(__name__)
 

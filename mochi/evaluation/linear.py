@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mochi.config import LinearProbe, Run
-from mochi.data.loading import random_crops
-from mochi.data.shards import StoredDataset, open_dataset
-from mochi.encoder import ResNet
+from mochi.data.format import StoredDataset, open_dataset
+from mochi.data.views.loading import random_crops
+from mochi.encoders.resnet import ResNet
 from mochi.evaluation.features import encoder_digest, extract, extract_splits, load_encoder, precision_on
-from mochi.running.atomic import write_json
-from mochi.running.distributed import pick_device
-from mochi.running.health import NonFiniteError, Progress
-from mochi.running.precision import make_deterministic
-from mochi.running.provenance import Stopwatch, record
+from mochi.provenance.record import Stopwatch, record
+from mochi.runtime.distributed import pick_device
+from mochi.runtime.precision import make_deterministic
+from mochi.runtime.progress import NonFiniteError, Progress
+from mochi.storage.atomic import write_json
 
 
 def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0) -> None:

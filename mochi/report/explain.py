@@ -8,8 +8,8 @@ from typing import Any
 
 from mochi.config import Experiment
 from mochi.errors import UserError
+from mochi.provenance.fingerprint import STAGE_MODULES, code_digest, file_digest
 from mochi.report.collect import read_json, runs, scores, tasks
-from mochi.running.code import STAGE_MODULES, code_digest, file_digest
 
 
 def explain(experiment: Experiment, results: Path, method: str, task: str) -> list[str]:

@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mochi.config import Experiment
+from mochi.provenance.fingerprint import code_digest
 from mochi.report.collect import CURVES, curve_files, curves, metrics_files, scores
-from mochi.running.atomic import replacing, write_json
-from mochi.running.code import code_digest
-from mochi.running.outdated import made_from
+from mochi.storage.atomic import replacing, write_json
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one for each method, in order.
 _COLOURS = ["#999999", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]

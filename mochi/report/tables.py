@@ -5,10 +5,9 @@ from pathlib import Path
 import pandas as pd
 
 from mochi.config import Experiment
+from mochi.provenance.fingerprint import code_digest
 from mochi.report.collect import metrics_files, scores
-from mochi.running.atomic import write_json, write_text
-from mochi.running.code import code_digest
-from mochi.running.outdated import made_from
+from mochi.storage.atomic import write_json, write_text
 
 _KEYS = ["method", "task", "metric"]
 

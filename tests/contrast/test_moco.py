@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mochi.config import ConfigError, Contrastive, Encoder, Mixing
 from mochi.contrast.moco import MoCo, Step
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
-from mochi.encoder import GroupedBatchNorm2d
+from mochi.encoders.resnet import GroupedBatchNorm2d
 from tests.reference import mochi_loss, synthetic_vectors
 
 ENCODER = Encoder(architecture="resnet10", stem="half", width=4)

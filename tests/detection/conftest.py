@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mochi.config import DetectionModel, DetectionSet, Encoder
-from mochi.encoder import ResNet
+from mochi.encoders.resnet import ResNet
 
 ENCODER = Encoder(architecture="resnet10", stem="half", width=4)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mochi.running.distributed import process_group
+from mochi.runtime.distributed import process_group
 
 
 def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, join: bool = True) -> None:

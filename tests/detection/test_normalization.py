@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mochi.detection.normalization import SharedBatchNorm2d, settle_statistics
-from mochi.running import distributed
+from mochi.runtime import distributed
 from tests.detection.ranks import run_ranks
 
 # Uneven on purpose: 1 and 3 images.

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mochi import pretrain
 from mochi.config import Experiment, resolve
-from mochi.data.loading import centre_crops
-from mochi.data.shards import open_dataset
+from mochi.data.format import open_dataset
+from mochi.data.views.loading import centre_crops
 from mochi.evaluation.features import load_encoder
-from mochi.running.precision import autocast
+from mochi.pretraining import stage as pretrain
+from mochi.runtime.precision import autocast
 
 CPU = torch.device("cpu")
 

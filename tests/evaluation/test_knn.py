@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mochi import pretrain
 from mochi.config import Experiment, NearestNeighbours, resolve
 from mochi.evaluation import knn
 from mochi.evaluation.features import EncoderError
+from mochi.pretraining import stage as pretrain
 
 
 def vote(train: torch.Tensor, labels: list[int], row: torch.Tensor, k: int, temperature: float) -> int:

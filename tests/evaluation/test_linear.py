@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mochi import pretrain
 from mochi.config import Experiment, LinearProbe, resolve
-from mochi.data.shards import open_dataset
+from mochi.data.format import open_dataset
 from mochi.evaluation import linear
 from mochi.evaluation.features import encoder_digest, load_encoder
-from mochi.running.health import NonFiniteError
+from mochi.pretraining import stage as pretrain
+from mochi.runtime.progress import NonFiniteError
 
 PROTOCOL = LinearProbe(
     protocol="test", epochs=4, batch_size=8, lr=0.5, lr_candidates=[0.05], momentum=0.9,

@@ -9,8 +9,8 @@ import yaml
 
 from mochi.config import Experiment, parse_experiment
 from mochi.errors import UserError
+from mochi.provenance.fingerprint import file_digest
 from mochi.report.explain import explain
-from mochi.running.code import file_digest
 from tests.project import CONFIG, ROOT, Project
 
 MOCHI = "mochi-16-24-8"

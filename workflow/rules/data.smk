@@ -7,7 +7,7 @@ def listing():
     """The names of the user's own images: more or fewer of them are another data set."""
     if EXPERIMENT.dataset.source != "folder":
         return ""
-    from mochi.data.sources import folder
+    from mochi.data.ingest.sources import folder
 
     if Path(EXPERIMENT.dataset.path).is_dir():
         return folder.listing(Path(EXPERIMENT.dataset.path))

@@ -7,8 +7,8 @@ from snakemake.exceptions import WorkflowError
 from snakemake.resources import Resource
 
 from mochi import config as configuration
-from mochi.running import gpus
-from mochi.running.code import stage_digests
+from mochi.runtime import gpus
+from mochi.provenance.fingerprint import stage_digests
 
 if workflow.config_settings.config:
     raise WorkflowError(

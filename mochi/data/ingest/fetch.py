@@ -1,0 +1,164 @@
+"""Archives brought to this machine once: several addresses, resumed, checked by content, opened safely."""
+
+import hashlib
+import http.client
+import logging
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from mochi.config import Download
+from mochi.data.format import DataError
+from mochi.storage.atomic import write_text
+
+_LOG = logging.getLogger(__name__)
+_BLOCK = 1 << 20
+_TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file of the world: its name, the addresses that serve it, and what it must be."""
+
+    file: str
+    md5: str
+    urls: tuple[str, ...]
+
+
+def fetch(archive: Archive, options: Download, cache: Path) -> Path:
+    """The archive as a file: the user's own, the one fetched before, or downloaded from the first address
+    that serves the right bytes. A cut download goes on where it stopped.
+
+    Raises:
+        DataError: the user's file is another, or no address serves the archive.
+    """
+    if options.archive is not None:
+        return _brought(archive, Path(options.archive))
+    target = cache / "downloads" / archive.file
+    if target.is_file() and _md5(target) == archive.md5:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for url in (*options.mirrors, *archive.urls):
+        part = target.with_name(f"{target.name}.part")
+        try:
+            _download(url, part)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            failures.append(f"{url}: {error}")
+            _LOG.warning("%s: %s; trying the next address", url, error)
+            continue
+        found = _md5(part)
+        if found == archive.md5:
+            part.replace(target)
+            return target
+        part.unlink()
+        failures.append(f"{url}: found md5 {found}; expected {archive.md5}")
+        _LOG.warning("%s: another file (md5 %s); trying the next address", url, found)
+    raise DataError(
+        f"{archive.file}: no address serves it:\n  "
+        + "\n  ".join(failures)
+        + "\nbring it by hand (md5 "
+        + archive.md5
+        + ") and set dataset.archive to its path"
+    )
+
+
+def _brought(archive: Archive, path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"archive: {path}: no such file; expected {archive.file} (md5 {archive.md5})")
+    found = _md5(path)
+    if found != archive.md5:
+        raise DataError(
+            f"archive: {path}: found md5 {found}; expected {archive.md5} ({archive.file}); "
+            "the file is cut or another one: bring it again"
+        )
+    return path
+
+
+def _download(url: str, part: Path) -> None:
+    """Fetch `url` into `part`, going on from the bytes that are there."""
+    if not url.startswith(("http://", "https://", "ftp://")):
+        raise ValueError("not an http, https or ftp address")
+    held = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "mochi", **({"Range": f"bytes={held}-"} if held else {})}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the scheme is checked above
+    try:
+        answer = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)  # noqa: S310
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and held:
+                return  # everything was there already; the checksum decides
+            raise
+    with answer:
+        resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
+        expected = answer.headers.get("Content-Length")
+        _LOG.info("%s: %s bytes%s", url, expected or "unknown", f", from {held}" if resumed else "")
+        received = 0
+        with part.open("ab" if resumed else "wb") as file:
+            while block := answer.read(_BLOCK):
+                file.write(block)
+                received += len(block)
+    if expected is not None and received < int(expected):
+        raise OSError(f"connection lost after {received} of {expected} bytes; run again to go on")
+
+
+def _md5(path: Path) -> str:
+    # The publishers' checksum; it guards against cut and wrong files, not against forgery.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar archive, compressed or not, whose members all stay inside the folder they are unpacked in.
+
+    Raises:
+        DataError: not a tar archive, cut, or with members that point outside (refused whole).
+    """
+    try:
+        with tarfile.open(path) as archive:
+            links: set[PurePosixPath] = set()
+            for member in archive:
+                fault = _fault(member, links)
+                if fault:
+                    raise DataError(f"{path}: refused, nothing unpacked: {member.name!r} {fault}")
+            yield archive
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{path}: found no whole tar archive ({error}); bring it again") from None
+
+
+def _fault(member: tarfile.TarInfo, links: set[PurePosixPath]) -> str | None:
+    """Why a member must not be unpacked; None for an honest one. `links` collects symbolic links.
+
+    tarfile's own filters came with Python 3.11.4, and Debian 12 has 3.11.2. These rules are stricter:
+    nothing passes through a link, and no link climbs.
+    """
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        return "lies outside the folder"
+    if links.intersection(name.parents):
+        return "lies behind a link"
+    if member.issym():
+        links.add(name)
+    if member.issym() or member.islnk():
+        target = PurePosixPath(member.linkname)
+        return "points outside the folder" if target.is_absolute() or ".." in target.parts else None
+    return None if member.isfile() or member.isdir() else "is neither file, folder nor link"
+
+
+def unpacked(path: Path, cache: Path) -> Path:
+    """The folder with the archive's contents, unpacked once; an interrupted unpacking starts again."""
+    folder = cache / "unpacked" / path.name
+    done = folder / ".complete"
+    if not done.is_file():
+        with opened(path) as archive:
+            if hasattr(tarfile, "data_filter"):
+                archive.extractall(folder, filter="data")
+            else:
+                archive.extractall(folder)  # noqa: S202 (each member was looked at)
+        write_text(done, f"{path.stat().st_size}\n")
+    return folder

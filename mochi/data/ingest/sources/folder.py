@@ -1,0 +1,157 @@
+"""Your own images: `train/<class>/*`, `val/<class>/*`, or any tree of images without labels."""
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mochi.config import Folder
+from mochi.data.format import UNLABELLED, DataError
+from mochi.data.ingest.raw import Blob, FileSplit, Origin, as_text
+
+_LOG = logging.getLogger(__name__)
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""Folder name, in any case -> split; without a `val` the `test` images are `val`, for evaluations."""
+UNLABELLED_FOLDERS = ("unlabeled", "unlabelled")
+
+_JUNK_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}
+_OTHER_SUFFIXES = (
+    ".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".py", ".ipynb",
+    ".mat", ".npy", ".npz", ".zip", ".tar", ".tgz", ".log", ".mp4", ".mov", ".avi", ".mkv", ".webm",
+)  # fmt: skip
+
+
+def collect(config: Folder, cache: Path) -> Origin:
+    """List the images below `config.path`.
+
+    A folder holding `train` has splits; below a split, the first level of folders are the classes, and
+    images outside any class, or in `unlabeled/`, carry no label. Anything else is one unlabelled split
+    `train`. Links are followed, loops cut.
+
+    Raises:
+        DataError: no such folder, not one image in it, or images to test on and none to learn from.
+    """
+    del cache
+    root = Path(config.path)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; set dataset.path to the folder of your images")
+    ignored: Counter[str] = Counter()
+    paths = walk(root, ignored)
+    top = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _is_junk(entry.name))
+    found = {SPLITS[name.lower()] for name in top if name.lower() in SPLITS}
+    if found and "train" not in found:
+        raise DataError(
+            f"{root}: found {', '.join(top)}, but no train folder; put the images to learn from into "
+            f"{root / 'train'}/<class>/ (or {root / 'train'} without labels)"
+        )
+    has_splits = bool(found)
+    if top and not has_splits:
+        _LOG.warning(
+            "%s: no train folder in it, so all images are one split without labels; "
+            "if its folders (%s) are classes, put them under train/ and val/",
+            as_text(str(root)),
+            as_text(", ".join(top[:3]) + (", ..." if len(top) > 3 else "")),
+        )
+    splits: dict[str, list[tuple[str, str | None]]] = {}
+    for path in paths:
+        split, name = _place(path) if has_splits else ("train", None)
+        if split is None:
+            ignored["outside train, val and test"] += 1
+        else:
+            splits.setdefault(split, []).append((path, name))
+    if "val" not in splits and "test" in splits:
+        splits["val"] = splits.pop("test")
+    if not splits:
+        raise DataError(
+            f"0 images under {root}: looked for files of any image type in "
+            f"train/<class>/, val/<class>/ or anywhere below; ignored: {dict(ignored) or 'nothing'}"
+        )
+    classes = _classes(root, top, splits) if has_splits else []
+    number = {name: label for label, name in enumerate(classes)}
+    return Origin(
+        source=f"folder {as_text(root.name)}",
+        licence="unknown: your own images",
+        classes=[as_text(name) for name in classes],
+        splits={split: _file_split(root, rows, number) for split, rows in splits.items()},
+        ignored=dict(ignored),
+        listing=listing(root),
+        max_unreadable=config.max_unreadable,
+    )
+
+
+def listing(root: Path) -> str:
+    """Digest of the paths of all images below a folder, without a look into them."""
+    names = "\n".join(walk(root))
+    return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
+
+
+def _place(path: str) -> tuple[str | None, str | None]:
+    """(split, class or None) of a path such as `train/daisy/1.jpg`."""
+    parts = path.split("/")
+    if parts[0] in UNLABELLED_FOLDERS:
+        return "train", None
+    split = SPLITS.get(parts[0].lower()) if len(parts) > 1 else None
+    labelled = len(parts) > 2 and parts[1] not in UNLABELLED_FOLDERS
+    return split, parts[1] if labelled else None
+
+
+def _classes(root: Path, top: list[str], splits: dict[str, list[tuple[str, str | None]]]) -> list[str]:
+    """Names of the class folders of every split, the empty ones too, so that numbers stay stable."""
+    if not any(name for rows in splits.values() for _, name in rows):
+        return []
+    names = {
+        entry.name
+        for folder in top
+        if folder.lower() in SPLITS
+        for entry in os.scandir(root / folder)
+        if entry.is_dir() and not _is_junk(entry.name) and entry.name not in UNLABELLED_FOLDERS
+    }
+    return sorted(names)
+
+
+def _file_split(root: Path, rows: list[tuple[str, str | None]], number: dict[str, int]) -> FileSplit:
+    labels = [UNLABELLED if name is None else number[name] for _, name in rows]
+    blobs = [Blob(f"{root}{os.sep}{path}") for path, _ in rows]  # a Path for each takes ten times as long
+    return FileSplit(blobs, [path for path, _ in rows], np.array(labels, dtype=np.int64))
+
+
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _JUNK_NAMES
+
+
+def walk(root: Path, ignored: Counter[str] | None = None) -> list[str]:
+    """Sorted paths, relative to `root`, of every file below it that may be an image.
+
+    Hidden and system files, other types, broken links and loops are left out and counted in `ignored`.
+    """
+    return sorted(_walk(root, "", (), Counter() if ignored is None else ignored))
+
+
+def _walk(
+    root: Path, below: str, parents: tuple[tuple[int, int], ...], ignored: Counter[str]
+) -> Iterator[str]:
+    """Paths of candidate images, relative to `root`; `parents` are the folders above, to cut loops."""
+    folder = root / below
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in parents:
+        ignored["link back to a folder above"] += 1
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = f"{below}/{entry.name}" if below else entry.name
+            if _is_junk(entry.name):
+                ignored["hidden or system file"] += 1
+            elif entry.is_dir():
+                yield from _walk(root, path, (*parents, identity), ignored)
+            elif not entry.is_file():
+                ignored["broken link or not a regular file"] += 1
+            elif entry.name.lower().endswith(_OTHER_SUFFIXES):
+                ignored["not an image by its suffix"] += 1
+            else:
+                yield path

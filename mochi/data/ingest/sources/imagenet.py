@@ -1,0 +1,167 @@
+"""ImageNet (ILSVRC 2012), whole or the 100 classes of ImageNet-100, from archives or an extracted tree.
+
+The archives are read where they are: nothing is unpacked, an image is a stretch of the tar file.
+"""
+
+import csv
+import hashlib
+import io
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from scipy.io import loadmat
+
+from mochi.config import ImageNet
+from mochi.data.format import DataError
+from mochi.data.ingest.fetch import opened
+from mochi.data.ingest.raw import Blob, FileSplit, Origin
+from mochi.data.ingest.sources.folder import walk
+
+_LIST_SHA256 = "79f3f1552ccc478ce24bd934b4573625db584ddc1f4643ae23c994a94cb11397"
+_TRAIN, _VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+_KAGGLE = "LOC_val_solution.csv"
+_CLASSES = 1000
+_WNID = re.compile(r"n\d{8}")
+
+Found = tuple[str, str, Blob]
+"""Class (wnid), path to show, bytes."""
+
+
+def imagenet100() -> list[str]:
+    """The wnids of ImageNet-100, sorted: CMC's list (HobbitLong/CMC imagenet100.txt @ 7b227be), pinned."""
+    data = files("mochi.data.ingest.sources").joinpath("imagenet100.txt").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == _LIST_SHA256
+    return sorted(data.decode().split())
+
+
+def collect(config: ImageNet, cache: Path) -> Origin:
+    """List train and val of the wanted classes; class numbers follow the sorted wnids.
+
+    Raises:
+        DataError: neither archives nor tree, classes missing, or no labels for the validation images.
+    """
+    del cache
+    root = Path(config.path)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; expected {_TRAIN} and {_VAL}, or train/ and val/")
+    ignored: Counter[str] = Counter()
+    splits = {"train": list(_train(root, ignored)), "val": list(_val(root, ignored))}
+    present = {name: {wnid for wnid, _, _ in found} for name, found in splits.items()}
+    wanted = imagenet100() if config.subset == "imagenet100" else sorted(present["train"])
+    for name in splits:
+        missing = sorted(set(wanted) - present[name])
+        if missing:
+            raise DataError(
+                f"{root}: {len(missing)} of the {len(wanted)} classes of {config.subset} have no image "
+                f"in {name}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; "
+                "the extraction is not complete"
+            )
+    if config.subset == "all" and len(wanted) != _CLASSES:
+        raise DataError(
+            f"{root}: found {len(wanted)} classes, expected {_CLASSES}; the extraction is not complete "
+            "(for a part of ImageNet use subset: imagenet100, or source: folder)"
+        )
+    return Origin(
+        source=f"ILSVRC 2012 ({config.subset}; list sha256 {_LIST_SHA256[:12]})"
+        if config.subset == "imagenet100"
+        else "ILSVRC 2012",
+        licence="ImageNet terms of access: research, no redistribution",
+        classes=wanted,
+        splits={name: _split(found, wanted) for name, found in splits.items()},
+        ignored=dict(ignored),
+        max_unreadable=config.max_unreadable,
+    )
+
+
+def _split(found: list[Found], wanted: list[str]) -> FileSplit:
+    number = {wnid: label for label, wnid in enumerate(wanted)}
+    kept = sorted((path, wnid, blob) for wnid, path, blob in found if wnid in number)
+    return FileSplit(
+        [blob for _, _, blob in kept],
+        [path for path, _, _ in kept],
+        np.array([number[wnid] for _, wnid, _ in kept], dtype=np.int64),
+    )
+
+
+def _train(root: Path, ignored: Counter[str]) -> Iterator[Found]:
+    """Training images: a tree of class folders, or the archive of one archive a class."""
+    if (root / "train").is_dir():
+        yield from _by_folder(root, "train", ignored)
+    elif (root / _TRAIN).is_file():
+        with (root / _TRAIN).open("rb") as file:
+            for name, offset, _ in _members(root / _TRAIN):
+                file.seek(offset)
+                wnid = name.removesuffix(".tar")
+                with tarfile.open(fileobj=file, mode="r:") as inner:
+                    for member in inner:
+                        blob = Blob(str(root / _TRAIN), member.offset_data, member.size)
+                        yield wnid, f"train/{wnid}/{member.name}", blob
+    else:
+        raise DataError(f"{root}: neither train/ nor {_TRAIN} in it")
+
+
+def _val(root: Path, ignored: Counter[str]) -> Iterator[Found]:
+    """Validation images: class folders, or a flat folder or archive with the labels beside it."""
+    folder = root / "val"
+    if folder.is_dir() and any(_WNID.fullmatch(entry.name) for entry in folder.iterdir()):
+        yield from _by_folder(root, "val", ignored)
+    elif folder.is_dir():
+        flat = ((path, Blob(str(folder / path))) for path in walk(folder, ignored))
+        yield from _labelled(root, flat)
+    elif (root / _VAL).is_file():
+        members = _members(root / _VAL)
+        yield from _labelled(root, ((n, Blob(str(root / _VAL), o, s)) for n, o, s in members))
+    else:
+        raise DataError(f"{root}: neither val/ nor {_VAL} in it")
+
+
+def _by_folder(root: Path, split: str, ignored: Counter[str]) -> Iterator[Found]:
+    for path in walk(root / split, ignored):
+        if "/" in path:
+            yield path.split("/", 1)[0], f"{split}/{path}", Blob(str(root / split / path))
+
+
+def _labelled(root: Path, images: Iterable[tuple[str, Blob]]) -> Iterator[Found]:
+    labels = _val_labels(root)
+    for path, blob in images:
+        stem = Path(path).stem
+        if stem not in labels:
+            raise DataError(f"{root}: {path} is no validation image of ILSVRC 2012")
+        yield labels[stem], f"val/{path}", blob
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of the files in an uncompressed tar archive."""
+    with opened(path) as archive:
+        for member in archive:
+            if member.isfile():
+                yield member.name, member.offset_data, member.size
+
+
+def _val_labels(root: Path) -> dict[str, str]:
+    """ILSVRC2012_val_00000001 -> wnid, from the devkit or from Kaggle's table."""
+    if (root / _DEVKIT).is_file():
+        with opened(root / _DEVKIT) as devkit:
+            contents = {
+                Path(member.name).name: content.read()
+                for member in devkit
+                if member.name.endswith(("/meta.mat", "_validation_ground_truth.txt"))
+                and (content := devkit.extractfile(member)) is not None
+            }
+        synsets = loadmat(io.BytesIO(contents["meta.mat"]), squeeze_me=True)["synsets"]
+        wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        numbers = contents["ILSVRC2012_validation_ground_truth.txt"].decode().split()
+        return {f"ILSVRC2012_val_{n:08d}": wnid[int(number)] for n, number in enumerate(numbers, 1)}
+    if (root / _KAGGLE).is_file():
+        with (root / _KAGGLE).open(encoding="utf-8", newline="") as file:
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    raise DataError(
+        f"{root}: the validation images have no class folders and no labels beside them; "
+        f"bring {_DEVKIT} (or Kaggle's {_KAGGLE})"
+    )

@@ -1,0 +1,234 @@
+"""The photometric part of MoCo's augmentations (versions 1 and 2), a batch at a time on any device.
+
+Random parameters are drawn on the CPU as arrays, one row an image (`draws`), and the operations are
+plain functions of images and parameters: each equals torchvision's functional one, image by image.
+Images are (B, 3, H, W) float32 in [0, 1]. Legend: B images, S side
+of a view.
+
+Source: facebookresearch/moco main_moco.py; torchvision.transforms.ColorJitter.
+Deviation: no rounding to 8 bits between operations; the blur is the Gaussian that PIL's three box
+passes approximate, with torchvision's reflected border instead of PIL's repeated one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from mochi.config import Augmentation
+from mochi.data.views import counter_rng as draws
+from mochi.data.views.crops import parts
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_GREY = (0.2989, 0.587, 0.114)  # torchvision's weights
+_BLUR_RADIUS = 6  # three standard deviations of the widest blur
+_BLUR_REACH = 3.5  # taps beyond so many deviations are left out
+
+# The columns of one row of draws. New ones go to the end: earlier draws keep their values.
+_ORDER, _FACTORS = slice(0, 4), slice(4, 8)
+_JITTER, _GREYSCALE, _BLUR, _SIGMA, _COLUMNS = 8, 9, 10, 11, 12
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What happens to each image of a batch; every field has B rows."""
+
+    jitter: NDArray[np.bool_]
+    order: NDArray[np.int64]  # (B, 4): a permutation of brightness, contrast, saturation, hue
+    factors: NDArray[np.float64]  # (B, 4): by operation, not by position
+    grey: NDArray[np.bool_]
+    sigma: NDArray[np.float64]  # 0: no blur
+
+
+def draw(
+    augmentation: Augmentation, indices: NDArray[np.int64], *, seed: int, epoch: int, view: int
+) -> Parameters:
+    """Parameters of one view (0 query, 1 key) of the images `indices`."""
+    u = draws.uniforms("photometric", seed, epoch, view, indices=indices, columns=_COLUMNS)
+    version2 = augmentation.version == "v2"
+    hue = 0.1 if version2 else 0.4
+    factors = 1 + 0.4 * (2 * u[:, _FACTORS] - 1)
+    factors[:, 3] = hue * (2 * u[:, _FACTORS][:, 3] - 1)
+    blurred = (u[:, _BLUR] < 0.5) & (version2 and augmentation.blur)
+    return Parameters(
+        jitter=u[:, _JITTER] < (0.8 if version2 else 1.0),
+        order=np.argsort(u[:, _ORDER], axis=1, kind="stable"),
+        factors=factors,
+        grey=u[:, _GREYSCALE] < 0.2,
+        sigma=np.where(blurred, 0.1 + 1.9 * u[:, _SIGMA], 0.0),
+    )
+
+
+def photometric(
+    images: Tensor, parameters: Parameters, version: str, output: Tensor | None = None
+) -> Tensor:
+    """Everything after crop and flip, in the order of the version; normalised.
+
+    v1: greyscale, colour jitter. v2: colour jitter, greyscale, blur. (A mirrored image commutes with
+    all of them, so the flip is done with the crop.)
+
+    Args:
+        images: (B, 3, S, S), float32 in [0, 1], which are overwritten, or uint8.
+        output: (B, 3, S, S) float32, filled and returned; channels last when made here.
+    """
+    output = _channels_last(images) if output is None else output
+    mean, std = _statistics(images.device)
+    for rows in parts(len(images), images[0].numel(), images.device):
+        part = _unit(images[rows])
+        if version == "v1":
+            greyscale_(part, parameters.grey[rows])
+        jitter_(part, parameters.jitter[rows], parameters.order[rows], parameters.factors[rows])
+        if version == "v2":
+            greyscale_(part, parameters.grey[rows])
+            blur_(part, parameters.sigma[rows])
+        output[rows] = part.sub_(mean).div_(std)
+    return output
+
+
+def normalize(images: Tensor, output: Tensor | None = None) -> Tensor:
+    """ImageNet mean 0 and deviation 1; arguments as `photometric`'s."""
+    output = _channels_last(images) if output is None else output
+    mean, std = _statistics(images.device)
+    for rows in parts(len(images), images[0].numel(), images.device):
+        output[rows] = _unit(images[rows]).sub_(mean).div_(std)
+    return output
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
+
+
+def _unit(images: Tensor) -> Tensor:
+    """float32 in [0, 1], contiguous; float images as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    return (
+        torch.empty_like(images, dtype=torch.float32, memory_format=torch.contiguous_format)
+        .copy_(images)
+        .div_(255)
+    )
+
+
+def _statistics(device: torch.device) -> Tensor:
+    """(2, 3, 1, 1): ImageNet's mean and deviation of each channel."""
+    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[:, :, None, None]
+
+
+def grey_of(images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W)."""
+    grey = images[:, 0:1] * _GREY[0]
+    return grey.add_(images[:, 1:2], alpha=_GREY[1]).add_(images[:, 2:3], alpha=_GREY[2])
+
+
+def greyscale_(images: Tensor, chosen: NDArray[np.bool_]) -> None:
+    """Make the chosen (B,) images grey, in place."""
+    _on_chosen_(images, chosen, lambda some: some.copy_(grey_of(some).expand_as(some)))
+
+
+def jitter_(
+    images: Tensor, chosen: NDArray[np.bool_], order: NDArray[np.int64], factors: NDArray[np.float64]
+) -> None:
+    """ColorJitter of the chosen images, each with its own order of the four operations, in place.
+
+    Brightness, contrast and saturation are one formula, clamp(f x + (1 - f) anchor), whose anchor is
+    black, the mean grey, or the pixel's grey.
+    """
+    operation = np.where(chosen[:, None], order, -1)  # (B, 4): by position
+    f = factors[np.arange(len(order))[:, None], order]
+    blended = (operation >= 0) & (operation < 3)
+    gains = [np.where(blended, f, 1), *(np.where(operation == n, 1 - f, 0) for n in (1, 2))]
+    gain, by_mean, by_grey = torch.from_numpy(np.stack(gains).astype(np.float32)).to(images.device)
+    for position in range(4):
+        here = (slice(None), position, None, None, None)  # (B, 1, 1, 1)
+        kinds = set(operation[:, position].tolist())
+        if kinds & {0, 1, 2}:
+            grey = grey_of(images) if kinds & {1, 2} else images[:, 0:1]
+            images.mul_(gain[here])
+            if 1 in kinds:
+                images.add_(grey.mean(dim=(2, 3), keepdim=True).mul_(by_mean[here]))
+            if 2 in kinds:
+                images.addcmul_(grey, by_grey[here])
+            images.clamp_(0, 1)
+        if 3 in kinds:
+            turned = operation[:, position] == 3
+            _on_chosen_(images, turned, partial(rotate_hue_, turns=f[turned, position]))
+
+
+def rotate_hue_(images: Tensor, turns: NDArray[np.float64]) -> None:
+    """Turn the hue of each image by `turns` (B,) of the whole circle, in place; value and saturation stay.
+
+    HSV without S and V. With m the smallest channel, d the spread of the channels and hues in sixths of the
+    circle, a colour's hue is h = ±(1 + (g + b - r - m) / d), positive where green is above blue; and a
+    colour of hue h has in the channel whose own hue is c (red 0, green 2, blue 4) the value
+    m + d (clamp(||h - c| - 3|, 1, 2) - 1), for h - c in [-6, 6]. No pixel needs a choice of formula, which
+    takes twice as long; and turning a colour one way is turning the three channels the other way.
+    """
+    red, green, blue = images.tensor_split(3, dim=1)  # (B, 1, H, W)
+    smallest = torch.minimum(torch.minimum(red, green), blue)
+    spread = torch.maximum(torch.maximum(red, green), blue).sub_(smallest)
+    hue = (green + blue).sub_(red).sub_(smallest).div_(spread.clamp(min=1e-8)).add_(1)
+    hue.copysign_(green - blue)  # [-3, 3]
+    shifted = (np.array([0, 2, 4]) - 6 * turns[:, None] + 3) % 6 - 3  # (B, 3) in [-3, 3)
+    channels = torch.from_numpy(shifted.astype(np.float32)).to(images.device)[:, :, None, None]
+    torch.sub(hue, channels, out=images)
+    images.abs_().sub_(3).abs_().clamp_(1, 2)
+    images.mul_(spread).add_(smallest.sub_(spread))
+
+
+def blur_(images: Tensor, sigma: NDArray[np.float64]) -> None:
+    """Gaussian blur of the images whose sigma is above 0, in place, border reflected.
+
+    13 taps, as torchvision's kernel_size=13, less those beyond 3.5 deviations: together they weigh an
+    eighth of an 8-bit level.
+    """
+    if not sigma.any():
+        return
+    radius = min(_BLUR_RADIUS, *(side - 1 for side in images.shape[2:]))
+    kernels = torch.from_numpy(_half_gaussians(sigma[sigma > 0], radius)).to(images.device)
+
+    def along_both_(some: Tensor) -> None:
+        for axis in (2, 3):
+            _blur_along_(some, kernels, axis)
+
+    _on_chosen_(images, sigma > 0, along_both_)
+
+
+def _half_gaussians(sigma: NDArray[np.float64], radius: int) -> NDArray[np.float32]:
+    """(taps, B) weights of the centre and of the taps on one side of it, as many as the widest needs."""
+    taps = np.arange(radius + 1)[:, None]
+    weights = np.where(taps <= _BLUR_REACH * sigma, np.exp(-0.5 * (taps / sigma) ** 2), 0)
+    weights /= weights[0] + 2 * weights[1:].sum(axis=0)
+    return weights[weights.any(axis=1)].astype(np.float32)
+
+
+def _blur_along_(images: Tensor, kernels: Tensor, axis: int) -> None:
+    """Blur (B, 3, H, W) along one axis, two taps at a time, in place; kernels as `_half_gaussians`."""
+    radius, side = len(kernels) - 1, images.shape[axis]
+    padding = (radius, radius, 0, 0) if axis == 3 else (0, 0, radius, radius)
+    padded = F.pad(images, padding, mode="reflect")
+    centre, *pairs = kernels[:, :, None, None, None]  # each (B, 1, 1, 1)
+    images.mul_(centre)
+    for tap, weight in enumerate(pairs, start=1):
+        before, after = (padded.narrow(axis, radius + shift, side) for shift in (-tap, tap))
+        images.addcmul_(before + after, weight)
+
+
+def _on_chosen_(images: Tensor, chosen: NDArray[np.bool_], operation_: Callable[[Tensor], object]) -> None:
+    """Let `operation_` change the chosen (B,) images in place.
+
+    The choice is known on the host, so nothing waits for the device.
+    """
+    if chosen.all():
+        operation_(images)
+    elif chosen.any():
+        rows = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
+        some = images[rows]
+        operation_(some)
+        images[rows] = some

@@ -1,0 +1,340 @@
+"""One fine-tuning: encoder in, detector out; the same steps on one process or many, resumed or not.
+
+On a CPU a resumed training ends with the bytes of one that was not. On a GPU the backward pass of RoIAlign
+adds up in no fixed order; torch's deterministic mode would replace RoIAlign by a version in Python, which
+512 regions an image have no memory for, so detection does not ask for that mode.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mochi.config import ConfigError, DetectionSet, DetectionTraining, Encoder
+from mochi.detection.batches import Batch, Images, TrainingItems, collate, stream
+from mochi.detection.load_backbone import load_encoder
+from mochi.detection.model import Detector, build
+from mochi.detection.normalization import settle_statistics
+from mochi.runtime import distributed
+from mochi.runtime.precision import autocast
+from mochi.runtime.progress import NonFiniteError, Progress, check_finite
+from mochi.storage import checkpoint
+
+logger = logging.getLogger(__name__)
+
+_WARMUP_START = 1e-3  # detectron2's WARMUP_FACTOR
+_FEATURE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every fine-tuning of one encoder on one set shares."""
+
+    settings: DetectionSet
+    encoder: Encoder
+    weights: Path
+    num_classes: int
+    device: torch.device
+
+    def detector(self) -> tuple[Detector, dict[str, dict[str, str]]]:
+        """A new detector with the encoder in it, and the proof of that."""
+        detector = build(self.encoder, self.num_classes, self.settings.model)
+        proof = load_encoder(detector, self.weights)
+        return detector.to(self.device).to(memory_format=torch.channels_last), proof
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and learning rate, scaled from `lr_batch_size` to `batch_size` images a step.
+
+    The rate per image and the number of images stay what the experiment says.
+    """
+
+    steps: int
+    warmup: int
+    drops: tuple[int, ...]
+    cosine: bool
+    lr: float
+
+    @staticmethod
+    def of(training: DetectionTraining, lr: float, iterations: int) -> "Schedule":
+        """The schedule of `training`, its shape squeezed into `iterations` (all of them, or a try)."""
+        scale = training.lr_batch_size / training.batch_size
+        squeeze = scale * iterations / training.iterations
+        return Schedule(
+            steps=max(round(training.iterations * squeeze), 1),
+            warmup=round(training.warmup_iterations * squeeze),
+            drops=tuple(round(drop * squeeze) for drop in training.lr_drops),
+            cosine=training.schedule == "cosine",
+            lr=lr / scale,
+        )
+
+    def lr_at(self, step: int) -> float:
+        """The rate of a step, counted from 0."""
+        rate = self.lr
+        if step < self.warmup:
+            part = step / self.warmup
+            rate *= _WARMUP_START * (1 - part) + part
+        if self.cosine:
+            return rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return rate * 0.1 ** sum(step >= drop for drop in self.drops)
+
+
+class FrozenBackbone:
+    """conv1 to res4 with the weights they came with, shared by all fine-tunings of a frozen reading.
+
+    Their batch-norm statistics are taken anew on the training images, for every encoder alike: a random
+    encoder has none of its own, and would be measured by that and not by its features.
+
+    An image's features are kept, as long as they do not depend on what stands beside it in a batch: where
+    all images have one size, nothing is padded.
+    """
+
+    def __init__(self, recipe: Recipe, images: Images) -> None:
+        detector, _ = recipe.detector()
+        self.module = detector.backbone.requires_grad_(requires_grad=False)
+        self._device = recipe.device
+        training = recipe.settings.training
+        dataset = _training_items(training, images, seed=0)
+        rank, world = distributed.rank(), distributed.world_size()
+        batches = (
+            collate(dataset[number], detector.stride).images.to(self._device)
+            for number in range(rank, training.precise_bn_batches * world, world)
+        )
+        with autocast(self._device, training.precision):
+            settle_statistics(self.module.train(), batches, self.module)
+        self.module.eval()
+        self._kept: dict[tuple[str | int, str, bool], Tensor] = {}
+        self._bytes = 0
+
+    @torch.no_grad()
+    def features(self, images: Images, batch: Batch) -> Tensor:
+        """(B, C, h, w) of a batch of `images`."""
+        annotated = images.annotations.images
+        padded = any(size != tuple(batch.images.shape[-2:]) for size in batch.sizes)
+        if padded or not images.of_one_size or self._bytes > _FEATURE_BYTES:
+            result: Tensor = self.module(batch.images.to(self._device))
+            return result
+        keys = [
+            (annotated[item.index].image_id, str(annotated[item.index].path), item.flipped)
+            for item in batch.items
+        ]
+        missing = [place for place, key in enumerate(keys) if key not in self._kept]
+        if missing:
+            for place, feature in zip(
+                missing, self.module(batch.images[missing].to(self._device)), strict=True
+            ):
+                self._kept[keys[place]] = feature
+                self._bytes += feature.numel() * feature.element_size()
+        return torch.stack([self._kept[key] for key in keys])
+
+
+class FineTuning:
+    """A detector on its way from an encoder to its last step.
+
+    Args:
+        recipe: model, data and schedule.
+        images: what it learns from.
+        lr: for `lr_batch_size` images a step.
+        iterations: of as many images a step; fewer than the recipe's for a try.
+        seed: of the new layers, the batches, and the sampling of anchors and regions.
+        saved: the resume checkpoint.
+        identity: what makes this run itself, for the checkpoint.
+        frozen: the backbone of a frozen reading.
+
+    Raises:
+        InitialisationError: the encoder does not fit.
+        CheckpointError: the checkpoint is of another run.
+        ConfigError: the processes cannot share the batch evenly.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        images: Images,
+        lr: float,
+        iterations: int,
+        seed: int,
+        saved: Path,
+        identity: Mapping[str, Any],
+        frozen: FrozenBackbone | None = None,
+    ) -> None:
+        self._recipe, self._images, self._seed, self._saved = recipe, images, seed, saved
+        self._frozen = frozen
+        training = recipe.settings.training
+        self._schedule = Schedule.of(training, lr, iterations)
+        self._identity = {**identity, "lr": lr, "iterations": iterations, "fine_tuning_seed": seed}
+        self._accumulate = accumulation(training, distributed.world_size())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.detector, self.proof = recipe.detector()
+        if frozen is not None:
+            self.detector.backbone = frozen.module
+        self._dataset = _training_items(training, images, seed)
+        self._optimizer = _optimizer(self.detector, training)
+        self.step, self.vanished = 0, 0
+        found = checkpoint.load(saved, self._identity)
+        if found is not None:
+            tensors, state = found
+            checkpoint.unpack(tensors, self.detector, self._optimizer)
+            self.step, self.vanished = state["step"], state["vanished"]
+            logger.info(
+                "fine-tuning seed %d resumes at step %d of %d", seed, self.step, self._schedule.steps
+            )
+
+    def train(self, label: str, log: Callable[[dict[str, Any]], None] | None = None) -> Detector:
+        """All steps that are left, then batch-norm statistics settled; the detector is ready to judge.
+
+        Raises:
+            NonFiniteError: the loss, or a weight after a step, is not a number.
+        """
+        training, steps = self._recipe.settings.training, self._schedule.steps
+        self._set_modes()
+        numbers = self._numbers(self.step * self._accumulate, steps * self._accumulate)
+        batches = stream(self._dataset, numbers, training.workers)
+        last_save = time.monotonic()
+        with Progress(label, steps, self.step) as progress:
+            while self.step < steps:
+                losses = self._advance(batches)
+                note = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+                if log is not None:
+                    log({"step": self.step, "lr": self._schedule.lr_at(self.step - 1), **losses})
+                progress.advance(note)
+                if time.monotonic() - last_save > 60 * training.checkpoint_minutes:
+                    self.save()
+                    last_save = time.monotonic()
+        self._settle()
+        return self.detector
+
+    def save(self) -> None:
+        """Write the resume checkpoint."""
+        if distributed.rank() == 0:
+            state = {"step": self.step, "vanished": self.vanished}
+            checkpoint.save(
+                self._saved, checkpoint.pack(self.detector, self._optimizer), state, self._identity
+            )
+
+    def _advance(self, batches: Any) -> dict[str, float]:
+        """One optimizer step over `accumulate` micro-batches of every process; returns the mean losses."""
+        lr = self._schedule.lr_at(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        seed_step(self._seed, self.step)
+        self._optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        for _ in range(self._accumulate):
+            losses = self._losses(next(batches))
+            total = sum(losses.values(), torch.zeros((), device=self._recipe.device))
+            (total / self._accumulate).backward()
+            for name, loss in {"loss": total, **losses}.items():
+                sums[name] = sums.get(name, 0.0) + loss.item() / self._accumulate
+        # The mean, so that all processes stop together where one of them would leave the others waiting.
+        mean = distributed.mean_over_ranks(torch.tensor(sums["loss"], device=self._recipe.device))
+        check_finite(float(mean), step=self.step, lr=lr, last_good=self._saved)
+        distributed.average_gradients(self.detector.parameters())
+        self._optimizer.step()
+        self.step += 1
+        self._check_weights(lr)
+        return sums
+
+    def _check_weights(self, lr: float) -> None:
+        """The loss speaks of the weights before the step; those after it are saved, and judged at the end.
+
+        They are the same on all processes, so that all of them stop together.
+        """
+        tensors = [tensor for tensor in self.detector.state_dict().values() if tensor.is_floating_point()]
+        if not math.isfinite(nn.utils.get_total_norm(tensors, math.inf)):
+            last_good = f"{self._saved}" if self._saved.exists() else "none yet"
+            raise NonFiniteError(
+                f"found weights that are not finite after step {self.step} (learning rate {lr:.6g}); "
+                f"expected finite numbers. Last good checkpoint: {last_good}. Lower the learning rate; the "
+                "same command goes on from that checkpoint"
+            )
+
+    def _losses(self, items: Any) -> dict[str, Tensor]:
+        batch = collate(items, self.detector.stride)
+        self.vanished += sum(item.vanished for item in items)
+        device = self._recipe.device
+        targets = batch.targets(device)
+        with autocast(device, self._recipe.settings.training.precision):
+            if self._frozen is None:
+                losses = self.detector(batch.images.to(device), batch.sizes, targets)
+            else:
+                features = self._frozen.features(self._images, batch)
+                losses = self.detector.from_features(features, batch.sizes, targets)
+        return dict(losses)
+
+    def _numbers(self, first: int, last: int) -> range:
+        """Micro-batches first .. last - 1 of this process: they are dealt out in turn."""
+        world = distributed.world_size()
+        return range(first * world + distributed.rank(), last * world + distributed.rank(), world)
+
+    def _set_modes(self) -> None:
+        self.detector.train()
+        if self._frozen is not None:
+            self.detector.backbone.eval()
+
+    def _settle(self) -> None:
+        """Precise batch-norm statistics, over the batches that would come next."""
+        batches = self._recipe.settings.training.precise_bn_batches
+        first = self._schedule.steps * self._accumulate
+        self._set_modes()
+        seed_step(self._seed, self._schedule.steps)
+        numbers = self._numbers(first, first + batches)
+        settle_statistics(self.detector, (self._dataset[number] for number in numbers), self._losses)
+
+
+def _training_items(training: DetectionTraining, images: Images, seed: int) -> TrainingItems:
+    return TrainingItems(
+        images, training.micro_batch, training.train_sizes, training.max_size, training.flip, seed
+    )
+
+
+def accumulation(training: DetectionTraining, world_size: int) -> int:
+    """Micro-batches that a process adds up before a step, so that a step is `batch_size` images anywhere.
+
+    Raises:
+        ConfigError: `batch_size` is not a multiple of micro_batch x processes.
+    """
+    together = training.micro_batch * world_size
+    if training.batch_size % together:
+        fits = [n for n in range(1, training.batch_size + 1) if training.batch_size % (n * world_size) == 0]
+        raise ConfigError(
+            f"detection batch_size {training.batch_size} cannot be shared by {world_size} processes with "
+            f"micro_batch {training.micro_batch}; "
+            + (f"micro_batch can be {', '.join(map(str, fits))}" if fits else "use fewer processes")
+        )
+    return training.batch_size // together
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Anchors and regions are sampled by torch's own generator; here it becomes a function of the step."""
+    words = np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(2, np.uint32)
+    torch.manual_seed((int(words[0]) << 32 | int(words[1])) >> 1)
+
+
+def _optimizer(detector: Detector, training: DetectionTraining) -> torch.optim.SGD:
+    """SGD; batch-norm parameters without weight decay (detectron2's WEIGHT_DECAY_NORM = 0)."""
+    norms = {
+        parameter
+        for module in detector.modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for parameter in module.parameters()
+    }
+    learnt = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(
+        [
+            {"params": [p for p in learnt if p not in norms], "weight_decay": training.weight_decay},
+            {"params": [p for p in learnt if p in norms], "weight_decay": 0.0},
+        ],
+        lr=0.0,
+        momentum=training.momentum,
+        foreach=True,
+    )

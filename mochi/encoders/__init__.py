@@ -1,0 +1,1 @@
+"""Encoders: architectures and encoder files."""

@@ -1,0 +1,185 @@
+"""What the training loop asks of a way to learn, and the two ways: contrast and labels."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mochi.config import Contrastive, Run
+from mochi.contrast.diagnosis import false_negatives, matching_probabilities
+from mochi.contrast.moco import MoCo, Step
+from mochi.data.format import StoredDataset, StoredSplit
+from mochi.data.views.loading import Images, Views, one_view, two_views
+from mochi.encoders.resnet import ResNet
+from mochi.runtime.progress import verdict
+
+
+class Learner(Protocol):
+    """A module that learns from batches; the loop in `pretrain.py` knows nothing else of it."""
+
+    module: nn.Module
+    metric_names: tuple[str, ...]
+    num_images: int
+
+    @property
+    def backbone(self) -> ResNet:
+        """The product."""
+
+    def batches(self, epoch: int, first_step: int, **loading: Any) -> Iterator[Any]:
+        """The epoch's batches of this rank from `first_step` on."""
+
+    def loss(self, batch: Any, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """The loss to minimise, and the step's metrics in the order of `metric_names`."""
+
+    def after_update(self, *, last_of_epoch: bool) -> None:
+        """Called once the optimizer has moved the parameters."""
+
+    def describe_epoch(self, epoch: int, means: dict[str, float]) -> dict[str, Any]:
+        """More columns of the epoch's row, given the means of its metrics."""
+
+    def matching(self, epoch: int) -> list[float]:
+        """Matching probabilities to record at this epoch's end; often none."""
+
+
+def make_learner(run: Run, dataset: StoredDataset) -> Learner:
+    """The learner that the run asks for."""
+    if isinstance(run.pretrain, Contrastive):
+        return ContrastiveLearner(run, run.pretrain, dataset.split("train"))
+    return SupervisedLearner(run, dataset.split("train"), len(dataset.classes))
+
+
+def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
+    """What a queue longer than the data set means, or None.
+
+    Such a queue always holds a stale key of the query's own image, a negative that is none
+    (KaimingHe in facebookresearch/moco issue 24).
+    """
+    if recipe.queue_size < num_images:
+        return None
+    share = recipe.queue_size / num_images
+    return (
+        f"queue_size = {recipe.queue_size} is {share:.2f} times the {num_images} training images: "
+        f"every query meets about {share:.1f} stale keys of its own image among its negatives "
+        f"({share / recipe.queue_size:.2%} of the queue); at most {num_images // 2} is advisable"
+    )
+
+
+class ContrastiveLearner:
+    """MoCo and MoCHi."""
+
+    metric_names: tuple[str, ...] = ("loss", "accuracy", "accuracy_with_synthetics", "spread")
+
+    def __init__(self, run: Run, recipe: Contrastive, split: StoredSplit) -> None:
+        assert run.augmentation is not None
+        self._recipe, self._split, self._augmentation = recipe, split, run.augmentation
+        self.module: nn.Module
+        self._moco = self.module = MoCo(run.encoder, recipe, run.seed)
+        self.num_images = len(split)
+        self._step: Step | None = None
+        self._labels = torch.empty(0)
+        self._diagnosis: dict[str, float] = {}
+        self._matching: list[float] = []
+
+    @property
+    def backbone(self) -> ResNet:
+        """The query encoder without its head."""
+        return self._moco.backbone
+
+    def batches(self, epoch: int, first_step: int, **loading: Any) -> Iterator[Views]:
+        """Two views of every image."""
+        return two_views(self._split, self._augmentation, epoch=epoch, first_step=first_step, **loading)
+
+    def loss(self, batch: Views, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """InfoNCE; accuracy is the proxy task's: the key outranks every negative."""
+        mixing = self._recipe.mixing
+        synthesize = mixing is not None and epoch >= mixing.warmup_epochs
+        self._labels = batch.labels
+        self._step = self._moco.training_step(
+            batch.query, batch.key, batch.labels, step, synthesize=synthesize
+        )
+        loss, positive, hardest_negative, hardest_synthetic = self._step.loss
+        metrics = (
+            loss.detach(),
+            (positive > hardest_negative).float().mean(),
+            (positive > torch.maximum(hardest_negative, hardest_synthetic)).float().mean(),
+            self._step.query.std(0).mean(),
+        )
+        return loss, torch.stack(metrics)
+
+    def after_update(self, *, last_of_epoch: bool) -> None:
+        """Enqueue after the step, so that no key was a negative of its own query."""
+        assert self._step is not None
+        if last_of_epoch:
+            # Before the enqueue: the measurements are of the queue that the loss saw.
+            self._diagnosis = false_negatives(self._step, self._labels)
+            self._matching = matching_probabilities(self._step, self._recipe.temperature).tolist()
+        self._moco.enqueue(self._step.key, self._labels)
+
+    def describe_epoch(self, epoch: int, means: dict[str, float]) -> dict[str, Any]:
+        """Chance level, queue fill, false negatives and a verdict in plain words."""
+        negatives = self._recipe.queue_size
+        if self._recipe.mixing is not None and epoch >= self._recipe.mixing.warmup_epochs:
+            negatives += self._recipe.mixing.num_pair_synthetics + self._recipe.mixing.num_query_synthetics
+        chance, fill = math.log(1 + negatives), self._moco.queue.fill()
+        words = verdict(
+            loss=means["loss"],
+            chance=chance,
+            spread=means["spread"],
+            queue_fill=fill,
+            dim=self._recipe.embedding_dim,
+        )
+        return {"chance": chance, "queue_fill": fill, **self._diagnosis, "verdict": words}
+
+    def matching(self, epoch: int) -> list[float]:
+        """Figure 2a's curve at the epochs that the recipe names."""
+        return self._matching if epoch in self._recipe.matching_epochs else []
+
+
+class SupervisedLearner:
+    """Cross-entropy on labels, the same views: the ceiling."""
+
+    metric_names: tuple[str, ...] = ("loss", "accuracy")
+
+    def __init__(self, run: Run, split: StoredSplit, num_classes: int) -> None:
+        assert run.augmentation is not None
+        self._split, self._augmentation, self._num_classes = split, run.augmentation, num_classes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            self._backbone = ResNet(run.encoder)
+            classifier = nn.Linear(self._backbone.num_features, num_classes)
+        self.module: nn.Module = nn.Sequential(self._backbone, classifier)
+        self.num_images = int((split.labels >= 0).sum())
+
+    @property
+    def backbone(self) -> ResNet:
+        """The classifier without its last layer."""
+        return self._backbone
+
+    def batches(self, epoch: int, first_step: int, **loading: Any) -> Iterator[Images]:
+        """One view of every labelled image."""
+        return one_view(self._split, self._augmentation, epoch=epoch, first_step=first_step, **loading)
+
+    def loss(self, batch: Images, epoch: int, step: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Cross-entropy in float32."""
+        logits = self.module(batch.images).float()
+        loss = F.cross_entropy(logits, batch.labels)
+        accuracy = (logits.argmax(1) == batch.labels).float().mean()
+        return loss, torch.stack((loss.detach(), accuracy))
+
+    def after_update(self, *, last_of_epoch: bool) -> None:
+        """Nothing to do."""
+
+    def describe_epoch(self, epoch: int, means: dict[str, float]) -> dict[str, Any]:  # noqa: ARG002
+        """The loss of a classifier that knows nothing, and a verdict."""
+        chance = math.log(self._num_classes)
+        return {
+            "chance": chance,
+            "verdict": "learning" if means["loss"] < 0.98 * chance else "at chance: nothing learnt yet",
+        }
+
+    def matching(self, epoch: int) -> list[float]:  # noqa: ARG002
+        """No negatives, nothing matched."""
+        return []

@@ -1,0 +1,1 @@
+"""How a process runs: devices, ranks, number formats, locks, progress."""

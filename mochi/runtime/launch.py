@@ -1,0 +1,66 @@
+"""From one command to its processes: one GPU, several of a host by torchrun, several nodes under Slurm."""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+
+from mochi.errors import UserError
+from mochi.runtime import gpus
+
+
+def on_gpus(count: int, nodes: int = 1) -> None:
+    """Give this process its `count` GPUs; with several, become torchrun with this same command on them.
+
+    Call it before CUDA is first used. Inside torchrun it does nothing. Under Slurm the scheduler has
+    chosen the GPUs already; elsewhere they are claimed, and waited for, by locks. 0 hides all GPUs.
+
+    Args:
+        count: GPUs in all.
+        nodes: hosts to spread them over, evenly; more than one needs Slurm.
+
+    Raises:
+        UserError: more GPUs than the host has, or a spread that cannot be.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    command = torchrun(count, nodes, sys.argv[1:], os.environ)
+    if count == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif "SLURM_JOB_ID" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.claim(count, gpus.visible()))
+    if command:
+        os.execvp(command[0], command)  # noqa: S606
+
+
+def local_share(total: int, at_least: int = 1) -> int:
+    """This process's part of something that the ranks on one host share, such as threads."""
+    return max(at_least, total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The command that runs `python -m mochi ARGUMENTS` on `count` GPUs; empty where one process does.
+
+    Raises:
+        UserError: see `on_gpus`.
+    """
+    if count < 0 or nodes < 1:
+        raise UserError(f"gpus, nodes: found {count}, {nodes}; expected gpus >= 0 and nodes >= 1")
+    if count == 0 or count == nodes == 1:
+        return []
+    if count % nodes:
+        raise UserError(
+            f"gpus: found {count}; {nodes} nodes cannot share them evenly; use a multiple of {nodes}"
+        )
+    # `--` ahead of the module: torchrun takes our `--run` for one of its own options otherwise.
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count // nodes}"]
+    if nodes == 1:
+        # Picks a free port, so that runs side by side do not collide; needs no name that resolves.
+        return [*run, "--standalone", "--local-addr=localhost", "-m", "--", "mochi", *arguments]
+    job = environment.get("SLURM_JOB_ID")
+    if job is None:
+        raise UserError(f"nodes: found {nodes} outside a Slurm job; several nodes need the Slurm profile")
+    port = 20000 + int(job) % 20000
+    spread = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    meet = ["--rdzv-backend=c10d", f"--rdzv-id={job}", f"--rdzv-endpoint={socket.gethostname()}:{port}"]
+    return ["srun", *spread, *run, f"--nnodes={nodes}", *meet, "-m", "--", "mochi", *arguments]

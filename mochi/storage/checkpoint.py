@@ -1,0 +1,153 @@
+"""Resume checkpoints: tensors and JSON only, written whole, the previous one kept.
+
+A checkpoint carries the *identity* of its run. It is loaded by the same run or refused: continuing from
+somebody else's state would be a silent mistake.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mochi.errors import UserError
+from mochi.storage.atomic import replacing
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the text says why and what to do."""
+
+
+def save(
+    path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], identity: Mapping[str, Any]
+) -> None:
+    """Write tensors and a JSON state to `path`; what stood there becomes `previous_of(path)`.
+
+    Raises:
+        CheckpointError: the disk is full or the folder read-only; what stood there is intact.
+    """
+    metadata = {"state": json.dumps(state), "identity": json.dumps(identity, sort_keys=True)}
+    owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with replacing(path) as temporary:
+            save_file(owned, temporary, metadata)
+            if path.exists():
+                # A hard link, so that at no moment neither file exists.
+                with replacing(previous_of(path)) as link:
+                    link.hardlink_to(path)
+    except (OSError, SafetensorError) as error:
+        kept = f"the checkpoint of before is intact: {path}" if path.exists() else "there was none before"
+        raise CheckpointError(
+            f"the checkpoint could not be written to {path}: {error}; {kept}. "
+            "Free disk space or make the folder writable, then run the same command again"
+        ) from error
+
+
+def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The tensors and state of the newest readable checkpoint, or None where there is none.
+
+    A damaged newest file is named in the log and the previous one is used.
+
+    Raises:
+        CheckpointError: the checkpoint is of another run (both are named), or none is readable.
+    """
+    damaged = []
+    for candidate in (path, previous_of(path)):
+        if not candidate.exists():
+            continue
+        try:
+            with safe_open(candidate, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = json.loads(metadata["identity"])
+            state = json.loads(metadata["state"])
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            logger.warning("checkpoint %s is damaged (%s); trying the one before", candidate, error)
+            damaged.append(candidate)
+            continue
+        _refuse_another_run(candidate, found, dict(identity))
+        return tensors, state
+    if damaged:
+        raise CheckpointError(
+            f"no readable checkpoint: {', '.join(map(str, damaged))} are damaged; "
+            "remove them to start this run from its beginning"
+        )
+    return None
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before the newest one lies."""
+    return path.with_name(f"previous-{path.name}")
+
+
+def discard(path: Path) -> None:
+    """Remove both checkpoints: the run is complete."""
+    path.unlink(missing_ok=True)
+    previous_of(path).unlink(missing_ok=True)
+
+
+def _refuse_another_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    found, wanted = _flat(found), _flat(wanted)
+    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    if keys:
+        theirs = ", ".join(f"{key}={found.get(key)}" for key in keys)
+        ours = ", ".join(f"{key}={wanted.get(key)}" for key in keys)
+        raise CheckpointError(
+            f"{path} is the checkpoint of another run. It was written by the run with {theirs}; "
+            f"this is the run with {ours}. To continue that run, restore its settings and data; "
+            f"to start this one from its beginning, remove {path.parent}"
+        )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, so that a message names only what differs."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def pack(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors that training changes: parameters, buffers, and the optimizer's state."""
+    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if value is not None:
+                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    return tensors
+
+
+def unpack(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put back what `pack` took; every tensor must find its place.
+
+    Raises:
+        CheckpointError: names are missing or left over.
+    """
+    own = {
+        name.removeprefix("module."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("module.")
+    }
+    expected = set(module.state_dict())
+    if own.keys() != expected:
+        raise CheckpointError(
+            f"the checkpoint does not fit the model: missing {sorted(expected - own.keys())[:5]}, "
+            f"left over {sorted(own.keys() - expected)[:5]}"
+        )
+    module.load_state_dict(own)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,253 @@
+"""Awkward files made on the spot, each with the picture it must become; and 51 real ones, where they are,
+against what Pillow shows of each.
+"""
+
+import csv
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from mochi.data.ingest import decode
+
+Picture = Callable[..., Image.Image]
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def stored(data: bytes) -> np.ndarray:
+    """The pixels that the loader will see: the stored bytes through a plain conversion."""
+    verdict = decode.check(data)
+    assert verdict.reason == ""
+    image = decode.open_image(verdict.encoded or data).convert("RGB")
+    assert image.size == (verdict.width, verdict.height)
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 40, "subsampling": 0}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_clean_jpeg_keeps_its_bytes(picture: Picture, mode: str, options: dict[str, object]) -> None:
+    data = encoded(picture().convert(mode), "JPEG", **options)
+    assert decode.check(data) == decode.Checked("", 32, 24, "JPEG", mode, None)
+
+
+def test_a_clean_png_keeps_its_bytes(picture: Picture) -> None:
+    assert decode.check(encoded(picture(), "PNG")).encoded is None
+
+
+def test_an_oriented_jpeg_is_turned(picture: Picture) -> None:
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(picture(), "JPEG", exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert (stored(data) == np.asarray(expected)).all()
+        assert (decode.check(data).encoded is None) == (orientation == 1)
+
+
+@pytest.mark.parametrize("tag", [0, 9, 77])
+def test_an_orientation_out_of_range_asks_nothing(picture: Picture, tag: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    assert decode.check(encoded(picture(), "JPEG", exif=exif)).encoded is None
+
+
+def test_a_palette_becomes_its_colours() -> None:
+    """Read as indices, red and green would be 0 and 1."""
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putdata([0, 1])
+    assert stored(encoded(image, "PNG")).tolist() == [[[255, 0, 0], [0, 255, 0]]]
+    transparent = encoded(image, "PNG", transparency=0)
+    assert stored(transparent).tolist() == [[[255, 255, 255], [0, 255, 0]]]
+
+
+def test_transparency_lies_over_white() -> None:
+    image = Image.new("RGBA", (3, 1))
+    image.putdata([(10, 20, 30, 0), (10, 20, 30, 255), (0, 0, 0, 128)])
+    white, opaque, half = stored(encoded(image, "PNG"))[0].tolist()
+    assert white == [255, 255, 255]
+    assert opaque == [10, 20, 30]
+    assert half == [127, 127, 127]
+    grey = Image.new("LA", (1, 1), (50, 0))
+    assert stored(encoded(grey, "PNG")).tolist() == [[[255, 255, 255]]]
+
+
+def test_sixteen_bits_are_scaled_not_cut() -> None:
+    """Pillow's own conversion cuts at 255: everything above one 257th of the range turns white."""
+    values = np.array([[0, 257, 128 * 257, 200 * 257, 65535]], dtype=np.uint16)
+    for kind in ("PNG", "TIFF"):
+        grey = stored(encoded(Image.fromarray(values), kind))
+        assert grey[0].tolist() == [[v, v, v] for v in (0, 1, 128, 200, 255)]
+
+
+def test_float_images_are_scaled(picture: Picture) -> None:
+    unit = np.linspace(0, 1, 6, dtype=np.float32).reshape(1, 6)
+    for values in (unit, unit * 1000 - 300):
+        assert stored(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [
+            0,
+            51,
+            102,
+            153,
+            204,
+            255,
+        ]
+
+
+def test_missing_values_of_floats_are_black_and_alone_no_picture() -> None:
+    """NaN marks missing data in depth and satellite pictures; it once made all of the picture black."""
+    values = np.array([[0, np.nan, 500, 1000, np.inf, -np.inf]], dtype=np.float32)
+    assert stored(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 0, 128, 255, 0, 0]
+    verdict = decode.check(encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"))
+    assert verdict.reason == "TIFF holds no finite value"
+
+
+def test_integers_beyond_sixteen_bits_are_scaled_by_their_range() -> None:
+    values = np.array([[0, 200_000, 1_000_000]], dtype=np.int32)
+    assert stored(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 51, 255]
+
+
+def test_the_transparent_value_of_sixteen_bits_is_white() -> None:
+    values = np.array([[0, 128 * 257, 200 * 257]], dtype=np.uint16)
+    data = encoded(Image.fromarray(values), "PNG", transparency=128 * 257)
+    assert Image.open(io.BytesIO(data)).has_transparency_data
+    assert stored(data)[0, :, 0].tolist() == [0, 255, 200]
+
+
+def test_cmyk_is_pillows_rgb(picture: Picture) -> None:
+    data = encoded(picture().convert("CMYK"), "JPEG", quality=95)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(stored(data) - expected).max() == 0
+    assert np.abs(stored(data) - np.asarray(picture())).mean() < 8
+
+
+def test_the_first_frame_stands_for_an_animation(picture: Picture) -> None:
+    frames = [picture(seed) for seed in (1, 2, 3)]
+    for kind in ("GIF", "WEBP", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert np.abs(stored(data) - np.asarray(frames[0])).mean() < 12
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file (0 bytes)"),
+        (b"<!DOCTYPE html><html>404</html>", "HTML or XML text, not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "text, not an image"),
+        (b"\x1f\x8b\x08\x00" + bytes(40), "gzip data, not an image"),
+        (b"PK\x03\x04" + bytes(40), "zip data, not an image"),
+        (bytes(range(128, 256)), "not an image Pillow can read"),
+    ],
+)
+def test_what_is_no_image_says_what_it_looks_like(data: bytes, reason: str) -> None:
+    assert decode.check(data).reason == reason
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_cut_file_is_no_picture(picture: Picture, kind: str, share: float) -> None:
+    data = encoded(picture(height=200, width=300), kind)
+    assert f"{kind} does not decode" in decode.check(data[: int(len(data) * share)]).reason
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0, "restart_marker_rows": 1}]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_short_check_of_a_jpeg_finds_what_a_whole_decode_finds(
+    picture: Picture, mode: str, options: dict[str, object]
+) -> None:
+    """Cut, overwritten and shortened at random; about a third do not decode."""
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(encoded(picture(0, 75, 100).convert(mode), "JPEG", **options), np.uint8)
+    broken = 0
+    for number in range(150):
+        first, last = sorted(rng.integers(100, len(whole), 2).tolist())
+        damaged = whole.copy()
+        damaged[rng.integers(first, last + 1, 5)] = rng.integers(0, 256, 5)
+        kinds = [whole[:last], damaged, np.delete(whole, slice(first, last))]
+        data = kinds[number % 3].tobytes()
+        try:
+            decode.to_rgb(decode.open_image(data))
+            reason = ""
+        except decode.UnreadableError as error:
+            reason = str(error)
+            broken += 1
+        assert decode.check(data).reason == reason
+    assert 30 < broken < 120
+
+
+def test_a_bomb_is_refused_by_its_claim() -> None:
+    """A PNG header that claims 40,000 x 40,000 pixels; nothing of that size may be allocated."""
+    data = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
+    data[16:24] = (40_000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    assert decode.check(bytes(data)).reason.startswith("decompression bomb")
+
+
+def test_a_large_honest_photograph_passes_without_a_warning() -> None:
+    """12,000 x 9,000 is above the size at which Pillow warns of a bomb."""
+    data = encoded(Image.new("L", (12_000, 9_000), 128), "JPEG", quality=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode.check(data) == decode.Checked("", 12_000, 9_000, "JPEG", "L", None)
+        assert decode.open_image(data).size == (12_000, 9_000)
+
+
+def test_real_awkward_files_land_where_they_should(real_data: Callable[[str], Path]) -> None:
+    """MANIFEST.csv says what Pillow 13 makes of each file. One differs on purpose: broken-after-data.png
+    lacks its last forty rows; Pillow raises on the first attempt, hands out the torn picture on the
+    second, and torchvision's decoder crashes on it."""
+    root = real_data("awkward-images.tar") / "awkward-images"
+    with (root / "MANIFEST.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 51
+    unreadable = set()
+    for row in rows:
+        data = (root / "files" / row["file"]).read_bytes()
+        verdict = decode.check(data)
+        if verdict.reason:
+            unreadable.add(row["file"])
+            continue
+        assert verdict.format == row["format"], row["file"]
+        expected = decode.open_image(data)
+        deep = expected.mode.startswith("I")
+        with warnings.catch_warnings(action="ignore"):
+            expected.load()
+            upright = (
+                ImageOps.exif_transpose(expected) if row["orientation"] not in {"", "error"} else expected
+            )
+            if deep:
+                values = np.asarray(upright, dtype=float)
+                # Pillow lays nothing over anything here: the transparent value is the manifest's word.
+                values[values == upright.info.get("transparency")] = 65535
+                upright = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+            elif upright.has_transparency_data:
+                upright = Image.alpha_composite(
+                    Image.new("RGBA", upright.size, "white"), upright.convert("RGBA")
+                )
+            shown = np.asarray(upright.convert("RGB")).astype(int)
+        assert np.abs(stored(data) - shown).max() == 0, row["file"]
+    expected_unreadable = {row["file"] for row in rows if row["decodes"] == "no"}
+    assert unreadable == expected_unreadable | {"broken-after-data.png"}
+
+
+def test_real_orientations_agree(real_data: Callable[[str], Path]) -> None:
+    """The same scene saved with tags 1, 3, 6 and 8: the stored pictures look the same."""
+    root = real_data("awkward-images.tar") / "awkward-images" / "files"
+    reference = stored((root / "exif-orientation-1.jpg").read_bytes())
+    for tag in (3, 6, 8):
+        turned = stored((root / f"exif-orientation-{tag}.jpg").read_bytes())
+        # Each was compressed on its own; upside down the two differ by more than 30 levels.
+        assert np.abs(turned - reference).mean() < 5
+        assert np.abs(turned[::-1, ::-1] - reference).mean() > 30

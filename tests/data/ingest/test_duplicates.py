@@ -1,0 +1,36 @@
+"""Groups of equal hashes against a dictionary, on random sets with many repeats."""
+
+import numpy as np
+import pytest
+
+from mochi.data.ingest import duplicates
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_those_of_a_dictionary(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pool = rng.integers(0, 256, (30, 32), dtype=np.uint8)
+    hashes = {
+        name: pool[rng.integers(0, 30, count)] for name, count in (("train", 40), ("val", 11), ("test", 0))
+    }
+    labels = {name: rng.integers(-1, 3, len(rows)) for name, rows in hashes.items()}
+    expected: dict[bytes, list[duplicates.Row]] = {}
+    for name, rows in hashes.items():
+        for row, content in enumerate(rows):
+            expected.setdefault(content.tobytes(), []).append(
+                duplicates.Row(name, row, int(labels[name][row]))
+            )
+    groups = [group for group in expected.values() if len(group) > 1]
+    found = list(duplicates.groups(hashes, labels))
+    assert found == groups
+    assert duplicates.summary(found) == {
+        "groups": len(groups),
+        "across_splits": len([g for g in groups if len({row.split for row in g}) == 2]),
+        "with_two_labels": len([g for g in groups if len({row.label for row in g} - {-1}) > 1]),
+    }
+
+
+def test_nothing_is_duplicated_in_nothing() -> None:
+    assert list(duplicates.groups({}, {})) == []
+    one = {"train": np.zeros((1, 32), np.uint8)}
+    assert list(duplicates.groups(one, {"train": np.array([0])})) == []

@@ -1,0 +1,203 @@
+"""Downloads against a server on the loopback that refuses, cuts, lies and resumes; archives that reach
+outside their folder.
+"""
+
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from mochi.config import Cifar
+from mochi.data.format import DataError
+from mochi.data.ingest.fetch import Archive, fetch, opened, unpacked
+
+CONTENT = bytes(range(256)) * 5000
+MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """/good serves everything with ranges; /plain without; /cut stops halfway; /wrong is another file."""
+
+    asked: ClassVar[list[tuple[str, str | None]]] = []
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.asked.append((self.path, wanted))
+        if self.path == "/refused":
+            self.send_error(403)
+            return
+        content = b"something else" if self.path == "/wrong" else CONTENT
+        first = 0
+        if wanted and self.path in {"/good", "/cut"}:
+            first = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if first >= len(content):
+                self.send_error(416)
+                return
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(content) - first))
+        self.end_headers()
+        half = len(content) // 2
+        self.wfile.write(content[first:half] if self.path == "/cut" else content[first:])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    Handler.asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+        thread.join()
+
+
+def options(**values: object) -> Cifar:
+    return Cifar(source="cifar10", name="c", **values)
+
+
+def archive(*urls: str) -> Archive:
+    return Archive("file.bin", MD5, urls)
+
+
+def test_the_next_address_serves_when_the_first_refuses(server: str, tmp_path: Path) -> None:
+    addresses = archive(f"{server}/refused", f"{server}/wrong", f"{server}/good")
+    path = fetch(addresses, options(), tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert [where for where, _ in Handler.asked] == ["/refused", "/wrong", "/good"]
+    assert fetch(addresses, options(), tmp_path) == path
+    assert len(Handler.asked) == 3  # kept: nothing was asked again
+
+
+def test_mirrors_of_the_user_come_first(server: str, tmp_path: Path) -> None:
+    fetch(archive(f"{server}/refused"), options(mirrors=[f"{server}/good"]), tmp_path)
+    assert [where for where, _ in Handler.asked] == ["/good"]
+
+
+def test_a_cut_download_goes_on_where_it_stopped(server: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match="connection lost after 640000 of 1280000 bytes; run again to go on"
+    ):
+        fetch(archive(f"{server}/cut"), options(), tmp_path)
+    path = fetch(archive(f"{server}/good"), options(), tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert Handler.asked[-1] == ("/good", "bytes=640000-")
+
+
+def test_a_server_without_ranges_starts_again(server: str, tmp_path: Path) -> None:
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "file.bin.part").write_bytes(CONTENT[:1000])
+    assert fetch(archive(f"{server}/plain"), options(), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_finished_part_is_taken(server: str, tmp_path: Path) -> None:
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "file.bin.part").write_bytes(CONTENT)
+    assert fetch(archive(f"{server}/good"), options(), tmp_path).read_bytes() == CONTENT
+
+
+def test_when_nobody_serves_every_failure_is_told(server: str, tmp_path: Path) -> None:
+    addresses = archive(f"{server}/refused", f"{server}/wrong", "gopher://x/y", "http://127.0.0.1:9/x")
+    with pytest.raises(DataError) as raised:
+        fetch(addresses, options(), tmp_path)
+    text = str(raised.value)
+    for part in (
+        "403",
+        "found md5",
+        "not an http, https or ftp address",
+        "127.0.0.1:9",
+        "set dataset.archive",
+        MD5,
+    ):
+        assert part in text
+
+
+def test_an_archive_brought_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "brought.bin"
+    with pytest.raises(DataError, match=r"no such file; expected file.bin"):
+        fetch(archive(), options(archive=str(path)), tmp_path)
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(DataError, match=rf"found md5 .*; expected {MD5}"):
+        fetch(archive(), options(archive=str(path)), tmp_path)
+    path.write_bytes(CONTENT)
+    assert fetch(archive(), options(archive=str(path)), tmp_path) == path
+
+
+def make_tar(path: Path, *members: tarfile.TarInfo | str) -> Path:
+    with tarfile.open(path, "w:gz") as file:
+        for member in members:
+            info = tarfile.TarInfo(member) if isinstance(member, str) else member
+            content = b"" if info.linkname else b"hello"
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def special(name: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    return info
+
+
+def link(name: str, target: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = tarfile.SYMTYPE, target
+    return info
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        "../outside.txt", "a/../../outside.txt", "/outside.txt",
+        link("a/up", "../../x"), link("a", "/etc/passwd"), special("pipe", tarfile.FIFOTYPE),
+    ],
+)  # fmt: skip
+def test_an_archive_that_reaches_outside_is_refused_whole(tmp_path: Path, member) -> None:
+    path = make_tar(tmp_path / "evil.tgz", "fine.txt", member)
+    with pytest.raises(DataError, match=r"evil.tgz: refused, nothing unpacked"):
+        unpacked(path, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.txt"))
+    assert not (tmp_path / "outside.txt").exists()
+
+
+def test_nothing_is_unpacked_through_a_link(tmp_path: Path) -> None:
+    """The link itself is honest; what lies behind it could be anywhere."""
+    path = make_tar(tmp_path / "evil.tgz", link("here", "."), "here/file.txt")
+    with pytest.raises(DataError, match=r"'here/file.txt' lies behind a link"):
+        unpacked(path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("filters", [True, False])
+def test_python_with_and_without_filters_unpacks_the_same(
+    tmp_path: Path, filters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not filters:  # before Python 3.11.4
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    path = make_tar(tmp_path / "good.tgz", "a/b.txt", link("a/c.txt", "b.txt"))
+    assert (unpacked(path, tmp_path / "cache") / "a" / "c.txt").read_text() == "hello"
+
+
+def test_an_honest_archive_is_unpacked_once(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "good.tgz", "a/b.txt", link("a/c.txt", "b.txt"))
+    folder = unpacked(path, tmp_path / "cache")
+    assert (folder / "a" / "c.txt").read_text() == "hello"
+    (folder / "a" / "b.txt").unlink()
+    assert not (unpacked(path, tmp_path / "cache") / "a" / "b.txt").exists()  # not done again
+    (folder / ".complete").unlink()
+    assert (unpacked(path, tmp_path / "cache") / "a" / "b.txt").exists()  # an interrupted one is
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", "cut"])
+def test_what_is_no_archive_is_named(tmp_path: Path, content: bytes | str) -> None:
+    path = make_tar(tmp_path / "x.tgz", *(f"{n}.txt" for n in range(50)))
+    path.write_bytes(path.read_bytes()[:200] if isinstance(content, str) else content)
+    with pytest.raises(DataError, match=r"x.tgz: found no whole tar archive"), opened(path) as file:
+        file.getmembers()

@@ -1,0 +1,432 @@
+"""What a folder becomes, checked file by file against the folder; and that neither the number of
+processes, nor an interruption, nor a second run changes a byte.
+
+The odd folders are those that people complained about: hidden files, empty classes, loops, names.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mochi.config import Folder
+from mochi.data.format import DataError, open_dataset
+from mochi.data.ingest import decode, verdicts
+from mochi.data.ingest import validate as scan
+from mochi.data.ingest.prepare import prepare
+from mochi.data.inspect import inspect
+
+Picture = Callable[..., Image.Image]
+
+
+def folder(path: Path, **options: object) -> Folder:
+    return Folder(source="folder", name="photos", path=str(path), **options)
+
+
+def contents(out: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def test_processes_and_repeats_change_no_byte(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "_FILES_ALONE", 0)
+    monkeypatch.setattr(scan, "_FILES_A_TASK", 4)
+    one, two, three = (tmp_path / name / "photos" for name in ("one", "two", "three"))
+    prepare(folder(tree), one, jobs=1)
+    prepare(folder(tree), two, jobs=2)
+    prepare(folder(tree), three, jobs=1, cache=one.parent / ".cache")
+    assert contents(one) == contents(two) == contents(three)
+
+
+def test_shards_are_bounded_and_random_access_crosses_them(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data" / "photos"
+    manifest = prepare(folder(tree), out, jobs=1, shard_bytes=5000)
+    shards = [file for file in manifest["splits"]["train"]["shards"] if "images" in file["file"]]
+    assert len(shards) > 3
+    assert max(file["bytes"] for file in shards) < 5000 + 3000 + 1000
+    split = open_dataset(out).split("train")
+    for row in (17, 0, 9):
+        assert split.encoded(row).to_pybytes() == (tree / split.path(row)).read_bytes()
+
+
+def test_small_images_of_one_size_become_one_array(picture: Picture, tmp_path: Path) -> None:
+    root = tmp_path / "small"
+    (root / "train" / "a").mkdir(parents=True)
+    for seed in range(5):
+        picture(seed, 16, 16).save(root / "train" / "a" / f"{seed}.png")
+    out = tmp_path / "data" / "small"
+    manifest = prepare(folder(root), out, jobs=1)
+    assert manifest["splits"]["train"]["storage"] == "pixels"
+    assert sorted(path.name for path in out.glob("train-*")) == ["train-images.npy", "train-index.arrow"]
+    pixels = open_dataset(out).split("train").pixels
+    assert pixels is not None
+    assert pixels.shape == (5, 16, 16, 3)
+    assert all((pixels[seed] == np.asarray(picture(seed, 16, 16))).all() for seed in range(5))
+
+
+def test_another_preparation_leaves_nothing_of_the_first(
+    tree: Path, picture: Picture, tmp_path: Path
+) -> None:
+    out = tmp_path / "data" / "photos"
+    prepare(folder(tree), out, jobs=1, shard_bytes=5000)
+    shutil.rmtree(tree)
+    (tree / "train" / "a").mkdir(parents=True)
+    picture(0, 16, 16).save(tree / "train" / "a" / "0.png")
+    prepare(folder(tree), out, jobs=1)
+    listed = {file["file"] for file in open_dataset(out).manifest["splits"]["train"]["shards"]}
+    reports = {"manifest.json", "quarantine.csv", "duplicates.csv"}
+    assert listed == {path.name for path in out.iterdir()} - reports
+
+
+def test_unreadable_files_are_set_aside_and_named(tree: Path, tmp_path: Path) -> None:
+    bad = tree / "train" / "ant"
+    (bad / "zero.jpg").touch()
+    (bad / "page.jpg").write_text("<html>404</html>")
+    (bad / "cut.jpg").write_bytes((whole := (bad / "0.jpg").read_bytes())[: len(whole) * 3 // 5])
+    (bad / "packed.jpg").write_bytes(b"\x1f\x8b\x08" + bytes(30))
+    out = tmp_path / "data" / "photos"
+    with pytest.raises(DataError, match=r"4 of 31 files are unreadable, more than max_unreadable = 0.01"):
+        prepare(folder(tree), out, jobs=1)
+    assert not (out / "manifest.json").exists()
+    manifest = prepare(folder(tree, max_unreadable=0.2), out, jobs=1)
+    assert manifest["quarantined"] == 4
+    rows = {Path(path).name: (int(size), reason) for path, size, reason in rows_of(out / "quarantine.csv")}
+    for name, reason in (
+        ("cut.jpg", "JPEG does not decode: "),
+        ("packed.jpg", "gzip data, not an image"),
+        ("page.jpg", "HTML or XML text, not an image"),
+        ("zero.jpg", "empty file (0 bytes)"),
+    ):
+        assert rows[name][0] == (bad / name).stat().st_size
+        assert rows[name][1].startswith(reason)
+    assert len(open_dataset(out).split("train")) == 18
+
+
+def test_a_file_without_permission_is_set_aside(tree: Path, tmp_path: Path, monkeypatch) -> None:
+    def refuse(blob: object) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(scan, "_read", refuse)
+    with pytest.raises(DataError, match=r"27 of 27 .* cannot be read: Permission denied"):
+        prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
+
+
+def test_hidden_and_foreign_files_are_ignored_and_counted(tree: Path, tmp_path: Path) -> None:
+    (tree / ".DS_Store").write_bytes(b"x")
+    (tree / "train" / ".ipynb_checkpoints").mkdir()
+    (tree / "train" / ".ipynb_checkpoints" / "0-checkpoint.jpg").write_bytes(b"x")
+    (tree / "train" / "ant" / "._0.jpg").write_bytes(b"x")
+    (tree / "train" / "ant" / "Thumbs.db").write_bytes(b"x")
+    (tree / "train" / "labels.csv").write_text("x")
+    (tree / "README.md").write_text("x")
+    (tree / "train" / "ant" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    manifest = prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
+    assert manifest["classes"] == ["ant", "bee", "cat"]
+    assert manifest["ignored"] == {
+        "broken link or not a regular file": 1, "hidden or system file": 4, "not an image by its suffix": 2,
+    }  # fmt: skip
+
+
+def test_an_empty_class_keeps_its_number(tree: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tree / "train" / "bee")
+    (tree / "train" / "bee").mkdir()
+    manifest = prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
+    assert manifest["classes"] == ["ant", "bee", "cat"]
+    assert manifest["splits"]["train"]["classes"] == {"ant": 6, "bee": 0, "cat": 6}
+    assert set(open_dataset(tmp_path / "data" / "photos").split("train").labels) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda root: None, lambda root: (root / "train" / "a").mkdir(parents=True)]
+)
+def test_no_images_says_what_was_looked_for(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    root = tmp_path / "empty"
+    root.mkdir()
+    make(root)
+    with pytest.raises(DataError, match=r"0 images under .*empty: looked for .* train/<class>/"):
+        prepare(folder(root), tmp_path / "out", jobs=1)
+    with pytest.raises(DataError, match="no such folder"):
+        prepare(folder(tmp_path / "nothing"), tmp_path / "out", jobs=1)
+
+
+def test_unlabelled_images(tree: Path, picture: Picture, tmp_path: Path) -> None:
+    """`unlabeled/` beside or below train carries no label; other trees are one unlabelled split."""
+    for place in (tree / "unlabeled", tree / "train" / "unlabeled"):
+        place.mkdir()
+        picture(5, 30, 30).save(place / "x.jpg")
+    manifest = prepare(folder(tree), tmp_path / "a" / "photos", jobs=1)
+    assert manifest["classes"] == ["ant", "bee", "cat"]
+    assert manifest["splits"]["train"]["unlabelled"] == 2
+    nested = tmp_path / "nested"
+    (nested / "2024" / "may").mkdir(parents=True)
+    for seed in range(5):
+        picture(seed, 30, 30 + seed).save(nested / "2024" / ("may" if seed % 2 else "") / f"{seed}.jpg")
+    manifest = prepare(folder(nested), tmp_path / "b" / "nested", jobs=1)
+    assert manifest["classes"] == []
+    assert manifest["splits"]["train"]["count"] == manifest["splits"]["train"]["unlabelled"] == 5
+
+
+@pytest.mark.parametrize("case", [str.upper, str.title])
+def test_split_folders_count_in_any_case(case: Callable[[str], str], tree: Path, tmp_path: Path) -> None:
+    """`Val/` was once pretrained on, as one more folder of an unlabelled tree."""
+    for name in ("train", "val"):
+        (tree / name).rename(tree / case(name))
+    manifest = prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
+    assert {name: split["count"] for name, split in manifest["splits"].items()} == {"train": 18, "val": 9}
+    assert manifest["classes"] == ["ant", "bee", "cat"]
+
+
+def test_images_to_test_on_alone_are_refused(tree: Path, tmp_path: Path) -> None:
+    (tree / "train").rename(tree / "training")
+    with pytest.raises(DataError, match=r"found training, val, but no train folder"):
+        prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
+
+
+def test_test_images_are_the_evaluation_where_there_is_no_val(tree: Path, tmp_path: Path) -> None:
+    (tree / "val").rename(tree / "test")
+    manifest = prepare(folder(tree), tmp_path / "a" / "photos", jobs=1)
+    assert sorted(manifest["splits"]) == ["train", "val"]
+    shutil.copytree(tree / "test", tree / "validation")
+    manifest = prepare(folder(tree), tmp_path / "b" / "photos", jobs=1)
+    assert sorted(manifest["splits"]) == ["test", "train", "val"]
+
+
+def test_odd_names_survive(picture: Picture, tmp_path: Path) -> None:
+    root = tmp_path / "odd"
+    names = [
+        "a b.jpg",
+        "зеркало 花 café.jpg",
+        "new\nline.jpg",
+        'quote",comma.jpg',
+        "no-suffix",
+        "UPPER.JPEG",
+    ]
+    (root / "train" / "my class").mkdir(parents=True)
+    for seed, name in enumerate(names):
+        picture(seed, 30, 31 + seed).save(root / "train" / "my class" / name, "JPEG")
+    undecodable = os.fsencode(root / "train" / "my class") + b"/caf\xe9.jpg"
+    Path(os.fsdecode(undecodable)).touch()
+    other = Path(os.fsdecode(os.fsencode(root / "train") + b"/th\xe9"))
+    other.mkdir()
+    picture(9, 30, 31).save(other / "x.jpg")
+    root = root.rename(os.fsdecode(os.fsencode(tmp_path) + b"/odd \xe9"))
+    out = tmp_path / "data" / "odd"
+    manifest = prepare(folder(root, max_unreadable=0.5), out, jobs=1)
+    split = open_dataset(out).split("train")
+    assert sorted(split.path(row) for row in range(7)) == sorted(
+        [*(f"train/my class/{name}" for name in names), "train/th\\xe9/x.jpg"]
+    )
+    assert manifest["classes"] == ["my class", "th\\xe9"]
+    assert rows_of(out / "quarantine.csv")[0][0] == "train/my class/caf\\xe9.jpg"
+
+
+def test_a_loop_of_links_ends(tree: Path, tmp_path: Path) -> None:
+    (tree / "train" / "ant" / "loop").symlink_to(tree, target_is_directory=True)
+    (tree / "train" / "dog").symlink_to(tree / "train" / "cat", target_is_directory=True)
+    manifest = prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
+    assert manifest["ignored"] == {"link back to a folder above": 1}
+    assert manifest["splits"]["train"]["classes"] == {"ant": 6, "bee": 6, "cat": 6, "dog": 6}
+
+
+def test_duplicates_are_reported(tree: Path, tmp_path: Path) -> None:
+    shutil.copy(tree / "train" / "ant" / "0.jpg", tree / "train" / "ant" / "again.jpg")
+    shutil.copy(tree / "train" / "ant" / "1.jpg", tree / "train" / "bee" / "other.jpg")
+    shutil.copy(tree / "train" / "cat" / "1.jpg", tree / "val" / "cat" / "leak.jpg")
+    out = tmp_path / "data" / "photos"
+    manifest = prepare(folder(tree), out, jobs=1)
+    assert manifest["duplicates"] == {"groups": 3, "across_splits": 1, "with_two_labels": 1}
+    assert rows_of(out / "duplicates.csv") == [
+        ["0", "train", "ant", "train/ant/0.jpg"], ["0", "train", "ant", "train/ant/again.jpg"],
+        ["1", "train", "ant", "train/ant/1.jpg"], ["1", "train", "bee", "train/bee/other.jpg"],
+        ["2", "train", "cat", "train/cat/1.jpg"], ["2", "val", "cat", "val/cat/leak.jpg"],
+    ]  # fmt: skip
+
+
+def test_a_second_run_decodes_nothing(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "data" / "photos"
+    (tree / "train" / "ant" / "zero.jpg").touch()
+    options = folder(tree, max_unreadable=0.1)
+    prepare(options, out, jobs=1)
+    first = contents(out)
+
+    def explode(data: bytes) -> decode.Checked:
+        raise AssertionError(f"{len(data)} bytes decoded again")
+
+    monkeypatch.setattr(decode, "check", explode)
+    prepare(options, out, jobs=1)
+    assert contents(out) == first
+    # The content counts, not the name or the time.
+    (tree / "train" / "ant" / "0.jpg").rename(tree / "train" / "ant" / "renamed.jpg")
+    prepare(options, out, jobs=1)
+    changed = (tree / "train" / "ant" / "1.jpg").read_bytes() + b"\0"
+    (tree / "train" / "ant" / "new.jpg").write_bytes(changed)
+    with pytest.raises(AssertionError, match="decoded again"):
+        prepare(options, out, jobs=1)
+
+
+def test_what_is_written_anew_is_decoded_where_it_is_written_alone(
+    picture: Picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are not kept, so a preparation needs them again; a check does not."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    picture(1, 30, 40).save(root / "a.bmp")
+    picture(2, 30, 41).save(root / "b.jpg")
+    cache = tmp_path / "data" / ".cache"
+    first = inspect(root, jobs=1, cache=cache)
+    decoded = []
+    real = decode.check
+
+    def counted(data: bytes) -> decode.Checked:
+        decoded.append(data[:2])
+        return real(data)
+
+    monkeypatch.setattr(decode, "check", counted)
+    assert inspect(root, jobs=1, cache=cache) == first
+    assert first["written_anew"] == 1
+    assert decoded == []
+    prepare(folder(root), tmp_path / "data" / "photos", jobs=1)
+    assert decoded == [b"BM"]
+    assert open_dataset(tmp_path / "data" / "photos").split("train").image(0).shape == (30, 40, 3)
+
+
+def test_a_file_longer_than_any_image_is_not_read(tree: Path, tmp_path: Path) -> None:
+    """A video or a disk image among photographs; three gigabytes of one were once read, once a process."""
+    with (tree / "train" / "ant" / "backup").open("wb") as file:
+        file.truncate(decode.MAX_BYTES + 1)
+    out = tmp_path / "data" / "photos"
+    tracemalloc.start()
+    prepare(folder(tree, max_unreadable=0.1), out, jobs=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20
+    [(path, size, reason)] = rows_of(out / "quarantine.csv")
+    assert (path, int(size)) == ("train/ant/backup", decode.MAX_BYTES + 1)
+    assert reason == "more than 1024 MiB, too large for an image"
+
+
+def test_an_interrupted_run_goes_on(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, clean = tmp_path / "data" / "photos", tmp_path / "clean" / "photos"
+    prepare(folder(tree), clean, jobs=1)
+    real, seen = decode.check, []
+
+    def interrupted(data: bytes) -> decode.Checked:
+        if len(seen) == 11:
+            raise KeyboardInterrupt
+        seen.append(data)
+        return real(data)
+
+    monkeypatch.setattr(scan, "_FILES_A_TASK", 5)
+    monkeypatch.setattr(decode, "check", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(folder(tree), out, jobs=1)
+    assert not (out / "manifest.json").exists()
+    seen.clear()
+    monkeypatch.setattr(decode, "check", lambda data: (seen.append(data), real(data))[1])
+    prepare(folder(tree), out, jobs=1)
+    assert len(seen) == 27 - 10  # two whole tasks were kept
+    assert contents(out) == contents(clean)
+
+
+def test_progress_counts_every_file(tree: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    prepare(
+        folder(tree), tmp_path / "photos", jobs=1, progress=lambda done, total: calls.append((done, total))
+    )
+    assert calls == [(done, 27) for done in range(1, 28)]
+
+
+def test_real_flowers_show_their_known_oddities(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    """Three pairs of identical photographs, one of them labelled both roses and tulips; nothing to mend."""
+    out = tmp_path / "data" / "flowers"
+    manifest = prepare(folder(real_data("flowers-128.tar") / "flowers"), out, jobs=1)
+    assert manifest["duplicates"] == {"groups": 3, "across_splits": 0, "with_two_labels": 1}
+    assert {row[3] for row in rows_of(out / "duplicates.csv")[:2]} == {
+        "train/roses/15922772266_1167a06620.jpg", "train/tulips/15922772266_1167a06620.jpg",
+    }  # fmt: skip
+    assert manifest["splits"]["train"]["count"] == 2934
+    assert manifest["splits"]["val"]["count"] == 736
+    assert manifest["quarantined"] == manifest["splits"]["train"]["reencoded"] == 0
+
+
+def test_real_originals_of_many_sizes(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    root = real_data("flowers-originals-50.tar")
+    out = tmp_path / "data" / "originals"
+    manifest = prepare(folder(root), out, jobs=1)
+    entry = manifest["splits"]["train"]
+    assert (entry["count"], entry["storage"], entry["unlabelled"]) == (50, "encoded", 50)
+
+
+def test_verdicts_of_other_rules_are_not_used(tree: Path, tmp_path: Path, monkeypatch) -> None:
+    prepare(folder(tree), tmp_path / "photos", jobs=1)
+    monkeypatch.setattr(verdicts, "RULES", decode.RULES + 1)
+    assert verdicts.open_store(tmp_path / ".cache").path is None
+
+
+def test_manifest_comes_last_and_is_whole(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "photos"
+    manifest = prepare(folder(tree), out, jobs=1)
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert not list(out.glob(".*"))
+
+
+def test_a_giant_among_small_ones(tree: Path, tmp_path: Path) -> None:
+    """12,000 x 9,000 pixels keep their bytes, and a crop of them is cut like any other."""
+    import torch
+
+    from mochi.config import Augmentation
+    from mochi.data.views.loading import two_views
+
+    giant = tree / "train" / "ant" / "giant.jpg"
+    Image.new("L", (12_000, 9_000), 100).save(giant, quality=20)
+    out = tmp_path / "data" / "photos"
+    manifest = prepare(folder(tree), out, jobs=1)
+    assert manifest["quarantined"] == manifest["splits"]["train"]["reencoded"] == 0
+    split = open_dataset(out).split("train")
+    row = int(np.argmax(split.widths))
+    assert (split.heights[row], split.widths[row]) == (9_000, 12_000)
+    assert split.encoded(row).to_pybytes() == giant.read_bytes()
+    config = Augmentation(version="v1", image_size=16, min_scale=0.2)
+    batches = list(two_views(split, config, batch_size=19, seed=0, epoch=0, device=torch.device("cpu")))
+    assert row in batches[0].indices
+    assert torch.isfinite(batches[0].query).all()
+
+
+def test_a_split_of_wrecks_alone_is_empty_not_fatal(tree: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tree / "val")
+    (tree / "val" / "ant").mkdir(parents=True)
+    (tree / "val" / "ant" / "x.jpg").write_text("no picture")
+    out = tmp_path / "data" / "photos"
+    prepare(folder(tree, max_unreadable=0.1), out, jobs=1)
+    split = open_dataset(out).split("val")
+    assert (len(split), split.labels.tolist(), split.labelled.tolist()) == (0, [], [])
+    assert split.hashes.shape == (0, 32)
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_stored(
+    tree: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Its verdict and its hash would be those of another content."""
+    real = decode.check
+
+    def check_and_overwrite(data: bytes) -> decode.Checked:
+        (tree / "train" / "ant" / "0.jpg").write_bytes((tree / "train" / "ant" / "1.jpg").read_bytes())
+        return real(data)
+
+    monkeypatch.setattr(decode, "check", check_and_overwrite)
+    with pytest.raises(DataError, match=r"0.jpg: changed while it was read"):
+        prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)

@@ -1,0 +1,131 @@
+"""The report on a folder against what was put there, and the advice against the paper's own settings."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mochi.data.format import DataError
+from mochi.data.ingest import decode
+from mochi.data.inspect import inspect, render
+from mochi.data.recommend import Facts, advise
+
+
+def test_report_tells_what_is_there(tree: Path, tmp_path: Path) -> None:
+    (tree / "train" / "ant" / "zero.jpg").touch()
+    (tree / "train" / ".DS_Store").touch()
+    (tree / "train" / "dog").mkdir()
+    shutil.copy(tree / "train" / "cat" / "1.jpg", tree / "val" / "bee" / "leak.jpg")
+    Image.fromarray(np.full((9, 90), 7, np.uint16)).save(tree / "val" / "ant" / "deep.png")
+    report = inspect(tree, jobs=1, cache=tmp_path / "cache")
+    assert report["files"] == 30
+    assert report["splits"]["train"] == {
+        "images": 18, "unlabelled": 0, "classes": {"ant": 6, "bee": 6, "cat": 6, "dog": 0},
+    }  # fmt: skip
+    assert report["formats"] == {"JPEG RGB": 28, "PNG I;16": 1}
+    assert report["written_anew"] == 1
+    assert report["sides"]["short_min"] == 9
+    assert report["sides"]["ratio_max"] == 10
+    assert report["balance"]["empty"] == ["dog"]
+    assert report["ignored"] == {"hidden or system file": 1}
+    assert report["unreadable"] == [
+        {"path": "train/ant/zero.jpg", "bytes": 0, "reason": "empty file (0 bytes)"}
+    ]
+    assert {key: value for key, value in report["duplicates"].items() if key != "rows"} == {
+        "groups": 1, "across_splits": 1, "with_two_labels": 1,
+    }  # fmt: skip
+    json.dumps(report, allow_nan=False)
+    text = render(report)
+    for part in (
+        "train: 18 images, 18 labelled", "28 JPEG RGB", "1 will be written anew", "median 46",
+        "empty classes", "zero.jpg (0 bytes): empty file", "train/cat/1.jpg [cat] = val/bee/leak.jpg [bee]",
+        "18 images are too few", "evaluation.linear.lr_candidates",
+    ):  # fmt: skip
+        assert part in text, text
+
+
+def test_unlabelled_folders_get_no_probe(tree: Path, tmp_path: Path) -> None:
+    report = inspect(tree / "train" / "ant", jobs=1, cache=tmp_path / "cache")
+    assert report["splits"]["train"]["unlabelled"] == 6
+    assert report["balance"] == {}
+    assert "no probe without labelled images in train" in render(report)
+
+
+def test_a_folder_of_wrecks_is_still_reported(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    for number in range(7):
+        (tmp_path / "x" / f"{number}.jpg").write_text("no")
+    text = render(inspect(tmp_path / "x", jobs=1, cache=tmp_path / "cache"))
+    assert "unreadable, will be set aside: 7" in text
+    assert "... and 2 more" in text
+    with pytest.raises(DataError, match="no such folder"):
+        inspect(tmp_path / "y", jobs=1, cache=tmp_path / "cache")
+
+
+def test_a_preparation_after_the_report_decodes_nothing(tree: Path, tmp_path: Path, monkeypatch) -> None:
+    from mochi.config import Folder
+    from mochi.data.ingest.prepare import prepare
+
+    inspect(tree, jobs=1, cache=tmp_path / "data" / ".cache")
+
+    def explode(data: bytes) -> decode.Checked:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(decode, "check", explode)
+    manifest = prepare(Folder(source="folder", name="p", path=str(tree)), tmp_path / "data" / "p", jobs=1)
+    assert manifest["splits"]["train"]["count"] > 0
+
+
+def settings(num_train: int, side: int, classes: int = 10) -> dict[str, object]:
+    counts = {str(label): num_train // classes for label in range(classes)}
+    return {advice.key: advice.value for advice in advise(Facts(num_train, side, counts, has_val=True))}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_train", "side", "queue", "momentum"),
+    [
+        ("ImageNet-1K", 1_281_167, 375, 65536, 0.999),  # MoCHi section 4
+        ("ImageNet-100", 126_689, 375, 16384, 0.999),  # MoCHi section 4
+        ("CIFAR-10", 50_000, 32, 8192, 0.99),  # MoCo's demo: 4096, 0.99
+    ],
+)
+def test_advice_is_the_published_settings(
+    name: str, num_train: int, side: int, queue: int, momentum: float
+) -> None:
+    advice = settings(num_train, side)
+    assert advice["pretrain.queue_size"] == queue
+    assert advice["pretrain.key_momentum"] == momentum
+    assert advice["pretrain.batch_size"] == 256
+    assert advice["pretrain.epochs"] in range(200, 400)
+    assert advice["augmentation.image_size"] == (224 if side > 100 else 32)
+
+
+@pytest.mark.parametrize("num_train", [64, 100, 200, 6400, 13_000])
+def test_advice_fits_small_sets(num_train: int) -> None:
+    """Users asked what to do with 13,000 images and a queue of 65536."""
+    advice = settings(num_train, 100)
+    assert num_train // advice["pretrain.batch_size"] >= 8
+    assert advice["pretrain.queue_size"] <= num_train / 6
+    hardest = int(str(advice["methods.mochi-N-s-s'"]).split("-")[1])
+    assert 2 <= hardest <= advice["pretrain.queue_size"]
+
+
+@pytest.mark.parametrize("num_train", [1, 5, 63])
+def test_a_handful_is_told_to_be_too_few(num_train: int) -> None:
+    """A batch of 8 was once advised for 5 images; the loader refuses that."""
+    advice = settings(num_train, 100)
+    assert advice["pretrain"] is None
+    assert not any(key.startswith(("pretrain.", "methods.")) for key in advice)
+
+
+def test_unlabelled_train_and_labelled_val_get_no_probe(tree: Path, tmp_path: Path) -> None:
+    shutil.move(tree / "train", tree / "unlabeled")
+    (tree / "train").mkdir()
+    shutil.move(tree / "unlabeled", tree / "train")
+    report = inspect(tree, jobs=1, cache=tmp_path)
+    assert report["splits"]["train"]["unlabelled"] == 18
+    assert "evaluation.knn.k" not in {advice["key"] for advice in report["advice"]}
+    render(report)

@@ -1,0 +1,180 @@
+"""Every batched operation against torchvision's functional one, image by image, and whole views against
+the official order of operations.
+
+Ours works in float and never rounds. torchvision, asked in float too, agrees within a quarter of one of
+255 levels.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from mochi.config import Augmentation
+from mochi.data.views import augment
+
+LEVEL = 1 / 255
+COUNT = 16
+
+
+@pytest.fixture
+def images(picture: Callable[..., Image.Image]) -> Tensor:
+    """(16, 3, 24, 32) in [0, 1], with flat, grey and saturated pictures among them."""
+    arrays = [np.asarray(picture(seed)) for seed in range(COUNT)]
+    batch = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+    batch[0] = 0.5
+    batch[1] = batch[1].mean(0)
+    batch[2] = (batch[2] > 0.5).float()
+    batch[3] = 0
+    return batch.contiguous()
+
+
+ONE = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
+
+
+@pytest.mark.parametrize("operation", range(4))
+def test_each_jitter_operation_equals_torchvision(images: Tensor, operation: int) -> None:
+    factors = np.ones((COUNT, 4))
+    factors[:, 3] = 0
+    span = 0.5 if operation == 3 else 0.9
+    factors[:, operation] += np.linspace(-span, span, COUNT)
+    ours = images.clone()
+    order = np.tile([operation, *({0, 1, 2, 3} - {operation})], (COUNT, 1))
+    augment.jitter_(ours, np.ones(COUNT, bool), order, factors)
+    for row in range(COUNT):
+        factor = float(factors[row, operation])
+        assert (ours[row] - ONE[operation](images[row], factor)).abs().max() < LEVEL / 4
+        coarse = ONE[operation]((images[row] * 255).round().to(torch.uint8), factor) / 255
+        # On 8 bits torchvision cuts the mean grey and the result downwards, so up to two levels.
+        assert (ours[row] - coarse).abs().max() < 2 * LEVEL
+
+
+def test_jitter_follows_each_images_own_order(images: Tensor) -> None:
+    rng = np.random.default_rng(0)
+    order = np.stack([rng.permutation(4) for _ in range(COUNT)])
+    factors = 1 + 0.4 * rng.uniform(-1, 1, (COUNT, 4))
+    factors[:, 3] = rng.uniform(-0.4, 0.4, COUNT)
+    chosen = rng.uniform(size=COUNT) < 0.7
+    ours = images.clone()
+    augment.jitter_(ours, chosen, order, factors)
+    for row in range(COUNT):
+        expected = images[row]
+        for operation in order[row] if chosen[row] else []:
+            expected = ONE[operation](expected, float(factors[row, operation]))
+        assert (ours[row] - expected).abs().max() < LEVEL / 4
+    assert torch.equal(ours[~torch.from_numpy(chosen)], images[~torch.from_numpy(chosen)])
+
+
+def test_greyscale_equals_torchvision(images: Tensor) -> None:
+    chosen = np.arange(COUNT) % 2 == 0
+    ours = images.clone()
+    augment.greyscale_(ours, chosen)
+    for row in range(COUNT):
+        expected = F.rgb_to_grayscale(images[row], num_output_channels=3) if chosen[row] else images[row]
+        assert (ours[row] - expected).abs().max() < 1e-6
+
+
+def test_blur_equals_torchvision(images: Tensor) -> None:
+    sigma = np.linspace(0.1, 2.0, COUNT)
+    sigma[5] = 0
+    ours = images.clone()
+    augment.blur_(ours, sigma)
+    for row in range(COUNT):
+        expected = images[row]
+        if sigma[row]:
+            expected = F.gaussian_blur(expected[None], [13, 13], [float(sigma[row])] * 2)[0]
+        assert (ours[row] - expected).abs().max() < LEVEL / 4
+
+
+def test_blur_is_close_to_the_official_codes(images: Tensor, picture: Callable[..., Image.Image]) -> None:
+    """MoCo blurs with PIL's GaussianBlur(radius=sigma): three box passes that approximate a Gaussian of
+    that deviation, over a repeated border. Away from the border the two stay within a few levels."""
+    worst_inside, mean_everywhere = 0.0, 0.0
+    for seed, sigma in enumerate(np.linspace(0.1, 2.0, 20).tolist()):
+        image = picture(seed, 64, 64)
+        tensor = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
+        augment.blur_(tensor, np.array([sigma]))
+        pillow = np.asarray(image.filter(ImageFilter.GaussianBlur(radius=sigma))).transpose(2, 0, 1) / 255
+        difference = np.abs(tensor[0].numpy() - pillow)
+        worst_inside = max(worst_inside, float(difference[:, 6:-6, 6:-6].max()))
+        mean_everywhere = max(mean_everywhere, float(difference.mean()))
+    assert worst_inside < 3 * LEVEL
+    assert mean_everywhere < LEVEL
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_view_is_the_official_sequence(images: Tensor, version: str) -> None:
+    """v1: greyscale, jitter; v2: jitter, greyscale, blur; then ImageNet's normalisation."""
+    config = Augmentation(version=version, image_size=24, min_scale=0.2)
+    parameters = augment.draw(config, np.arange(COUNT), seed=0, epoch=0, view=0)
+    ours = augment.photometric(images.clone(), parameters, version)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    for row in range(COUNT):
+        image = images[row]
+        if version == "v1" and parameters.grey[row]:
+            image = F.rgb_to_grayscale(image, num_output_channels=3)
+        for operation in parameters.order[row] if parameters.jitter[row] else []:
+            image = ONE[operation](image, float(parameters.factors[row, operation]))
+        if version == "v2" and parameters.grey[row]:
+            image = F.rgb_to_grayscale(image, num_output_channels=3)
+        if version == "v2" and parameters.sigma[row]:
+            image = F.gaussian_blur(image[None], [13, 13], [float(parameters.sigma[row])] * 2)[0]
+        expected = F.normalize(image, list(augment.IMAGENET_MEAN), list(augment.IMAGENET_STD))
+        assert (ours[row] - expected).abs().max() < LEVEL / 0.2
+
+
+def test_parameters_have_the_published_distributions() -> None:
+    rows = np.arange(20_000)
+    second = augment.draw(
+        Augmentation(version="v2", image_size=32, min_scale=0.2), rows, seed=0, epoch=0, view=0
+    )
+    assert abs(second.jitter.mean() - 0.8) < 0.02
+    assert abs(second.grey.mean() - 0.2) < 0.02
+    assert abs((second.sigma > 0).mean() - 0.5) < 0.02
+    blurred = second.sigma[second.sigma > 0]
+    assert 0.1 <= blurred.min() < 0.11
+    assert 1.99 < blurred.max() <= 2.0
+    for operation, span in enumerate((0.4, 0.4, 0.4, 0.1)):
+        centred = second.factors[:, operation] - (operation < 3)
+        assert abs(np.abs(centred).max() - span) < 0.01
+        assert abs(centred.mean()) < 0.01
+    _, counts = np.unique(second.order, axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert counts.max() / counts.min() < 1.4
+
+    first = augment.draw(
+        Augmentation(version="v1", image_size=32, min_scale=0.2), rows, seed=0, epoch=0, view=0
+    )
+    assert first.jitter.all()
+    assert (first.sigma == 0).all()
+    assert abs(np.abs(first.factors[:, 3]).max() - 0.4) < 0.01
+
+    sharp = augment.draw(
+        Augmentation(version="v2", image_size=32, min_scale=0.2, blur=False), rows, seed=0, epoch=0, view=0
+    )
+    assert (sharp.sigma == 0).all()
+    assert (sharp.factors == second.factors).all()
+
+
+def test_the_parts_of_a_batch_do_not_matter(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU a batch is worked in pieces that fit the cache."""
+    config = Augmentation(version="v2", image_size=24, min_scale=0.2)
+    parameters = augment.draw(config, np.arange(COUNT), seed=0, epoch=0, view=0)
+    whole = augment.photometric(images.clone(), parameters, "v2")
+    monkeypatch.setattr("mochi.data.views.crops._CACHE_FLOATS", 3 * images[0].numel())
+    assert torch.allclose(augment.photometric(images.clone(), parameters, "v2"), whole, atol=1e-6)
+
+
+def test_an_accelerator_gives_the_same_views(images: Tensor) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here: views are compared on the CPU only")
+    for version in ("v1", "v2"):
+        config = Augmentation(version=version, image_size=24, min_scale=0.2)
+        parameters = augment.draw(config, np.arange(COUNT), seed=0, epoch=0, view=0)
+        here = augment.photometric(images.clone(), parameters, version)
+        there = augment.photometric(images.cuda(), parameters, version).cpu()
+        assert (here - there).abs().max() < LEVEL / 0.2

@@ -1,0 +1,82 @@
+"""Broken and exchanged images of a detection set are told all at once, before the first step."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from mochi.config import Experiment, resolve
+from mochi.data.ingest import decode
+from mochi.detection import stage as train
+from mochi.detection.annotations import AnnotationError, Annotations
+from mochi.detection.check_images import check_images
+from mochi.detection.stage import read_splits
+from mochi.encoders.resnet import ResNet
+from tests.detection.conftest import small_set
+
+
+@pytest.fixture
+def root(voc_set: Path, tmp_path: Path) -> Path:
+    """A set of its own, to be damaged."""
+    return Path(shutil.copytree(voc_set, tmp_path / "sets" / "scenes"))
+
+
+def splits(root: Path) -> tuple[Annotations, Annotations]:
+    return read_splits(small_set(root).data, masks=False)
+
+
+def test_the_stage_refuses_a_cut_image_before_the_first_step(
+    tiny: Experiment, root: Path, tmp_path: Path
+) -> None:
+    """detectron2#143: a training died hours in on one truncated file."""
+    path = splits(root)[0].images[-1].path
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    encoder = tmp_path / "encoder.safetensors"
+    save_file(
+        {name: value.contiguous() for name, value in ResNet(tiny.encoder).state_dict().items()}, encoder
+    )
+    evaluation = tiny.evaluation.model_copy(update={"detection": {"few": small_set(root)}})
+    run = resolve(tiny.model_copy(update={"evaluation": evaluation}), "random-init", 0)
+    message = rf"1 of \d+ images cannot be used:\n  .*{path.name} \(\d+ bytes\): JPEG does not decode"
+    with pytest.raises(AnnotationError, match=message):
+        train.run(run, "few", encoder, tmp_path / "out", tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_sizes_that_differ_and_what_is_missing_are_told_too(root: Path) -> None:
+    first, second = (image.path for image in splits(root)[1].images[:2])
+    annotated = splits(root)
+    Image.new("RGB", (7, 9)).save(first)
+    second.unlink()
+    with pytest.raises(AnnotationError) as told:
+        check_images(annotated, root, jobs=1)
+    assert f"{first}: the image is 7 x 9 pixels upright, its annotation says" in str(told.value)
+    assert f"{second} (-1 bytes): cannot be read: No such file or directory" in str(told.value)
+
+
+def test_a_second_encoder_decodes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_images(splits(root), root, jobs=1)
+    monkeypatch.setattr(decode, "check", lambda data: pytest.fail("decoded again"))
+    check_images(splits(root), root, jobs=1)
+
+
+def test_sets_of_others_are_checked_without_a_trace(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    check_images(splits(root), root, jobs=1)
+    assert not (root.parent / ".cache").exists()
+
+
+def test_ranks_share_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    annotated = splits(root)
+    total = sum(len(split.images) for split in annotated)
+    judged: list[int] = []
+    real = decode.check
+    monkeypatch.setattr(decode, "check", lambda data: judged.append(len(data)) or real(data))
+    monkeypatch.setattr("mochi.runtime.distributed.world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr("mochi.runtime.distributed.rank", lambda rank=rank: rank)
+        check_images(annotated, root, jobs=1)
+    assert len(judged) == total

@@ -1,0 +1,277 @@
+"""The whole stage on a handful of images: what it writes, that a killed run ends with the same numbers,
+and that test images take no part in choosing the learning rate."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mochi.config import ConfigError, DetectionSet, Experiment, Run, resolve, settings
+from mochi.detection import scenes
+from mochi.detection import stage as train
+from mochi.detection.annotations import AnnotatedImage, Annotations, split_off
+from mochi.detection.stage import read_splits
+from mochi.detection.training import FineTuning
+from mochi.encoders.resnet import ResNet
+from mochi.runtime.progress import NonFiniteError
+from mochi.storage.checkpoint import CheckpointError
+from tests.detection.conftest import small_set
+from tests.detection.ranks import run_ranks
+
+
+def run_with(tiny: Experiment, chosen: DetectionSet) -> Run:
+    evaluation = tiny.evaluation.model_copy(update={"detection": {"few": chosen}})
+    return resolve(tiny.model_copy(update={"evaluation": evaluation}), "random-init", 0)
+
+
+@pytest.fixture
+def weights(tiny: Experiment, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "weights.safetensors"
+    save_file({name: value.contiguous() for name, value in ResNet(tiny.encoder).state_dict().items()}, path)
+    return path
+
+
+def metrics(folder: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((folder / "metrics.json").read_text())
+    return content
+
+
+def test_what_the_stage_writes(tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path) -> None:
+    run = run_with(tiny, small_set(voc_set, training={"seeds": [0, 4]}))
+    train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+    written = metrics(tmp_path / "out")
+    singles = written["fine_tunings"]
+    assert isinstance(singles, dict)
+    assert list(singles) == ["0", "4"]
+    for name in ("AP", "AP50", "AP75", "all_point_AP50", "coco_AP50"):
+        values = [single[name] for single in singles.values()]
+        assert written[name] == pytest.approx(np.mean(values))
+    assert written["AP50_std"] == pytest.approx(np.std([s["AP50"] for s in singles.values()], ddof=1))
+    assert (written["reading"], written["rule"], written["lr"]) == ("finetune", "11-point", 0.02)
+    assert written["num_fine_tunings"] == 2
+    checksums = written["checksums"]
+    assert isinstance(checksums, dict)
+    assert checksums["conv1"]["encoder"] == checksums["conv1"]["detector"]
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert provenance["stage"] == "detection-few"
+    assert provenance["annotations"]["train"]["classes"] == {"square": 5, "bar": 5}
+    for name in ("detections.png", "precision_recall.png"):
+        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+    lines = (tmp_path / "out" / "precision_recall.csv").read_text().splitlines()
+    assert lines[0] == "class,recall,precision"
+    assert len(lines) == 1 + 2 * 101
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_killed_run_ends_with_the_same_numbers(
+    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_with(tiny, small_set(voc_set, training={"seeds": [0, 1], "checkpoint_minutes": 1e-9}))
+    train.run(run, "few", weights, tmp_path / "straight", tmp_path / "work")
+    advance, steps = FineTuning._advance, iter(range(100))
+
+    def killed(self: FineTuning, batches: object) -> dict[str, float]:
+        if next(steps) == 6:  # in the middle of the second fine-tuning
+            raise KeyboardInterrupt
+        return advance(self, batches)
+
+    monkeypatch.setattr(FineTuning, "_advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(run, "few", weights, tmp_path / "resumed", tmp_path / "work")
+    assert not (tmp_path / "resumed" / "metrics.json").exists()
+    taken = []
+    monkeypatch.setattr(
+        FineTuning, "_advance", lambda self, batches: (taken.append(self.step), advance(self, batches))[1]
+    )
+    train.run(run, "few", weights, tmp_path / "resumed", tmp_path / "work")
+    assert taken == [2, 3]
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
+
+
+def test_traces_of_another_encoder_are_not_used(
+    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_with(tiny, small_set(voc_set, training={"seeds": [0], "checkpoint_minutes": 1e-9}))
+    advance = FineTuning._advance
+
+    def killed(self: FineTuning, batches: object) -> dict[str, float]:
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return advance(self, batches)
+
+    monkeypatch.setattr(FineTuning, "_advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+    torch.manual_seed(1)
+    save_file(
+        {name: value.contiguous() for name, value in ResNet(tiny.encoder).state_dict().items()}, weights
+    )
+    with pytest.raises(CheckpointError, match="encoder_sha256"):
+        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_was_finished_on_other_annotations_is_not_used(
+    tiny: Experiment,
+    voc_set: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    split: str,
+) -> None:
+    """A box corrected between two fine-tunings: the first is made again, and a half-made one is refused."""
+    run = run_with(tiny, small_set(voc_set, training={"seeds": [0, 1], "checkpoint_minutes": 1e-9}))
+    advance, taken, kill = FineTuning._advance, [], [True]
+
+    def watched(self: FineTuning, batches: object) -> dict[str, float]:
+        if (self._seed, self.step) == (1, 2) and kill.pop():
+            raise KeyboardInterrupt
+        taken.append((self._seed, self.step))
+        return advance(self, batches)
+
+    monkeypatch.setattr(FineTuning, "_advance", watched)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+    file = voc_set / "Annotations" / ("a1.xml" if split == "train" else "b1.xml")
+    file.write_text(file.read_text().replace("<xmin>", "<xmin>1", 1))
+    taken.clear()
+    with pytest.raises(CheckpointError, match=f"annotations_sha256.{split}"):
+        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+    assert taken == [(0, step) for step in range(4)]
+
+
+def test_the_digest_of_annotations_knows_all_that_is_read_of_them() -> None:
+    image = AnnotatedImage(
+        1, Path("here/a.jpg"), 40, 48, np.array([[1, 2, 3, 4]], np.float32), np.array([1]),
+        np.array([False]), np.array([True]), ({"size": [40, 48], "counts": b"abc"},), np.array([4.0]),
+    )  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {}, {"image_id": 2}, {"path": Path("here/b.jpg")}, {"height": 41}, {"width": 49},
+        {"boxes": image.boxes + 0.5}, {"labels": np.array([2])}, {"ignored": np.array([True])},
+        {"trained": np.array([False])}, {"masks": ({"size": [40, 48], "counts": b"abd"},)},
+        {"masks": None}, {"areas": np.array([5.0])}, {"areas": None},
+    ]  # fmt: skip
+    splits = [Annotations(("a", "b"), (dataclasses.replace(image, **change),)) for change in changes]
+    splits += [Annotations(("a", "c"), (image,)), Annotations(("a", "b"), (image, image))]
+    digests = [train.annotations_digest(split) for split in splits]
+    assert len(set(digests)) == len(digests)
+    elsewhere = dataclasses.replace(image, path=Path("there/a.jpg"))
+    assert train.annotations_digest(Annotations(("a", "b"), (elsewhere,))) == digests[0]
+
+
+def test_the_rate_is_chosen_on_a_part_of_train(
+    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged are two of six training images per candidate, and the test images only once, at the end."""
+    chosen = small_set(
+        voc_set,
+        training={"lr": [0.001, 0.02, 1e12], "choose_iterations": 3, "validation": 0.34, "seeds": [3]},
+    )
+    scores = iter([10.0, 30.0, 20.0])
+    judged = []
+
+    def judge(annotations: object, detections: object, data: object) -> dict[str, float]:
+        judged.append([image.image_id for image in annotations.images])  # type: ignore[attr-defined]
+        return {"AP": 1.0, "AP50": next(scores)}
+
+    monkeypatch.setattr(train, "judge", judge)
+    train.run(run_with(tiny, chosen), "few", weights, tmp_path / "out", tmp_path / "work")
+    written = metrics(tmp_path / "out")
+    assert written["lr"] == 0.02
+    # The last candidate diverges, and is said to have no score.
+    assert written["lr_tries_AP50"] == {"0.001": 10.0, "0.02": 30.0, "1e+12": None}
+    assert written["AP50"] == 20.0
+    parts, test = judged[:-1], judged[-1]
+    assert len(parts) == 2
+    assert parts[0] == parts[1]
+    assert len(parts[0]) == 2
+    assert all(name.startswith("a") for name in parts[0])
+    assert all(name.startswith("b") for name in test)
+
+
+def test_a_single_rate_that_diverges_stops_the_stage(
+    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
+) -> None:
+    run = run_with(tiny, small_set(voc_set, training={"lr": [1e12], "iterations": 9}))
+    with pytest.raises(NonFiniteError):
+        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+
+
+def test_validation_and_rest_are_disjoint_and_whole(voc_set: Path) -> None:
+    annotations, _ = read_splits(small_set(voc_set).data, masks=False)
+    rest, part = split_off(annotations, 0.34, seed=0)
+    names = [{image.image_id for image in each.images} for each in (rest, part)]
+    assert len(names[0]) == 4
+    assert names[0] | names[1] == {f"a{index}" for index in range(6)}
+
+
+def test_an_unknown_set_is_answered_with_those_there_are(
+    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="found 'coco'; this run has few"):
+        train.run(run_with(tiny, small_set(voc_set)), "coco", weights, tmp_path, tmp_path / "work")
+
+
+def test_results_depend_on_the_set_and_not_on_its_labels(tiny: Experiment, voc_set: Path) -> None:
+    base = settings(run_with(tiny, small_set(voc_set)), "detection-few")
+    same = small_set(voc_set, training={"checkpoint_minutes": 1.0, "workers": 3})
+    assert settings(run_with(tiny, same), "detection-few") == base
+    other = small_set(voc_set, training={"lr": [0.03]})
+    assert settings(run_with(tiny, other), "detection-few") != base
+
+
+def masked_set(root: Path) -> DetectionSet:
+    data = {
+        "format": "coco", "path": str(root), "train": ["train"], "test": ["test"], "rule": None,
+        "classes": ["brick", "coffee"],
+        "scenes": {"image_size": 64, "num_train": 6, "num_test": 3, "seed": 0},
+    }  # fmt: skip
+    training = {"train_sizes": [64], "test_size": 64, "reading": "frozen"}
+    return small_set(root, data=data, model={"masks": True}, training=training)
+
+
+def test_masks_on_coco_scenes(tiny: Experiment, weights: Path, tmp_path: Path) -> None:
+    chosen = masked_set(tmp_path / "photo-scenes")
+    scenes.run(chosen.data, tmp_path / "photo-scenes")
+    train.run(run_with(tiny, chosen), "few", weights, tmp_path / "out", tmp_path / "work")
+    written = metrics(tmp_path / "out")
+    assert {"AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75"} <= written.keys()
+    assert written["rule"] == "coco"
+
+
+def test_mask_rcnn_on_real_coco(
+    tiny: Experiment, weights: Path, tmp_path: Path, real_data: Callable[[str], Path]
+) -> None:
+    """Polygons of several parts, crowds, 80 classes: from files to box and mask AP."""
+    data = {"format": "coco", "path": str(real_data("coco-tiny.tar") / "coco-tiny"), "train": ["train2017"],
+            "test": ["val2017"], "rule": None, "classes": None, "empty_images": "drop"}  # fmt: skip
+    chosen = small_set(
+        tmp_path, data=data, model={"masks": True}, training={"train_sizes": [64], "test_size": 64}
+    )
+    train.run(run_with(tiny, chosen), "few", weights, tmp_path / "out", tmp_path / "work")
+    assert {"AP", "mask_AP"} <= metrics(tmp_path / "out").keys()
+    counts = json.loads((tmp_path / "out" / "provenance.json").read_text())["annotations"]
+    assert counts["test"]["crowds"] == 16
+    assert counts["train"]["objects"] == 1444 - 14
+
+
+def _stage_rank(run: Run, weights: Path, out: Path, work: Path) -> None:
+    train.run(run, "few", weights, out, work)
+
+
+def test_two_processes_write_one_result(
+    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
+) -> None:
+    """`process_group` is entered by the stage itself, as under torchrun."""
+    run = run_with(tiny, small_set(voc_set, training={"micro_batch": 1, "iterations": 2, "lr_drops": []}))
+    run_ranks(_stage_rank, 2, run, weights, tmp_path / "out", tmp_path / "work", join=False)
+    assert metrics(tmp_path / "out")["num_fine_tunings"] == 1
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["world_size"] == 2
+    assert not (tmp_path / "work").exists()

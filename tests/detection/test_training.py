@@ -1,0 +1,276 @@
+"""A fine-tuning resumed against one that ran straight, byte by byte; accumulation against one large batch;
+the schedule against detectron2's numbers; the optimizer against its update written out."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mochi.config import ConfigError, DetectionSet, DetectionTraining
+from mochi.detection.annotations import for_training
+from mochi.detection.batches import Images, collate
+from mochi.detection.stage import read_splits
+from mochi.detection.training import FineTuning, FrozenBackbone, Recipe, Schedule, accumulation, seed_step
+from mochi.runtime import distributed
+from mochi.runtime.progress import NonFiniteError
+from mochi.storage.checkpoint import CheckpointError
+from tests.detection.conftest import ENCODER, small_set
+from tests.detection.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def tuning(
+    chosen: DetectionSet, encoder_file: Path, saved: Path, *, seed: int = 0, lr: float = 0.02, **more: Any
+) -> FineTuning:
+    train, _ = read_splits(chosen.data, masks=False)
+    recipe = Recipe(chosen, ENCODER, encoder_file, len(train.classes), CPU)
+    images = Images(for_training(train, "keep"))
+    frozen = FrozenBackbone(recipe, images) if chosen.training.reading == "frozen" else None
+    return FineTuning(recipe, images, lr, chosen.training.iterations, seed, saved, more, frozen)
+
+
+def state(run: FineTuning) -> dict[str, torch.Tensor]:
+    return {name: value.contiguous().clone() for name, value in run.detector.state_dict().items()}
+
+
+@pytest.mark.parametrize("reading", ["finetune", "frozen"])
+def test_resumed_equals_straight(voc_set: Path, encoder_file: Path, tmp_path: Path, reading: str) -> None:
+    chosen = small_set(voc_set, training={"reading": reading})
+    straight = tuning(chosen, encoder_file, tmp_path / "a.safetensors")
+    straight.train("straight")
+    # The checkpoint of the second step, as a kill during the third would leave it.
+    saved = tmp_path / "b.safetensors"
+    first = tuning(chosen, encoder_file, saved)
+    first.train("first", lambda row: first.save() if row["step"] == 2 else None)
+    torch.manual_seed(99)
+    resumed = tuning(chosen, encoder_file, saved)
+    assert resumed.step == 2
+    resumed.train("resumed")
+    expected = state(straight)
+    for name, value in state(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    other = tuning(chosen, encoder_file, tmp_path / "c.safetensors", seed=1)
+    other.train("other seed")
+    assert not torch.equal(state(other)["heads.box_predictor.cls_score.weight"],
+                           expected["heads.box_predictor.cls_score.weight"])  # fmt: skip
+
+
+def test_statistics_are_settled_on_the_batch_that_comes_next(
+    voc_set: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    """With one batch they are that batch's own; the moving average of the steps before is not that."""
+    run = tuning(small_set(voc_set, training={"precise_bn_batches": 1}), encoder_file, tmp_path / "x")
+    run.train("settled")
+    again = copy.deepcopy(run.detector).train()
+    layers = {
+        name: module for name, module in again.named_modules() if isinstance(module, torch.nn.BatchNorm2d)
+    }
+    for layer in layers.values():
+        layer.momentum = 1.0
+    batch = collate(run._dataset[4], again.stride)
+    seed_step(0, 4)
+    with torch.no_grad():
+        again(batch.images, batch.sizes, batch.targets(CPU))
+    for name, layer in layers.items():
+        settled = run.detector.get_submodule(name)
+        torch.testing.assert_close(settled.running_mean, layer.running_mean)
+        torch.testing.assert_close(settled.running_var, layer.running_var)
+
+
+def test_the_optimizer_is_sgd_with_momentum_and_leaves_norms_without_decay(
+    voc_set: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    """Two steps with all gradients 1, against the update written out."""
+    training = {"momentum": 0.8, "weight_decay": 0.25}
+    run = tuning(small_set(voc_set, training=training), encoder_file, tmp_path / "x")
+    norms = {
+        f"{name}.{kind}"
+        for name, module in run.detector.named_modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+        for kind in ("weight", "bias")
+    }
+    expected = {}
+    for name, parameter in run.detector.named_parameters():
+        parameter.data += 1  # biases start at 0, which decay would leave as they are
+        parameter.grad = torch.ones_like(parameter)
+        decay = 0.0 if name in norms else 0.25
+        velocity = 1 + decay * parameter.detach()
+        moved = parameter.detach() - 0.5 * velocity
+        expected[name] = moved - 0.5 * (0.8 * velocity + 1 + decay * moved)
+    for group in run._optimizer.param_groups:
+        group["lr"] = 0.5
+    for _ in range(2):
+        run._optimizer.step()
+    assert len(norms) > 10
+    for name, parameter in run.detector.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
+
+
+def test_a_checkpoint_of_another_run_is_refused(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "x.safetensors"
+    tuning(small_set(voc_set), encoder_file, saved, lr=0.02).save()
+    with pytest.raises(CheckpointError, match=r"lr=0\.02.*lr=0\.03"):
+        tuning(small_set(voc_set), encoder_file, saved, lr=0.03)
+
+
+def test_a_frozen_backbone_does_not_move(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
+    weights = load_file(encoder_file)
+    frozen = tuning(small_set(voc_set, training={"reading": "frozen"}), encoder_file, tmp_path / "a")
+    frozen.train("frozen")
+    moved = tuning(small_set(voc_set), encoder_file, tmp_path / "b")
+    moved.train("finetune")
+    for name in weights:
+        if not name.startswith("layer4") and not name.endswith(("running_mean", "running_var", "tracked")):
+            assert torch.equal(frozen.detector.backbone.state_dict()[name], weights[name]), name
+    for name in ("conv1.weight", "layer3.0.conv2.weight", "bn1.running_mean"):
+        assert not torch.equal(moved.detector.backbone.state_dict()[name], weights[name]), name
+
+
+def test_a_frozen_backbone_is_normalised_on_the_set(
+    voc_set: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    """A random encoder's own statistics are 0 and 1; settled ones give its layers unit variance."""
+    training = {"reading": "frozen", "precise_bn_batches": 12, "train_sizes": [32], "flip": False}
+    run = tuning(small_set(voc_set, training=training), encoder_file, tmp_path / "x")
+    assert run._frozen is not None
+    images = torch.cat([collate(run._dataset[number], 8).images for number in range(3)])
+    seen: list[torch.Tensor] = []
+    run._frozen.module.layer2[0].bn2.register_forward_hook(
+        lambda _, __, output: seen.append(output.clone())
+    )
+    with torch.no_grad():
+        run._frozen.module(images)
+    assert seen[0].var((0, 2, 3)).mean() == pytest.approx(1, abs=0.2)
+    assert seen[0].mean((0, 2, 3)).abs().mean() < 0.15
+
+
+def test_kept_features_are_those_computed(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
+    """All images have one size, so features are kept; with two sizes in a batch nothing is."""
+    chosen = small_set(voc_set, training={"reading": "frozen", "train_sizes": [40], "micro_batch": 1})
+    one_size = tuning(chosen, encoder_file, tmp_path / "a")
+    one_size.train("kept")
+    assert one_size._frozen is not None
+    assert 0 < len(one_size._frozen._kept) <= 12  # six images, each of two sides
+    again = tuning(chosen, encoder_file, tmp_path / "b")
+    assert again._frozen is not None
+    again._images.of_one_size = False
+    again.train("computed")
+    assert len(again._frozen._kept) == 0
+    for name, value in state(again).items():
+        torch.testing.assert_close(value, state(one_size)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_it(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="step"):
+        tuning(small_set(voc_set, training={"iterations": 40, "lr_drops": []}), encoder_file,
+               tmp_path / "x", lr=1e9).train("diverges")  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(
+    voc_set: Path, encoder_file: Path, tmp_path: Path, value: float
+) -> None:
+    """The loss of the step that spoils them is still a number, and no other step may come to notice."""
+    saved = tmp_path / "x.safetensors"
+    run = tuning(small_set(voc_set, training={"checkpoint_minutes": 1e-9}), encoder_file, saved)
+    steps = run._optimizer.step
+
+    def spoilt() -> None:
+        steps()
+        if run.step == 3:  # the last of four
+            run.detector.backbone.conv1.weight.data[0, 0, 0, 0] = value
+
+    run._optimizer.step = spoilt  # type: ignore[method-assign, assignment]
+    with pytest.raises(NonFiniteError, match=f"after step 4 .*Last good checkpoint: {saved}"):
+        run.train("spoilt")
+    resumed = tuning(small_set(voc_set, training={"checkpoint_minutes": 1e-9}), encoder_file, saved)
+    assert resumed.step == 3
+    assert all(tensor.isfinite().all() for tensor in state(resumed).values())
+
+
+def paper_training(**changes: object) -> DetectionTraining:
+    values = {
+        "reading": "finetune", "seeds": [0], "lr": [0.02], "lr_batch_size": 16, "batch_size": 16,
+        "micro_batch": 2, "iterations": 24000, "warmup_iterations": 100, "schedule": "step",
+        "lr_drops": [18000, 22000], "momentum": 0.9, "weight_decay": 1e-4, "train_sizes": [800],
+        "test_size": 800, "max_size": 1333, "flip": True, "precise_bn_batches": 200,
+    }  # fmt: skip
+    return DetectionTraining.model_validate({**values, **changes})
+
+
+def test_the_schedule_is_detectron2s() -> None:
+    schedule = Schedule.of(paper_training(), 0.02, 24000)
+    rates = {0: 0.02e-3, 50: 0.02 * (0.5 + 0.5e-3), 100: 0.02, 17999: 0.02, 18000: 0.002, 22000: 0.0002}
+    for step, rate in rates.items():
+        assert schedule.lr_at(step) == pytest.approx(rate), step
+    cosine = Schedule.of(paper_training(schedule="cosine", lr_drops=[]), 0.02, 24000)
+    assert cosine.lr_at(12000) == pytest.approx(0.01)
+    assert cosine.lr_at(23999) < 1e-7
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, 16, 64])
+def test_rate_per_image_and_images_seen_do_not_depend_on_the_batch(batch_size: int) -> None:
+    schedule = Schedule.of(paper_training(batch_size=batch_size, micro_batch=1), 0.02, 24000)
+    assert schedule.lr / batch_size == pytest.approx(0.02 / 16)
+    assert schedule.steps * batch_size == 24000 * 16
+    assert schedule.drops[0] * batch_size == 18000 * 16
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "world_size", "expected"), [(2, 8, 1), (8, 2, 1), (2, 1, 8), (16, 1, 1)]
+)
+def test_accumulation_makes_up_for_processes(micro_batch: int, world_size: int, expected: int) -> None:
+    assert accumulation(paper_training(micro_batch=micro_batch), world_size) == expected
+
+
+def test_processes_that_cannot_share_a_batch_are_told_what_can() -> None:
+    with pytest.raises(ConfigError, match=r"16 cannot be shared by 4 processes .* can be 1, 2, 4"):
+        accumulation(paper_training(micro_batch=8), 4)
+
+
+def _gradients(run: FineTuning) -> dict[str, torch.Tensor]:
+    """One step's gradients, batch-norm statistics fixed so that images do not meet in them."""
+    run._set_modes = run.detector.eval  # type: ignore[method-assign]
+    for module in run.detector.modules():
+        if not isinstance(module, torch.nn.BatchNorm2d):
+            module.training = True
+    run._advance(iter([run._dataset[n] for n in run._numbers(0, run._accumulate)]))
+    return {name: p.grad.clone() for name, p in run.detector.named_parameters() if p.grad is not None}
+
+
+def test_accumulated_micro_batches_make_the_same_step_size(
+    voc_set: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    """Losses are means over a micro-batch's images, so a step of 2 x 1 is the mean of two steps of 1."""
+    training = {"flip": False, "train_sizes": [40], "batch_size": 2, "micro_batch": 1}
+    model = {"rpn_batch": 4000, "roi_batch": 4000}  # all are sampled: no luck in it
+    both = _gradients(
+        tuning(small_set(voc_set, training=training, model=model), encoder_file, tmp_path / "a")
+    )
+    parts = []
+    for number in (0, 1):
+        single = small_set(voc_set, training={**training, "batch_size": 1, "lr_batch_size": 1}, model=model)
+        one = tuning(single, encoder_file, tmp_path / "b")
+        one._numbers = lambda first, last, number=number: range(number, number + 1)  # type: ignore[method-assign]
+        parts.append(_gradients(one))
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, (parts[0][name] + parts[1][name]) / 2, rtol=1e-3, atol=1e-6)
+
+
+def _train_rank(voc_set: Path, encoder_file: Path, out: Path) -> None:
+    run = tuning(small_set(voc_set, training={"micro_batch": 1}), encoder_file, out / "saved")
+    run.train("rank")
+    save_file(state(run), out / f"{distributed.rank()}.safetensors")
+
+
+def test_two_processes_stay_the_same(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
+    run_ranks(_train_rank, 2, voc_set, encoder_file, tmp_path)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    before = load_file(encoder_file)["conv1.weight"]
+    assert not torch.equal(first["backbone.conv1.weight"], before)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

@@ -1,0 +1,99 @@
+"""The command that a request for GPUs becomes, against what torchrun and srun document."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mochi.errors import UserError
+from mochi.runtime import launch
+
+ARGUMENTS = ["pretrain", "--run", "run.yaml"]
+
+
+@pytest.mark.parametrize(("count", "nodes"), [(0, 1), (1, 1), (0, 4)])
+def test_one_process_needs_no_torchrun(count: int, nodes: int) -> None:
+    assert launch.torchrun(count, nodes, ARGUMENTS, {}) == []
+
+
+def test_several_gpus_of_a_host() -> None:
+    command = launch.torchrun(4, 1, ARGUMENTS, {})
+    assert command[1:] == [
+        "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone",
+        "--local-addr=localhost", "-m", "--", "mochi", *ARGUMENTS,
+    ]  # fmt: skip
+
+
+def test_several_nodes_meet_at_the_first_one() -> None:
+    command = launch.torchrun(8, 2, ARGUMENTS, {"SLURM_JOB_ID": "71"})
+    assert command[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    assert "--nproc-per-node=4" in command
+    assert "--nnodes=2" in command
+    assert any(part.startswith("--rdzv-endpoint=") and part.endswith(":20071") for part in command)
+    assert command[-3:] == ARGUMENTS
+
+
+@pytest.mark.parametrize(
+    ("count", "nodes", "environment", "message"),
+    [
+        (3, 2, {"SLURM_JOB_ID": "1"}, "2 nodes cannot share them evenly"),
+        (2, 2, {}, "outside a Slurm job"),
+        (-1, 1, {}, "expected gpus >= 0"),
+        (1, 0, {}, "nodes >= 1"),
+    ],
+)
+def test_impossible_requests(count: int, nodes: int, environment: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch.torchrun(count, nodes, ARGUMENTS, environment)
+
+
+SHOW = """
+import os, sys
+from mochi.runtime import launch
+launch.on_gpus(int(sys.argv[1]))
+sys.stdout.write(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "extra", "expected"),
+    [
+        ("0", {"CUDA_VISIBLE_DEVICES": "5"}, ""),
+        ("1", {"CUDA_VISIBLE_DEVICES": "5"}, "5"),
+        # Slurm and torchrun have chosen already.
+        ("1", {"CUDA_VISIBLE_DEVICES": "5,6", "SLURM_JOB_ID": "1"}, "5,6"),
+        ("2", {"CUDA_VISIBLE_DEVICES": "5,6", "TORCHELASTIC_RUN_ID": "x"}, "5,6"),
+    ],
+)
+def test_what_a_process_sees(tmp_path: Path, count: str, extra: dict[str, str], expected: str) -> None:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "CUDA"))}
+    environment = {**kept, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path.cwd()), **extra}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW, count], env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == expected
+
+
+def test_several_gpus_become_torchrun_ranks_with_the_same_command(tmp_path: Path) -> None:
+    """A stand-in for the package prints its rank and arguments; torchrun itself is real."""
+    package = tmp_path / "mochi"
+    package.mkdir()
+    here = Path("mochi").resolve()
+    (package / "__init__.py").write_text(f"__path__.append({str(here)!r})\n")
+    (package / "__main__.py").write_text(
+        "import os, sys\n"
+        "from mochi.running import launch\n"
+        "launch.on_gpus(2)\n"
+        "from pathlib import Path\n"
+        "out = Path(sys.argv[2]) / os.environ['RANK']\n"
+        "out.write_text(os.environ['WORLD_SIZE'] + os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    environment = {**kept, "CUDA_VISIBLE_DEVICES": "7,8", "TMPDIR": str(tmp_path)}
+    subprocess.run(
+        [sys.executable, "-m", "mochi", "--run", str(tmp_path)],
+        env=environment, cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["27,8", "27,8"]

@@ -1,0 +1,127 @@
+"""What is loaded is what was saved, by the run that saved it, whatever happened to the disk in between."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mochi.storage import atomic, checkpoint
+from mochi.storage.checkpoint import CheckpointError
+
+RUN = {"method": "moco-v2", "pretrain": {"lr": 0.1, "epochs": 2}}
+STATE = {"epoch": 3, "rows": [{"loss": 0.1 + 0.2}]}
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"weight": torch.full((2, 3), value), "count": torch.tensor(7)}
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    assert checkpoint.load(path, RUN) is None
+    checkpoint.save(path, tensors(0.1), STATE, RUN)
+    loaded = checkpoint.load(path, RUN)
+    assert loaded is not None
+    assert loaded[1] == STATE
+    for name, value in tensors(0.1).items():
+        assert torch.equal(loaded[0][name], value)
+    checkpoint.discard(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_run_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    checkpoint.save(path, tensors(0), STATE, RUN)
+    other = {"method": "moco-v2", "pretrain": {"lr": 0.3, "epochs": 2}}
+    with pytest.raises(CheckpointError, match=r"pretrain\.lr=0\.1; this is the run with pretrain\.lr=0\.3"):
+        checkpoint.load(path, other)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 50])
+def test_a_damaged_file_falls_back_to_the_one_before(
+    tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "last.safetensors"
+    checkpoint.save(path, tensors(1), {"epoch": 1}, RUN)
+    checkpoint.save(path, tensors(2), {"epoch": 2}, RUN)
+    content = path.read_bytes()
+    path.unlink()  # the previous file is a link to what stood here, and must not be damaged with it
+    path.write_bytes(damage or content[: len(content) // 2])
+    loaded = checkpoint.load(path, RUN)
+    assert loaded is not None
+    assert loaded[1] == {"epoch": 1}
+    assert torch.equal(loaded[0]["weight"], torch.full((2, 3), 1.0))
+    assert "is damaged" in caplog.text
+    checkpoint.previous_of(path).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no readable checkpoint"):
+        checkpoint.load(path, RUN)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.safetensors"
+    checkpoint.save(path, tensors(1), {"epoch": 1}, RUN)
+
+    def full(values: object, name: Path, metadata: object) -> None:
+        Path(name).write_bytes(b"the first half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*is intact"):
+        checkpoint.save(path, tensors(2), {"epoch": 2}, RUN)
+    monkeypatch.undo()
+    loaded = checkpoint.load(path, RUN)
+    assert loaded is not None
+    assert loaded[1] == {"epoch": 1}
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_module_and_optimizer_are_packed_whole() -> None:
+    def trained(steps: int, resume_at: int | None = None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+        for step in range(steps):
+            if step == resume_at:
+                packed = {name: value.clone() for name, value in checkpoint.pack(module, optimizer).items()}
+                module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+                optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+                checkpoint.unpack(packed, module, optimizer)
+            optimizer.zero_grad()
+            module(inputs).square().sum().backward()
+            optimizer.step()
+        return checkpoint.pack(module, optimizer)
+
+    straight, resumed = trained(4), trained(4, resume_at=2)
+    assert straight.keys() == resumed.keys()
+    assert any(name.endswith("momentum_buffer") for name in straight)
+    for name, value in straight.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    module = nn.Linear(3, 4)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    with pytest.raises(CheckpointError, match=r"missing \['weight'\], left over \['wieght'\]"):
+        checkpoint.unpack(
+            {"module.bias": torch.zeros(4), "module.wieght": torch.zeros(4, 3)}, module, optimizer
+        )
+
+
+def test_replacing_leaves_nothing_behind_on_an_error(tmp_path: Path) -> None:
+    target = tmp_path / "table.csv"
+    target.write_text("old")
+
+    def interrupted() -> None:
+        with atomic.replacing(target) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["table.csv"]

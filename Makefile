@@ -16,10 +16,14 @@ help:
 	@echo "make lint        environment, then format, lint, types and import rules"
 	@echo "make lock        resolve requirements.lock again from pyproject.toml"
 
+# `compat` puts this folder last on sys.path, so a copy of the project elsewhere imports its own code; with the
+# default, modules that the copy lacks would come from here.
 $(VENV)/.ready: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, found " + sys.version)'
 	$(PYTHON) -m venv --clear $(VENV)
 	pip --disable-pip-version-check install --quiet --require-hashes -r requirements.lock
+	pip --disable-pip-version-check install --quiet --no-index --no-deps --no-build-isolation \
+	  --config-settings editable_mode=compat --editable .
 	touch $@
 
 reproduce: $(VENV)/.ready

@@ -1,8 +1,7 @@
-"""Encoders: ResNets with torchvision's blocks and names, projection heads, grouped batch normalisation."""
+"""ResNets with torchvision's blocks and parameter names."""
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -19,47 +18,11 @@ _LAYOUTS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, i
 _SAFE_CHANNELS = 16
 
 
-class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation whose training statistics are separate for each of `num_groups` groups.
-
-    Consecutive images form a group, as if each group stood on a GPU of its own, which is what MoCo's
-    shuffling needs. Running statistics are the mean over the groups.
-
-    Source: SplitBatchNorm of the MoCo Colab demo (facebookresearch/moco, branch colab-notebook).
-    Deviation: groups are runs of consecutive images, not every G-th image; a batch that G does not
-    divide gives groups whose sizes differ by the remainder.
-    """
-
-    def __init__(self, num_features: int, num_groups: int) -> None:
-        super().__init__(num_features)
-        self.num_groups = num_groups
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        if not self.training or self.num_groups == 1:
-            return super().forward(input)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        groups = input.tensor_split(self.num_groups)
-        means = self.running_mean.repeat(self.num_groups, 1)  # (G, C)
-        variances = self.running_var.repeat(self.num_groups, 1)  # (G, C)
-        outputs = [
-            F.batch_norm(group, mean, var, self.weight, self.bias, True, self.momentum or 0.1, self.eps)
-            for group, mean, var in zip(groups, means, variances, strict=True)
-        ]
-        with torch.no_grad():
-            self.running_mean.copy_(means.mean(0))
-            self.running_var.copy_(variances.mean(0))
-            self.num_batches_tracked.add_(1)
-        return torch.cat(outputs)
-
-
 class Shortcut(nn.Conv2d):
-    """The 1x1 convolution beside a block, without bias.
+    """The 1x1 convolution of a block's shortcut, without bias.
 
-    Below 16 channels the rows and columns it skips are cut away first: the gradient of a strided 1x1
-    convolution in channels-last float32 writes outside its memory there (torch 2.14 with oneDNN on a CPU).
+    Below 16 channels it first drops the rows and columns that the stride skips: there the gradient of a
+    strided 1x1 convolution in channels-last float32 writes outside its memory (torch 2.14, oneDNN, CPU).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -120,15 +83,3 @@ class ResNet(nn.Module):
         x: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean(dim=(2, 3))
-
-
-def projection_head(num_features: int, embedding_dim: int, kind: str) -> nn.Sequential:
-    """MoCo's head: `linear` (version 1) or `mlp` (version 2: Linear, ReLU, Linear; no batch norm).
-
-    Source: facebookresearch/moco moco/builder.py.
-    """
-    if kind == "linear":
-        return nn.Sequential(nn.Linear(num_features, embedding_dim))
-    return nn.Sequential(
-        nn.Linear(num_features, num_features), nn.ReLU(), nn.Linear(num_features, embedding_dim)
-    )

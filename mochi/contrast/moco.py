@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mochi import encoders
 from mochi.config import ConfigError, Contrastive, Encoder
 from mochi.contrast.key_queue import KeyQueue
 from mochi.contrast.loss import ContrastiveLoss, contrastive_loss
 from mochi.contrast.negatives import Rule, Synthetics, hardest, mix_pairs, mix_with_query
-from mochi.encoders.resnet import GroupedBatchNorm2d, ResNet, projection_head
+from mochi.encoders.batch_norm import GroupedBatchNorm2d
+from mochi.encoders.heads import projection_head
+from mochi.encoders.resnet import ResNet
 from mochi.runtime.distributed import gather, own_slice, rank, world_size
-
-# Random streams of one step. Each is seeded by (seed, step, stream), so there is no generator state to
-# save, and a resumed run draws what the uninterrupted one would have drawn. The shuffle is the same on
-# every rank; mixes are of a rank's own queries, so each rank draws its own.
-_SHUFFLE, _MIXING = 1, 2
+from mochi.runtime.seeding import generator
 
 
 class Step(NamedTuple):
@@ -55,7 +54,7 @@ class MoCo(nn.Module):
         num_groups = _groups_of_a_rank(recipe.bn_groups)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            backbone = ResNet(encoder, partial(GroupedBatchNorm2d, num_groups=num_groups))
+            backbone = encoders.build(encoder, partial(GroupedBatchNorm2d, num_groups=num_groups))
             head = projection_head(backbone.num_features, recipe.embedding_dim, recipe.head)
             self.query_encoder = nn.Sequential()
             self.query_encoder.add_module("backbone", backbone)
@@ -113,7 +112,8 @@ class MoCo(nn.Module):
         section 3.3). On one device the groups stand for GPUs: a permutation alone would change nothing.
         """
         everything = gather(images)
-        order = torch.randperm(len(everything), generator=self._generator(step, _SHUFFLE)).to(images.device)
+        shuffle = generator("shuffle keys", self.seed, step)  # the same on every rank
+        order = torch.randperm(len(everything), generator=shuffle).to(images.device)
         shuffled = unit(self.momentum_encoder(own_slice(everything[order])))
         return own_slice(gather(shuffled)[order.argsort()])
 
@@ -127,26 +127,20 @@ class MoCo(nn.Module):
         if mixing is None:
             return None
 
-        generator = self._generator(step, _MIXING, rank=rank(), device=self.queue.keys.device)
+        # Of this rank's queries, so each rank mixes differently.
+        draws = generator("mix negatives", self.seed, step, rank(), device=self.queue.keys.device)
 
         def rule(similarity: Tensor) -> list[Synthetics]:
             pool = hardest(similarity, mixing.num_hardest, some_excluded=self.recipe.class_oracle)
             synthetics = []
             if mixing.num_pair_synthetics:
-                synthetics.append(mix_pairs(self.queue.keys, pool, mixing.num_pair_synthetics, generator))
+                synthetics.append(mix_pairs(self.queue.keys, pool, mixing.num_pair_synthetics, draws))
             if mixing.num_query_synthetics:
                 num, through = mixing.num_query_synthetics, mixing.through_query
-                synthetics.append(mix_with_query(similarity, pool, num, generator, through_query=through))
+                synthetics.append(mix_with_query(similarity, pool, num, draws, through_query=through))
             return synthetics
 
         return rule
-
-    def _generator(
-        self, step: int, stream: int, *, rank: int = 0, device: torch.device | str = "cpu"
-    ) -> torch.Generator:
-        """Bits 0-3 the stream, 4-29 the step, 30-39 the rank, from 40 on the seed."""
-        number = (self.seed << 40) + (rank << 30) + (step << 4) + stream
-        return torch.Generator(device).manual_seed(number)
 
 
 def _groups_of_a_rank(bn_groups: int) -> int:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from mochi.config import ConfigError, Contrastive, Encoder, Mixing
 from mochi.contrast.moco import MoCo, Step
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
-from mochi.encoders.resnet import GroupedBatchNorm2d
+from mochi.encoders.batch_norm import GroupedBatchNorm2d
+from mochi.runtime.seeding import generator
 from tests.reference import mochi_loss, synthetic_vectors
 
 ENCODER = Encoder(architecture="resnet10", stem="half", width=4)
@@ -42,9 +43,8 @@ def drawn(moco: MoCo, step: Step, generator: torch.Generator) -> list[Synthetics
     return [pairs, mix_with_query(similarity, pool, mixing.num_query_synthetics, generator)]
 
 
-def stream(seed: int, step: int, stream: int, rank: int = 0) -> torch.Generator:
-    """1 shuffles and 2 mixes."""
-    return torch.Generator().manual_seed((seed << 40) + (rank << 30) + (step << 4) + stream)
+def mixing_draws(seed: int, step: int, rank: int = 0) -> torch.Generator:
+    return generator("mix negatives", seed, step, rank)
 
 
 @pytest.mark.parametrize("through_query", [False, True])
@@ -68,13 +68,13 @@ def test_a_step_is_the_algorithm_of_the_paper(through_query: bool) -> None:
         moco.momentum_encoder.parameters(), before.momentum_encoder.parameters(), strict=True
     ):
         torch.testing.assert_close(ours, expected)
-    order = torch.randperm(8, generator=stream(5, 3, 1))
+    order = torch.randperm(8, generator=generator("shuffle keys", 5, 3))
     key = torch.empty(8, 6)
     key[order] = F.normalize(before.momentum_encoder(images(1)[order]), dim=-1).detach()
     torch.testing.assert_close(step.key, key)
 
     queue = before.queue.keys
-    pairs, mixes = drawn(moco, step, stream(5, 3, 2))
+    pairs, mixes = drawn(moco, step, mixing_draws(5, 3))
     # Whatever the length of b q + (1 - b) n, its direction is the synthetic.
     mixed = synthetic_vectors(query if through_query else query.detach(), queue, mixes)
     vectors = [synthetic_vectors(query.detach(), queue, pairs), F.normalize(mixed, dim=-1)]
@@ -104,7 +104,7 @@ def test_each_rank_mixes_for_itself_and_all_shuffle_alike(monkeypatch: pytest.Mo
         rule = moco._rule(3)
         assert rule is not None
         for ours, expected in zip(
-            rule(step.query @ step.queue.T), drawn(moco, step, stream(5, 3, 2, rank)), strict=True
+            rule(step.query @ step.queue.T), drawn(moco, step, mixing_draws(5, 3, rank)), strict=True
         ):
             assert torch.equal(ours.parents, expected.parents)
             assert torch.equal(ours.weights, expected.weights)
@@ -213,3 +213,11 @@ def test_seed_and_step_decide_everything(head: str) -> None:
     assert torch.equal(losses(0, 0), losses(0, 0))
     assert not torch.equal(losses(0, 0), losses(1, 0))
     assert not torch.equal(losses(0, 0), losses(0, 1))
+
+
+def test_the_seed_decides_the_shuffles_and_not_the_weights_alone() -> None:
+    """torch's generator on a CPU reads only the low 32 bits of a seed: the run's seed must reach them."""
+    moco = MoCo(ENCODER, recipe(), seed=0)
+    other = copy.deepcopy(moco)
+    other.seed = 1
+    assert not torch.allclose(moco._encode_keys(images(1), 3), other._encode_keys(images(1), 3), atol=1e-4)

@@ -1,54 +1,35 @@
-"""Is this run healthy, how far is it, and when will it end?"""
+"""What a process tells its user on stderr: log lines and progress. Of several ranks, only the first."""
 
-import math
+import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from tqdm import tqdm
 
-from mochi.errors import UserError
 
-
-class NonFiniteError(UserError):
-    """A loss or parameters that are no finite numbers: training cannot go on."""
-
-
-def check_finite(loss: float, *, step: int, lr: float, last_good: Path, norm: float = 0.0) -> None:
-    """Stop at the first loss that is not finite, or at an update that ruined the parameters.
-
-    Args:
-        loss: it tells of the parameters before the update.
-        step: the step of the update.
-        lr: its learning rate.
-        last_good: the checkpoint to name.
-        norm: of all parameters after the update, which is what a checkpoint holds.
-
-    Raises:
-        NonFiniteError: names the step, the learning rate and the last good checkpoint.
-    """
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    found = f"the norm of the parameters is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-    checkpoint = f"{last_good}" if last_good.exists() else "none yet"
-    raise NonFiniteError(
-        f"{found} at step {step} (learning rate {lr:.6g}); expected a finite number. "
-        f"Last good checkpoint: {checkpoint}. Lower the learning rate, or look for images without "
-        "contrast or with values out of range; the same command goes on from that checkpoint"
-    )
+def configure_logging() -> None:
+    """Log plain messages on stderr: everything from info up; from ranks other than 0 warnings only."""
+    level = logging.INFO if _is_first_rank() else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
 
 
 class Progress:
-    """A bar on a terminal, a plain line every few seconds in a log; both with an ETA."""
+    """A bar on a terminal, a plain line every few seconds in a log, nothing on ranks other than 0.
+
+    The lines are not tqdm's, which overwrites its line by a carriage return also in a file.
+    """
 
     def __init__(self, label: str, total: int, done: int = 0, every_seconds: float = 10.0) -> None:
         self._label, self._total, self._first, self._every = label, total, done, every_seconds
+        self._shown = _is_first_rank()
         self._bar = (
-            tqdm(desc=label, total=total, initial=done, dynamic_ncols=True) if sys.stderr.isatty() else None
+            tqdm(desc=label, total=total, initial=done, dynamic_ncols=True)
+            if self._shown and sys.stderr.isatty()
+            else None
         )
         self._done = done
         self._start = self._last = time.monotonic()
@@ -68,13 +49,17 @@ class Progress:
         if self._bar:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update()
-            return
+        elif self._shown:
+            self._write_if_due(note)
+
+    def _write_if_due(self, note: str) -> None:
         now = time.monotonic()
         if now - self._last >= self._every or self._done == self._total:
             self._last = now
             rate = (self._done - self._first) / max(now - self._start, 1e-9)
             left = (self._total - self._done) / max(rate, 1e-9)
-            sys.stderr.write(f"{self._label}: {self._done}/{self._total}, {_clock(left)} left, {note}\n")
+            line = f"{self._label}: {self._done}/{self._total}, {_clock(left)} left"
+            sys.stderr.write(f"{line}, {note}\n" if note else f"{line}\n")
             sys.stderr.flush()
 
 
@@ -90,47 +75,12 @@ def counter(label: str) -> Callable[[int, int], None]:
     return report
 
 
+def _is_first_rank() -> bool:
+    """Rank 0, or a process without ranks. torchrun sets RANK before torch knows it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def verdict(*, loss: float, chance: float, spread: float, queue_fill: float, dim: int) -> str:
-    """Plain words on a contrastive run.
-
-    Args:
-        loss: mean loss of the epoch, nats.
-        chance: ln(1 + number of negatives), the loss of a network that knows nothing.
-        spread: mean standard deviation of each coordinate of unit queries; 1/sqrt(dim) when they fill
-            the sphere evenly, 0 when all are equal (Chen & He 2021, SimSiam, figure 2).
-        queue_fill: share of the queue holding real keys, 0 to 1.
-        dim: length of a feature.
-    """
-    if spread < 0.1 / math.sqrt(dim):
-        return "collapsed: all images look alike to the encoder; lower the learning rate"
-    if queue_fill < 1:
-        return f"queue filling ({queue_fill:.0%}): a rising loss is normal until it is full"
-    if loss > 0.98 * chance:
-        return "at chance: nothing learnt yet; normal in the first epochs, a fault later"
-    return "learning"
-
-
-def write_events(folder: Path | None, row: Mapping[str, Any]) -> None:
-    """Add an epoch's numbers to the TensorBoard events in `folder`; None: do nothing."""
-    if folder is None:
-        return
-    writer = _writer(folder)
-    for name, value in row.items():
-        if isinstance(value, int | float):
-            writer.add_scalar(name, value, row["epoch"])
-    writer.flush()
-
-
-@cache
-def _writer(folder: Path) -> Any:
-    """One file of events for each folder and process."""
-    # Imported here: it takes a second that most commands need not spend.
-    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
-
-    return SummaryWriter(str(folder))

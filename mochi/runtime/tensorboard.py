@@ -1,0 +1,47 @@
+"""TensorBoard events of a training, where tensorboard is installed."""
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def write_events(folder: Path | None, row: Mapping[str, Any]) -> None:
+    """Add the numbers of a row to the events in `folder`.
+
+    Without tensorboard, one line in the log says so.
+
+    Args:
+        folder: of the training's events; None: write nothing.
+        row: name -> value; `epoch` is the position on the horizontal axis, texts are left out.
+    """
+    if folder is None or (writer := _writer(folder)) is None:
+        return
+    for name, value in row.items():
+        if isinstance(value, int | float):
+            writer.add_scalar(name, value, row["epoch"])
+    writer.flush()
+
+
+@cache
+def _writer(folder: Path) -> Any:
+    """One file of events for each folder and process; None without tensorboard."""
+    writer_class = _writer_class()
+    return None if writer_class is None else writer_class(str(folder))
+
+
+@cache
+def _writer_class() -> Any:
+    # Imported here: it takes a second, and it is optional.
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+    except ImportError as error:
+        logger.warning(
+            "no TensorBoard events are written (%s); install mochi-pipeline[tensorboard] to have them",
+            error,
+        )
+        return None
+    return SummaryWriter

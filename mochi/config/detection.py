@@ -33,7 +33,7 @@ class DetectionData(Section):
     """Names in the order of their labels, from 1. Required by voc; coco takes the file's categories. For
     scenes: the photographs whose pieces are the objects; the others are backgrounds."""
     rule: Literal["11-point", "all-point"] | None = None
-    """voc: the average precision that fills AP, AP50 and AP75; the others are reported beside it."""
+    """voc: the average precision that fills AP, AP50 and AP75; the others are reported too."""
     broken_objects: Literal["drop", "fail"]
     """What happens to an object without a usable box. Dropped ones are counted and named."""
     empty_images: Literal["keep", "drop"]
@@ -88,21 +88,21 @@ class DetectionModel(Section):
 
 
 class DetectionTraining(Section):
-    """Fine-tuning. `lr`, `iterations` and `warmup_iterations` are said for `lr_batch_size` images a step
+    """Fine-tuning. `lr`, `iterations` and `warmup_iterations` are given for `lr_batch_size` images a step
     and scaled to `batch_size`, so that the rate per image and the images seen stay the same."""
 
-    reading: Literal["finetune", "frozen"]
+    mode: Literal["finetune", "frozen"]
     """finetune: everything is trained (the paper's). frozen: conv1 to res4 keep their weights; only their
-    batch-norm statistics are taken anew on the set, for every encoder alike."""
+    batch-norm statistics are recomputed on the set, for every encoder."""
     seeds: Annotated[list[CountOrZero], Field(min_length=1)]
-    """Fine-tunings of one encoder; the table gives their mean and spread."""
+    """Fine-tunings of one encoder; the table gives their mean and standard deviation."""
     lr: Annotated[list[PositiveReal], Field(min_length=1)]
-    """One rate, or candidates: each is tried once on a part of train and the best on the rest of train
-    is used. Test images take no part in the choice."""
-    choose_iterations: Count | None = None
-    """Length of such a try; required with several candidates."""
+    """One rate, or candidates: each is trained once on a part of train and evaluated on the rest of train,
+    and the best is used. Test images take no part in the search."""
+    search_iterations: Count | None = None
+    """Length of the training of a candidate; required with several."""
     validation: Annotated[Real, Field(gt=0, lt=1)] | None = None
-    """Share of train that judges the candidates; required with several candidates."""
+    """Share of train to evaluate the candidates on; required with several."""
     lr_batch_size: Count
     batch_size: Count
     """Images a step, over all processes and accumulations."""
@@ -138,8 +138,8 @@ class DetectionTraining(Section):
             raise ValueError(
                 f"micro_batch: found {self.micro_batch}; it must divide batch_size = {self.batch_size}"
             )
-        if len(self.lr) > 1 and (self.choose_iterations is None or self.validation is None):
-            raise ValueError("several lr candidates need `choose_iterations` and `validation`")
+        if len(self.lr) > 1 and (self.search_iterations is None or self.validation is None):
+            raise ValueError("several lr candidates need `search_iterations` and `validation`")
         late = [drop for drop in self.lr_drops if drop >= self.iterations]
         if late:
             raise ValueError(f"lr_drops: found {late}; training has {self.iterations} iterations only")

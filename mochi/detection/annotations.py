@@ -1,7 +1,7 @@
-"""What a detector is taught and judged by, whatever file format it came from.
+"""Ground-truth annotations of a detection set, whatever file format they come from.
 
 Boxes are (x0, y0, x1, y1) in continuous pixel coordinates from 0: a box that covers an image of width W
-and height H is (0, 0, W, H). Labels run from 1 to K; 0 is the background and never stands in a file.
+and height H is (0, 0, W, H). Labels run from 1 to K; 0 is the background and is in no file.
 """
 
 from collections import Counter
@@ -130,9 +130,15 @@ def for_training(annotations: Annotations, empty_images: str) -> Annotations:
     return Annotations(annotations.classes, tuple(images), found)
 
 
-def split_off(annotations: Annotations, share: float, seed: int) -> tuple[Annotations, Annotations]:
-    """(rest, part): `share` of the images drawn at random, for choosing a learning rate."""
-    order = np.random.default_rng([seed, 0x5EED]).permutation(len(annotations.images))
+def split_off(
+    annotations: Annotations, share: float, rng: np.random.Generator
+) -> tuple[Annotations, Annotations]:
+    """(rest, part): `share` of the images drawn at random, to validate on.
+
+    Raises:
+        AnnotationError: fewer than two images.
+    """
+    order = rng.permutation(len(annotations.images))
     size = min(max(round(share * len(order)), 1), len(order) - 1)
     if size < 1:
         raise AnnotationError(

@@ -21,6 +21,7 @@ from mochi.data.ingest.decode import UnreadableError, open_image, to_rgb
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
 from mochi.detection.check_images import misfit
 from mochi.detection.coco import decode_masks
+from mochi.runtime.seeding import numpy_generator
 
 # ImageNet's statistics on the scale of bytes; MoCo's configurations give detectron2 the same.
 _MEAN = torch.tensor([123.675, 116.280, 103.530])[:, None, None]
@@ -55,7 +56,7 @@ class Batch:
     items: Sequence[Item]
 
     def targets(self, device: torch.device) -> list[dict[str, Tensor]]:
-        """What the detector learns from, masks padded like the images."""
+        """Ground truth on `device`, masks padded like the images."""
         height, width = self.images.shape[-2:]
         targets = []
         for item in self.items:
@@ -178,7 +179,7 @@ class TrainingItems(Dataset[list[Item]]):
 
     def _shuffle(self, epoch: int) -> NDArray[np.int64]:
         """(per_epoch, micro_batch)."""
-        rng = np.random.default_rng([self._seed, epoch, 1])
+        rng = numpy_generator("detection epoch", self._seed, epoch)
         order = rng.permutation(len(self._wide))
         size = self._micro_batch
         groups, rest = [], []
@@ -192,7 +193,7 @@ class TrainingItems(Dataset[list[Item]]):
         return rows[rng.permutation(len(rows))]
 
     def __getitem__(self, number: int) -> list[Item]:
-        rng = np.random.default_rng([self._seed, number, 2])
+        rng = numpy_generator("detection batch", self._seed, number)
         return [
             self._images.item(
                 int(index),

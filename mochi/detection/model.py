@@ -2,8 +2,8 @@
 
 conv1 to res4 look at the whole image; res5 looks at each pooled region, followed by the extra batch
 normalisation of MoCo's Res5ROIHeadsExtraNorm, and feeds both boxes and masks. Every number that the
-detectron2 C4 configuration fixes stands here or in the experiment file; docs/detection.md lists each
-beside torchvision's default.
+detectron2 C4 configuration fixes stands here or in the experiment file; docs/detection.md compares
+each with torchvision's default.
 
 Shapes: B images, R regions of all images, A anchors of an image, K classes, D channels of res5.
 """
@@ -18,6 +18,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference,
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import RoIAlign
 
+from mochi import encoders
 from mochi.config import DetectionModel, Encoder
 from mochi.detection.normalization import SharedBatchNorm2d
 from mochi.encoders.resnet import ResNet
@@ -299,10 +300,10 @@ class Detector(nn.Module):
 
 
 def build(encoder_config: Encoder, num_classes: int, config: DetectionModel) -> Detector:
-    """A detector with an encoder of `encoder_config` inside, at random; see `initialise` for its weights.
+    """A randomly initialised detector around an encoder of `encoder_config`; see `load_backbone`.
 
     The feature stride is that of res4: 16 with the imagenet stem, 8 and 4 with the small ones.
     """
-    encoder = ResNet(encoder_config, norm_layer=SharedBatchNorm2d)
+    encoder = encoders.build(encoder_config, norm_layer=SharedBatchNorm2d)
     stride = {"imagenet": 16, "half": 8, "full": 4}[encoder_config.stem]
     return Detector(encoder, stride, num_classes, config)

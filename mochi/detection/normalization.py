@@ -62,11 +62,11 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
 
 
 @torch.no_grad()
-def settle_statistics(model: nn.Module, batches: Iterable[Any], run: Any) -> int:
+def recompute_statistics(model: nn.Module, batches: Iterable[Any], run: Any) -> int:
     """Replace running statistics by their mean over `batches` of training data ("precise BN").
 
     Args:
-        model: layers in training mode are settled; frozen ones (in evaluation mode) are left alone.
+        model: layers in training mode are recomputed; frozen ones (in evaluation mode) stay as they are.
         batches: what `run` takes.
         run: runs the model forward on one batch, in training mode; its result is dropped.
 

@@ -1,4 +1,4 @@
-"""The detection stage: an encoder fine-tuned several times on one set, judged, and drawn."""
+"""The detection stage: fine-tune an encoder several times on one set, evaluate, and draw detections."""
 
 import hashlib
 import json
@@ -23,14 +23,16 @@ from mochi.detection.training import FineTuning, FrozenBackbone, Recipe
 from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.record import Stopwatch, record
 from mochi.runtime import distributed
+from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.precision import autocast
-from mochi.runtime.progress import NonFiniteError, write_events
+from mochi.runtime.seeding import numpy_generator
+from mochi.runtime.tensorboard import write_events
 from mochi.storage import checkpoint
 from mochi.storage.atomic import write_json
 
 logger = logging.getLogger(__name__)
 
-# Results of finished fine-tunings that the mean and the spread are taken of.
+# Metrics whose standard deviation over the fine-tunings is reported.
 _HEADLINE = ("AP", "AP50", "AP75")
 
 
@@ -50,9 +52,9 @@ def run(
     Raises:
         ConfigError: no such set, or the processes cannot share a batch.
         AnnotationError: annotations or images that cannot be used.
-        InitialisationError: the encoder does not fit.
+        EncoderError: the encoder file does not fit.
         CheckpointError: a checkpoint in `work` is of another run.
-        NonFiniteError: the loss or a weight is not a number.
+        NonFiniteError: NaN or Inf in a loss or in the weights.
     """
     watch = Stopwatch()
     assert run.evaluation is not None
@@ -65,27 +67,37 @@ def run(
         train, test = read_splits(chosen.data, masks=chosen.model.masks)
         check_images([train, test], Path(chosen.data.path), jobs=torch.get_num_threads())
         recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device)
-        learnt = Images(for_training(train, chosen.data.empty_images))
-        frozen = FrozenBackbone(recipe, learnt) if chosen.training.reading == "frozen" else None
+        train_images = Images(for_training(train, chosen.data.empty_images))
+        frozen = FrozenBackbone(recipe, train_images) if chosen.training.mode == "frozen" else None
         digests = {"train": annotations_digest(train), "test": annotations_digest(test)}
-        stage = _Stage(run, set_name, recipe, frozen, work, events, digests)
-        rate, tries = stage.choose_rate(train)
-        results = {}
-        for seed in chosen.training.seeds:
-            results[seed] = stage.fine_tuned(learnt, Images(test), rate, seed, out)
+        identity = {
+            "experiment": run.experiment,
+            "method": run.method,
+            "set": set_name,
+            "encoder_sha256": file_digest(encoder_file),
+            "annotations_sha256": digests,
+            **settings(run, f"detection-{set_name}"),
+        }
+        label = f"{run.method} seed {run.seed}, {set_name}"
+        tunings = _FineTunings(label, recipe, frozen, identity, work, events)
+        lr, candidates = tunings.search_lr(train)
+        results = {
+            seed: tunings.result(train_images, Images(test), lr, seed, out)
+            for seed in chosen.training.seeds
+        }
         if distributed.rank() == 0:
             first = results[chosen.training.seeds[0]]
-            metrics = summarise(list(results.values()), chosen, rate, tries)
+            metrics = summarise(list(results.values()), chosen, lr, candidates)
             write_json(out / "metrics.json", metrics)
             provenance = record(
                 f"detection-{set_name}", run, __name__, {"encoder": encoder_file}, watch,
                 checksums=first["checksums"],
-                annotations={"train": learnt.annotations.report(), "test": test.report()},
-                annotations_sha256=stage.digests,
+                annotations={"train": train_images.annotations.report(), "test": test.report()},
+                annotations_sha256=digests,
                 world_size=distributed.world_size(),
             )  # fmt: skip
             write_json(out / "provenance.json", provenance)
-            stage.clear()
+            tunings.clear()
 
 
 def read_splits(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations]:
@@ -114,19 +126,19 @@ def read_splits(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annot
 
 
 def annotations_digest(annotations: Annotations) -> str:
-    """sha256 of what was read of a split, its images' pixels aside, wherever and however it was written."""
+    """sha256 of a split's annotations as read, whatever their folder and format; pixels do not count."""
     total = hashlib.sha256(json.dumps(annotations.classes).encode())
     for image in annotations.images:
         masks = [[mask["size"], str(mask["counts"])] for mask in image.masks or ()]
-        said = [image.image_id, image.path.name, image.height, image.width, len(image.labels), masks]
-        total.update(json.dumps(said).encode())
+        described = [image.image_id, image.path.name, image.height, image.width, len(image.labels), masks]
+        total.update(json.dumps(described).encode())
         for array in (image.boxes, image.labels, image.ignored, image.trained, image.areas):
             total.update(b"" if array is None else array.tobytes())
     return total.hexdigest()
 
 
-def judge(annotations: Annotations, detections: Detections, data: DetectionData) -> dict[str, Any]:
-    """Percent. VOC sets: both VOC rules and COCO's beside them; COCO sets: COCO's, masks too."""
+def evaluate(annotations: Annotations, detections: Detections, data: DetectionData) -> dict[str, Any]:
+    """Metrics in percent: for VOC sets by both VOC rules and COCO's, for COCO sets by COCO's, masks too."""
     if data.format == "coco":
         return dict(coco_metrics(annotations, detections))
     assert data.rule is not None
@@ -136,98 +148,93 @@ def judge(annotations: Annotations, detections: Detections, data: DetectionData)
     }
 
 
-@dataclass
-class _Stage:
-    """One encoder on one set: what all its fine-tunings share, and where they leave their traces."""
+@dataclass(frozen=True)
+class _FineTunings:
+    """All fine-tunings of one encoder on one set. Finished ones are kept in `work` until `clear`."""
 
-    run: Run
-    set_name: str
+    label: str
+    """For log lines."""
     recipe: Recipe
     frozen: FrozenBackbone | None
+    identity: Mapping[str, Any]
+    """What the numbers depend on: results and checkpoints in `work` with another identity are not used."""
     work: Path
     events: Path | None
-    digests: Mapping[str, str]
-    """Of the annotations: what was finished on others must not enter one mean with what is to come."""
 
-    def __post_init__(self) -> None:
-        self._identity = {
-            "experiment": self.run.experiment,
-            "method": self.run.method,
-            "set": self.set_name,
-            "encoder_sha256": file_digest(self.recipe.weights),
-            "annotations_sha256": self.digests,
-            **settings(self.run, f"detection-{self.set_name}"),
-        }
+    def search_lr(self, train: Annotations) -> tuple[float, dict[str, float | None]]:
+        """The best learning rate by AP50 on a part of train, and the AP50 of each candidate.
 
-    def choose_rate(self, train: Annotations) -> tuple[float, dict[str, float | None]]:
-        """The learning rate with the best AP50 on a part of train; a rate that diverges has none."""
-        training = self.recipe.settings.training
+        A candidate that diverges has None. A single one is used as it is, without a search.
+        """
+        training, data = self.recipe.settings.training, self.recipe.settings.data
         if len(training.lr) == 1:
             return training.lr[0], {}
         assert training.validation is not None
-        assert training.choose_iterations is not None
-        rest, part = split_off(train, training.validation, seed=0)
-        learnt = Images(for_training(rest, self.recipe.settings.data.empty_images))
-        judged = Images(part)
-        tries: dict[str, float | None] = {}
-        for rate in training.lr:
-            name = f"lr{rate:g}"
-            found = self._finished(name)
+        assert training.search_iterations is not None
+        rest, validation = split_off(train, training.validation, numpy_generator("lr search"))
+        train_images, validation_images = Images(for_training(rest, data.empty_images)), Images(validation)
+        scores: dict[str, float | None] = {}
+        for lr in training.lr:
+            name = f"lr{lr:g}"
+            found = self._load(name)
             if found is None:
                 found = {"AP50": None}
                 try:
                     detector, _ = self._train(
-                        learnt, rate, training.choose_iterations, training.seeds[0], name
+                        train_images, lr, training.search_iterations, training.seeds[0], name
                     )
-                    detections = self._detect(detector, judged)
-                    found = {"AP50": judge(part, detections, self.recipe.settings.data)["AP50"]}
+                    detections = self._detect(detector, validation_images)
+                    found = {"AP50": evaluate(validation, detections, data)["AP50"]}
                 except NonFiniteError as error:
-                    logger.warning("learning rate %g diverges: %s", rate, error)
-                self._finish(name, found)
-            tries[f"{rate:g}"] = found["AP50"]
-        best = max(training.lr, key=lambda rate: tries[f"{rate:g}"] or 0.0)
-        logger.info("learning rate %g chosen on %d validation images: %s", best, len(part.images), tries)
-        return best, tries
+                    logger.warning("learning rate %g diverges: %s", lr, error)
+                self._keep(name, found)
+            scores[f"{lr:g}"] = found["AP50"]
+        best = max(training.lr, key=lambda lr: scores[f"{lr:g}"] or 0.0)
+        logger.info(
+            "learning rate %g chosen on %d validation images: %s", best, len(validation.images), scores
+        )
+        return best, scores
 
-    def fine_tuned(self, train: Images, test: Images, rate: float, seed: int, out: Path) -> dict[str, Any]:
-        """Metrics of one fine-tuning and the encoder's checksums; pictures too for the first seed."""
+    def result(self, train: Images, test: Images, lr: float, seed: int, out: Path) -> dict[str, Any]:
+        """Metrics of one fine-tuning and the encoder's checksums; the first seed also writes pictures."""
         name = f"seed{seed}"
-        found = self._finished(name)
+        found = self._load(name)
         if found is not None:
             return found
         training = self.recipe.settings.training
-        detector, tuning = self._train(train, rate, training.iterations, seed, name)
+        detector, tuning = self._train(train, lr, training.iterations, seed, name)
         detections = self._detect(detector, test)
         result = {
-            "metrics": judge(test.annotations, detections, self.recipe.settings.data),
-            "checksums": tuning.proof,
+            "metrics": evaluate(test.annotations, detections, self.recipe.settings.data),
+            "checksums": tuning.checksums,
             "boxes_vanished_in_resizing": tuning.vanished,
         }
         if seed == training.seeds[0] and distributed.rank() == 0:
             curves = voc_curves(test.annotations, detections, np.array([0.5]))[0]
             figures.write_curves(out, curves, test.annotations.classes)
             figures.draw_detections(out / "detections.png", test, detections)
-        self._finish(name, result)
-        logger.info("%s: %s", self._label(name), json.dumps(result["metrics"]))
+        self._keep(name, result)
+        logger.info("%s %s: %s", self.label, name, json.dumps(result["metrics"]))
         return result
 
     def clear(self) -> None:
-        """Remove all traces: the results are written."""
+        """Remove what is kept: the results are written."""
         for path in self.work.glob("*.json"):
             path.unlink()
         if self.work.is_dir() and not any(self.work.iterdir()):
             self.work.rmdir()
 
     def _train(
-        self, images: Images, rate: float, iterations: int, seed: int, name: str
+        self, images: Images, lr: float, iterations: int, seed: int, name: str
     ) -> tuple[Detector, FineTuning]:
         saved = self.work / f"{name}.safetensors"
-        tuning = FineTuning(self.recipe, images, rate, iterations, seed, saved, self._identity, self.frozen)
-        rows = None
-        if self.events is not None and distributed.rank() == 0:
-            folder = self.events / name
-            rows = lambda row: write_events(folder, {"epoch": row["step"], **row})  # noqa: E731
-        detector = tuning.train(self._label(name), rows)
+        tuning = FineTuning(self.recipe, images, lr, iterations, seed, saved, self.identity, self.frozen)
+
+        def write(row: dict[str, Any]) -> None:
+            if self.events is not None and distributed.rank() == 0:
+                write_events(self.events / name, {"epoch": row["step"], **row})
+
+        detector = tuning.train(f"{self.label} {name}", write)
         if distributed.rank() == 0:
             checkpoint.discard(saved)
         return detector, tuning
@@ -246,44 +253,47 @@ class _Stage:
             None if frozen is None else lambda batch: frozen.features(images, batch),
         )
 
-    def _label(self, name: str) -> str:
-        return f"{self.run.method} seed {self.run.seed}, {self.set_name} {name}"
-
-    def _finished(self, name: str) -> dict[str, Any] | None:
-        """What `_finish` left, if it is of this very run."""
-        path = self.work / f"{name}-{digest(self._identity)}.json"
+    def _load(self, name: str) -> dict[str, Any] | None:
+        """What `_keep` wrote for this identity, or None."""
+        path = self._path(name)
         if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
-    def _finish(self, name: str, result: Mapping[str, Any]) -> None:
+    def _keep(self, name: str, result: Mapping[str, Any]) -> None:
         if distributed.rank() == 0:
-            write_json(self.work / f"{name}-{digest(self._identity)}.json", result)
+            write_json(self._path(name), result)
         distributed.wait()
+
+    def _path(self, name: str) -> Path:
+        return self.work / f"{name}-{digest(self.identity)}.json"
 
 
 def summarise(
-    results: list[dict[str, Any]], chosen: DetectionSet, rate: float, tries: Mapping[str, float | None]
+    results: list[dict[str, Any]],
+    detection: DetectionSet,
+    lr: float,
+    candidates: Mapping[str, float | None],
 ) -> dict[str, Any]:
-    """metrics.json: means over the fine-tunings, their spread, and every single value."""
-    training = chosen.training
+    """metrics.json: means over the fine-tunings, their standard deviations, and every single value."""
+    training = detection.training
     singles = [result["metrics"] for result in results]
     names = [name for name, value in singles[0].items() if isinstance(value, float)]
     means = {name: float(np.mean([single[name] for single in singles])) for name in names}
-    spread = {
+    deviations = {
         f"{name}_std": float(np.std([single[name] for single in singles], ddof=1))
         for name in names
         if len(singles) > 1 and name.removeprefix("mask_") in _HEADLINE
     }
     return {
         **means,
-        **spread,
+        **deviations,
         "num_fine_tunings": len(singles),
-        "reading": training.reading,
-        "rule": chosen.data.rule or "coco",
-        "lr": rate,
-        "lr_tries_AP50": dict(tries),
+        "mode": training.mode,
+        "rule": detection.data.rule or "coco",
+        "lr": lr,
+        "lr_candidates_AP50": dict(candidates),
         "iterations": training.iterations,
         "batch_size": training.batch_size,
         "checksums": results[0]["checksums"],

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mochi.config import ConfigError, DetectionSet, DetectionTraining, Encoder
 from mochi.detection.batches import Batch, Images, TrainingItems, collate, stream
-from mochi.detection.load_backbone import load_encoder
+from mochi.detection.load_backbone import load_backbone
 from mochi.detection.model import Detector, build
-from mochi.detection.normalization import settle_statistics
+from mochi.detection.normalization import recompute_statistics
 from mochi.runtime import distributed
+from mochi.runtime.monitoring import check_finite
 from mochi.runtime.precision import autocast
-from mochi.runtime.progress import NonFiniteError, Progress, check_finite
+from mochi.runtime.progress import Progress
+from mochi.runtime.seeding import seed_of
 from mochi.storage import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,10 @@ class Recipe:
     device: torch.device
 
     def detector(self) -> tuple[Detector, dict[str, dict[str, str]]]:
-        """A new detector with the encoder in it, and the proof of that."""
+        """A new detector with the encoder in it, and the checksums of both."""
         detector = build(self.encoder, self.num_classes, self.settings.model)
-        proof = load_encoder(detector, self.weights)
-        return detector.to(self.device).to(memory_format=torch.channels_last), proof
+        checksums = load_backbone(detector, self.weights, self.encoder)
+        return detector.to(self.device).to(memory_format=torch.channels_last), checksums
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Schedule:
 
     @staticmethod
     def of(training: DetectionTraining, lr: float, iterations: int) -> "Schedule":
-        """The schedule of `training`, its shape squeezed into `iterations` (all of them, or a try)."""
+        """The schedule of `training`, squeezed into `iterations` (fewer in the lr search)."""
         scale = training.lr_batch_size / training.batch_size
         squeeze = scale * iterations / training.iterations
         return Schedule(
@@ -88,13 +89,13 @@ class Schedule:
 
 
 class FrozenBackbone:
-    """conv1 to res4 with the weights they came with, shared by all fine-tunings of a frozen reading.
+    """conv1 to res4 with the encoder's weights, shared by all fine-tunings of mode `frozen`.
 
-    Their batch-norm statistics are taken anew on the training images, for every encoder alike: a random
-    encoder has none of its own, and would be measured by that and not by its features.
+    Batch-norm statistics are recomputed on the training images, for every encoder: a random encoder has
+    only the 0 and 1 of initialisation, which would be measured instead of its features.
 
-    An image's features are kept, as long as they do not depend on what stands beside it in a batch: where
-    all images have one size, nothing is padded.
+    Features of an image are cached where they do not depend on the other images of a batch: where all
+    images have one size, nothing is padded.
     """
 
     def __init__(self, recipe: Recipe, images: Images) -> None:
@@ -109,7 +110,7 @@ class FrozenBackbone:
             for number in range(rank, training.precise_bn_batches * world, world)
         )
         with autocast(self._device, training.precision):
-            settle_statistics(self.module.train(), batches, self.module)
+            recompute_statistics(self.module.train(), batches, self.module)
         self.module.eval()
         self._kept: dict[tuple[str | int, str, bool], Tensor] = {}
         self._bytes = 0
@@ -141,16 +142,16 @@ class FineTuning:
 
     Args:
         recipe: model, data and schedule.
-        images: what it learns from.
+        images: the training images.
         lr: for `lr_batch_size` images a step.
-        iterations: of as many images a step; fewer than the recipe's for a try.
+        iterations: of as many images a step; fewer than the recipe's in the lr search.
         seed: of the new layers, the batches, and the sampling of anchors and regions.
         saved: the resume checkpoint.
         identity: what makes this run itself, for the checkpoint.
-        frozen: the backbone of a frozen reading.
+        frozen: the backbone of mode `frozen`.
 
     Raises:
-        InitialisationError: the encoder does not fit.
+        EncoderError: the encoder file does not fit.
         CheckpointError: the checkpoint is of another run.
         ConfigError: the processes cannot share the batch evenly.
     """
@@ -174,7 +175,7 @@ class FineTuning:
         self._accumulate = accumulation(training, distributed.world_size())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.detector, self.proof = recipe.detector()
+            self.detector, self.checksums = recipe.detector()
         if frozen is not None:
             self.detector.backbone = frozen.module
         self._dataset = _training_items(training, images, seed)
@@ -190,10 +191,10 @@ class FineTuning:
             )
 
     def train(self, label: str, log: Callable[[dict[str, Any]], None] | None = None) -> Detector:
-        """All steps that are left, then batch-norm statistics settled; the detector is ready to judge.
+        """Run all remaining steps and recompute batch-norm statistics; the detector is ready to evaluate.
 
         Raises:
-            NonFiniteError: the loss, or a weight after a step, is not a number.
+            NonFiniteError: NaN or Inf in the loss, or in the weights after a step.
         """
         training, steps = self._recipe.settings.training, self._schedule.steps
         self._set_modes()
@@ -210,7 +211,7 @@ class FineTuning:
                 if time.monotonic() - last_save > 60 * training.checkpoint_minutes:
                     self.save()
                     last_save = time.monotonic()
-        self._settle()
+        self._recompute_statistics()
         return self.detector
 
     def save(self) -> None:
@@ -237,26 +238,14 @@ class FineTuning:
                 sums[name] = sums.get(name, 0.0) + loss.item() / self._accumulate
         # The mean, so that all processes stop together where one of them would leave the others waiting.
         mean = distributed.mean_over_ranks(torch.tensor(sums["loss"], device=self._recipe.device))
-        check_finite(float(mean), step=self.step, lr=lr, last_good=self._saved)
         distributed.average_gradients(self.detector.parameters())
         self._optimizer.step()
+        # The loss was computed before the step; the weights after it are what is saved and evaluated.
+        check_finite(
+            float(mean), step=self.step, lr=lr, last_good=self._saved, norm=_largest(self.detector)
+        )
         self.step += 1
-        self._check_weights(lr)
         return sums
-
-    def _check_weights(self, lr: float) -> None:
-        """The loss speaks of the weights before the step; those after it are saved, and judged at the end.
-
-        They are the same on all processes, so that all of them stop together.
-        """
-        tensors = [tensor for tensor in self.detector.state_dict().values() if tensor.is_floating_point()]
-        if not math.isfinite(nn.utils.get_total_norm(tensors, math.inf)):
-            last_good = f"{self._saved}" if self._saved.exists() else "none yet"
-            raise NonFiniteError(
-                f"found weights that are not finite after step {self.step} (learning rate {lr:.6g}); "
-                f"expected finite numbers. Last good checkpoint: {last_good}. Lower the learning rate; the "
-                "same command goes on from that checkpoint"
-            )
 
     def _losses(self, items: Any) -> dict[str, Tensor]:
         batch = collate(items, self.detector.stride)
@@ -281,14 +270,20 @@ class FineTuning:
         if self._frozen is not None:
             self.detector.backbone.eval()
 
-    def _settle(self) -> None:
+    def _recompute_statistics(self) -> None:
         """Precise batch-norm statistics, over the batches that would come next."""
         batches = self._recipe.settings.training.precise_bn_batches
         first = self._schedule.steps * self._accumulate
         self._set_modes()
         seed_step(self._seed, self._schedule.steps)
         numbers = self._numbers(first, first + batches)
-        settle_statistics(self.detector, (self._dataset[number] for number in numbers), self._losses)
+        recompute_statistics(self.detector, (self._dataset[number] for number in numbers), self._losses)
+
+
+def _largest(module: nn.Module) -> float:
+    """The largest absolute value in parameters and buffers; NaN if there is one."""
+    tensors = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+    return float(nn.utils.get_total_norm(tensors, math.inf))
 
 
 def _training_items(training: DetectionTraining, images: Images, seed: int) -> TrainingItems:
@@ -315,9 +310,8 @@ def accumulation(training: DetectionTraining, world_size: int) -> int:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Anchors and regions are sampled by torch's own generator; here it becomes a function of the step."""
-    words = np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(2, np.uint32)
-    torch.manual_seed((int(words[0]) << 32 | int(words[1])) >> 1)
+    """Seed torch's default generator, which samples anchors and regions, for one step of this process."""
+    torch.manual_seed(seed_of("anchors and regions", seed, step, distributed.rank()))
 
 
 def _optimizer(detector: Detector, training: DetectionTraining) -> torch.optim.SGD:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
+from mochi import encoders
 from mochi.config import DetectionModel, DetectionSet, Encoder
-from mochi.encoders.resnet import ResNet
+from mochi.encoders.files import save_encoder
 
 ENCODER = Encoder(architecture="resnet10", stem="half", width=4)
 
@@ -38,7 +37,7 @@ def small_set(root: Path, *, data: dict[str, object] | None = None, model: dict[
             },
             "model": small_model(**(model or {})).model_dump(),
             "training": {
-                "reading": "finetune", "seeds": [0], "lr": [0.02], "lr_batch_size": 2, "batch_size": 2,
+                "mode": "finetune", "seeds": [0], "lr": [0.02], "lr_batch_size": 2, "batch_size": 2,
                 "micro_batch": 2, "iterations": 4, "warmup_iterations": 1, "schedule": "step",
                 "lr_drops": [3], "momentum": 0.9, "weight_decay": 1e-4, "train_sizes": [32, 40],
                 "test_size": 32, "max_size": 64, "flip": True, "precise_bn_batches": 1,
@@ -98,9 +97,8 @@ def voc_set(voc_image: Callable[..., Path]) -> Path:
 @pytest.fixture
 def encoder_file(tmp_path: Path) -> Path:
     """A random encoder of ENCODER's architecture."""
-    torch.manual_seed(5)
     path = tmp_path / "encoder.safetensors"
-    save_file({name: value.contiguous() for name, value in ResNet(ENCODER).state_dict().items()}, path)
+    save_encoder(path, encoders.build(ENCODER, seed=5))
     return path
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from safetensors.torch import save_file
 
+from mochi import encoders
 from mochi.config import Experiment, resolve
 from mochi.data.ingest import decode
 from mochi.detection import stage as train
 from mochi.detection.annotations import AnnotationError, Annotations
 from mochi.detection.check_images import check_images
 from mochi.detection.stage import read_splits
-from mochi.encoders.resnet import ResNet
+from mochi.encoders.files import save_encoder
 from tests.detection.conftest import small_set
 
 
@@ -35,9 +35,7 @@ def test_the_stage_refuses_a_cut_image_before_the_first_step(
     path = splits(root)[0].images[-1].path
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     encoder = tmp_path / "encoder.safetensors"
-    save_file(
-        {name: value.contiguous() for name, value in ResNet(tiny.encoder).state_dict().items()}, encoder
-    )
+    save_encoder(encoder, encoders.build(tiny.encoder))
     evaluation = tiny.evaluation.model_copy(update={"detection": {"few": small_set(root)}})
     run = resolve(tiny.model_copy(update={"evaluation": evaluation}), "random-init", 0)
     message = rf"1 of \d+ images cannot be used:\n  .*{path.name} \(\d+ bytes\): JPEG does not decode"

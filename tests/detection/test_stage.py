@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
+from mochi import encoders
 from mochi.config import ConfigError, DetectionSet, Experiment, Run, resolve, settings
 from mochi.detection import scenes
 from mochi.detection import stage as train
 from mochi.detection.annotations import AnnotatedImage, Annotations, split_off
 from mochi.detection.stage import read_splits
 from mochi.detection.training import FineTuning
-from mochi.encoders.resnet import ResNet
-from mochi.runtime.progress import NonFiniteError
+from mochi.encoders.files import save_encoder
+from mochi.runtime.monitoring import NonFiniteError
 from mochi.storage.checkpoint import CheckpointError
 from tests.detection.conftest import small_set
 from tests.detection.ranks import run_ranks
@@ -32,9 +31,8 @@ def run_with(tiny: Experiment, chosen: DetectionSet) -> Run:
 
 @pytest.fixture
 def weights(tiny: Experiment, tmp_path: Path) -> Path:
-    torch.manual_seed(0)
     path = tmp_path / "weights.safetensors"
-    save_file({name: value.contiguous() for name, value in ResNet(tiny.encoder).state_dict().items()}, path)
+    save_encoder(path, encoders.build(tiny.encoder, seed=0))
     return path
 
 
@@ -54,7 +52,7 @@ def test_what_the_stage_writes(tiny: Experiment, voc_set: Path, weights: Path, t
         values = [single[name] for single in singles.values()]
         assert written[name] == pytest.approx(np.mean(values))
     assert written["AP50_std"] == pytest.approx(np.std([s["AP50"] for s in singles.values()], ddof=1))
-    assert (written["reading"], written["rule"], written["lr"]) == ("finetune", "11-point", 0.02)
+    assert (written["mode"], written["rule"], written["lr"]) == ("finetune", "11-point", 0.02)
     assert written["num_fine_tunings"] == 2
     checksums = written["checksums"]
     assert isinstance(checksums, dict)
@@ -109,10 +107,7 @@ def test_traces_of_another_encoder_are_not_used(
     monkeypatch.setattr(FineTuning, "_advance", killed)
     with pytest.raises(KeyboardInterrupt):
         train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
-    torch.manual_seed(1)
-    save_file(
-        {name: value.contiguous() for name, value in ResNet(tiny.encoder).state_dict().items()}, weights
-    )
+    save_encoder(weights, encoders.build(tiny.encoder, seed=1))
     with pytest.raises(CheckpointError, match="encoder_sha256"):
         train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
 
@@ -166,29 +161,29 @@ def test_the_digest_of_annotations_knows_all_that_is_read_of_them() -> None:
     assert train.annotations_digest(Annotations(("a", "b"), (elsewhere,))) == digests[0]
 
 
-def test_the_rate_is_chosen_on_a_part_of_train(
+def test_the_lr_search_uses_a_part_of_train(
     tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Judged are two of six training images per candidate, and the test images only once, at the end."""
+    """Each candidate is evaluated on two of six training images; test images only once, at the end."""
     chosen = small_set(
         voc_set,
-        training={"lr": [0.001, 0.02, 1e12], "choose_iterations": 3, "validation": 0.34, "seeds": [3]},
+        training={"lr": [0.001, 0.02, 1e12], "search_iterations": 3, "validation": 0.34, "seeds": [3]},
     )
     scores = iter([10.0, 30.0, 20.0])
-    judged = []
+    evaluated = []
 
-    def judge(annotations: object, detections: object, data: object) -> dict[str, float]:
-        judged.append([image.image_id for image in annotations.images])  # type: ignore[attr-defined]
+    def evaluate(annotations: object, detections: object, data: object) -> dict[str, float]:
+        evaluated.append([image.image_id for image in annotations.images])  # type: ignore[attr-defined]
         return {"AP": 1.0, "AP50": next(scores)}
 
-    monkeypatch.setattr(train, "judge", judge)
+    monkeypatch.setattr(train, "evaluate", evaluate)
     train.run(run_with(tiny, chosen), "few", weights, tmp_path / "out", tmp_path / "work")
     written = metrics(tmp_path / "out")
     assert written["lr"] == 0.02
-    # The last candidate diverges, and is said to have no score.
-    assert written["lr_tries_AP50"] == {"0.001": 10.0, "0.02": 30.0, "1e+12": None}
+    # The last candidate diverges and has no score.
+    assert written["lr_candidates_AP50"] == {"0.001": 10.0, "0.02": 30.0, "1e+12": None}
     assert written["AP50"] == 20.0
-    parts, test = judged[:-1], judged[-1]
+    parts, test = evaluated[:-1], evaluated[-1]
     assert len(parts) == 2
     assert parts[0] == parts[1]
     assert len(parts[0]) == 2
@@ -206,7 +201,7 @@ def test_a_single_rate_that_diverges_stops_the_stage(
 
 def test_validation_and_rest_are_disjoint_and_whole(voc_set: Path) -> None:
     annotations, _ = read_splits(small_set(voc_set).data, masks=False)
-    rest, part = split_off(annotations, 0.34, seed=0)
+    rest, part = split_off(annotations, 0.34, np.random.default_rng(0))
     names = [{image.image_id for image in each.images} for each in (rest, part)]
     assert len(names[0]) == 4
     assert names[0] | names[1] == {f"a{index}" for index in range(6)}
@@ -233,7 +228,7 @@ def masked_set(root: Path) -> DetectionSet:
         "classes": ["brick", "coffee"],
         "scenes": {"image_size": 64, "num_train": 6, "num_test": 3, "seed": 0},
     }  # fmt: skip
-    training = {"train_sizes": [64], "test_size": 64, "reading": "frozen"}
+    training = {"train_sizes": [64], "test_size": 64, "mode": "frozen"}
     return small_set(root, data=data, model={"masks": True}, training=training)
 
 

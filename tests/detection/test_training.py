@@ -15,7 +15,7 @@ from mochi.detection.batches import Images, collate
 from mochi.detection.stage import read_splits
 from mochi.detection.training import FineTuning, FrozenBackbone, Recipe, Schedule, accumulation, seed_step
 from mochi.runtime import distributed
-from mochi.runtime.progress import NonFiniteError
+from mochi.runtime.monitoring import NonFiniteError
 from mochi.storage.checkpoint import CheckpointError
 from tests.detection.conftest import ENCODER, small_set
 from tests.detection.ranks import run_ranks
@@ -29,7 +29,7 @@ def tuning(
     train, _ = read_splits(chosen.data, masks=False)
     recipe = Recipe(chosen, ENCODER, encoder_file, len(train.classes), CPU)
     images = Images(for_training(train, "keep"))
-    frozen = FrozenBackbone(recipe, images) if chosen.training.reading == "frozen" else None
+    frozen = FrozenBackbone(recipe, images) if chosen.training.mode == "frozen" else None
     return FineTuning(recipe, images, lr, chosen.training.iterations, seed, saved, more, frozen)
 
 
@@ -37,9 +37,9 @@ def state(run: FineTuning) -> dict[str, torch.Tensor]:
     return {name: value.contiguous().clone() for name, value in run.detector.state_dict().items()}
 
 
-@pytest.mark.parametrize("reading", ["finetune", "frozen"])
-def test_resumed_equals_straight(voc_set: Path, encoder_file: Path, tmp_path: Path, reading: str) -> None:
-    chosen = small_set(voc_set, training={"reading": reading})
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_resumed_equals_straight(voc_set: Path, encoder_file: Path, tmp_path: Path, mode: str) -> None:
+    chosen = small_set(voc_set, training={"mode": mode})
     straight = tuning(chosen, encoder_file, tmp_path / "a.safetensors")
     straight.train("straight")
     # The checkpoint of the second step, as a kill during the third would leave it.
@@ -59,12 +59,12 @@ def test_resumed_equals_straight(voc_set: Path, encoder_file: Path, tmp_path: Pa
                            expected["heads.box_predictor.cls_score.weight"])  # fmt: skip
 
 
-def test_statistics_are_settled_on_the_batch_that_comes_next(
+def test_statistics_are_recomputed_on_the_batch_that_comes_next(
     voc_set: Path, encoder_file: Path, tmp_path: Path
 ) -> None:
     """With one batch they are that batch's own; the moving average of the steps before is not that."""
     run = tuning(small_set(voc_set, training={"precise_bn_batches": 1}), encoder_file, tmp_path / "x")
-    run.train("settled")
+    run.train("recomputed")
     again = copy.deepcopy(run.detector).train()
     layers = {
         name: module for name, module in again.named_modules() if isinstance(module, torch.nn.BatchNorm2d)
@@ -76,9 +76,9 @@ def test_statistics_are_settled_on_the_batch_that_comes_next(
     with torch.no_grad():
         again(batch.images, batch.sizes, batch.targets(CPU))
     for name, layer in layers.items():
-        settled = run.detector.get_submodule(name)
-        torch.testing.assert_close(settled.running_mean, layer.running_mean)
-        torch.testing.assert_close(settled.running_var, layer.running_var)
+        recomputed = run.detector.get_submodule(name)
+        torch.testing.assert_close(recomputed.running_mean, layer.running_mean)
+        torch.testing.assert_close(recomputed.running_var, layer.running_var)
 
 
 def test_the_optimizer_is_sgd_with_momentum_and_leaves_norms_without_decay(
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_another_run_is_refused(voc_set: Path, encoder_file: Pat
 
 def test_a_frozen_backbone_does_not_move(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
     weights = load_file(encoder_file)
-    frozen = tuning(small_set(voc_set, training={"reading": "frozen"}), encoder_file, tmp_path / "a")
+    frozen = tuning(small_set(voc_set, training={"mode": "frozen"}), encoder_file, tmp_path / "a")
     frozen.train("frozen")
     moved = tuning(small_set(voc_set), encoder_file, tmp_path / "b")
     moved.train("finetune")
@@ -133,8 +133,8 @@ def test_a_frozen_backbone_does_not_move(voc_set: Path, encoder_file: Path, tmp_
 def test_a_frozen_backbone_is_normalised_on_the_set(
     voc_set: Path, encoder_file: Path, tmp_path: Path
 ) -> None:
-    """A random encoder's own statistics are 0 and 1; settled ones give its layers unit variance."""
-    training = {"reading": "frozen", "precise_bn_batches": 12, "train_sizes": [32], "flip": False}
+    """A random encoder's own statistics are 0 and 1; recomputed ones give its layers unit variance."""
+    training = {"mode": "frozen", "precise_bn_batches": 12, "train_sizes": [32], "flip": False}
     run = tuning(small_set(voc_set, training=training), encoder_file, tmp_path / "x")
     assert run._frozen is not None
     images = torch.cat([collate(run._dataset[number], 8).images for number in range(3)])
@@ -150,7 +150,7 @@ def test_a_frozen_backbone_is_normalised_on_the_set(
 
 def test_kept_features_are_those_computed(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
     """All images have one size, so features are kept; with two sizes in a batch nothing is."""
-    chosen = small_set(voc_set, training={"reading": "frozen", "train_sizes": [40], "micro_batch": 1})
+    chosen = small_set(voc_set, training={"mode": "frozen", "train_sizes": [40], "micro_batch": 1})
     one_size = tuning(chosen, encoder_file, tmp_path / "a")
     one_size.train("kept")
     assert one_size._frozen is not None
@@ -164,29 +164,31 @@ def test_kept_features_are_those_computed(voc_set: Path, encoder_file: Path, tmp
         torch.testing.assert_close(value, state(one_size)[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_loss_that_is_no_number_stops_it(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_it(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="step"):
         tuning(small_set(voc_set, training={"iterations": 40, "lr_drops": []}), encoder_file,
                tmp_path / "x", lr=1e9).train("diverges")  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_not_saved(
+def test_weights_that_are_not_finite_are_not_saved(
     voc_set: Path, encoder_file: Path, tmp_path: Path, value: float
 ) -> None:
-    """The loss of the step that spoils them is still a number, and no other step may come to notice."""
+    """The loss of the step that ruins them is still finite, and there may be no later step to notice."""
     saved = tmp_path / "x.safetensors"
     run = tuning(small_set(voc_set, training={"checkpoint_minutes": 1e-9}), encoder_file, saved)
     steps = run._optimizer.step
 
-    def spoilt() -> None:
+    def ruined() -> None:
         steps()
         if run.step == 3:  # the last of four
             run.detector.backbone.conv1.weight.data[0, 0, 0, 0] = value
 
-    run._optimizer.step = spoilt  # type: ignore[method-assign, assignment]
-    with pytest.raises(NonFiniteError, match=f"after step 4 .*Last good checkpoint: {saved}"):
-        run.train("spoilt")
+    run._optimizer.step = ruined  # type: ignore[method-assign, assignment]
+    with pytest.raises(
+        NonFiniteError, match=f"norm of the parameters is .* at step 3 .*Last good checkpoint: {saved}"
+    ):
+        run.train("ruined")
     resumed = tuning(small_set(voc_set, training={"checkpoint_minutes": 1e-9}), encoder_file, saved)
     assert resumed.step == 3
     assert all(tensor.isfinite().all() for tensor in state(resumed).values())
@@ -194,7 +196,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
 
 def paper_training(**changes: object) -> DetectionTraining:
     values = {
-        "reading": "finetune", "seeds": [0], "lr": [0.02], "lr_batch_size": 16, "batch_size": 16,
+        "mode": "finetune", "seeds": [0], "lr": [0.02], "lr_batch_size": 16, "batch_size": 16,
         "micro_batch": 2, "iterations": 24000, "warmup_iterations": 100, "schedule": "step",
         "lr_drops": [18000, 22000], "momentum": 0.9, "weight_decay": 1e-4, "train_sizes": [800],
         "test_size": 800, "max_size": 1333, "flip": True, "precise_bn_batches": 200,

@@ -33,7 +33,7 @@ def tiny_with_detection(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
     base = small_set(Path("VOC"), data=scenes).model_dump(mode="json", exclude_none=True)
     frozen = copy.deepcopy(base)
-    frozen["training"] |= {"reading": "frozen", "seeds": [0, 1]}
+    frozen["training"] |= {"mode": "frozen", "seeds": [0, 1]}
     data["evaluation"]["detection"] = {"few": {**base, **changes}, "few-frozen": frozen}
     return data
 
@@ -125,7 +125,7 @@ def test_mistakes_in_a_set_are_named(changes: dict[str, Any], message: str) -> N
     ("section", "changes", "message"),
     [
         ("training", {"micro_batch": 3}, "micro_batch: found 3; it must divide batch_size = 2"),
-        ("training", {"lr": [0.1, 0.2]}, "several lr candidates need `choose_iterations` and `validation`"),
+        ("training", {"lr": [0.1, 0.2]}, "several lr candidates need `search_iterations` and `validation`"),
         ("training", {"lr_drops": [99]}, r"lr_drops: found \[99\]"),
         ("training", {"schedule": "cosine"}, "lr_drops belong to schedule step"),
         ("training", {"seeds": [1, 1]}, "seeds must be distinct"),

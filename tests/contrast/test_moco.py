@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from mochi.config import ConfigError, Contrastive, Encoder, Mixing
 from mochi.contrast.moco import MoCo, Step
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
-from mochi.encoders.batch_norm import GroupedBatchNorm2d
 from mochi.runtime.seeding import generator
 from tests.reference import mochi_loss, synthetic_vectors
 
@@ -130,17 +129,6 @@ def test_shuffling_moves_images_between_batch_norm_groups() -> None:
         moco = MoCo(ENCODER, recipe(bn_groups=groups), seed=0)
         keys = [moco._encode_keys(images(0), step) for step in (0, 1)]
         assert torch.allclose(keys[0], keys[1], atol=1e-4) is not moves
-
-
-def test_groups_have_their_own_statistics() -> None:
-    batch = images(0)
-    batch[4:] += 10
-    grouped, plain = GroupedBatchNorm2d(3, 2), torch.nn.BatchNorm2d(3)
-    expected = torch.cat([torch.nn.BatchNorm2d(3)(half) for half in batch.chunk(2)])
-    torch.testing.assert_close(grouped(batch), expected)
-    assert not torch.allclose(plain(batch), expected)
-    torch.testing.assert_close(grouped.running_mean, 0.1 * batch.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(GroupedBatchNorm2d(3, 1)(batch), plain(batch))
 
 
 def test_groups_that_processes_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

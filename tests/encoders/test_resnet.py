@@ -1,11 +1,12 @@
-"""Our ResNets against torchvision's: the same names, shapes, numbers of parameters and features."""
+"""ResNets compared with torchvision's: the same names, shapes and features."""
 
 import pytest
 import torch
 import torchvision
 
 from mochi.config import Encoder
-from mochi.encoders.resnet import ResNet, Shortcut, projection_head
+from mochi.encoders.heads import projection_head
+from mochi.encoders.resnet import ResNet, Shortcut
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])

@@ -1,0 +1,69 @@
+"""Grouped batch normalisation compared with one torch layer for each group, bit by bit."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mochi.encoders.batch_norm import GroupedBatchNorm2d
+
+
+def per_group(layer: GroupedBatchNorm2d, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`tensor_split` and a batch norm for each group; the output and the new running statistics."""
+    means, variances, outputs = [], [], []
+    for group in images.tensor_split(layer.num_groups):
+        mean, var = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
+        outputs.append(F.batch_norm(group, mean, var, layer.weight, layer.bias, True, 0.1, layer.eps))
+        means.append(mean)
+        variances.append(var)
+    return torch.cat(outputs), [torch.stack(means).mean(0), torch.stack(variances).mean(0)]
+
+
+@pytest.mark.parametrize(("batch_size", "num_groups"), [(8, 2), (7, 3), (11, 4), (6, 3), (5, 1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_bit_equal_to_a_layer_for_each_group(
+    batch_size: int, num_groups: int, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    layer = GroupedBatchNorm2d(5, num_groups)
+    torch.nn.init.uniform_(layer.weight)
+    torch.nn.init.uniform_(layer.bias)
+    images = torch.randn(batch_size, 5, 4, 6).contiguous(memory_format=memory_format)
+    upstream = torch.randn(batch_size, 5, 4, 6)
+    results = []
+    for grouped in (False, True):
+        own = images.clone().requires_grad_()
+        layer.zero_grad()
+        output, statistics = per_group(layer, own) if not grouped else (layer(own), [])
+        (output * upstream).sum().backward()
+        assert own.grad is not None
+        assert layer.weight.grad is not None
+        assert layer.bias.grad is not None
+        statistics = statistics or [layer.running_mean, layer.running_var]
+        gradients = [own.grad, layer.weight.grad.clone(), layer.bias.grad.clone()]
+        results.append([output.detach(), *gradients, *statistics])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
+    assert int(layer.num_batches_tracked) == 1
+
+
+def test_groups_have_their_own_statistics() -> None:
+    batch = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batch[4:] += 10
+    grouped, plain = GroupedBatchNorm2d(3, 2), torch.nn.BatchNorm2d(3)
+    expected = torch.cat([torch.nn.BatchNorm2d(3)(half) for half in batch.chunk(2)])
+    torch.testing.assert_close(grouped(batch), expected)
+    assert not torch.allclose(plain(batch), expected)
+    torch.testing.assert_close(grouped.running_mean, 0.1 * batch.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(GroupedBatchNorm2d(3, 1)(batch), plain(batch))
+
+
+def test_the_backward_pass_writes_no_full_batch_for_a_group() -> None:
+    """`tensor_split` made one SliceBackward for each group, each of which fills the whole batch's shape."""
+    layer = GroupedBatchNorm2d(3, 4)
+    output = layer(torch.randn(8, 3, 4, 4, requires_grad=True))
+    names, waiting = [], [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        names.append(node.name())
+        waiting += [parent for parent, _ in node.next_functions if parent is not None]
+    assert not [name for name in names if "Slice" in name]

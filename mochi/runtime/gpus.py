@@ -1,52 +1,89 @@
 """Which GPUs of this host a process uses: handed out by locks that the kernel drops with the process.
 
-Snakemake counts GPUs (`resources: gpu`) and names none, so that two jobs would both land on the first.
+Snakemake counts GPUs (`resources: gpu`) and names none, so that two jobs would both use the first.
 """
 
 import fcntl
+import logging
 import os
+import re
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mochi.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _POLL_SECONDS = 0.2
+_NOTICE_SECONDS = 5.0
 
 
 def visible() -> list[str]:
     """The GPUs that this process may use: CUDA_VISIBLE_DEVICES, else all that the driver lists.
 
-    UUIDs where the driver is asked: its numbers follow the PCI bus, CUDA's the speed of the cards.
+    UUIDs where nvidia-smi is installed, so that each GPU has one name however a user spells it; numbers
+    are then nvidia-smi's. As in CUDA, names count up to the first that is not a GPU: "-1" hides all.
     """
+    listed = _listed()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if allowed is not None:
-        return [name.strip() for name in allowed.split(",") if name.strip()]
+    if allowed is None:
+        return [uuid for uuids in listed for uuid in uuids]
+    names: list[str] = []
+    for spelled in allowed.split(","):
+        name = _name(spelled.strip(), listed)
+        if name is None:
+            break
+        names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def _listed() -> list[list[str]]:
+    """For each GPU its UUID, or the UUIDs of its MIG instances; empty without a driver."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"],  # noqa: S607
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True)  # noqa: S607
     except (OSError, subprocess.CalledProcessError):
-        return []  # no driver, hence no GPU
-    return done.stdout.split()
+        return []
+    gpus: list[list[str]] = []
+    for line in done.stdout.splitlines():
+        found = re.search(r"\(UUID: ([^)]+)\)", line)
+        if found and line.startswith("GPU"):
+            gpus.append([found[1]])
+        elif found and gpus:
+            # The instances take the place of the card, which CUDA cannot use as a whole then.
+            gpus[-1] = [uuid for uuid in gpus[-1] if uuid.startswith("MIG-")] + [found[1]]
+    return gpus
+
+
+def _name(spelled: str, listed: Sequence[Sequence[str]]) -> str | None:
+    """One entry of CUDA_VISIBLE_DEVICES as a UUID, as it is where none are known; None: not a GPU."""
+    if not re.fullmatch(r"\d+|(GPU|MIG)-.+", spelled):
+        return None
+    if not listed:
+        return spelled
+    if spelled.isdigit():
+        number = int(spelled)
+        return listed[number][0] if number < len(listed) else None
+    # CUDA accepts the beginning of a UUID if it fits one GPU only.
+    matches = [uuid for uuids in listed for uuid in uuids if uuid.startswith(spelled)]
+    return matches[0] if len(matches) == 1 else None
 
 
 def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[str]:
     """Wait for `count` free GPUs of `names` and lock them for this process and what it becomes by exec.
 
     Whoever waits longest is served first, also when it waits for several. The locks end with the
-    process, however it ends.
+    process, however it ends. A claim that waits says so in the log.
 
     Args:
         count: how many.
-        names: candidates, as CUDA_VISIBLE_DEVICES spells them.
-        folder: where the locks lie, one for the whole host; by default in the temporary folder, shared
-            by all users.
+        names: candidates, as `visible` gives them.
+        folder: of the locks, one for the whole host; by default in the temporary folder, shared by all
+            users.
 
     Raises:
         UserError: more GPUs asked for than there are.
@@ -58,19 +95,20 @@ def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[
         )
     if folder is None:
         folder = Path(tempfile.gettempdir()) / "mochi-gpus"
-    if not folder.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o1777)
-    # Only the holder of the gate takes GPUs, hence it may keep those it has while it waits for more.
-    gate = _open(folder / "gate.lock")
-    fcntl.flock(gate, fcntl.LOCK_EX)
-    files = {name: _open(folder / f"{name.replace('/', '_')}.lock") for name in names}
-    taken: list[str] = []
-    while True:
-        taken += [name for name in names if name not in taken and _lock(files[name])][: count - len(taken)]
-        if len(taken) == count:
-            break
-        time.sleep(_POLL_SECONDS)
+    with _umask(0):
+        folder.mkdir(mode=0o1777, parents=True, exist_ok=True)
+    with _noticed(f"waiting for {count} of the GPUs {', '.join(names)}: other runs use them ({folder})"):
+        # Only the holder of the gate takes GPUs, hence it may keep those it has while it waits for more.
+        gate = _open(folder / "gate.lock")
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        files = {name: _open(folder / f"{name.replace('/', '_')}.lock") for name in names}
+        taken: list[str] = []
+        while True:
+            free = [name for name in names if name not in taken and _lock(files[name])]
+            taken += free[: count - len(taken)]
+            if len(taken) == count:
+                break
+            time.sleep(_POLL_SECONDS)
     for name, file in files.items():
         if name in taken:
             os.set_inheritable(file, True)
@@ -80,15 +118,39 @@ def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[
     return taken
 
 
+@contextmanager
+def _noticed(text: str) -> Iterator[None]:
+    """Log `text` once if the block takes longer than a few seconds. It may block in the kernel."""
+    notice = threading.Timer(_NOTICE_SECONDS, logger.info, [text])
+    notice.daemon = True
+    notice.start()
+    try:
+        yield
+    finally:
+        notice.cancel()
+
+
 def _open(path: Path) -> int:
     """Open for locking, which needs no right to write: the file may be another user's."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with _umask(0o022):
+            return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         return os.open(path, os.O_RDONLY)
 
 
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    """Files of the block are made under this umask, so that other users can open them from the start."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def _lock(file: int) -> bool:
+    """Lock without waiting. flock, not a library: the lock must survive exec with its descriptor."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

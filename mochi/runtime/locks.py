@@ -3,18 +3,23 @@
 Snakemake's own lock outlives a kill, after which every run is refused until somebody unlocks by hand.
 """
 
-import fcntl
 import logging
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from mochi.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# Whoever may write the folder may lock in it, whatever the umask of the user who came first.
+_MODE = 0o666
+
+_held: list[FileLock] = []
 
 
 def hold(path: Path) -> None:
@@ -23,57 +28,68 @@ def hold(path: Path) -> None:
     Raises:
         UserError: another process holds it; the text names it.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(file, 200).decode(errors="replace").strip() or "an unknown process"
-        os.close(file)
+        _held.append(_acquired(path, wait_seconds=0))
+    except Timeout:
         raise UserError(
-            f"{path}: held by {holder}; one workflow at a time may run in a folder, for two would write "
-            "the same results; wait for it, stop it, or run in another clone"
+            f"{path}: held by {_holder(path)}; expected no other workflow in this folder, for two would "
+            "write the same results; wait for it, stop it, or run in another clone"
         ) from None
-    except OSError as error:
-        logger.warning(
-            "%s: this file system cannot lock (%s); start no second workflow here", path, error.strerror
-        )
-        return
-    os.truncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 @contextmanager
 def holding(folder: Path, wait_seconds: float = 20) -> Iterator[None]:
-    """Keep other processes from a run's work folder, until this one ends if need be.
+    """Keep other processes from a run's work folder.
 
-    A workflow that was killed alone leaves its jobs running, and two would take each other's checkpoints.
-    The folder itself is locked, so that nothing is left in it. The wait is for loading workers, which
-    outlive a killed training by some seconds.
+    A workflow that was killed alone leaves its jobs running, and two would overwrite each other's
+    checkpoints. The lock file is next to the folder, and is removed at the end.
+
+    Args:
+        folder: of the run's checkpoints.
+        wait_seconds: how long to wait for a process that is about to end.
 
     Raises:
-        UserError: another process holds it, and does not end within `wait_seconds`.
+        UserError: another process holds it; the text names it.
     """
-    opened = os.open(folder, os.O_RDONLY)
-    deadline = time.monotonic() + wait_seconds
-    while not _taken(opened):
-        if time.monotonic() > deadline:
-            os.close(opened)
-            raise UserError(
-                f"{folder}: found another process at work on this run, perhaps of a killed workflow; "
-                "expected none; wait for it or stop it"
-            )
-        time.sleep(0.2)
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        lock = _acquired(path, wait_seconds)
+    except Timeout:
+        raise UserError(
+            f"{folder}: found {_holder(path)} at work on this run, perhaps of a killed workflow; "
+            "expected none; wait for it or stop it"
+        ) from None
     try:
         yield
     finally:
-        os.close(opened)
+        if lock.is_locked:  # not in a forked process, which inherits no lock
+            # Before the release: who waits for the removed file notices that and tries the new one.
+            path.unlink(missing_ok=True)
+            lock.release()
 
 
-def _taken(file: int) -> bool:
+def _acquired(path: Path, wait_seconds: float) -> FileLock:
+    """A lock on `path`, which says who holds it; not locked where the file system cannot lock.
+
+    Raises:
+        Timeout: another process holds it.
+    """
+    lock = FileLock(path, wait_seconds, mode=_MODE, poll_interval=0.2, fallback_to_soft=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        lock.acquire()
+    except (Timeout, PermissionError):
+        raise
     except OSError as error:
-        logger.warning("this file system cannot lock (%s)", error.strerror)
-    return True
+        logger.warning(
+            "%s: this file system cannot lock (%s); start no second process here", path, error.strerror
+        )
+    else:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    return lock
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip() or "an unknown process"
+    except OSError:
+        return "an unknown process"

@@ -1,7 +1,7 @@
-"""GPUs handed out by locks: jobs of one host against the rule that no GPU serves two of them at once.
+"""GPUs handed out by locks: no GPU serves two jobs of a host at once.
 
 The GPUs are names only (CUDA_VISIBLE_DEVICES), so no hardware is needed; the jobs are real processes that
-note when they held which name.
+note when they had which name.
 """
 
 import json
@@ -17,7 +17,7 @@ import pytest
 from mochi.errors import UserError
 from mochi.runtime import gpus
 
-# Claims, notes (names, start, end), and holds the claim across an exec, as `on_gpus` does.
+# Claims, notes (names, start, end), and keeps the claim across an exec, as `on_gpus` does.
 JOB = """
 import json, os, sys, time
 from pathlib import Path
@@ -80,16 +80,75 @@ def test_asking_for_more_than_there_are_names_both_numbers(tmp_path: Path) -> No
         gpus.claim(3, ["0", "1"], tmp_path)
 
 
-def test_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment's list wins over the driver's; no driver means none."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", " 3, GPU-ab ")
-    assert gpus.visible() == ["3", "GPU-ab"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpus.visible() == []
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+@pytest.mark.parametrize("umask", [0o077, 0o022])
+def test_a_second_user_can_open_the_locks(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        locks = tmp_path / "locks"
+        gpus.claim(1, ["0"], locks)
+    finally:
+        os.umask(before)
+    assert locks.stat().st_mode & 0o7777 == 0o1777
+    assert {path.name for path in locks.iterdir()} == {"gate.lock", "0.lock"}
+    assert {path.stat().st_mode & 0o777 for path in locks.iterdir()} == {0o644}
+
+
+def test_a_claim_that_waits_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gpus, "_NOTICE_SECONDS", 0.3)
+    caplog.set_level("INFO")
+    locks = tmp_path / "locks"
+    assert gpus.claim(1, ["7"], locks) == ["7"]
+    assert caplog.text == ""
+    job = start(1, locks, tmp_path / "note", 1.5, "0")
+    while not (locks / "0.lock").exists():
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert gpus.claim(1, ["0"], locks) == ["0"]
+    assert job.wait(30) == 0
+    assert caplog.text.count("waiting for 1 of the GPUs 0: other runs use them") == 1
+
+
+LISTED = """\
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa-1)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-aaab-2)
+  MIG 3g.40gb     Device  0: (UUID: MIG-cc)
+  MIG 3g.40gb     Device  1: (UUID: MIG-dd)
+GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-eeee-3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("allowed", "with_driver", "without"),
+    [
+        (None, ["GPU-aaaa-1", "MIG-cc", "MIG-dd", "GPU-eeee-3"], []),
+        ("", [], []),
+        ("-1", [], []),
+        ("NoDevFiles", [], []),
+        ("0", ["GPU-aaaa-1"], ["0"]),
+        (" 2, GPU-aaaa ", ["GPU-eeee-3", "GPU-aaaa-1"], ["2", "GPU-aaaa"]),
+        ("0,GPU-aaaa-1", ["GPU-aaaa-1"], ["0", "GPU-aaaa-1"]),
+        ("1", ["MIG-cc"], ["1"]),
+        ("MIG-dd", ["MIG-dd"], ["MIG-dd"]),
+        ("2,-1,0", ["GPU-eeee-3"], ["2"]),
+        ("0,3,2", ["GPU-aaaa-1"], ["0", "3", "2"]),
+        ("GPU-", [], []),  # fits several
+    ],
+)
+def test_visible_gpus_have_one_name_however_they_are_spelled(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: str | None,
+    with_driver: list[str],
+    without: list[str],
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpus.visible() == []
+    assert gpus.visible() == without
     fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho GPU-1\necho GPU-2\n")
+    fake.write_text(f"#!/bin/sh\nwhile IFS= read -r line; do echo \"$line\"; done <<'END'\n{LISTED}END\n")
     fake.chmod(0o755)
-    assert gpus.visible() == ["GPU-1", "GPU-2"]
+    assert gpus.visible() == with_driver

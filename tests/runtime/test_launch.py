@@ -84,7 +84,7 @@ def test_several_gpus_become_torchrun_ranks_with_the_same_command(tmp_path: Path
     (package / "__init__.py").write_text(f"__path__.append({str(here)!r})\n")
     (package / "__main__.py").write_text(
         "import os, sys\n"
-        "from mochi.running import launch\n"
+        "from mochi.runtime import launch\n"
         "launch.on_gpus(2)\n"
         "from pathlib import Path\n"
         "out = Path(sys.argv[2]) / os.environ['RANK']\n"

@@ -1,5 +1,7 @@
-"""One workflow at a time in a folder: a lock held by one process, against a second one and a kill."""
+"""Locks of one process, tried by a second process and freed by a kill."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -35,12 +37,47 @@ def holder(lock: Path, then: str = "time.sleep(60)") -> "subprocess.Popen[bytes]
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
     lock = tmp_path / "run.lock"
     first = holder(lock)
-    with pytest.raises(UserError, match=rf"held by process {first.pid} on .*; one workflow at a time"):
+    with pytest.raises(UserError, match=rf"held by process {first.pid} on .*; expected no other"):
         hold(lock)
     first.send_signal(signal.SIGKILL)
     first.wait(30)
     second = holder(lock, "pass")
     assert second.wait(30) == 0
+
+
+def test_who_is_refused_leaves_the_name_of_the_holder(tmp_path: Path) -> None:
+    lock = tmp_path / "run.lock"
+    first = holder(lock)
+    try:
+        for _ in range(2):
+            with pytest.raises(UserError, match=rf"held by process {first.pid} on "):
+                hold(lock)
+    finally:
+        first.kill()
+        first.wait(30)
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022])
+def test_a_second_user_can_open_the_lock(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        hold(tmp_path / "run.lock")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "run.lock").stat().st_mode & 0o777 == 0o666
+
+
+def test_where_nothing_can_be_locked_a_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    hold(tmp_path / "run.lock")
+    with holding(tmp_path / "work"):
+        pass
+    assert caplog.text.count("cannot lock (No locks available)") == 2
 
 
 def test_a_second_snakemake_refuses_at_once_and_says_why(finished: Project, tmp_path: Path) -> None:
@@ -53,7 +90,7 @@ def test_a_second_snakemake_refuses_at_once_and_says_why(finished: Project, tmp_
         assert done.returncode == 1
         assert f"held by process {process.pid}" in done.stdout + done.stderr
         assert "finished job" not in (done.stdout + done.stderr).lower()
-        # Looking is allowed.
+        # A dry run writes nothing and needs no lock.
         assert project.jobs() == {}
     finally:
         process.kill()
@@ -73,7 +110,7 @@ def test_a_run_is_held_by_one_process_and_free_once_that_is_gone(tmp_path: Path)
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
         with (
-            pytest.raises(UserError, match="another process at work on this run"),
+            pytest.raises(UserError, match=f"found process {first.pid} on .* at work on this run"),
             holding(work, wait_seconds=0.3),
         ):
             raise AssertionError
@@ -81,3 +118,32 @@ def test_a_run_is_held_by_one_process_and_free_once_that_is_gone(tmp_path: Path)
     for _ in range(2):
         with holding(work, wait_seconds=5):
             assert list(work.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [work]
+
+
+def test_a_forked_worker_neither_frees_the_lock_nor_keeps_it(tmp_path: Path) -> None:
+    """Loading workers are forked: one that ends leaves the lock; one that outlives a kill has none."""
+    work = tmp_path / "work"
+    script = (
+        "import os, sys, time; from pathlib import Path; from mochi.runtime.locks import holding\n"
+        "with holding(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0: sys.exit()\n"
+        "    os.wait()\n"
+        "    if os.fork() == 0: time.sleep(60)\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(work)],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        stdout=subprocess.PIPE, start_new_session=True, text=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(UserError, match="at work on this run"), holding(work, wait_seconds=0.3):
+                raise AssertionError
+            process.kill()
+            with holding(work, wait_seconds=5):
+                pass
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,44 +1,12 @@
-"""Verdicts in the cases that people ask about, and the stop at the first loss that is no number."""
+"""What a user reads on stderr: progress in a log, and silence of the other ranks."""
 
-import math
+import logging
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from mochi.runtime.progress import NonFiniteError, Progress, check_finite, verdict
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({}, "learning"),
-        ({"loss": math.log(65537)}, "at chance"),
-        ({"queue_fill": 0.5, "loss": 20.0}, "queue filling (50%): a rising loss is normal"),
-        ({"spread": 0.001}, "collapsed"),
-    ],
-)
-def test_verdicts(changes: dict[str, float], words: str) -> None:
-    healthy = {"loss": 7.0, "chance": math.log(65537), "spread": 0.088, "queue_fill": 1.0, "dim": 128}
-    assert verdict(**(healthy | changes)).startswith(words)  # type: ignore[arg-type]
-
-
-def test_a_loss_that_is_no_number_stops_with_step_rate_and_checkpoint(tmp_path: Path) -> None:
-    saved = tmp_path / "last.safetensors"
-    check_finite(1.0, step=3, lr=0.1, last_good=saved)
-    with pytest.raises(NonFiniteError, match=r"nan at step 3 \(learning rate 0\.1\).*none yet"):
-        check_finite(math.nan, step=3, lr=0.1, last_good=saved)
-    saved.touch()
-    with pytest.raises(NonFiniteError, match=str(saved)):
-        check_finite(math.inf, step=3, lr=0.1, last_good=saved)
-
-
-def test_parameters_that_are_no_numbers_stop_too(tmp_path: Path) -> None:
-    """With a loss that knows nothing of it yet."""
-    check_finite(1.0, step=3, lr=0.1, last_good=tmp_path, norm=7.0)
-    with pytest.raises(NonFiniteError, match=r"parameters is inf at step 3 \(learning rate 0\.1\)"):
-        check_finite(1.0, step=3, lr=0.1, last_good=tmp_path, norm=math.inf)
+from mochi.runtime.progress import Progress, configure_logging, counter
 
 
 def test_showing_progress_needs_no_torch() -> None:
@@ -49,9 +17,50 @@ def test_showing_progress_needs_no_torch() -> None:
 
 def test_progress_in_a_log_is_plain_lines_with_an_eta(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("train", total=3, every_seconds=0) as progress:
-        for _ in range(3):
-            progress.advance("loss 1.0")
-    lines = capsys.readouterr().err.splitlines()
+        for note in ("loss 2.0", "", "loss 1.0"):
+            progress.advance(note)
+    output = capsys.readouterr().err
+    assert "\r" not in output
+    lines = output.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("train: 1/3, 0:00:0")
+    assert lines[1].endswith(" left")
     assert lines[-1] == "train: 3/3, 0:00:00 left, loss 1.0"
+
+
+def test_a_log_gets_a_line_every_few_seconds_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    report = counter("check")
+    for done in range(1, 1001):
+        report(done, 1000)
+    assert capsys.readouterr().err.splitlines() == ["check: 1000/1000, 0:00:00 left"]
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])
+def test_only_the_first_rank_shows_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str | None, lines: int
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with Progress("train", total=1) as progress:
+        progress.advance()
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("0", ["plain", "warned"]), ("3", ["warned"])])
+def test_other_ranks_log_warnings_only(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    rank: str,
+    expected: list[str],
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    configure_logging()
+    logging.getLogger("mochi.some").info("plain")
+    logging.getLogger("mochi.some").warning("warned")
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == expected
+    assert printed.out == ""

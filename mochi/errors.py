@@ -1,4 +1,4 @@
-"""What a user can mend."""
+"""Errors that a user can fix."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The text says what was found, what was expected and what to do, one line for each mistake.
     """
+
+
+class DataError(UserError):
+    """Images that are missing, unusable or of another data set."""

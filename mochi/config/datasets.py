@@ -1,4 +1,8 @@
-"""Where images come from: a section for each source."""
+"""Where images come from: one section per source.
+
+`prepare` reads a source with the module of the same name in `mochi.data.ingest.sources`: a new source is
+that module and a section here.
+"""
 
 from typing import Annotated, Literal
 
@@ -7,11 +11,23 @@ from pydantic import Field
 from mochi.config.sections import Count, CountOrZero, Name, Real, Section
 
 
-class PhotoPatches(Section):
-    """Patches of the photographs that scikit-image and scikit-learn carry (design: embedded data)."""
+class Source(Section):
+    """What every source has."""
+
+    source: str
+    """Chooses the section; the module that reads it has this name, with `_` for `-`."""
+    name: Name
+    """Folder of the prepared data set, below `data/`."""
+
+
+MaxUnreadable = Annotated[Real, Field(ge=0, le=1)]
+"""Largest share of files that may be quarantined as unreadable before preparation refuses."""
+
+
+class PhotoPatches(Source):
+    """Patches of the photographs in the packages scikit-image and scikit-learn."""
 
     source: Literal["photo-patches"]
-    name: Name
     patch_size: Count
     """Side of a patch, pixels."""
     train_per_photo: Count
@@ -19,24 +35,21 @@ class PhotoPatches(Section):
     seed: CountOrZero
 
 
-class Folder(Section):
+class Folder(Source):
     """Your own images: `path/{train,val}/<class>/*`, or any tree of unlabelled images."""
 
     source: Literal["folder"]
-    name: Name
     path: str
-    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.01
-    """Largest share of files that may be set aside as unreadable before preparation refuses."""
+    max_unreadable: MaxUnreadable = 0.01
 
 
-class Download(Section):
+class Download(Source):
     """What every downloaded data set shares. Contents are checked whatever they come from."""
 
-    name: Name
     archive: str | None = None
-    """The official archive, brought by hand: nothing is downloaded."""
+    """The official archive, downloaded by the user: nothing is downloaded."""
     mirrors: list[str] = []
-    """Addresses of the archive, tried before the known ones."""
+    """URLs of the archive, tried before the known ones."""
 
 
 class Cifar(Download):
@@ -56,46 +69,20 @@ class Imagenette(Download):
 
     source: Literal["imagenette"]
     size: Literal["full", "320px", "160px"]
-    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+    max_unreadable: MaxUnreadable = 0.0
 
 
-class ImageNet(Section):
+class ImageNet(Source):
     """ILSVRC 2012 from its official archives or an extracted tree; never downloaded, by its terms."""
 
     source: Literal["imagenet"]
-    name: Name
     path: str
     """Holds ILSVRC2012_img_{train,val}.tar or train/<wnid>/, and val/<wnid>/ or the devkit's labels."""
     subset: Literal["all", "imagenet100"]
     """imagenet100: the 100 classes of CMC's list, which MoCHi cites."""
-    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
-
-
-class Voc(Section):
-    """PASCAL VOC in place: images are checked and listed, never copied."""
-
-    source: Literal["voc"]
-    name: Name
-    path: str
-    """Holds VOC2007/ and VOC2012/, each with JPEGImages, Annotations and ImageSets/Main."""
-    years: Annotated[list[str], Field(min_length=1)]
-    """Folders below `path`, for example VOC2007."""
-    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
-
-
-class Coco(Section):
-    """COCO in place: images are checked and listed, never copied."""
-
-    source: Literal["coco"]
-    name: Name
-    path: str
-    """Holds annotations/instances_<split>.json and <split>/."""
-    splits: Annotated[list[Name], Field(min_length=1)]
-    """For example train2017, val2017."""
-    max_unreadable: Annotated[Real, Field(ge=0, le=1)] = 0.0
+    max_unreadable: MaxUnreadable = 0.0
 
 
 Dataset = Annotated[
-    PhotoPatches | Folder | Cifar | Stl10 | Imagenette | ImageNet | Voc | Coco,
-    Field(discriminator="source"),
+    PhotoPatches | Folder | Cifar | Stl10 | Imagenette | ImageNet, Field(discriminator="source")
 ]

@@ -1,8 +1,8 @@
 """The on-disk contract: a folder with manifest.json, arrays and memory-mapped shards.
 
     manifest.json            what it is, where from, counts, classes, sha256 of every file
-    <split>-index.arrow      a row an image: label (-1 unlabelled), path in the source, sha256, size
-    <split>-images.npy       uint8 (N, H, W, 3), when all images are small and of one size; otherwise
+    <split>-index.arrow      a row per image: label (-1 unlabelled), path in the source, sha256, size
+    <split>-images.npy       uint8 (N, H, W, 3), when all images are small and of one size; else
     <split>-images-0000.arrow ...  the encoded bytes (JPEG or PNG) of upright RGB images
 
 Everything is memory-mapped, so a row costs no process any memory of its own.
@@ -20,14 +20,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mochi.data.ingest.decode import open_image
-from mochi.errors import UserError
+from mochi.errors import DataError
 
 MANIFEST_VERSION = 2
 UNLABELLED = -1
-
-
-class DataError(UserError):
-    """Images that are missing, foreign or unusable; its text says what to do."""
 
 
 class StoredSplit:
@@ -81,7 +77,7 @@ class StoredSplit:
         return np.flatnonzero(self.labels != UNLABELLED)
 
     def path(self, row: int) -> str:
-        """Where the image stood in its source."""
+        """Path of the image in its source."""
         return str(self._index["path"][row].as_py())
 
     @cached_property
@@ -122,7 +118,7 @@ class StoredDataset:
         self._opened: dict[str, StoredSplit] = {}
 
     def split(self, name: str) -> StoredSplit:
-        """One split; the same object each time, so that what is held of it is held once.
+        """One split; the same object each time, so that its pixels are on a device only once.
 
         Raises:
             DataError: the data set has no such split, or a file of it is missing or cut.
@@ -131,9 +127,8 @@ class StoredDataset:
             return self._opened[name]
         splits = self.manifest["splits"]
         if name not in splits:
-            raise DataError(
-                f"{self.folder}: no split {name!r}; it holds {', '.join(sorted(splits)) or 'none'}"
-            )
+            known = ", ".join(sorted(splits)) or "none"
+            raise DataError(f"{self.folder}: found no split {name!r}; expected one of: {known}")
         for shard in splits[name]["shards"]:
             path = self.folder / shard["file"]
             found = path.stat().st_size if path.exists() else None
@@ -182,7 +177,7 @@ def open_dataset(folder: Path) -> StoredDataset:
 
 
 def _how(folder: Path) -> str:
-    return f"by Snakemake, or `python -m mochi prepare --config FILE --out {folder}`"
+    return f"by Snakemake, or `mochi prepare --config FILE --out {folder}`"
 
 
 def read_arrow(path: Path) -> pa.Table:
@@ -201,7 +196,7 @@ INDEX_SCHEMA = pa.schema(
 )
 IMAGE_SCHEMA = pa.schema([("image", pa.binary())])
 _BATCH_BYTES = 16 << 20
-"""A record batch is held in memory while it is written; binary offsets allow at most 2 GiB."""
+"""A record batch is kept in memory while it is written; binary offsets allow at most 2 GiB."""
 
 
 def write_index(
@@ -209,7 +204,7 @@ def write_index(
 ) -> None:
     """The index of a split, as one record batch, so that a column is one view of the file.
 
-    `hashes` holds 32 bytes a row; `sizes` (N, 2) is height and width.
+    `hashes` has 32 bytes per row; `sizes` (N, 2) is height and width.
     """
     sha256 = pa.Array.from_buffers(pa.binary(32), len(paths), [None, pa.py_buffer(hashes)])
     height, width = (pa.array(np.ascontiguousarray(side)) for side in sizes.T)
@@ -219,13 +214,13 @@ def write_index(
 
 
 def write_encoded(file: BinaryIO, images: Iterator[bytes], shard_bytes: int) -> int:
-    """Take images until the shard holds `shard_bytes`; returns how many (0: the iterator is empty)."""
-    rows, held, pending, pending_bytes = 0, 0, [], 0
+    """Take images until the shard has `shard_bytes`; returns how many (0: the iterator is empty)."""
+    rows, written, pending, pending_bytes = 0, 0, [], 0
     with pa.ipc.new_file(file, IMAGE_SCHEMA) as writer:
-        while held < shard_bytes and (image := next(images, None)) is not None:
+        while written < shard_bytes and (image := next(images, None)) is not None:
             pending.append(image)
             pending_bytes += len(image)
-            held += len(image)
+            written += len(image)
             rows += 1
             if pending_bytes >= _BATCH_BYTES:
                 writer.write_batch(_binary_batch(pending))

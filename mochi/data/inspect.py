@@ -1,45 +1,46 @@
-"""What is in a folder of images, before anything is started: for people who bring their own."""
+"""Summarise a folder of images and recommend settings."""
 
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from mochi.config import Folder
+from mochi.config.datasets import Folder
 from mochi.data.ingest import duplicates
 from mochi.data.ingest.raw import FileSplit, Progress, as_text, class_counts
-from mochi.data.ingest.sources import folder as source
-from mochi.data.ingest.validate import Scanner, scanning
-from mochi.data.recommend import Facts, advise
+from mochi.data.ingest.sources.folder import list_images
+from mochi.data.ingest.validate import Validator
+from mochi.data.recommend import FEWEST, Facts, advise
 
-_SHOWN = 5  # examples of each kind; the JSON has them all
+_SHOWN = 5  # examples of each kind; the JSON report has all
 
 
-def inspect(folder: Path, *, jobs: int, cache: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Read every image below `folder` and report, in JSON's types.
+def inspect(folder: Path, *, jobs: int, progress: Progress | None = None) -> dict[str, Any]:
+    """Decode every image below `folder` and report, in JSON's types.
 
     Args:
         folder: as `source: folder` expects it.
         jobs: processes that decode.
-        cache: keeps verdicts on contents, so that the preparation after it decodes nothing again.
+        progress: called with the number of files done and in all.
 
     Raises:
-        DataError: no such folder, or not one image in it.
+        DataError: no such folder, or no image in it.
     """
-    origin = source.collect(Folder(source="folder", name="report", path=str(folder)), cache)
-    splits = {name: split for name, split in origin.splits.items() if isinstance(split, FileSplit)}
+    raw = list_images(Folder(source="folder", name="report", path=str(folder)))
+    splits = {name: split for name, split in raw.splits.items() if isinstance(split, FileSplit)}
     total = sum(len(split.paths) for split in splits.values())
-    found = _Found()
-    with scanning(jobs, cache) as scanner:
+    summary = _Summary()
+    with Validator(jobs) as validator:
         for name, split in splits.items():
-            found.read(scanner, name, split, total, progress)
-    counts = {name: class_counts(found.labels_of(name), origin.classes) for name in splits}
-    sides = np.array(found.sides or [(0, 0)]).min(axis=1)
+            summary.add(validator, name, split, total, progress)
+    counts = {name: class_counts(summary.labels_of(name), raw.classes) for name in splits}
+    sides = np.array(summary.sides or [(0, 0)]).min(axis=1)
     facts = Facts(
-        num_train=int(sum(name == "train" for name, _, _ in found.rows)),
+        num_train=int(sum(name == "train" for name, _, _ in summary.rows)),
         short_side=int(np.median(sides)),
-        train_classes=counts.get("train", {}) if origin.classes else {},
+        train_classes=counts.get("train", {}) if raw.classes else {},
         has_val="val" in splits,
     )
     return {
@@ -47,25 +48,26 @@ def inspect(folder: Path, *, jobs: int, cache: Path, progress: Progress | None =
         "files": total,
         "splits": {
             name: {
-                "images": len(found.labels_of(name)),
-                "unlabelled": int((found.labels_of(name) < 0).sum()),
+                "images": len(summary.labels_of(name)),
+                "unlabelled": int((summary.labels_of(name) < 0).sum()),
                 "classes": counts[name],
             }
             for name in splits
         },
-        "formats": dict(found.formats.most_common()),
-        "written_anew": found.written_anew,
-        "sides": _sides(found.sides),
+        "formats": dict(summary.formats.most_common()),
+        "reencoded": summary.reencoded,
+        "sides": _sides(summary.sides),
         "balance": _balance(facts.train_classes),
-        "ignored": origin.ignored,
-        "unreadable": found.unreadable,
-        "duplicates": found.duplicates(origin.classes),
+        "ignored": raw.ignored,
+        "unreadable": summary.unreadable,
+        "duplicates": summary.duplicates(raw.classes),
+        "too_few": facts.num_train < FEWEST,
         "advice": [vars(advice) for advice in advise(facts)] if facts.num_train else [],
     }
 
 
-class _Found:
-    """What the pass over the files has seen."""
+class _Summary:
+    """What the pass over the files has found."""
 
     def __init__(self) -> None:
         self.formats: Counter[str] = Counter()
@@ -73,26 +75,26 @@ class _Found:
         self.rows: list[tuple[str, int, str]] = []  # split, label, path of each readable image
         self.hashes = bytearray()
         self.unreadable: list[dict[str, Any]] = []
-        self.written_anew = 0
-        self.done = 0
+        self.reencoded = 0
+        self._done = 0
 
-    def read(
-        self, scanner: Scanner, name: str, split: FileSplit, total: int, progress: Progress | None
+    def add(
+        self, validator: Validator, name: str, split: FileSplit, total: int, progress: Progress | None
     ) -> None:
-        """Judge every file of a split."""
-        for result in scanner.scan(split, keep_encoded=False):
-            verdict, path = result.verdict, as_text(split.paths[result.row])
-            self.done += 1
+        """Check every file of a split."""
+        for file in validator.validate(split, keep_reencoded=False):
+            result, path = file.result, as_text(split.paths[file.row])
+            self._done += 1
             if progress is not None:
-                progress(self.done, total)
-            if verdict.reason:
-                self.unreadable.append({"path": path, "bytes": result.size, "reason": verdict.reason})
+                progress(self._done, total)
+            if result.reason:
+                self.unreadable.append({"path": path, "bytes": file.size, "reason": result.reason})
                 continue
-            self.formats[f"{verdict.format} {verdict.mode}"] += 1
-            self.sides.append((verdict.height, verdict.width))
-            self.rows.append((name, int(split.labels[result.row]), path))
-            self.hashes += result.sha256
-            self.written_anew += verdict.encoded is not None
+            self.formats[f"{result.format} {result.mode}"] += 1
+            self.sides.append((result.height, result.width))
+            self.rows.append((name, int(split.labels[file.row]), path))
+            self.hashes += file.sha256
+            self.reencoded += result.reencoded is not None
 
     def labels_of(self, name: str) -> Any:
         """(n,) labels of a split's readable images."""
@@ -102,18 +104,18 @@ class _Found:
         """Counts, and the paths and classes of each group."""
         hashes = {"all": np.frombuffer(bytes(self.hashes), np.uint8).reshape(-1, 32)}
         labels = {"all": np.array([label for _, label, _ in self.rows], dtype=np.int64)}
-        named = [
-            [duplicates.Row(self.rows[row.row][0], row.row, row.label) for row in group]
+        groups = [
+            [duplicates.Duplicate(self.rows[each.row][0], each.row, each.label) for each in group]
             for group in duplicates.groups(hashes, labels)
         ]
-        shown = [
+        rows = [
             [
-                {"path": self.rows[row.row][2], "class": classes[row.label] if row.label >= 0 else None}
-                for row in group
+                {"path": self.rows[each.row][2], "class": classes[each.label] if each.label >= 0 else None}
+                for each in group
             ]
-            for group in named
+            for group in groups
         ]
-        return {**duplicates.summary(named), "rows": shown}
+        return {**duplicates.summary(groups), "rows": rows}
 
 
 def _sides(sides: list[tuple[int, int]]) -> dict[str, Any]:
@@ -153,15 +155,16 @@ def render(report: dict[str, Any]) -> str:
         labelled = split["images"] - split["unlabelled"]
         lines.append(f"  {name}: {split['images']} images, {labelled} labelled")
     lines += _section("formats", [f"{count} {kind}" for kind, count in report["formats"].items()])
-    if report["written_anew"]:
-        anew = report["written_anew"]
-        lines.append(f"  {anew} will be written anew as PNG, without loss; the others keep their bytes")
+    if report["reencoded"]:
+        lines.append(
+            f"  {report['reencoded']} will be re-encoded as PNG, without loss; others keep their bytes"
+        )
     if sides := report["sides"]:
         size = "all of one size" if sides["one_size"] else "of many sizes"
         lines.append(
             f"sizes: {size}; short side {sides['short_min']} to {sides['short_max']} px, median "
-            f"{sides['short_median']}; longest side {sides['longest']} px; sides differ by up to "
-            f"{sides['ratio_max']} times"
+            f"{sides['short_median']}; longest side {sides['longest']} px; aspect ratio up to "
+            f"{sides['ratio_max']}"
         )
     if balance := report["balance"]:
         (small, few), (large, many) = (next(iter(balance[key].items())) for key in ("smallest", "largest"))
@@ -172,14 +175,22 @@ def render(report: dict[str, Any]) -> str:
         lines += _section("  empty classes", balance["empty"])
     lines += _section("ignored", [f"{count} {reason}" for reason, count in report["ignored"].items()])
     bad = [f"{row['path']} ({row['bytes']} bytes): {row['reason']}" for row in report["unreadable"]]
-    lines += _section(f"unreadable, will be set aside: {len(bad)}", bad)
+    lines += _section(f"unreadable, will be quarantined: {len(bad)}", bad)
     lines += _duplicates(report["duplicates"])
+    if report["too_few"]:
+        count = report["splits"].get("train", {"images": 0})["images"]
+        lines.append(f"warning: {count} training images are too few to pretrain on; expected thousands")
     lines += _section(
-        "settings that fit (a start, not a law)",
-        [f"{advice['key']}: {advice['value']}\n      {advice['why']}" for advice in report["advice"]],
+        "recommended settings, to start from",
+        [f"{_yaml(advice['key'], advice['value'])}\n      {advice['why']}" for advice in report["advice"]],
         limit=None,
     )
     return "\n".join(lines)
+
+
+def _yaml(key: str, value: object) -> str:
+    """One line that an experiment file accepts."""
+    return yaml.safe_dump({key: value}, default_flow_style=None, sort_keys=False, width=1000).rstrip()
 
 
 def _duplicates(found: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
-"""The photographs that scikit-image and scikit-learn carry in their packages: nothing is downloaded.
+"""The photographs in the packages scikit-image and scikit-learn: nothing is downloaded.
 
-Each photograph is cut into a grid of cells; whole cells belong to train or to val, so that nothing made
-from one split shows a pixel of the other.
+Each photograph is divided into a grid of cells, and each cell belongs to train or to val, so that the
+splits share no pixel.
 """
 
 import hashlib
@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mochi.data.format import DataError
 from mochi.data.ingest import decode
-from mochi.data.views import counter_rng as draws
+from mochi.data.views import counter_rng
+from mochi.errors import DataError
+from mochi.extras import not_installed
 
 GRID = 4
 """Cells along each side; one cell of every row and column is validation."""
@@ -150,12 +151,12 @@ def load(photograph: Photograph) -> NDArray[np.uint8]:
     """(H, W, 3) RGB; grey photographs get three equal channels.
 
     Raises:
-        DataError: the package lacks the file, or carries another one.
+        DataError: the package lacks the file, or has other bytes in it.
     """
     found = importlib.util.find_spec(photograph.package)
     distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[photograph.package]
     if found is None or found.origin is None:
-        raise DataError(f"{distribution} is not installed; it carries {photograph.path}")
+        raise DataError(not_installed(photograph.package))
     path = Path(found.origin).parent / photograph.path
     version = f"{distribution} {importlib.metadata.version(distribution)}"
     try:
@@ -173,7 +174,7 @@ def load(photograph: Photograph) -> NDArray[np.uint8]:
 
 def cells(height: int, width: int, *, seed: int, photo: int, split: str) -> list[Cell]:
     """The cells of one photograph that belong to `split` (train or val)."""
-    column = draws.permutation(GRID, "cells", seed, photo)
+    column = counter_rng.permutation(GRID, "cells", seed, photo)
     rows = np.linspace(0, height, GRID + 1).astype(int)
     columns = np.linspace(0, width, GRID + 1).astype(int)
     return [

@@ -1,4 +1,4 @@
-"""Settings that fit a set of images, each with its reason: a start for people who bring their own."""
+"""Recommended settings for a set of images, each with its reason."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,16 @@ class Advice:
 
     key: str
     value: object
+    """In YAML's types, as the experiment file accepts it."""
     why: str
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the advice depends on."""
+    """What the recommendations depend on."""
 
     num_train: int
-    """Images to pretrain on, labelled or not."""
+    """Training images, labelled or not."""
     short_side: int
     """Median of the shorter sides, pixels."""
     train_classes: dict[str, int]
@@ -26,11 +27,10 @@ class Facts:
 
 
 def advise(facts: Facts) -> list[Advice]:
-    """From the number and size of the images to an experiment's keys, in its order."""
-    if facts.num_train < _FEWEST:
-        why = f"{facts.num_train} images are too few to learn from; there should be thousands"
-        return [Advice("pretrain", None, why), *_evaluation(facts)]
+    """Settings for images of this number and size, in the order of an experiment file."""
     size = _image_size(facts.short_side)
+    if facts.num_train < FEWEST:
+        return _evaluation(facts, size)
     batch = _batch_size(facts.num_train)
     steps = facts.num_train // batch
     return [
@@ -38,27 +38,29 @@ def advise(facts: Facts) -> list[Advice]:
         Advice(
             "augmentation.blur",
             size >= 64,
-            "version 2 blurs half of the views with sigma up to 2 px, which leaves nothing of small images",
+            "version 2 blurs half of the views with sigma up to 2 px, too much for small images",
         ),
         Advice("encoder.stem", "imagenet" if size >= 128 else "half" if size >= 64 else "full", _STEM),
         *_recipe(facts.num_train, batch, steps),
-        *_evaluation(facts),
+        *_evaluation(facts, size),
     ]
 
 
-_FEWEST = 64
+FEWEST = 64
+"""Training images; with fewer nothing is recommended for pretraining."""
+
 _STEM = "imagenet divides the sides by 4 before the first stage, half by 2, full keeps them"
 
 
 def _image_size(short_side: int) -> int:
-    """The usual sizes: CIFAR's, STL-10's, Imagenette's, ImageNet's."""
+    """The size of views in CIFAR, STL-10, Imagenette or ImageNet, whichever fits."""
     return next(
         (size for size, up_to in ((32, 48), (64, 80), (96, 112), (128, 160)) if short_side < up_to), 224
     )
 
 
 def _power_of_two(limit: float, lowest: int, highest: int) -> int:
-    """The largest power of two up to `limit`, kept between two powers."""
+    """The largest power of two up to `limit`, between two powers of two."""
     value = lowest
     while value * 2 <= min(limit, highest):
         value *= 2
@@ -66,7 +68,7 @@ def _power_of_two(limit: float, lowest: int, highest: int) -> int:
 
 
 def _batch_size(num_train: int) -> int:
-    """256 (the paper's), less where an epoch would have fewer than 16 steps."""
+    """256 (the paper's), or less if an epoch would have fewer than 16 steps."""
     return _power_of_two(num_train / 16, 8, 256)
 
 
@@ -76,19 +78,19 @@ def _recipe(num_train: int, batch: int, steps: int) -> list[Advice]:
     epochs = min(800, max(200, -(-40_000 // max(steps, 1) // 100) * 100))
     hardest = _power_of_two(queue / 16, 4, 1024)
     return [
-        Advice("pretrain.batch_size", batch, f"{steps} steps an epoch; 256 is the paper's"),
-        Advice("pretrain.lr", 0.03 * batch / 256, "0.03 for a batch of 256 (MoCo), in proportion"),
+        Advice("pretrain.batch_size", batch, f"{steps} steps per epoch; 256 is the paper's"),
+        Advice("pretrain.lr", 0.03 * batch / 256, "0.03 for a batch of 256 (MoCo), scaled linearly"),
         Advice(
             "pretrain.queue_size",
             queue,
-            f"a query meets its own image in the queue with chance K / images = {queue / num_train:.0%}; "
-            f"the oldest key is {queue / batch:.0f} steps old; the paper has 16384 for 127 thousand images "
-            "and 65536 for 1.28 million",
+            f"the queue has a query's own image with probability K / images = {queue / num_train:.0%}; the "
+            f"oldest key is {queue / batch:.0f} steps old; the paper uses 16384 for 127 thousand images, "
+            "65536 for 1.28 million",
         ),
         Advice(
             "pretrain.key_momentum",
             momentum,
-            f"the key encoder trails {1 / (1 - momentum):.0f} steps behind; an epoch has {steps}",
+            f"the key encoder averages over {1 / (1 - momentum):.0f} steps; an epoch has {steps}",
         ),
         Advice(
             "pretrain.epochs",
@@ -103,14 +105,16 @@ def _recipe(num_train: int, batch: int, steps: int) -> list[Advice]:
     ]
 
 
-def _evaluation(facts: Facts) -> list[Advice]:
+def _evaluation(facts: Facts, size: int) -> list[Advice]:
+    resize = min(round(size * 8 / 7), max(size, facts.short_side))
     filled = [count for count in facts.train_classes.values() if count]
     if not filled or not facts.has_val:
-        lacking = "a val (or test) folder" if filled else "labelled images in train"
-        return [
-            Advice("evaluation", None, f"no probe without {lacking}; the encoder can still be exported")
-        ]
+        missing = "a val (or test) folder" if filled else "labelled images in train"
+        crop = {"image_size": size, "resize": resize}
+        return [Advice("evaluation", crop, f"no linear probe and no kNN without {missing}")]
     return [
+        Advice("evaluation.image_size", size, "the centre crop has the size of the training views"),
+        Advice("evaluation.resize", resize, "8/7 of the crop as on ImageNet, without enlarging the images"),
         Advice(
             "evaluation.knn.k",
             min(200, *filled),
@@ -119,11 +123,11 @@ def _evaluation(facts: Facts) -> list[Advice]:
         Advice(
             "evaluation.linear.lr_candidates",
             [0.3, 1.0, 3.0, 10.0, 30.0],
-            "30 fits MoCo's features of ImageNet alone; on other sets it may diverge, so several are tried",
+            "30 fits MoCo's features on ImageNet only; elsewhere it may diverge, so several are compared",
         ),
         Advice(
             "evaluation.linear.standardize",
             True,
-            "features of unit variance let one learning rate fit every encoder",
+            "with features of unit variance one learning rate fits every encoder",
         ),
     ]

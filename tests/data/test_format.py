@@ -1,5 +1,5 @@
-"""What was written against what is read back, from this process and another, and what is said of folders
-that are missing, cut or foreign.
+"""What was written against what is read back, from this process and another, and the messages on folders
+that are missing, truncated or foreign.
 """
 
 import json
@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mochi.config import Folder
-from mochi.data import format as shards
-from mochi.data.format import DataError, open_dataset
+from mochi.config.datasets import Folder
+from mochi.data import format as storage
+from mochi.data.format import open_dataset
 from mochi.data.ingest.prepare import prepare
+from mochi.errors import DataError
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_damaged_folders_say_what_to_do(prepared: Path, damage, message: str) ->
 
 
 def test_an_unknown_split_names_the_known(prepared: Path) -> None:
-    with pytest.raises(DataError, match=r"no split 'test'; it holds train, val"):
+    with pytest.raises(DataError, match=r"found no split 'test'; expected one of: train, val"):
         open_dataset(prepared).split("test")
 
 
@@ -82,7 +83,7 @@ def test_a_million_rows_cost_a_process_almost_nothing(tmp_path: Path) -> None:
     """Private memory (the resident set less file pages) of a process that walks a 1-million-row index."""
     count = 1_000_000
     with (tmp_path / "train-index.arrow").open("wb") as file:
-        shards.write_index(
+        storage.write_index(
             file,
             np.arange(count) % 1000,
             [f"c/{n}.jpg" for n in range(count)],
@@ -90,7 +91,7 @@ def test_a_million_rows_cost_a_process_almost_nothing(tmp_path: Path) -> None:
             np.ones((count, 2), np.int32),
         )
     with (tmp_path / "train-images-0000.arrow").open("wb") as file:
-        schema = shards.IMAGE_SCHEMA
+        schema = storage.IMAGE_SCHEMA
         with pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(pa.record_batch([pa.array([b"x"] * count, pa.binary())], schema=schema))
     script = """

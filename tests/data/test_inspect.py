@@ -1,4 +1,4 @@
-"""The report on a folder against what was put there, and the advice against the paper's own settings."""
+"""The report on a folder against its contents, and the recommendations against the paper's settings."""
 
 import json
 import shutil
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from mochi.data.format import DataError
-from mochi.data.ingest import decode
+from mochi.config import parse_experiment
 from mochi.data.inspect import inspect, render
 from mochi.data.recommend import Facts, advise
+from mochi.errors import DataError
 
 
 def test_report_tells_what_is_there(tree: Path, tmp_path: Path) -> None:
@@ -20,13 +21,13 @@ def test_report_tells_what_is_there(tree: Path, tmp_path: Path) -> None:
     (tree / "train" / "dog").mkdir()
     shutil.copy(tree / "train" / "cat" / "1.jpg", tree / "val" / "bee" / "leak.jpg")
     Image.fromarray(np.full((9, 90), 7, np.uint16)).save(tree / "val" / "ant" / "deep.png")
-    report = inspect(tree, jobs=1, cache=tmp_path / "cache")
+    report = inspect(tree, jobs=1)
     assert report["files"] == 30
     assert report["splits"]["train"] == {
         "images": 18, "unlabelled": 0, "classes": {"ant": 6, "bee": 6, "cat": 6, "dog": 0},
     }  # fmt: skip
     assert report["formats"] == {"JPEG RGB": 28, "PNG I;16": 1}
-    assert report["written_anew"] == 1
+    assert report["reencoded"] == 1
     assert report["sides"]["short_min"] == 9
     assert report["sides"]["ratio_max"] == 10
     assert report["balance"]["empty"] == ["dog"]
@@ -40,43 +41,55 @@ def test_report_tells_what_is_there(tree: Path, tmp_path: Path) -> None:
     json.dumps(report, allow_nan=False)
     text = render(report)
     for part in (
-        "train: 18 images, 18 labelled", "28 JPEG RGB", "1 will be written anew", "median 46",
+        "train: 18 images, 18 labelled", "28 JPEG RGB", "1 will be re-encoded as PNG", "median 46",
         "empty classes", "zero.jpg (0 bytes): empty file", "train/cat/1.jpg [cat] = val/bee/leak.jpg [bee]",
-        "18 images are too few", "evaluation.linear.lr_candidates",
+        "18 training images are too few", "evaluation.linear.lr_candidates: [0.3, 1.0,",
+        "evaluation.linear.standardize: true",
     ):  # fmt: skip
         assert part in text, text
 
 
 def test_unlabelled_folders_get_no_probe(tree: Path, tmp_path: Path) -> None:
-    report = inspect(tree / "train" / "ant", jobs=1, cache=tmp_path / "cache")
+    report = inspect(tree / "train" / "ant", jobs=1)
     assert report["splits"]["train"]["unlabelled"] == 6
     assert report["balance"] == {}
-    assert "no probe without labelled images in train" in render(report)
+    text = render(report)
+    assert "evaluation: {image_size: 32, resize: 37}" in text
+    assert "no linear probe and no kNN without labelled images in train" in text
 
 
-def test_a_folder_of_wrecks_is_still_reported(tmp_path: Path) -> None:
+def test_a_folder_of_corrupt_files_is_still_reported(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     for number in range(7):
         (tmp_path / "x" / f"{number}.jpg").write_text("no")
-    text = render(inspect(tmp_path / "x", jobs=1, cache=tmp_path / "cache"))
-    assert "unreadable, will be set aside: 7" in text
+    text = render(inspect(tmp_path / "x", jobs=1))
+    assert "unreadable, will be quarantined: 7" in text
     assert "... and 2 more" in text
     with pytest.raises(DataError, match="no such folder"):
-        inspect(tmp_path / "y", jobs=1, cache=tmp_path / "cache")
+        inspect(tmp_path / "y", jobs=1)
 
 
-def test_a_preparation_after_the_report_decodes_nothing(tree: Path, tmp_path: Path, monkeypatch) -> None:
-    from mochi.config import Folder
-    from mochi.data.ingest.prepare import prepare
-
-    inspect(tree, jobs=1, cache=tmp_path / "data" / ".cache")
-
-    def explode(data: bytes) -> decode.Checked:
-        raise AssertionError("decoded again")
-
-    monkeypatch.setattr(decode, "check", explode)
-    manifest = prepare(Folder(source="folder", name="p", path=str(tree)), tmp_path / "data" / "p", jobs=1)
-    assert manifest["splits"]["train"]["count"] > 0
+@pytest.mark.parametrize(
+    "facts",
+    [
+        Facts(6400, 100, {"a": 300, "b": 250}, has_val=True),
+        Facts(6400, 40, {"a": 300, "b": 250}, has_val=False),
+        Facts(1_281_167, 375, {}, has_val=False),
+        Facts(5, 100, {}, has_val=True),
+    ],
+)
+def test_an_experiment_file_accepts_what_is_recommended(facts: Facts) -> None:
+    """`evaluation: None` was once recommended for images without labels, and refused."""
+    experiment = yaml.safe_load((Path(__file__).parents[1] / "tiny.yaml").read_text())
+    for advice in advise(facts):
+        if advice.key.startswith("methods."):
+            continue  # the name of a row, not a key
+        *sections, key = advice.key.split(".")
+        place = experiment
+        for section in sections:
+            place = place[section]
+        place[key] = advice.value
+    parse_experiment(experiment, "recommended")
 
 
 def settings(num_train: int, side: int, classes: int = 10) -> dict[str, object]:
@@ -114,18 +127,17 @@ def test_advice_fits_small_sets(num_train: int) -> None:
 
 
 @pytest.mark.parametrize("num_train", [1, 5, 63])
-def test_a_handful_is_told_to_be_too_few(num_train: int) -> None:
-    """A batch of 8 was once advised for 5 images; the loader refuses that."""
+def test_nothing_is_recommended_for_pretraining_on_a_few_images(num_train: int) -> None:
+    """A batch of 8 was once recommended for 5 images; the loader refuses that."""
     advice = settings(num_train, 100)
-    assert advice["pretrain"] is None
-    assert not any(key.startswith(("pretrain.", "methods.")) for key in advice)
+    assert all(key.startswith("evaluation") for key in advice)
 
 
 def test_unlabelled_train_and_labelled_val_get_no_probe(tree: Path, tmp_path: Path) -> None:
     shutil.move(tree / "train", tree / "unlabeled")
     (tree / "train").mkdir()
     shutil.move(tree / "unlabeled", tree / "train")
-    report = inspect(tree, jobs=1, cache=tmp_path)
+    report = inspect(tree, jobs=1)
     assert report["splits"]["train"]["unlabelled"] == 18
     assert "evaluation.knn.k" not in {advice["key"] for advice in report["advice"]}
     render(report)

@@ -1,9 +1,9 @@
 """From any image file to one kind of picture: upright, 8-bit RGB; or the reason why not.
 
-The content decides, never the extension. Orientation tags are applied, transparency is laid over
-white, 16 bits are scaled to 8, the first frame stands for an animation, CMYK, YCCK and palettes are
-converted. A JPEG or PNG that already is upright 8-bit RGB or grey keeps its bytes; only the others
-are written anew, as PNG, which loses nothing. Embedded colour profiles are not applied.
+The content decides, never the extension. Orientation tags are applied, transparency becomes white,
+16 bits are scaled to 8, animations give their first frame, CMYK, YCCK and palettes are converted. A JPEG
+or PNG that already is upright 8-bit RGB or grey keeps its bytes; all others are re-encoded as PNG,
+without loss. Embedded colour profiles are not applied.
 """
 
 import io
@@ -15,70 +15,74 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 RULES = 2
-"""Raised when any of the rules above changes: cached verdicts of other rules are not used."""
+"""Version of the rules above, for the manifest."""
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb (twice MAX_IMAGE_PIXELS)."""
 
 MAX_BYTES = 1 << 30
-"""As many pixels, three channels of 16 bits, not compressed. A longer file is not even read."""
+"""MAX_PIXELS in three channels of 16 bits, not compressed. A longer file is not even read."""
 
-_ORIENTATION = 0x0112
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 2 to 8 flip or turn, 5 to 8 exchange width and height
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A file's verdict. `reason` is empty for a picture; `encoded` is None where its own bytes serve."""
+class CheckResult:
+    """What was found in a file."""
 
     reason: str
+    """Why it is unreadable; empty for a usable image, whose other fields are then valid."""
     width: int
     height: int
+    """Pixels, upright."""
     format: str
     mode: str
-    encoded: bytes | None
+    """Pillow's names, of the file as it is."""
+    reencoded: bytes | None
+    """A PNG to store instead of the file's own bytes; None where those can be stored."""
 
 
 class UnreadableError(ValueError):
-    """Not a picture we can use; the text is the reason for quarantine.csv."""
+    """Not a usable image; the text is the reason for quarantine.csv."""
 
 
-def check(data: bytes) -> Checked:
-    """Decode one file whole and say what is to be stored of it.
+def check(data: bytes) -> CheckResult:
+    """Decode one file completely and decide what to store.
 
-    Of a JPEG whose bytes will serve only the picture's making is cut short: all its data are decoded, but
-    into pixels an eighth as wide, which finds the same faults in two thirds of the time.
+    A JPEG that keeps its bytes is decoded to an eighth of its width and height: that reads all its data and
+    finds the same faults in two thirds of the time.
     """
     try:
         image = open_image(data)
         kind, mode, size = str(image.format), image.mode, image.size
-        # Of a PNG this could not be asked yet: its metadata may come last.
+        # Not for PNGs: their metadata may follow the pixels.
         plain_jpeg = kind == "JPEG" and _is_plain(image, data)
         if plain_jpeg:
             image.draft(None, (1, 1))
         _load(image)
         if plain_jpeg or _is_plain(image, data):
-            return Checked("", *size, kind, mode, None)
+            return CheckResult("", *size, kind, mode, None)
         picture = to_rgb(image)
     except UnreadableError as error:
-        return Checked(str(error), 0, 0, "", "", None)
+        return CheckResult(str(error), 0, 0, "", "", None)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", compress_level=1)
-    return Checked("", *picture.size, kind, mode, buffer.getvalue())
+    return CheckResult("", *picture.size, kind, mode, buffer.getvalue())
 
 
 def open_image(data: bytes | pa.Buffer) -> Image.Image:
     """Read the header of an image.
 
     Raises:
-        UnreadableError: empty, not an image, or larger than any honest picture.
+        UnreadableError: empty, not an image, or more than MAX_PIXELS.
     """
     if len(data) == 0:
         raise UnreadableError("empty file (0 bytes)")
     try:
-        with warnings.catch_warnings(action="ignore"):  # large pictures and odd metadata are judged below
+        with warnings.catch_warnings(action="ignore"):  # size and metadata are checked below
             image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
         raise UnreadableError(f"decompression bomb: more than {MAX_PIXELS} pixels") from None
@@ -93,7 +97,7 @@ def open_image(data: bytes | pa.Buffer) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode whole and convert: upright, 8-bit RGB.
+    """Decode completely and convert: upright, 8-bit RGB.
 
     Raises:
         UnreadableError: truncated or corrupt.
@@ -101,7 +105,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     _load(image)
     try:
         with warnings.catch_warnings(action="ignore"):
-            upright = ImageOps.exif_transpose(image) if _is_turned(image) else image
+            upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
             if upright.mode in {"I", "F"} or upright.mode.startswith("I;16"):
                 return _from_deep(upright)
             if upright.has_transparency_data:
@@ -115,55 +119,62 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise UnreadableError(f"{image.format} does not convert: {_short(error)}") from None
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of the image once its orientation tag is applied; JPEG needs no decoding for it."""
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
 def _load(image: Image.Image) -> None:
-    """Decode whole; the first attempt counts, for Pillow hands out a torn picture on the second."""
+    """Decode completely. Only the first attempt counts: a second may return a partly decoded image."""
     try:
         with warnings.catch_warnings(action="ignore"):
             image.load()
     except Exception as error:
-        # Whatever the many readers raise on broken data, and MemoryError, becomes the file's reason.
+        # Pillow's readers raise many types on broken data; MemoryError is caught too.
         raise UnreadableError(f"{image.format} does not decode: {_short(error)}") from None
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
     """Do the file's own bytes give the wanted picture through a plain `convert("RGB")`?"""
-    if image.format not in {"JPEG", "PNG"} or _is_turned(image):
+    if image.format not in {"JPEG", "PNG"} or _orientation(image) != 1:
         return False
     if image.format == "PNG" and (image.has_transparency_data or _png_depth(data) > 8):
         return False
     return image.mode in {"L", "RGB"} and getattr(image, "n_frames", 1) == 1
 
 
-def _is_turned(image: Image.Image) -> bool:
-    """Does a valid orientation tag ask for a turn? A metadata block that cannot be read asks nothing."""
+def _orientation(image: Image.Image) -> int:
+    """EXIF or XMP orientation, 1 to 8. An invalid tag or unreadable metadata counts as 1, upright."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            return int(image.getexif().get(_ORIENTATION, 1)) in range(2, 9)
+            tag = int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
-        # Pillow raises whatever its EXIF, XMP and TIFF readers meet; the pixels are fine without them.
-        _LOG.debug("unreadable metadata in a %s image: taken as upright", image.format, exc_info=True)
-        return False
+        # Pillow's EXIF, XMP and TIFF readers raise many types; the pixels are fine without metadata.
+        logger.debug("unreadable metadata in a %s image: taken as upright", image.format, exc_info=True)
+        return 1
+    return tag if 1 <= tag <= 8 else 1
 
 
 def _png_depth(data: bytes) -> int:
-    """Bits a channel: byte 24 of a PNG file, in its header chunk."""
+    """Bits per channel: byte 24 of a PNG file, in its header chunk."""
     return data[24]
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
     """16-bit and 32-bit grey to 8 bits by scaling, where Pillow's `convert` would clip at 255.
 
-    Integers are read as 16-bit and floats as [0, 1] when they stay inside it, else both by their own
-    range. What is not finite in floats, the usual mark of missing data, is black; a PNG's transparent
-    value is white.
+    Integers are read as 16-bit and floats as [0, 1] if they are in that range, else both are scaled by
+    their own range. NaN and Inf, which usually mark missing data, become black; a PNG's transparent value
+    becomes white.
 
     Raises:
-        UnreadableError: not one finite value.
+        UnreadableError: no finite value.
     """
     values = np.asarray(image, dtype=np.float64)
     finite = values[np.isfinite(values)]
     if not len(finite):
-        raise UnreadableError(f"{image.format} holds no finite value")
+        raise UnreadableError(f"{image.format} has no finite value")
     low, high = float(finite.min()), float(finite.max())
     usual = 1.0 if image.mode == "F" else 65535.0
     if low >= 0 and high <= usual:
@@ -176,7 +187,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
 
 def _sniff(data: bytes) -> str:
-    """What the content looks like, for people who trust the extension."""
+    """What the content is, for users who trust the extension."""
     head = data[:512].lstrip()
     if data[:2] == b"\x1f\x8b":
         return "gzip data, not an image"

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the data set."""
+class Duplicate:
+    """One of several rows with the same content."""
 
     split: str
     row: int
@@ -18,7 +18,7 @@ class Row:
 
 def groups(
     hashes: dict[str, NDArray[np.uint8]], labels: dict[str, NDArray[np.int64]]
-) -> Iterator[list[Row]]:
+) -> Iterator[list[Duplicate]]:
     """Groups of two or more rows whose (N, 32) hashes are equal, over all splits, in a fixed order."""
     names = list(hashes)
     everything = np.concatenate([hashes[name] for name in names]) if names else np.empty((0, 32), np.uint8)
@@ -33,11 +33,11 @@ def groups(
         for position in rows.tolist():
             part = int(np.searchsorted(starts, position, side="right")) - 1
             row = position - int(starts[part])
-            group.append(Row(names[part], row, int(labels[names[part]][row])))
+            group.append(Duplicate(names[part], row, int(labels[names[part]][row])))
         yield group
 
 
-def summary(found: list[list[Row]]) -> dict[str, int]:
+def summary(found: list[list[Duplicate]]) -> dict[str, int]:
     """Counts for the manifest."""
     return {
         "groups": len(found),

@@ -1,4 +1,4 @@
-"""Archives brought to this machine once: several addresses, resumed, checked by content, opened safely."""
+"""Archives, downloaded once: several URLs, resumed, checked by content, opened safely."""
 
 import hashlib
 import http.client
@@ -11,18 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mochi.config import Download
-from mochi.data.format import DataError
+from mochi.config.datasets import Download
+from mochi.errors import DataError
 from mochi.storage.atomic import write_text
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _BLOCK = 1 << 20
 _TIMEOUT_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of the world: its name, the addresses that serve it, and what it must be."""
+    """A published archive: its file name, checksum and URLs."""
 
     file: str
     md5: str
@@ -30,14 +30,14 @@ class Archive:
 
 
 def fetch(archive: Archive, options: Download, cache: Path) -> Path:
-    """The archive as a file: the user's own, the one fetched before, or downloaded from the first address
-    that serves the right bytes. A cut download goes on where it stopped.
+    """The archive as a file: the user's own, the one downloaded before, or a download from the first URL
+    that serves the right bytes. An interrupted download is resumed.
 
     Raises:
-        DataError: the user's file is another, or no address serves the archive.
+        DataError: the user's file is not the archive, or no URL serves it.
     """
     if options.archive is not None:
-        return _brought(archive, Path(options.archive))
+        return _user_supplied(archive, Path(options.archive))
     target = cache / "downloads" / archive.file
     if target.is_file() and _md5(target) == archive.md5:
         return target
@@ -49,7 +49,7 @@ def fetch(archive: Archive, options: Download, cache: Path) -> Path:
             _download(url, part)
         except (OSError, http.client.HTTPException, ValueError) as error:
             failures.append(f"{url}: {error}")
-            _LOG.warning("%s: %s; trying the next address", url, error)
+            logger.warning("%s: %s; trying the next URL", url, error)
             continue
         found = _md5(part)
         if found == archive.md5:
@@ -57,57 +57,55 @@ def fetch(archive: Archive, options: Download, cache: Path) -> Path:
             return target
         part.unlink()
         failures.append(f"{url}: found md5 {found}; expected {archive.md5}")
-        _LOG.warning("%s: another file (md5 %s); trying the next address", url, found)
+        logger.warning("%s: another file (md5 %s); trying the next URL", url, found)
     raise DataError(
-        f"{archive.file}: no address serves it:\n  "
+        f"{archive.file}: no URL serves it:\n  "
         + "\n  ".join(failures)
-        + "\nbring it by hand (md5 "
-        + archive.md5
-        + ") and set dataset.archive to its path"
+        + f"\ndownload it yourself (md5 {archive.md5}) and set dataset.archive to its path"
     )
 
 
-def _brought(archive: Archive, path: Path) -> Path:
+def _user_supplied(archive: Archive, path: Path) -> Path:
     if not path.is_file():
         raise DataError(f"archive: {path}: no such file; expected {archive.file} (md5 {archive.md5})")
     found = _md5(path)
     if found != archive.md5:
         raise DataError(
             f"archive: {path}: found md5 {found}; expected {archive.md5} ({archive.file}); "
-            "the file is cut or another one: bring it again"
+            "the file is truncated or another one: download it again"
         )
     return path
 
 
 def _download(url: str, part: Path) -> None:
-    """Fetch `url` into `part`, going on from the bytes that are there."""
+    """Download `url` into `part`, continuing after the bytes that are already there."""
     if not url.startswith(("http://", "https://", "ftp://")):
-        raise ValueError("not an http, https or ftp address")
-    held = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "mochi", **({"Range": f"bytes={held}-"} if held else {})}
+        raise ValueError("not an http, https or ftp URL")
+    present = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "mochi", **({"Range": f"bytes={present}-"} if present else {})}
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the scheme is checked above
     try:
         answer = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)  # noqa: S310
     except urllib.error.HTTPError as error:
         with error:
-            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and held:
-                return  # everything was there already; the checksum decides
+            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and present:
+                return  # the part is complete; the checksum decides
             raise
     with answer:
         resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
         expected = answer.headers.get("Content-Length")
-        _LOG.info("%s: %s bytes%s", url, expected or "unknown", f", from {held}" if resumed else "")
+        logger.info("%s: %s bytes%s", url, expected or "unknown", f", from {present}" if resumed else "")
         received = 0
         with part.open("ab" if resumed else "wb") as file:
             while block := answer.read(_BLOCK):
                 file.write(block)
                 received += len(block)
     if expected is not None and received < int(expected):
-        raise OSError(f"connection lost after {received} of {expected} bytes; run again to go on")
+        raise OSError(f"connection lost after {received} of {expected} bytes; run again to resume")
 
 
 def _md5(path: Path) -> str:
-    # The publishers' checksum; it guards against cut and wrong files, not against forgery.
+    # The publishers' checksum: against truncated and wrong files, not against forgery.
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
@@ -117,7 +115,7 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
     """A tar archive, compressed or not, whose members all stay inside the folder they are unpacked in.
 
     Raises:
-        DataError: not a tar archive, cut, or with members that point outside (refused whole).
+        DataError: not a tar archive, truncated, or a member points outside.
     """
     try:
         with tarfile.open(path) as archive:
@@ -128,20 +126,20 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
                     raise DataError(f"{path}: refused, nothing unpacked: {member.name!r} {fault}")
             yield archive
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: found no whole tar archive ({error}); bring it again") from None
+        raise DataError(f"{path}: found no complete tar archive ({error}); download it again") from None
 
 
 def _fault(member: tarfile.TarInfo, links: set[PurePosixPath]) -> str | None:
-    """Why a member must not be unpacked; None for an honest one. `links` collects symbolic links.
+    """Why a member must not be unpacked; None for a safe one. `links` collects symbolic links.
 
     tarfile's own filters came with Python 3.11.4, and Debian 12 has 3.11.2. These rules are stricter:
-    nothing passes through a link, and no link climbs.
+    nothing is unpacked through a link, and no link target contains "..".
     """
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
-        return "lies outside the folder"
+        return "is outside the folder"
     if links.intersection(name.parents):
-        return "lies behind a link"
+        return "is behind a link"
     if member.issym():
         links.add(name)
     if member.issym() or member.islnk():
@@ -151,7 +149,7 @@ def _fault(member: tarfile.TarInfo, links: set[PurePosixPath]) -> str | None:
 
 
 def unpacked(path: Path, cache: Path) -> Path:
-    """The folder with the archive's contents, unpacked once; an interrupted unpacking starts again."""
+    """The folder with the archive's contents, unpacked once; after an interruption from the start."""
     folder = cache / "unpacked" / path.name
     done = folder / ".complete"
     if not done.is_file():
@@ -159,6 +157,6 @@ def unpacked(path: Path, cache: Path) -> Path:
             if hasattr(tarfile, "data_filter"):
                 archive.extractall(folder, filter="data")
             else:
-                archive.extractall(folder)  # noqa: S202 (each member was looked at)
+                archive.extractall(folder)  # noqa: S202 (each member was checked)
         write_text(done, f"{path.stat().st_size}\n")
     return folder

@@ -1,34 +1,21 @@
-"""From any source to a folder of shards, as `shards` describes it; the manifest comes last."""
+"""From any source to a folder of shards, as `mochi.data.format` describes it; the manifest comes last."""
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mochi.config import Dataset
-from mochi.data import format as shards
-from mochi.data.format import DataError, StoredSplit
-from mochi.data.ingest import decode, duplicates
-from mochi.data.ingest import write as store
-from mochi.data.ingest.raw import ArraySplit, Origin, Progress, as_text
-from mochi.data.ingest.sources import cifar, coco, folder, imagenet, imagenette, photo_patches, stl10, voc
-from mochi.data.ingest.validate import Scanned, Scanner, scanning
+from mochi.config.datasets import Dataset
+from mochi.data.format import MANIFEST_VERSION, StoredSplit
+from mochi.data.ingest import decode, duplicates, write
+from mochi.data.ingest.raw import ArraySplit, Progress, RawDataset, as_text
+from mochi.data.ingest.validate import ValidatedFile, Validator
+from mochi.errors import DataError
 from mochi.storage.atomic import replacing, write_json
 
 SHARD_BYTES = 512 << 20
 """Size at which a shard of encoded images is closed."""
-
-_COLLECT: dict[str, Callable[[Any, Path], Origin]] = {
-    "photo-patches": photo_patches.collect,
-    "folder": folder.collect,
-    "cifar10": cifar.collect,
-    "cifar100": cifar.collect,
-    "stl10": stl10.collect,
-    "imagenette": imagenette.collect,
-    "imagenet": imagenet.collect,
-    "voc": voc.collect,
-    "coco": coco.collect,
-}
 
 
 def prepare(
@@ -43,41 +30,43 @@ def prepare(
     """Store `dataset` in the folder `out`; returns the manifest, which is written last.
 
     The same source, options and program give the same bytes, whatever `jobs` is. `cache` (by default
-    `.cache` beside `out`) holds downloads and the verdicts on contents, so that a second run decodes
-    nothing twice and an interrupted one goes on.
+    `.cache` in the folder of `out`) keeps downloads.
 
     Raises:
         DataError: the source is missing, foreign, empty, or more of it unreadable than allowed.
     """
-    cache = cache or out.parent / ".cache"
-    origin = _COLLECT[dataset.source](dataset, cache)
+    raw = collect(dataset, cache or out.parent / ".cache")
     out.mkdir(parents=True, exist_ok=True)
     (out / "manifest.json").unlink(missing_ok=True)
-    total = sum(len(split.paths) for split in origin.splits.values())
+    total = sum(len(split.paths) for split in raw.splits.values())
     entries: dict[str, dict[str, Any]] = {}
     unreadable: list[tuple[str, int, str]] = []
     done = 0
-    with scanning(jobs, cache) as scanner:
-        for name, split in origin.splits.items():
-            stored = _store(scanner, origin, name, out, shard_bytes, _Counter(progress, done, total))
-            unreadable += stored.unreadable
-            entries[name] = store.finish(out, name, split, stored, origin.classes)
+    with Validator(jobs) as validator:
+        for name, split in raw.splits.items():
+            if isinstance(split, ArraySplit):
+                written = write.write_arrays(out, name, split)
+            else:
+                files = _counted(validator.validate(split), progress, done, total)
+                written = write.write_files(out, name, split, files, shard_bytes)
+            unreadable += written.unreadable
+            entries[name] = write.finish(out, name, split, written, raw.classes)
             done += len(split.paths)
     _write_csv(out / "quarantine.csv", ("path", "bytes", "reason"), unreadable)
-    _refuse_unreadable(origin, out, total, unreadable)
+    _refuse_unreadable(raw, out, total, unreadable)
     manifest = {
-        "version": shards.MANIFEST_VERSION,
+        "version": MANIFEST_VERSION,
         "name": dataset.name,
-        "source": origin.source,
-        "licence": origin.licence,
-        "classes": origin.classes,
+        "source": raw.source,
+        "licence": raw.licence,
+        "classes": raw.classes,
         "options": dataset.model_dump(mode="json"),
-        "listing": origin.listing,
+        "listing": raw.listing,
         "rules": decode.RULES,
         "splits": entries,
-        "ignored": dict(sorted(origin.ignored.items())),
+        "ignored": dict(sorted(raw.ignored.items())),
         "quarantined": len(unreadable),
-        "duplicates": _report_duplicates(out, entries, origin.classes),
+        "duplicates": _report_duplicates(out, entries, raw.classes),
     }
     write_json(out / "manifest.json", manifest)
     listed = {file["file"] for entry in entries.values() for file in entry["shards"]}
@@ -87,44 +76,40 @@ def prepare(
     return manifest
 
 
-class _Counter:
-    """Tells `progress` how far the whole data set is."""
+def collect(dataset: Dataset, cache: Path) -> RawDataset:
+    """List what a source has. The module that reads it is named as the source, with `_` for `-`.
 
-    def __init__(self, progress: Progress | None, done: int, total: int) -> None:
-        self._progress, self._done, self._total = progress, done, total
-
-    def over(self, results: Iterator[Scanned]) -> Iterator[Scanned]:
-        """The same results, counted."""
-        for result in results:
-            yield result
-            if self._progress is not None:
-                self._progress(self._done + result.row + 1, self._total)
+    Raises:
+        DataError: the source is missing, foreign or empty.
+    """
+    module = import_module(f"mochi.data.ingest.sources.{dataset.source.replace('-', '_')}")
+    raw: RawDataset = module.collect(dataset, cache)
+    return raw
 
 
-def _store(
-    scanner: Scanner, origin: Origin, name: str, out: Path, shard_bytes: int, counter: _Counter
-) -> store.Stored:
-    split = origin.splits[name]
-    if isinstance(split, ArraySplit):
-        return store.store_arrays(out, name, split)
-    if origin.in_place:
-        return store.list_in_place(split, counter.over(scanner.scan(split, keep_encoded=False)))
-    return store.store_files(out, name, split, counter.over(scanner.scan(split)), shard_bytes)
+def _counted(
+    files: Iterator[ValidatedFile], progress: Progress | None, done: int, total: int
+) -> Iterator[ValidatedFile]:
+    """The same files; tells `progress` how much of the whole data set is done."""
+    for file in files:
+        yield file
+        if progress is not None:
+            progress(done + file.row + 1, total)
 
 
 def _report_duplicates(out: Path, entries: dict[str, Any], classes: list[str]) -> dict[str, int]:
-    """Write duplicates.csv, one line a row that is not alone; returns the counts."""
+    """Write duplicates.csv, one line per row that is not unique; returns the counts."""
     splits = {name: StoredSplit(out, name, entry) for name, entry in entries.items()}
     hashes = {name: split.hashes for name, split in splits.items()}
     labels = {name: split.labels for name, split in splits.items()}
-    found = list(duplicates.groups(hashes, labels))
+    groups = list(duplicates.groups(hashes, labels))
     rows = (
         (number, row.split, classes[row.label] if row.label >= 0 else "", splits[row.split].path(row.row))
-        for number, group in enumerate(found)
+        for number, group in enumerate(groups)
         for row in group
     )
     _write_csv(out / "duplicates.csv", ("group", "split", "class", "path"), rows)
-    return duplicates.summary(found)
+    return duplicates.summary(groups)
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Any) -> None:
@@ -135,13 +120,13 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: Any) -> None:
 
 
 def _refuse_unreadable(
-    origin: Origin, out: Path, total: int, unreadable: list[tuple[str, int, str]]
+    raw: RawDataset, out: Path, total: int, unreadable: list[tuple[str, int, str]]
 ) -> None:
     count = len(unreadable)
-    if count and (count == total or count > origin.max_unreadable * total):
+    if count and (count == total or count > raw.max_unreadable * total):
         path, size, reason = unreadable[0]
         raise DataError(
             f"{count} of {total} files are unreadable, more than max_unreadable = "
-            f"{origin.max_unreadable} allows; the first: {as_text(path)} ({size} bytes): {reason}; "
-            f"all of them: {out / 'quarantine.csv'}; mend or remove them, or raise max_unreadable"
+            f"{raw.max_unreadable} allows; the first: {as_text(path)} ({size} bytes): {reason}; "
+            f"all of them: {out / 'quarantine.csv'}; fix or remove them, or raise max_unreadable"
         )

@@ -1,4 +1,4 @@
-"""What a source says it holds, before any pixel is stored."""
+"""What a source holds, before any pixel is stored."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Blob(NamedTuple):
-    """Where the bytes of an image are: a file, or a stretch of one (a member of a tar archive)."""
+class ByteRange(NamedTuple):
+    """Where the bytes of an image are: a file, or a part of one (a member of a tar archive)."""
 
     file: str
     offset: int = 0
@@ -32,28 +32,26 @@ class ArraySplit:
 class FileSplit:
     """Encoded images: their bytes, the paths to show, labels (N,) int64, -1 unlabelled."""
 
-    blobs: list[Blob]
+    ranges: list[ByteRange]
     paths: list[str]
     labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Origin:
+class RawDataset:
     """One data set as its source has it; what `prepare` turns into shards."""
 
     source: str
-    """Where it comes from, for the manifest: name, paper or address."""
+    """Where it comes from, for the manifest: name, paper or URL."""
     licence: str
     classes: list[str]
     splits: dict[str, ArraySplit | FileSplit]
     ignored: dict[str, int] = field(default_factory=dict)
     """Reason -> number of files left out on purpose (hidden files, other types)."""
     listing: str = ""
-    """Digest of the names of the user's own files, to tell when there are others."""
+    """Digest of the names of the user's own files, to notice when the folder changes."""
     max_unreadable: float = 0.0
-    """Largest share of files that may be set aside as unreadable."""
-    in_place: bool = False
-    """Only check and list: the images stay where they are."""
+    """Largest share of files that may be quarantined as unreadable."""
 
 
 Progress = Callable[[int, int], None]

@@ -1,4 +1,4 @@
-"""One split to disk: pixels, shards of encoded images, or a list of images that stay in place."""
+"""Write one split: as pixels, or as shards of encoded images."""
 
 import hashlib
 import io
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mochi.data import format as shards
+from mochi.data.format import UNLABELLED, StoredSplit, write_encoded, write_index
 from mochi.data.ingest.raw import ArraySplit, FileSplit, as_text, class_counts, in_batches
-from mochi.data.ingest.validate import Scanned, stored_bytes
+from mochi.data.ingest.validate import ValidatedFile, bytes_to_store
 from mochi.storage.atomic import replacing
 
 SMALL_SIDE = 128
@@ -23,114 +23,109 @@ SMALL_BYTES = 4 << 30
 
 
 @dataclass
-class Stored:
-    """A split on disk, and what was learnt on the way."""
+class WrittenSplit:
+    """A split on disk, and what was found while it was written."""
 
     storage: str = "encoded"
-    """pixels, encoded, or in-place."""
+    """pixels or encoded."""
     files: list[dict[str, Any]] = field(default_factory=list)
     """name, bytes and sha256 of each file."""
     kept: list[int] = field(default_factory=list)
     """Rows of the source that are stored, in order."""
     hashes: bytearray = field(default_factory=bytearray)
-    """32 bytes a kept row."""
+    """sha256, 32 bytes per kept row."""
     sizes: "array[int]" = field(default_factory=lambda: array("i"))
     """Height and width of each kept row, one after the other."""
     reencoded: int = 0
+    """Images that do not keep their bytes."""
     unreadable: list[tuple[str, int, str]] = field(default_factory=list)
     """(path, bytes, reason)."""
 
 
-def store_arrays(out: Path, name: str, split: ArraySplit) -> Stored:
-    """Images that are pixels already."""
+def write_arrays(out: Path, name: str, split: ArraySplit) -> WrittenSplit:
+    """Write images that are pixels already."""
     count, height, width, _ = split.shape
-    stored = Stored("pixels", kept=list(range(count)), sizes=array("i", [height, width]) * count)
+    written = WrittenSplit("pixels", kept=list(range(count)), sizes=array("i", [height, width]) * count)
 
     def hashed() -> Iterator[NDArray[np.uint8]]:
         for block in split.blocks():
             for image in (whole := np.ascontiguousarray(block)):
-                stored.hashes += hashlib.sha256(image.data).digest()
+                written.hashes += hashlib.sha256(image.data).digest()
             yield whole
 
-    stored.files.append(_write_pixels(out / f"{name}-images.npy", hashed(), split.shape))
-    return stored
+    written.files.append(_write_pixels(out / f"{name}-images.npy", hashed(), split.shape))
+    return written
 
 
-def store_files(
-    out: Path, name: str, split: FileSplit, results: Iterator[Scanned], shard_bytes: int
-) -> Stored:
-    """Images encoded, in shards; or as pixels when they turn out to be small and of one size."""
-    stored = Stored()
-    images = (stored_bytes(split, result) for result in _readable(split, results, stored))
+def write_files(
+    out: Path, name: str, split: FileSplit, files: Iterator[ValidatedFile], shard_bytes: int
+) -> WrittenSplit:
+    """Write encoded images in shards; or as pixels if all are small and of one size."""
+    written = WrittenSplit()
+    images = (bytes_to_store(split, file) for file in _readable(split, files, written))
     while True:
-        path = out / f"{name}-images-{len(stored.files):04d}.arrow"
-        with _hashed_file(path) as (file, description):
-            rows = shards.write_encoded(file, images, shard_bytes)
+        path = out / f"{name}-images-{len(written.files):04d}.arrow"
+        with _hashed_file(path) as (shard, description):
+            rows = write_encoded(shard, images, shard_bytes)
         if rows == 0:
             path.unlink()
             break
-        stored.files.append(description)
-    if _is_small(stored):
-        encoded = [out / file["file"] for file in stored.files]
-        entry = {"count": len(stored.kept), "storage": "encoded", "shards": stored.files}
-        reader = shards.StoredSplit(out, name, entry)
-        (height, width), count = stored.sizes[:2], len(stored.kept)
+        written.files.append(description)
+    if _is_small(written):
+        encoded = [out / shard["file"] for shard in written.files]
+        entry = {"count": len(written.kept), "storage": "encoded", "shards": written.files}
+        reader = StoredSplit(out, name, entry)
+        (height, width), count = written.sizes[:2], len(written.kept)
         blocks = (np.stack([reader.image(row) for row in rows]) for rows in in_batches(count, 1024))
-        stored.storage = "pixels"
-        stored.files = [_write_pixels(out / f"{name}-images.npy", blocks, (count, height, width, 3))]
+        written.storage = "pixels"
+        written.files = [_write_pixels(out / f"{name}-images.npy", blocks, (count, height, width, 3))]
         for path in encoded:
             path.unlink()
-    return stored
-
-
-def list_in_place(split: FileSplit, results: Iterator[Scanned]) -> Stored:
-    """Images that are checked and left where they are."""
-    stored = Stored("in-place")
-    for _ in _readable(split, results, stored):
-        pass
-    return stored
+    return written
 
 
 def finish(
-    out: Path, name: str, split: ArraySplit | FileSplit, stored: Stored, classes: list[str]
+    out: Path, name: str, split: ArraySplit | FileSplit, written: WrittenSplit, classes: list[str]
 ) -> dict[str, Any]:
-    """Write the index; returns the split's part of the manifest."""
-    labels = split.labels[stored.kept]
-    paths = [as_text(split.paths[row]) for row in stored.kept]
+    """Write the index; returns the split's entry of the manifest."""
+    labels = split.labels[written.kept]
+    paths = [as_text(split.paths[row]) for row in written.kept]
     with _hashed_file(out / f"{name}-index.arrow") as (file, description):
-        sizes = np.array(stored.sizes, dtype=np.int32).reshape(-1, 2)
-        shards.write_index(file, labels, paths, bytes(stored.hashes), sizes)
+        sizes = np.array(written.sizes, dtype=np.int32).reshape(-1, 2)
+        write_index(file, labels, paths, bytes(written.hashes), sizes)
     return {
         "count": len(labels),
-        "unlabelled": int((labels == shards.UNLABELLED).sum()),
+        "unlabelled": int((labels == UNLABELLED).sum()),
         "classes": class_counts(labels, classes),
-        "storage": stored.storage,
-        "reencoded": stored.reencoded,
-        "quarantined": len(stored.unreadable),
-        "shards": [*stored.files, description],
+        "storage": written.storage,
+        "reencoded": written.reencoded,
+        "quarantined": len(written.unreadable),
+        "shards": [*written.files, description],
     }
 
 
-def _readable(split: FileSplit, results: Iterator[Scanned], stored: Stored) -> Iterator[Scanned]:
-    """The readable files; `stored` learns about all of them."""
-    for result in results:
-        verdict = result.verdict
-        if verdict.reason:
-            stored.unreadable.append((split.paths[result.row], result.size, verdict.reason))
+def _readable(
+    split: FileSplit, files: Iterator[ValidatedFile], written: WrittenSplit
+) -> Iterator[ValidatedFile]:
+    """The readable files; `written` records all of them."""
+    for file in files:
+        result = file.result
+        if result.reason:
+            written.unreadable.append((split.paths[file.row], file.size, result.reason))
             continue
-        stored.kept.append(result.row)
-        stored.hashes += result.sha256
-        stored.sizes.extend((verdict.height, verdict.width))
-        stored.reencoded += verdict.encoded is not None
-        yield result
+        written.kept.append(file.row)
+        written.hashes += file.sha256
+        written.sizes.extend((result.height, result.width))
+        written.reencoded += result.reencoded is not None
+        yield file
 
 
-def _is_small(stored: Stored) -> bool:
-    sizes = np.unique(np.array(stored.sizes).reshape(-1, 2), axis=0)
+def _is_small(written: WrittenSplit) -> bool:
+    sizes = np.unique(np.array(written.sizes).reshape(-1, 2), axis=0)
     if len(sizes) != 1:
         return False
     height, width = sizes[0].tolist()
-    total = 3 * height * width * len(stored.kept)
+    total = 3 * height * width * len(written.kept)
     return bool(max(height, width) <= SMALL_SIDE and total <= SMALL_BYTES)
 
 
@@ -147,7 +142,7 @@ def _write_pixels(
 
 
 class _Hashing(io.RawIOBase):
-    """A file that is hashed while it is written, so that it need not be read again."""
+    """A file that is hashed while it is written, so that it is not read again."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=1 << 20)
@@ -171,7 +166,7 @@ class _Hashing(io.RawIOBase):
 
 @contextmanager
 def _hashed_file(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A file to write whole, and its description, filled in once it is written."""
+    """A file to write, and its description, which is complete once the file is."""
     description: dict[str, Any] = {"file": path.name}
     with replacing(path) as temporary:
         file = _Hashing(temporary)

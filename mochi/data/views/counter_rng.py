@@ -1,8 +1,8 @@
-"""Random numbers that are a pure function of what they are for.
+"""A counter-based random number generator: every number is a pure function of its key.
 
-A generator has a state to save, to split among workers and to advance in the right order. Here every
-draw is a hash of (purpose, seed, epoch, ..., index, column), so workers, batch size, order and resume
-change nothing, and there is nothing to save.
+An ordinary generator has a state to save, to split among workers and to advance in the right order. Here
+every number is a hash of (purpose, seed, epoch, ..., index, column), so workers, batch size, order and
+resume change nothing, and there is no state.
 
 Source: splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
@@ -14,7 +14,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64: a bijection of 64 bits that scatters neighbours."""
+    """The finaliser of splitmix64: a bijection of 64 bits."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -29,12 +29,12 @@ def _state(purpose: str, key: tuple[int, ...]) -> NDArray[np.uint64]:
 
 
 def bits(purpose: str, *key: int, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """64 random bits for each of `indices` (B,), the same whenever the same is asked."""
+    """64 random bits for each of `indices` (B,)."""
     return _mix((indices.astype(np.uint64) ^ _state(purpose, key)) + _GOLDEN)
 
 
 def uniforms(purpose: str, *key: int, indices: NDArray[np.int64], columns: int) -> NDArray[np.float64]:
-    """(B, columns) draws from [0, 1), each row a splitmix64 stream of its own."""
+    """(B, columns) uniform numbers in [0, 1), each row a separate splitmix64 stream."""
     rows = bits(purpose, *key, indices=indices)[:, None]
     steps = np.arange(1, columns + 1, dtype=np.uint64) * _GOLDEN
     return (_mix(rows + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53

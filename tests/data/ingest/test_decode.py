@@ -25,10 +25,10 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def stored(data: bytes) -> np.ndarray:
     """The pixels that the loader will see: the stored bytes through a plain conversion."""
-    verdict = decode.check(data)
-    assert verdict.reason == ""
-    image = decode.open_image(verdict.encoded or data).convert("RGB")
-    assert image.size == (verdict.width, verdict.height)
+    result = decode.check(data)
+    assert result.reason == ""
+    image = decode.open_image(result.reencoded or data).convert("RGB")
+    assert image.size == (result.width, result.height)
     return np.asarray(image).astype(int)
 
 
@@ -36,11 +36,11 @@ def stored(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_clean_jpeg_keeps_its_bytes(picture: Picture, mode: str, options: dict[str, object]) -> None:
     data = encoded(picture().convert(mode), "JPEG", **options)
-    assert decode.check(data) == decode.Checked("", 32, 24, "JPEG", mode, None)
+    assert decode.check(data) == decode.CheckResult("", 32, 24, "JPEG", mode, None)
 
 
 def test_a_clean_png_keeps_its_bytes(picture: Picture) -> None:
-    assert decode.check(encoded(picture(), "PNG")).encoded is None
+    assert decode.check(encoded(picture(), "PNG")).reencoded is None
 
 
 def test_an_oriented_jpeg_is_turned(picture: Picture) -> None:
@@ -50,14 +50,24 @@ def test_an_oriented_jpeg_is_turned(picture: Picture) -> None:
         data = encoded(picture(), "JPEG", exif=exif)
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         assert (stored(data) == np.asarray(expected)).all()
-        assert (decode.check(data).encoded is None) == (orientation == 1)
+        assert (decode.check(data).reencoded is None) == (orientation == 1)
 
 
 @pytest.mark.parametrize("tag", [0, 9, 77])
-def test_an_orientation_out_of_range_asks_nothing(picture: Picture, tag: int) -> None:
+def test_an_invalid_orientation_means_upright(picture: Picture, tag: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = tag
-    assert decode.check(encoded(picture(), "JPEG", exif=exif)).encoded is None
+    assert decode.check(encoded(picture(), "JPEG", exif=exif)).reencoded is None
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("tag", [*range(10), 77])
+def test_the_upright_size_is_that_of_the_stored_picture(picture: Picture, kind: str, tag: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    data = encoded(picture(), kind, exif=exif)
+    height, width, _ = stored(data).shape
+    assert decode.upright_size(decode.open_image(data)) == (width, height)
 
 
 def test_a_palette_becomes_its_colours() -> None:
@@ -106,8 +116,8 @@ def test_missing_values_of_floats_are_black_and_alone_no_picture() -> None:
     """NaN marks missing data in depth and satellite pictures; it once made all of the picture black."""
     values = np.array([[0, np.nan, 500, 1000, np.inf, -np.inf]], dtype=np.float32)
     assert stored(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 0, 128, 255, 0, 0]
-    verdict = decode.check(encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"))
-    assert verdict.reason == "TIFF holds no finite value"
+    result = decode.check(encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"))
+    assert result.reason == "TIFF has no finite value"
 
 
 def test_integers_beyond_sixteen_bits_are_scaled_by_their_range() -> None:
@@ -200,7 +210,7 @@ def test_a_large_honest_photograph_passes_without_a_warning() -> None:
     data = encoded(Image.new("L", (12_000, 9_000), 128), "JPEG", quality=20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decode.check(data) == decode.Checked("", 12_000, 9_000, "JPEG", "L", None)
+        assert decode.check(data) == decode.CheckResult("", 12_000, 9_000, "JPEG", "L", None)
         assert decode.open_image(data).size == (12_000, 9_000)
 
 
@@ -215,11 +225,11 @@ def test_real_awkward_files_land_where_they_should(real_data: Callable[[str], Pa
     unreadable = set()
     for row in rows:
         data = (root / "files" / row["file"]).read_bytes()
-        verdict = decode.check(data)
-        if verdict.reason:
+        result = decode.check(data)
+        if result.reason:
             unreadable.add(row["file"])
             continue
-        assert verdict.format == row["format"], row["file"]
+        assert result.format == row["format"], row["file"]
         expected = decode.open_image(data)
         deep = expected.mode.startswith("I")
         with warnings.catch_warnings(action="ignore"):

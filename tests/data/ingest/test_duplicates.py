@@ -14,11 +14,11 @@ def test_groups_are_those_of_a_dictionary(seed: int) -> None:
         name: pool[rng.integers(0, 30, count)] for name, count in (("train", 40), ("val", 11), ("test", 0))
     }
     labels = {name: rng.integers(-1, 3, len(rows)) for name, rows in hashes.items()}
-    expected: dict[bytes, list[duplicates.Row]] = {}
+    expected: dict[bytes, list[duplicates.Duplicate]] = {}
     for name, rows in hashes.items():
         for row, content in enumerate(rows):
             expected.setdefault(content.tobytes(), []).append(
-                duplicates.Row(name, row, int(labels[name][row]))
+                duplicates.Duplicate(name, row, int(labels[name][row]))
             )
     groups = [group for group in expected.values() if len(group) > 1]
     found = list(duplicates.groups(hashes, labels))

@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import pytest
 
-from mochi.config import Cifar
-from mochi.data.format import DataError
+from mochi.config.datasets import Cifar
 from mochi.data.ingest.fetch import Archive, fetch, opened, unpacked
+from mochi.errors import DataError
 
 CONTENT = bytes(range(256)) * 5000
 MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
@@ -68,12 +68,12 @@ def archive(*urls: str) -> Archive:
     return Archive("file.bin", MD5, urls)
 
 
-def test_the_next_address_serves_when_the_first_refuses(server: str, tmp_path: Path) -> None:
-    addresses = archive(f"{server}/refused", f"{server}/wrong", f"{server}/good")
-    path = fetch(addresses, options(), tmp_path)
+def test_the_next_url_serves_when_the_first_refuses(server: str, tmp_path: Path) -> None:
+    candidates = archive(f"{server}/refused", f"{server}/wrong", f"{server}/good")
+    path = fetch(candidates, options(), tmp_path)
     assert path.read_bytes() == CONTENT
     assert [where for where, _ in Handler.asked] == ["/refused", "/wrong", "/good"]
-    assert fetch(addresses, options(), tmp_path) == path
+    assert fetch(candidates, options(), tmp_path) == path
     assert len(Handler.asked) == 3  # kept: nothing was asked again
 
 
@@ -84,7 +84,7 @@ def test_mirrors_of_the_user_come_first(server: str, tmp_path: Path) -> None:
 
 def test_a_cut_download_goes_on_where_it_stopped(server: str, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match="connection lost after 640000 of 1280000 bytes; run again to go on"
+        DataError, match="connection lost after 640000 of 1280000 bytes; run again to resume"
     ):
         fetch(archive(f"{server}/cut"), options(), tmp_path)
     path = fetch(archive(f"{server}/good"), options(), tmp_path)
@@ -105,14 +105,14 @@ def test_a_finished_part_is_taken(server: str, tmp_path: Path) -> None:
 
 
 def test_when_nobody_serves_every_failure_is_told(server: str, tmp_path: Path) -> None:
-    addresses = archive(f"{server}/refused", f"{server}/wrong", "gopher://x/y", "http://127.0.0.1:9/x")
+    candidates = archive(f"{server}/refused", f"{server}/wrong", "gopher://x/y", "http://127.0.0.1:9/x")
     with pytest.raises(DataError) as raised:
-        fetch(addresses, options(), tmp_path)
+        fetch(candidates, options(), tmp_path)
     text = str(raised.value)
     for part in (
         "403",
         "found md5",
-        "not an http, https or ftp address",
+        "not an http, https or ftp URL",
         "127.0.0.1:9",
         "set dataset.archive",
         MD5,
@@ -120,8 +120,8 @@ def test_when_nobody_serves_every_failure_is_told(server: str, tmp_path: Path) -
         assert part in text
 
 
-def test_an_archive_brought_by_hand(tmp_path: Path) -> None:
-    path = tmp_path / "brought.bin"
+def test_an_archive_that_the_user_downloaded(tmp_path: Path) -> None:
+    path = tmp_path / "mine.bin"
     with pytest.raises(DataError, match=r"no such file; expected file.bin"):
         fetch(archive(), options(archive=str(path)), tmp_path)
     path.write_bytes(CONTENT[:-1])
@@ -169,9 +169,9 @@ def test_an_archive_that_reaches_outside_is_refused_whole(tmp_path: Path, member
 
 
 def test_nothing_is_unpacked_through_a_link(tmp_path: Path) -> None:
-    """The link itself is honest; what lies behind it could be anywhere."""
+    """The link itself is safe; its target could be changed to anywhere."""
     path = make_tar(tmp_path / "evil.tgz", link("here", "."), "here/file.txt")
-    with pytest.raises(DataError, match=r"'here/file.txt' lies behind a link"):
+    with pytest.raises(DataError, match=r"'here/file.txt' is behind a link"):
         unpacked(path, tmp_path / "cache")
 
 
@@ -199,5 +199,5 @@ def test_an_honest_archive_is_unpacked_once(tmp_path: Path) -> None:
 def test_what_is_no_archive_is_named(tmp_path: Path, content: bytes | str) -> None:
     path = make_tar(tmp_path / "x.tgz", *(f"{n}.txt" for n in range(50)))
     path.write_bytes(path.read_bytes()[:200] if isinstance(content, str) else content)
-    with pytest.raises(DataError, match=r"x.tgz: found no whole tar archive"), opened(path) as file:
+    with pytest.raises(DataError, match=r"x.tgz: found no complete tar archive"), opened(path) as file:
         file.getmembers()

@@ -1,7 +1,7 @@
 """What a folder becomes, checked file by file against the folder; and that neither the number of
 processes, nor an interruption, nor a second run changes a byte.
 
-The odd folders are those that people complained about: hidden files, empty classes, loops, names.
+The edge cases are those that users reported: hidden files, empty classes, loops, names.
 """
 
 import csv
@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mochi.config import Folder
-from mochi.data.format import DataError, open_dataset
-from mochi.data.ingest import decode, verdicts
-from mochi.data.ingest import validate as scan
+from mochi.config.datasets import Folder
+from mochi.data.format import open_dataset
+from mochi.data.ingest import decode, validate
 from mochi.data.ingest.prepare import prepare
-from mochi.data.inspect import inspect
+from mochi.errors import DataError
 
 Picture = Callable[..., Image.Image]
 
@@ -43,13 +42,14 @@ def rows_of(path: Path) -> list[list[str]]:
 def test_processes_and_repeats_change_no_byte(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "_FILES_ALONE", 0)
-    monkeypatch.setattr(scan, "_FILES_A_TASK", 4)
-    one, two, three = (tmp_path / name / "photos" for name in ("one", "two", "three"))
+    monkeypatch.setattr(validate, "_SERIAL_LIMIT", 0)
+    monkeypatch.setattr(validate, "_FILES_PER_TASK", 4)
+    one, two = (tmp_path / name / "photos" for name in ("one", "two"))
     prepare(folder(tree), one, jobs=1)
+    first = contents(one)
     prepare(folder(tree), two, jobs=2)
-    prepare(folder(tree), three, jobs=1, cache=one.parent / ".cache")
-    assert contents(one) == contents(two) == contents(three)
+    prepare(folder(tree), one, jobs=1)
+    assert contents(one) == contents(two) == first
 
 
 def test_shards_are_bounded_and_random_access_crosses_them(tree: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_another_preparation_leaves_nothing_of_the_first(
     assert listed == {path.name for path in out.iterdir()} - reports
 
 
-def test_unreadable_files_are_set_aside_and_named(tree: Path, tmp_path: Path) -> None:
+def test_unreadable_files_are_quarantined_and_named(tree: Path, tmp_path: Path) -> None:
     bad = tree / "train" / "ant"
     (bad / "zero.jpg").touch()
     (bad / "page.jpg").write_text("<html>404</html>")
@@ -116,11 +116,11 @@ def test_unreadable_files_are_set_aside_and_named(tree: Path, tmp_path: Path) ->
     assert len(open_dataset(out).split("train")) == 18
 
 
-def test_a_file_without_permission_is_set_aside(tree: Path, tmp_path: Path, monkeypatch) -> None:
-    def refuse(blob: object) -> bytes:
+def test_a_file_without_permission_is_quarantined(tree: Path, tmp_path: Path, monkeypatch) -> None:
+    def refuse(part: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(scan, "_read", refuse)
+    monkeypatch.setattr(validate, "_read", refuse)
     with pytest.raises(DataError, match=r"27 of 27 .* cannot be read: Permission denied"):
         prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
 
@@ -157,7 +157,7 @@ def test_no_images_says_what_was_looked_for(tmp_path: Path, make: Callable[[Path
     root = tmp_path / "empty"
     root.mkdir()
     make(root)
-    with pytest.raises(DataError, match=r"0 images under .*empty: looked for .* train/<class>/"):
+    with pytest.raises(DataError, match=r"empty: found 0 images; expected .* train/<class>/"):
         prepare(folder(root), tmp_path / "out", jobs=1)
     with pytest.raises(DataError, match="no such folder"):
         prepare(folder(tmp_path / "nothing"), tmp_path / "out", jobs=1)
@@ -256,52 +256,25 @@ def test_duplicates_are_reported(tree: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_second_run_decodes_nothing(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "data" / "photos"
-    (tree / "train" / "ant" / "zero.jpg").touch()
-    options = folder(tree, max_unreadable=0.1)
-    prepare(options, out, jobs=1)
-    first = contents(out)
-
-    def explode(data: bytes) -> decode.Checked:
-        raise AssertionError(f"{len(data)} bytes decoded again")
-
-    monkeypatch.setattr(decode, "check", explode)
-    prepare(options, out, jobs=1)
-    assert contents(out) == first
-    # The content counts, not the name or the time.
-    (tree / "train" / "ant" / "0.jpg").rename(tree / "train" / "ant" / "renamed.jpg")
-    prepare(options, out, jobs=1)
-    changed = (tree / "train" / "ant" / "1.jpg").read_bytes() + b"\0"
-    (tree / "train" / "ant" / "new.jpg").write_bytes(changed)
-    with pytest.raises(AssertionError, match="decoded again"):
-        prepare(options, out, jobs=1)
+def test_a_file_that_changes_changes_its_row(tree: Path, picture: Picture, tmp_path: Path) -> None:
+    """The content counts, not the name or the time of a file."""
+    out, changed = tmp_path / "data" / "photos", tree / "train" / "ant" / "0.jpg"
+    prepare(folder(tree), out, jobs=1)
+    times = changed.stat()
+    picture(99, 40, 56).save(changed)
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    prepare(folder(tree), out, jobs=1)
+    assert open_dataset(out).split("train").encoded(0).to_pybytes() == changed.read_bytes()
 
 
-def test_what_is_written_anew_is_decoded_where_it_is_written_alone(
-    picture: Picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its bytes are not kept, so a preparation needs them again; a check does not."""
+def test_reencoded_images_are_counted_and_stored(picture: Picture, tmp_path: Path) -> None:
     root = tmp_path / "photos"
     root.mkdir()
     picture(1, 30, 40).save(root / "a.bmp")
     picture(2, 30, 41).save(root / "b.jpg")
-    cache = tmp_path / "data" / ".cache"
-    first = inspect(root, jobs=1, cache=cache)
-    decoded = []
-    real = decode.check
-
-    def counted(data: bytes) -> decode.Checked:
-        decoded.append(data[:2])
-        return real(data)
-
-    monkeypatch.setattr(decode, "check", counted)
-    assert inspect(root, jobs=1, cache=cache) == first
-    assert first["written_anew"] == 1
-    assert decoded == []
-    prepare(folder(root), tmp_path / "data" / "photos", jobs=1)
-    assert decoded == [b"BM"]
-    assert open_dataset(tmp_path / "data" / "photos").split("train").image(0).shape == (30, 40, 3)
+    out = tmp_path / "data" / "photos"
+    assert prepare(folder(root), out, jobs=1)["splits"]["train"]["reencoded"] == 1
+    assert (open_dataset(out).split("train").image(0) == np.asarray(picture(1, 30, 40))).all()
 
 
 def test_a_file_longer_than_any_image_is_not_read(tree: Path, tmp_path: Path) -> None:
@@ -319,26 +292,29 @@ def test_a_file_longer_than_any_image_is_not_read(tree: Path, tmp_path: Path) ->
     assert reason == "more than 1024 MiB, too large for an image"
 
 
-def test_an_interrupted_run_goes_on(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_is_repeated(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it left behind is no data set, and is overwritten."""
     out, clean = tmp_path / "data" / "photos", tmp_path / "clean" / "photos"
     prepare(folder(tree), clean, jobs=1)
+    prepare(folder(tree), out, jobs=1)
     real, seen = decode.check, []
 
-    def interrupted(data: bytes) -> decode.Checked:
+    def interrupted(data: bytes) -> decode.CheckResult:
         if len(seen) == 11:
             raise KeyboardInterrupt
         seen.append(data)
         return real(data)
 
-    monkeypatch.setattr(scan, "_FILES_A_TASK", 5)
+    monkeypatch.setattr(validate, "_FILES_PER_TASK", 5)
     monkeypatch.setattr(decode, "check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(folder(tree), out, jobs=1)
-    assert not (out / "manifest.json").exists()
-    seen.clear()
-    monkeypatch.setattr(decode, "check", lambda data: (seen.append(data), real(data))[1])
+    with pytest.raises(DataError, match="not found; prepare the data first"):
+        open_dataset(out)
+    monkeypatch.undo()
     prepare(folder(tree), out, jobs=1)
-    assert len(seen) == 27 - 10  # two whole tasks were kept
     assert contents(out) == contents(clean)
 
 
@@ -351,7 +327,7 @@ def test_progress_counts_every_file(tree: Path, tmp_path: Path) -> None:
 
 
 def test_real_flowers_show_their_known_oddities(real_data: Callable[[str], Path], tmp_path: Path) -> None:
-    """Three pairs of identical photographs, one of them labelled both roses and tulips; nothing to mend."""
+    """Three pairs of identical images, one labelled both roses and tulips; nothing is re-encoded."""
     out = tmp_path / "data" / "flowers"
     manifest = prepare(folder(real_data("flowers-128.tar") / "flowers"), out, jobs=1)
     assert manifest["duplicates"] == {"groups": 3, "across_splits": 0, "with_two_labels": 1}
@@ -369,12 +345,6 @@ def test_real_originals_of_many_sizes(real_data: Callable[[str], Path], tmp_path
     manifest = prepare(folder(root), out, jobs=1)
     entry = manifest["splits"]["train"]
     assert (entry["count"], entry["storage"], entry["unlabelled"]) == (50, "encoded", 50)
-
-
-def test_verdicts_of_other_rules_are_not_used(tree: Path, tmp_path: Path, monkeypatch) -> None:
-    prepare(folder(tree), tmp_path / "photos", jobs=1)
-    monkeypatch.setattr(verdicts, "RULES", decode.RULES + 1)
-    assert verdicts.open_store(tmp_path / ".cache").path is None
 
 
 def test_manifest_comes_last_and_is_whole(tree: Path, tmp_path: Path) -> None:
@@ -406,7 +376,7 @@ def test_a_giant_among_small_ones(tree: Path, tmp_path: Path) -> None:
     assert torch.isfinite(batches[0].query).all()
 
 
-def test_a_split_of_wrecks_alone_is_empty_not_fatal(tree: Path, tmp_path: Path) -> None:
+def test_a_split_of_corrupt_files_only_is_empty(tree: Path, tmp_path: Path) -> None:
     shutil.rmtree(tree / "val")
     (tree / "val" / "ant").mkdir(parents=True)
     (tree / "val" / "ant" / "x.jpg").write_text("no picture")
@@ -420,10 +390,10 @@ def test_a_split_of_wrecks_alone_is_empty_not_fatal(tree: Path, tmp_path: Path) 
 def test_a_file_that_changes_while_it_is_read_is_not_stored(
     tree: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """Its verdict and its hash would be those of another content."""
+    """Its check result and its hash would be those of another content."""
     real = decode.check
 
-    def check_and_overwrite(data: bytes) -> decode.Checked:
+    def check_and_overwrite(data: bytes) -> decode.CheckResult:
         (tree / "train" / "ant" / "0.jpg").write_bytes((tree / "train" / "ant" / "1.jpg").read_bytes())
         return real(data)
 

@@ -1,6 +1,7 @@
 """Your own images: `train/<class>/*`, `val/<class>/*`, or any tree of images without labels."""
 
 import hashlib
+import json
 import logging
 import os
 from collections import Counter
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mochi.config import Folder
-from mochi.data.format import UNLABELLED, DataError
-from mochi.data.ingest.raw import Blob, FileSplit, Origin, as_text
+from mochi.config.datasets import Dataset, Folder
+from mochi.data.format import UNLABELLED
+from mochi.data.ingest.raw import ByteRange, FileSplit, RawDataset, as_text
+from mochi.errors import DataError
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Folder name, in any case -> split; without a `val` the `test` images are `val`, for evaluations."""
@@ -26,17 +28,22 @@ _OTHER_SUFFIXES = (
 )  # fmt: skip
 
 
-def collect(config: Folder, cache: Path) -> Origin:
+def collect(config: Folder, cache: Path) -> RawDataset:
+    """List the images below `config.path`. Raises as `list_images`."""
+    del cache  # nothing is downloaded
+    return list_images(config)
+
+
+def list_images(config: Folder) -> RawDataset:
     """List the images below `config.path`.
 
     A folder holding `train` has splits; below a split, the first level of folders are the classes, and
     images outside any class, or in `unlabeled/`, carry no label. Anything else is one unlabelled split
-    `train`. Links are followed, loops cut.
+    `train`. Links are followed, except those back to a folder above.
 
     Raises:
-        DataError: no such folder, not one image in it, or images to test on and none to learn from.
+        DataError: no such folder, no image in it, or images to test on but none to train on.
     """
-    del cache
     root = Path(config.path)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; set dataset.path to the folder of your images")
@@ -46,12 +53,12 @@ def collect(config: Folder, cache: Path) -> Origin:
     found = {SPLITS[name.lower()] for name in top if name.lower() in SPLITS}
     if found and "train" not in found:
         raise DataError(
-            f"{root}: found {', '.join(top)}, but no train folder; put the images to learn from into "
+            f"{root}: found {', '.join(top)}, but no train folder; put the training images into "
             f"{root / 'train'}/<class>/ (or {root / 'train'} without labels)"
         )
     has_splits = bool(found)
     if top and not has_splits:
-        _LOG.warning(
+        logger.warning(
             "%s: no train folder in it, so all images are one split without labels; "
             "if its folders (%s) are classes, put them under train/ and val/",
             as_text(str(root)),
@@ -68,12 +75,12 @@ def collect(config: Folder, cache: Path) -> Origin:
         splits["val"] = splits.pop("test")
     if not splits:
         raise DataError(
-            f"0 images under {root}: looked for files of any image type in "
-            f"train/<class>/, val/<class>/ or anywhere below; ignored: {dict(ignored) or 'nothing'}"
+            f"{root}: found 0 images; expected files of any image type in train/<class>/, val/<class>/ or "
+            f"anywhere below; ignored: {dict(ignored) or 'nothing'}"
         )
     classes = _classes(root, top, splits) if has_splits else []
     number = {name: label for label, name in enumerate(classes)}
-    return Origin(
+    return RawDataset(
         source=f"folder {as_text(root.name)}",
         licence="unknown: your own images",
         classes=[as_text(name) for name in classes],
@@ -85,7 +92,7 @@ def collect(config: Folder, cache: Path) -> Origin:
 
 
 def listing(root: Path) -> str:
-    """Digest of the paths of all images below a folder, without a look into them."""
+    """Digest of the paths of all images below a folder; no file is opened."""
     names = "\n".join(walk(root))
     return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
 
@@ -116,8 +123,25 @@ def _classes(root: Path, top: list[str], splits: dict[str, list[tuple[str, str |
 
 def _file_split(root: Path, rows: list[tuple[str, str | None]], number: dict[str, int]) -> FileSplit:
     labels = [UNLABELLED if name is None else number[name] for _, name in rows]
-    blobs = [Blob(f"{root}{os.sep}{path}") for path, _ in rows]  # a Path for each takes ten times as long
-    return FileSplit(blobs, [path for path, _ in rows], np.array(labels, dtype=np.int64))
+    ranges = [ByteRange(f"{root}{os.sep}{path}") for path, _ in rows]  # a Path takes ten times as long
+    return FileSplit(ranges, [path for path, _ in rows], np.array(labels, dtype=np.int64))
+
+
+def current_listing(dataset: Dataset, prepared: Path) -> str:
+    """Digest of the names of a user's own images, as `listing`; "" for a source that is not a folder.
+
+    Where the images are not, as in a clone that holds the prepared data alone: as they were when they
+    were prepared.
+    """
+    if not isinstance(dataset, Folder):
+        return ""
+    if Path(dataset.path).is_dir():
+        return listing(Path(dataset.path))
+    try:
+        record = json.loads((prepared / "provenance.json").read_text(encoding="utf-8"))
+        return str(record["settings"]["listing"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _is_junk(name: str) -> bool:
@@ -135,7 +159,7 @@ def walk(root: Path, ignored: Counter[str] | None = None) -> list[str]:
 def _walk(
     root: Path, below: str, parents: tuple[tuple[int, int], ...], ignored: Counter[str]
 ) -> Iterator[str]:
-    """Paths of candidate images, relative to `root`; `parents` are the folders above, to cut loops."""
+    """Paths of candidate images, relative to `root`; `parents` are the folders above, to detect loops."""
     folder = root / below
     status = folder.stat()
     identity = (status.st_dev, status.st_ino)

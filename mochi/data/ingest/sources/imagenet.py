@@ -1,6 +1,6 @@
 """ImageNet (ILSVRC 2012), whole or the 100 classes of ImageNet-100, from archives or an extracted tree.
 
-The archives are read where they are: nothing is unpacked, an image is a stretch of the tar file.
+The archives are read in place: nothing is unpacked, an image is a byte range of the tar file.
 """
 
 import csv
@@ -14,13 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
-from mochi.config import ImageNet
-from mochi.data.format import DataError
+from mochi.config.datasets import ImageNet
 from mochi.data.ingest.fetch import opened
-from mochi.data.ingest.raw import Blob, FileSplit, Origin
+from mochi.data.ingest.raw import ByteRange, FileSplit, RawDataset
 from mochi.data.ingest.sources.folder import walk
+from mochi.errors import DataError
 
 _LIST_SHA256 = "79f3f1552ccc478ce24bd934b4573625db584ddc1f4643ae23c994a94cb11397"
 _TRAIN, _VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -29,7 +28,7 @@ _KAGGLE = "LOC_val_solution.csv"
 _CLASSES = 1000
 _WNID = re.compile(r"n\d{8}")
 
-Found = tuple[str, str, Blob]
+_Image = tuple[str, str, ByteRange]
 """Class (wnid), path to show, bytes."""
 
 
@@ -40,7 +39,7 @@ def imagenet100() -> list[str]:
     return sorted(data.decode().split())
 
 
-def collect(config: ImageNet, cache: Path) -> Origin:
+def collect(config: ImageNet, cache: Path) -> RawDataset:
     """List train and val of the wanted classes; class numbers follow the sorted wnids.
 
     Raises:
@@ -52,7 +51,7 @@ def collect(config: ImageNet, cache: Path) -> Origin:
         raise DataError(f"{root}: no such folder; expected {_TRAIN} and {_VAL}, or train/ and val/")
     ignored: Counter[str] = Counter()
     splits = {"train": list(_train(root, ignored)), "val": list(_val(root, ignored))}
-    present = {name: {wnid for wnid, _, _ in found} for name, found in splits.items()}
+    present = {name: {wnid for wnid, _, _ in images} for name, images in splits.items()}
     wanted = imagenet100() if config.subset == "imagenet100" else sorted(present["train"])
     for name in splits:
         missing = sorted(set(wanted) - present[name])
@@ -67,30 +66,30 @@ def collect(config: ImageNet, cache: Path) -> Origin:
             f"{root}: found {len(wanted)} classes, expected {_CLASSES}; the extraction is not complete "
             "(for a part of ImageNet use subset: imagenet100, or source: folder)"
         )
-    return Origin(
+    return RawDataset(
         source=f"ILSVRC 2012 ({config.subset}; list sha256 {_LIST_SHA256[:12]})"
         if config.subset == "imagenet100"
         else "ILSVRC 2012",
         licence="ImageNet terms of access: research, no redistribution",
         classes=wanted,
-        splits={name: _split(found, wanted) for name, found in splits.items()},
+        splits={name: _split(images, wanted) for name, images in splits.items()},
         ignored=dict(ignored),
         max_unreadable=config.max_unreadable,
     )
 
 
-def _split(found: list[Found], wanted: list[str]) -> FileSplit:
+def _split(images: list[_Image], wanted: list[str]) -> FileSplit:
     number = {wnid: label for label, wnid in enumerate(wanted)}
-    kept = sorted((path, wnid, blob) for wnid, path, blob in found if wnid in number)
+    kept = sorted((path, wnid, part) for wnid, path, part in images if wnid in number)
     return FileSplit(
-        [blob for _, _, blob in kept],
+        [part for _, _, part in kept],
         [path for path, _, _ in kept],
         np.array([number[wnid] for _, wnid, _ in kept], dtype=np.int64),
     )
 
 
-def _train(root: Path, ignored: Counter[str]) -> Iterator[Found]:
-    """Training images: a tree of class folders, or the archive of one archive a class."""
+def _train(root: Path, ignored: Counter[str]) -> Iterator[_Image]:
+    """Training images: a tree of class folders, or the archive of one archive per class."""
     if (root / "train").is_dir():
         yield from _by_folder(root, "train", ignored)
     elif (root / _TRAIN).is_file():
@@ -100,40 +99,40 @@ def _train(root: Path, ignored: Counter[str]) -> Iterator[Found]:
                 wnid = name.removesuffix(".tar")
                 with tarfile.open(fileobj=file, mode="r:") as inner:
                     for member in inner:
-                        blob = Blob(str(root / _TRAIN), member.offset_data, member.size)
-                        yield wnid, f"train/{wnid}/{member.name}", blob
+                        part = ByteRange(str(root / _TRAIN), member.offset_data, member.size)
+                        yield wnid, f"train/{wnid}/{member.name}", part
     else:
-        raise DataError(f"{root}: neither train/ nor {_TRAIN} in it")
+        raise DataError(f"{root}: found neither train/ nor {_TRAIN} in it; expected one of them")
 
 
-def _val(root: Path, ignored: Counter[str]) -> Iterator[Found]:
-    """Validation images: class folders, or a flat folder or archive with the labels beside it."""
+def _val(root: Path, ignored: Counter[str]) -> Iterator[_Image]:
+    """Validation images: class folders, or a flat folder or archive with the labels in another file."""
     folder = root / "val"
     if folder.is_dir() and any(_WNID.fullmatch(entry.name) for entry in folder.iterdir()):
         yield from _by_folder(root, "val", ignored)
     elif folder.is_dir():
-        flat = ((path, Blob(str(folder / path))) for path in walk(folder, ignored))
+        flat = ((path, ByteRange(str(folder / path))) for path in walk(folder, ignored))
         yield from _labelled(root, flat)
     elif (root / _VAL).is_file():
         members = _members(root / _VAL)
-        yield from _labelled(root, ((n, Blob(str(root / _VAL), o, s)) for n, o, s in members))
+        yield from _labelled(root, ((n, ByteRange(str(root / _VAL), o, s)) for n, o, s in members))
     else:
-        raise DataError(f"{root}: neither val/ nor {_VAL} in it")
+        raise DataError(f"{root}: found neither val/ nor {_VAL} in it; expected one of them")
 
 
-def _by_folder(root: Path, split: str, ignored: Counter[str]) -> Iterator[Found]:
+def _by_folder(root: Path, split: str, ignored: Counter[str]) -> Iterator[_Image]:
     for path in walk(root / split, ignored):
         if "/" in path:
-            yield path.split("/", 1)[0], f"{split}/{path}", Blob(str(root / split / path))
+            yield path.split("/", 1)[0], f"{split}/{path}", ByteRange(str(root / split / path))
 
 
-def _labelled(root: Path, images: Iterable[tuple[str, Blob]]) -> Iterator[Found]:
+def _labelled(root: Path, images: Iterable[tuple[str, ByteRange]]) -> Iterator[_Image]:
     labels = _val_labels(root)
-    for path, blob in images:
+    for path, part in images:
         stem = Path(path).stem
         if stem not in labels:
-            raise DataError(f"{root}: {path} is no validation image of ILSVRC 2012")
-        yield labels[stem], f"val/{path}", blob
+            raise DataError(f"{root}: {path} is not a validation image of ILSVRC 2012; remove it")
+        yield labels[stem], f"val/{path}", part
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -154,6 +153,9 @@ def _val_labels(root: Path) -> dict[str, str]:
                 if member.name.endswith(("/meta.mat", "_validation_ground_truth.txt"))
                 and (content := devkit.extractfile(member)) is not None
             }
+        # Imported here: no other file needs scipy, which is optional.
+        from scipy.io import loadmat  # noqa: PLC0415
+
         synsets = loadmat(io.BytesIO(contents["meta.mat"]), squeeze_me=True)["synsets"]
         wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
         numbers = contents["ILSVRC2012_validation_ground_truth.txt"].decode().split()
@@ -162,6 +164,6 @@ def _val_labels(root: Path) -> dict[str, str]:
         with (root / _KAGGLE).open(encoding="utf-8", newline="") as file:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     raise DataError(
-        f"{root}: the validation images have no class folders and no labels beside them; "
-        f"bring {_DEVKIT} (or Kaggle's {_KAGGLE})"
+        f"{root}: the validation images have no class folders and no label file; "
+        f"put {_DEVKIT} (or Kaggle's {_KAGGLE}) there"
     )

@@ -1,13 +1,13 @@
-"""Imagenette: ten easily told classes of ImageNet."""
+"""Imagenette: ten easy classes of ImageNet."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from mochi.config import Folder, Imagenette
-from mochi.data.format import DataError
+from mochi.config.datasets import Folder, Imagenette
 from mochi.data.ingest.fetch import Archive, fetch, unpacked
-from mochi.data.ingest.raw import Origin
+from mochi.data.ingest.raw import RawDataset
 from mochi.data.ingest.sources import folder
+from mochi.errors import DataError
 
 _BUCKET = "https://s3.amazonaws.com/fast-ai-imageclas"
 # As in torchvision/datasets/imagenette.py, whose import alone takes seconds.
@@ -33,26 +33,25 @@ NAMES = {
 }
 
 
-def collect(config: Imagenette, cache: Path) -> Origin:
+def collect(config: Imagenette, cache: Path) -> RawDataset:
     """List both splits; class numbers follow the sorted wnids, names are the words.
 
     Raises:
-        DataError: the archive cannot be had or is another; a class is missing.
+        DataError: the archive cannot be downloaded, is another file, or lacks a class.
     """
     archive = ARCHIVES[config.size]
     root = unpacked(fetch(archive, config, cache), cache) / archive.file.removesuffix(".tgz")
-    found = folder.collect(
-        Folder(source="folder", name=config.name, path=str(root), max_unreadable=config.max_unreadable),
-        cache,
+    raw = folder.list_images(
+        Folder(source="folder", name=config.name, path=str(root), max_unreadable=config.max_unreadable)
     )
-    missing = sorted(set(NAMES) ^ set(found.classes))
+    missing = sorted(set(NAMES) ^ set(raw.classes))
     if missing:
         raise DataError(
-            f"{root}: classes {', '.join(missing)} are not as in {archive.file}; bring it again"
+            f"{root}: classes {', '.join(missing)} are not as in {archive.file}; download it again"
         )
     return replace(
-        found,
+        raw,
         source=f"{archive.urls[0]} (fast.ai)",
         licence="Apache-2.0 for the selection; images of ImageNet: research use; not redistributed",
-        classes=[NAMES[wnid] for wnid in found.classes],
+        classes=[NAMES[wnid] for wnid in raw.classes],
     )

@@ -1,7 +1,7 @@
 """Patches of sixteen photographs that need no download; the label is the photograph.
 
-It is recognition of texture and colour, and patches of one photograph are false negatives of one
-another: good for showing that a pipeline works, not for claims about a method.
+The task is recognition of texture and colour, and patches of one photograph are false negatives of each
+other: good for showing that a pipeline works, not for claims about a method.
 """
 
 from pathlib import Path
@@ -9,26 +9,26 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mochi.config import PhotoPatches
-from mochi.data.format import DataError
-from mochi.data.ingest.raw import ArraySplit, Origin
+from mochi.config.datasets import PhotoPatches
+from mochi.data.ingest.raw import ArraySplit, RawDataset
 from mochi.data.photographs import LICENCE, PHOTOGRAPHS, Cell, cells, load
-from mochi.data.views import counter_rng as draws
+from mochi.data.views import counter_rng
+from mochi.errors import DataError
 
 _FLAT = 2.0
-"""A patch whose grey levels deviate less than this shows nothing (night sky, the mask of a lens)."""
+"""Patches whose grey levels have a smaller standard deviation are left out (night sky, lens mask)."""
 
 
-def collect(config: PhotoPatches, cache: Path) -> Origin:
-    """Cut the patches of every photograph, distinct places, each inside one cell of its split.
+def collect(config: PhotoPatches, cache: Path) -> RawDataset:
+    """Cut the patches of every photograph at distinct positions, each inside one cell of its split.
 
     Raises:
-        DataError: a photograph is missing or another, or a split asks for more patches than there are.
+        DataError: a photograph is missing or has other bytes, or there are too few distinct patches.
     """
     del cache
     pictures = [load(photograph) for photograph in PHOTOGRAPHS]
     wanted = {"train": config.train_per_photo, "val": config.val_per_photo}
-    return Origin(
+    return RawDataset(
         source="photographs in the packages scikit-image and scikit-learn",
         licence=LICENCE,
         classes=[photograph.name for photograph in PHOTOGRAPHS],
@@ -40,7 +40,7 @@ def _split(config: PhotoPatches, split: str, count: int, pictures: list[NDArray[
     side = config.patch_size
     images, paths = [], []
     for photo, picture in enumerate(pictures):
-        for top, left in _places(config, split, photo, picture, count):
+        for top, left in _positions(config, split, photo, picture, count):
             images.append(picture[top : top + side, left : left + side])
             paths.append(f"{PHOTOGRAPHS[photo].path}#{left},{top}")
     labels = np.repeat(np.arange(len(pictures)), count)
@@ -48,15 +48,15 @@ def _split(config: PhotoPatches, split: str, count: int, pictures: list[NDArray[
     return ArraySplit(shape, lambda: iter([np.stack(images)]), labels, paths)
 
 
-def _places(
+def _positions(
     config: PhotoPatches, split: str, photo: int, picture: NDArray[np.uint8], count: int
 ) -> list[tuple[int, int]]:
-    """`count` distinct places (top, left) in a seeded order, flat ones passed over."""
+    """`count` distinct positions (top, left) in a seeded order, flat patches left out."""
     side = config.patch_size
     height, width, _ = picture.shape
     own = cells(height, width, seed=config.seed, photo=photo, split=split)
     candidates = np.concatenate([_corners(cell, side) for cell in own])
-    order = draws.permutation(len(candidates), f"patches {split}", config.seed, photo)
+    order = counter_rng.permutation(len(candidates), f"patches {split}", config.seed, photo)
     chosen: list[tuple[int, int]] = []
     for row in order:
         if len(chosen) == count:
@@ -66,8 +66,8 @@ def _places(
             chosen.append((top, left))
     if len(chosen) < count:
         raise DataError(
-            f"{PHOTOGRAPHS[photo].name}: found {len(chosen)} places for {split} patches of {side} pixels; "
-            f"{count} were asked; lower patch_size or {split}_per_photo"
+            f"{PHOTOGRAPHS[photo].name}: found {len(chosen)} positions for {split} patches of {side} px; "
+            f"expected {count}; lower patch_size or {split}_per_photo"
         )
     return chosen
 

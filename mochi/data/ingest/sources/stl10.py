@@ -1,4 +1,4 @@
-"""STL-10: 5,000 labelled and 100,000 unlabelled images to learn from, 8,000 to test on, 96 x 96."""
+"""STL-10: 5,000 labelled and 100,000 unlabelled training images, 8,000 test images, 96 x 96."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mochi.config import Stl10
-from mochi.data.format import UNLABELLED, DataError
+from mochi.config.datasets import Stl10
+from mochi.data.format import UNLABELLED
 from mochi.data.ingest.fetch import Archive, fetch, unpacked
-from mochi.data.ingest.raw import ArraySplit, Origin, in_batches
+from mochi.data.ingest.raw import ArraySplit, RawDataset, in_batches
+from mochi.errors import DataError
 
 # As in torchvision/datasets/stl10.py, whose import alone takes seconds.
 ARCHIVE = Archive(
@@ -24,17 +25,17 @@ _SIDE = 96
 _BLOCK = 1000
 
 
-def collect(config: Stl10, cache: Path) -> Origin:
+def collect(config: Stl10, cache: Path) -> RawDataset:
     """Map the files: train is the labelled images, then the unlabelled ones with label -1.
 
     Raises:
-        DataError: the archive cannot be had, is another, or a file of it is missing or cut.
+        DataError: the archive cannot be downloaded, is another file, or a member is missing or truncated.
     """
     folder = unpacked(fetch(ARCHIVE, config, cache), cache) / "stl10_binary"
     train, unlabelled, test = (_images(folder / f"{name}_X.bin") for name in ("train", "unlabeled", "test"))
     names = _file(folder / "class_names.txt").read_text(encoding="utf-8").split()
     labels = np.concatenate([_labels(folder / "train_y.bin"), np.full(len(unlabelled), UNLABELLED)])
-    return Origin(
+    return RawDataset(
         source=f"{ARCHIVE.urls[0]} (Coates, Ng, Lee 2011)",
         licence="images of ImageNet: research use; not redistributed",
         classes=names,
@@ -47,7 +48,7 @@ def collect(config: Stl10, cache: Path) -> Origin:
 
 def _file(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(f"{path}: not in the archive; bring {ARCHIVE.file} again")
+        raise DataError(f"{path}: not in the archive; download {ARCHIVE.file} again")
     return path
 
 
@@ -56,7 +57,8 @@ def _images(path: Path) -> NDArray[np.uint8]:
     size = _file(path).stat().st_size
     if size % (3 * _SIDE * _SIDE):
         raise DataError(
-            f"{path}: found {size} bytes, no whole number of images; bring {ARCHIVE.file} again"
+            f"{path}: found {size} bytes; expected images of {3 * _SIDE * _SIDE} bytes; "
+            f"download {ARCHIVE.file} again"
         )
     return np.memmap(path, np.uint8, "r").reshape(-1, 3, _SIDE, _SIDE)
 

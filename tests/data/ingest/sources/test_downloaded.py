@@ -1,5 +1,5 @@
 """CIFAR, STL-10 and Imagenette from tiny archives in the official layouts, against the arrays they were
-made of. The checksums are the publishers'; here the tiny archive's own takes their place.
+made of. The checksums are the publishers'; here the tiny archive's own replaces them.
 """
 
 import hashlib
@@ -8,16 +8,18 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torchvision.datasets as published
 from PIL import Image
 
-from mochi.config import Cifar, Imagenette, Stl10
-from mochi.data.format import DataError, open_dataset
+from mochi.config.datasets import Cifar, Imagenette, Stl10
+from mochi.data.format import open_dataset
 from mochi.data.ingest.prepare import prepare
-from mochi.data.ingest.sources import cifar, imagenette, stl10
+from mochi.data.ingest.sources import cifar10, cifar100, imagenette, stl10
+from mochi.errors import DataError
 
 
 def make_archive(path: Path, files: dict[str, bytes]) -> str:
@@ -29,7 +31,7 @@ def make_archive(path: Path, files: dict[str, bytes]) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def test_addresses_and_checksums_are_torchvisions() -> None:
+def test_urls_and_checksums_are_torchvisions() -> None:
     assert published.STL10.url in stl10.ARCHIVE.urls
     assert stl10.ARCHIVE.md5 == published.STL10.tgz_md5
     ours = {size: (*archive.urls, archive.md5) for size, archive in imagenette.ARCHIVES.items()}
@@ -38,9 +40,9 @@ def test_addresses_and_checksums_are_torchvisions() -> None:
     assert first == imagenette.NAMES
 
 
-@pytest.mark.parametrize("source", ["cifar10", "cifar100"])
-def test_cifar(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = cifar.LAYOUTS[source]
+@pytest.mark.parametrize(("source", "module"), [("cifar10", cifar10), ("cifar100", cifar100)])
+def test_cifar(source: str, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = module.LAYOUT
     rng = np.random.default_rng(0)
     files, images, labels = {}, {"train": [], "val": []}, {"train": [], "val": []}
     for file in (*layout.train, layout.test):
@@ -56,7 +58,7 @@ def test_cifar(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         files[f"{layout.folder}/{file}"] = b"".join(rows)
     files[f"{layout.folder}/{layout.names}"] = b"ant\nbee\ncat\n"
     md5 = make_archive(tmp_path / "c.tar.gz", files)
-    monkeypatch.setitem(cifar.LAYOUTS, source, replace(layout, archive=replace(layout.archive, md5=md5)))
+    monkeypatch.setattr(module, "LAYOUT", replace(layout, archive=replace(layout.archive, md5=md5)))
     options = Cifar(source=source, name=source, archive=str(tmp_path / "c.tar.gz"))
     prepare(options, tmp_path / "data" / source, jobs=1)
     dataset = open_dataset(tmp_path / "data" / source)
@@ -123,11 +125,11 @@ def test_imagenette(
 
 
 def test_a_file_missing_from_cifar_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = cifar.LAYOUTS["cifar10"]
+    layout = cifar10.LAYOUT
     md5 = make_archive(tmp_path / "c.tar.gz", {f"{layout.folder}/{layout.names}": b"a b"})
-    monkeypatch.setitem(cifar.LAYOUTS, "cifar10", replace(layout, archive=replace(layout.archive, md5=md5)))
+    monkeypatch.setattr(cifar10, "LAYOUT", replace(layout, archive=replace(layout.archive, md5=md5)))
     options = Cifar(source="cifar10", name="c", archive=str(tmp_path / "c.tar.gz"))
-    with pytest.raises(DataError, match=r"no cifar-10-batches-bin/data_batch_1.bin in it"):
+    with pytest.raises(DataError, match=r"found no cifar-10-batches-bin/data_batch_1.bin in it"):
         prepare(options, tmp_path / "data" / "c", jobs=1)
 
 

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from mochi.config import ImageNet
-from mochi.data.format import DataError, StoredDataset, open_dataset
+from mochi.config.datasets import ImageNet
+from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.ingest.prepare import prepare
 from mochi.data.ingest.sources import imagenet
+from mochi.errors import DataError
 
 WNIDS = ["n03000001", "n01000002", "n02000003"]  # in the order of their ILSVRC numbers, not sorted
 
@@ -182,14 +183,14 @@ def test_incomplete_extractions_are_told(jpegs: dict[str, bytes], tmp_path: Path
     with pytest.raises(DataError, match="no such folder"):
         prepare(options(root), tmp_path / "x", jobs=1)
     root.mkdir()
-    with pytest.raises(DataError, match=r"neither train/ nor ILSVRC2012_img_train.tar"):
+    with pytest.raises(DataError, match=r"found neither train/ nor ILSVRC2012_img_train.tar"):
         prepare(options(root), tmp_path / "x", jobs=1)
     write_tree(root, jpegs, "unlabelled")
-    with pytest.raises(DataError, match=r"no class folders and no labels beside them; bring"):
+    with pytest.raises(DataError, match=r"no class folders and no label file; put ILSVRC2012_devkit"):
         prepare(options(root), tmp_path / "x", jobs=1)
     write_tree(root, {}, "devkit")
     with pytest.raises(DataError, match=r"found 3 classes, expected 1000"):
         prepare(options(root), tmp_path / "x", jobs=1)
     (root / "val" / "holiday.JPEG").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"holiday.JPEG is no validation image of ILSVRC 2012"):
+    with pytest.raises(DataError, match=r"holiday.JPEG is not a validation image of ILSVRC 2012"):
         prepare(options(root), tmp_path / "x", jobs=1)

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mochi.config import PhotoPatches
+from mochi.config.datasets import PhotoPatches
 from mochi.data import photographs
-from mochi.data.format import DataError, open_dataset
+from mochi.data.format import open_dataset
 from mochi.data.ingest.prepare import prepare
 from mochi.data.photographs import PHOTOGRAPHS, cells, load
+from mochi.errors import DataError
 
 OPTIONS = PhotoPatches(
     source="photo-patches", name="pp", patch_size=24, train_per_photo=20, val_per_photo=6, seed=3
@@ -89,5 +90,5 @@ def test_a_photograph_of_another_version_is_refused(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("change", [{"patch_size": 200}, {"val_per_photo": 10**6}])
 def test_more_patches_than_places_are_refused(change: dict[str, int], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"found \d+ places .* were asked; lower patch_size or"):
+    with pytest.raises(DataError, match=r"found \d+ positions .*; expected \d+; lower patch_size or"):
         prepare(OPTIONS.model_copy(update=change), tmp_path / "pp", jobs=1)

@@ -18,14 +18,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from mochi.data.ingest.decode import UnreadableError, open_image, to_rgb
+from mochi.data.views.augment import IMAGENET_MEAN, IMAGENET_STD
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
 from mochi.detection.check_images import misfit
 from mochi.detection.coco import decode_masks
 from mochi.runtime.seeding import numpy_generator
 
-# ImageNet's statistics on the scale of bytes; MoCo's configurations give detectron2 the same.
-_MEAN = torch.tensor([123.675, 116.280, 103.530])[:, None, None]
-_STD = torch.tensor([58.395, 57.120, 57.375])[:, None, None]
+# On the scale of bytes; MoCo's configurations give detectron2 the same.
+_MEAN = torch.tensor([255 * mean for mean in IMAGENET_MEAN])[:, None, None]
+_STD = torch.tensor([255 * std for std in IMAGENET_STD])[:, None, None]
 
 # Below this many pixels a side no anchor or region can match a box.
 _SMALLEST_SIDE = 1e-2

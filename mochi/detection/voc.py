@@ -13,11 +13,11 @@ from xml.etree import ElementTree as ET
 import numpy as np
 from PIL import Image
 
+from mochi.data.ingest.decode import upright_size
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations, clip
 from mochi.storage.atomic import replacing, write_text
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-_ORIENTATION = 0x0112  # EXIF; 5 to 8 exchange width and height
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -147,9 +147,7 @@ def _image_size(path: Path) -> tuple[int, int]:
     """(width, height) of the upright image, from the header alone."""
     try:
         with Image.open(path) as image:
-            width, height = image.width, image.height
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-            return (height, width) if turned else (width, height)
+            return upright_size(image)
     except OSError as error:
         raise AnnotationError(f"{path}: cannot be read as an image: {error}") from None
 

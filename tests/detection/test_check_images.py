@@ -1,6 +1,5 @@
 """Broken and exchanged images of a detection set are told all at once, before the first step."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -50,31 +49,30 @@ def test_sizes_that_differ_and_what_is_missing_are_told_too(root: Path) -> None:
     Image.new("RGB", (7, 9)).save(first)
     second.unlink()
     with pytest.raises(AnnotationError) as told:
-        check_images(annotated, root, jobs=1)
+        check_images(annotated, jobs=1)
     assert f"{first}: the image is 7 x 9 pixels upright, its annotation says" in str(told.value)
     assert f"{second} (-1 bytes): cannot be read: No such file or directory" in str(told.value)
 
 
-def test_a_second_encoder_decodes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_images(splits(root), root, jobs=1)
-    monkeypatch.setattr(decode, "check", lambda data: pytest.fail("decoded again"))
-    check_images(splits(root), root, jobs=1)
-
-
-def test_sets_of_others_are_checked_without_a_trace(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    check_images(splits(root), root, jobs=1)
-    assert not (root.parent / ".cache").exists()
+@pytest.mark.parametrize("tag", [0, 1, 6, 8, 9, 77])
+def test_the_check_and_the_reader_agree_on_orientation(root: Path, tag: int) -> None:
+    """An invalid tag, such as 9, turned the reader's image but not the stored one."""
+    path = splits(root)[0].images[0].path
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+    check_images(splits(root), jobs=1)
 
 
 def test_ranks_share_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     annotated = splits(root)
     total = sum(len(split.images) for split in annotated)
-    judged: list[int] = []
+    checked: list[int] = []
     real = decode.check
-    monkeypatch.setattr(decode, "check", lambda data: judged.append(len(data)) or real(data))
+    monkeypatch.setattr(decode, "check", lambda data: checked.append(len(data)) or real(data))
     monkeypatch.setattr("mochi.runtime.distributed.world_size", lambda: 3)
     for rank in range(3):
         monkeypatch.setattr("mochi.runtime.distributed.rank", lambda rank=rank: rank)
-        check_images(annotated, root, jobs=1)
-    assert len(judged) == total
+        check_images(annotated, jobs=1)
+    assert len(checked) == total

@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 
 from mochi import cli
-from mochi.config import Experiment, Folder
+from mochi.config import Experiment
+from mochi.config.datasets import Folder
 from mochi.data.ingest.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,6 @@ def test_help_names_every_command() -> None:
         "tables",
         "check",
         "plan",
-        "benchmark",
     ):
         assert command in done.stdout
 
@@ -236,11 +236,3 @@ def test_check_reports_on_a_folder_of_images(tmp_path: Path) -> None:
     assert json.loads(report.read_text())["splits"]["train"]["images"] == 4
     assert "check one thing at a time" in refused("check", "--config", TINY, *places)
     assert "nowhere" in refused("check", "--data", str(tmp_path / "nowhere"))
-
-
-def test_benchmark_negatives_prints_every_alternative() -> None:
-    sizes = ["--batch", "8", "--queue-size", "256", "--num-hardest", "16", "--num-pairs", "8"]
-    done = mochi("benchmark", "negatives", *sizes, "--num-query", "4", "--rounds", "1")
-    assert done.returncode == 0, done.stderr
-    for name in ("MoCo-v2, autograd", "MoCHi, materialised", "MoCHi, ours", "two products (ceiling)"):
-        assert name in done.stdout

@@ -5,54 +5,44 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from mochi.benchmark.rows import Row, row
+from benchmarks.data.pictures import repeated
 from mochi.config import Augmentation
-from mochi.data import format as shards
 from mochi.data.format import StoredSplit
 from mochi.data.views.loading import two_views
 
 
-def rows(split: StoredSplit, folder: Path) -> list[Row]:
-    """Resident memory over 20 epochs, and private memory of a worker with a million rows.
+def run(split: StoredSplit, folder: Path, *, num_epochs: int = 20, num_rows: int = 1_000_000) -> list[str]:
+    """Resident memory over some epochs, and private memory of a worker with many rows.
 
     Args:
         split: stored encoded, at least 240 images.
-        folder: for an index of a million rows.
+        folder: for an index of about `num_rows` rows.
+        num_epochs: at least 2.
+        num_rows: a multiple of the split's length is taken.
     """
     if not Path("/proc/self/smaps_rollup").exists():
-        return [row("memory", [], [], "MB", note="/proc/self/smaps_rollup is not there to measure with")]
+        return ["Memory of loading: not measured, there is no /proc/self/smaps_rollup"]
     config = Augmentation(version="v2", image_size=32, min_scale=0.2)
     resident = []
-    for epoch in range(20):
+    for epoch in range(num_epochs):
         of_workers = _worker_memory(split, config, epoch, 2, "Rss")
         resident.append(_megabytes(os.getpid(), "Rss") + sum(of_workers))
-    part = "resident memory of loader and workers, epoch 20 beside epoch 2"
-    found = [row(part, [resident[-1]], [resident[1]], "MB")]
-    large = repeated(split, 1_000_000 // len(split), folder / "repeated")
-    for workers in (1, max(2, os.cpu_count() or 1)):
-        sizes = [max(_worker_memory(each, config, 0, workers, "Anonymous")) for each in (large, split)]
-        part = f"private memory of a worker, {len(large):,} rows beside {len(split):,}"
-        found.append(row(part, [sizes[0]], [sizes[1]], "MB", note=f"the largest of {workers} workers"))
-    return found
-
-
-def repeated(split: StoredSplit, times: int, folder: Path) -> StoredSplit:
-    """A split with an index `times` as long, whose rows share the same images."""
-    folder.mkdir()
-    sizes = np.tile(np.stack([split.heights, split.widths], 1), (times, 1))
-    paths = [f"{copy}/{split.path(row)}" for copy in range(times) for row in range(len(split))]
-    with (folder / "train-index.arrow").open("wb") as file:
-        shards.write_index(file, np.tile(split.labels, times), paths, split.hashes.tobytes() * times, sizes)
-    images = [
-        {"file": str(split.folder / shard["file"])}
-        for shard in split.entry["shards"]
-        if "-images-" in shard["file"]
+    lines = [
+        "Memory of loading",
+        _line("loader and 2 workers, resident", f"{num_epochs} epochs", resident[-1], "2", resident[1]),
     ]
-    entry = split.entry | {"count": len(split) * times, "shards": images * times}
-    return StoredSplit(folder, "train", entry)
+    large = repeated(split, num_rows // len(split), folder / "repeated")
+    for workers in (1, max(2, os.cpu_count() or 1)):
+        part = f"a worker, private, the largest of {workers}"
+        many, few = (max(_worker_memory(each, config, 0, workers, "Anonymous")) for each in (large, split))
+        lines.append(_line(part, f"{len(large):,} rows", many, f"{len(split):,}", few))
+    return lines
+
+
+def _line(part: str, case: str, size: float, base_case: str, base: float) -> str:
+    return f"{part}: {size:.0f} MB with {case}, {base:.0f} MB with {base_case}, ratio {size / base:.2f}"
 
 
 def _worker_memory(

@@ -1,32 +1,54 @@
-"""The loss alone: MoCHi's single function beside plain MoCo-v2 and beside MoCHi the usual way."""
+"""The loss alone: MoCo-v2 and MoCHi as this project computes them and as others do."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 from torch.nn import functional as F
 
-from mochi.benchmark.timing import Measurement, compare
+from benchmarks.harness import Measurement, Rounds, Threads, compare, conditions, table
 from mochi.contrast.loss import contrastive_loss
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
+from mochi.runtime.distributed import pick_device
 
-BASELINE = "MoCo-v2, autograd"
+
+def main(
+    batch: Annotated[int, typer.Option(min=1, help="B, queries.")] = 256,
+    queue_size: Annotated[int, typer.Option(min=2, help="K.")] = 65536,
+    dim: Annotated[int, typer.Option(min=1, help="C.")] = 128,
+    num_hardest: Annotated[int, typer.Option(min=2, help="N, at most K.")] = 1024,
+    num_pairs: Annotated[int, typer.Option(min=0, help="s.")] = 512,
+    num_query: Annotated[int, typer.Option(min=0, help="s'.")] = 256,
+    rounds: Rounds = 7,
+    threads: Threads = 1,
+) -> None:
+    """Compare loss and gradient: MoCo-v2 and MoCHi, ours, by autograd and with materialised synthetics."""
+    if num_hardest > queue_size:
+        raise typer.BadParameter(f"found {num_hardest}; expected at most the queue's {queue_size}")
+    torch.set_num_threads(threads)
+    device = pick_device()
+    sizes = (batch, queue_size, dim, num_hardest, num_pairs, num_query)
+    print(conditions(device))
+    print("B={} K={} C={} N={} s={} s'={}, loss and gradient".format(*sizes))
+    print("\n".join(table(run(*sizes, rounds=rounds, device=device))))
 
 
 def run(
-    batch: int = 256,
-    queue_size: int = 65536,
-    dim: int = 128,
-    num_hardest: int = 1024,
-    num_pairs: int = 512,
-    num_query: int = 256,
+    batch: int,
+    queue_size: int,
+    dim: int,
+    num_hardest: int,
+    num_pairs: int,
+    num_query: int,
     *,
-    rounds: int = 7,
+    rounds: int,
     device: torch.device,
 ) -> list[Measurement]:
     """Loss and gradient with respect to the query, for random unit vectors.
 
-    The ceiling of all is two products of (B, C) with (K, C): `two products` below.
+    No alternative can be faster than two products of (B, C) with (K, C): `two products` below.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -55,17 +77,17 @@ def run(
 
     return compare(
         {
-            BASELINE: backward(lambda q: plain_loss(q, key, queue, [])),
+            "MoCo-v2, autograd": backward(lambda q: plain_loss(q, key, queue, [])),
             "MoCHi, materialised": backward(
                 lambda q: materialised_loss(q, key, queue, num_hardest, num_pairs, num_query)
             ),
             "MoCo-v2, ours": backward(lambda q: contrastive_loss(q, key, queue, 0.2).loss),
             "MoCHi, ours": backward(lambda q: contrastive_loss(q, key, queue, 0.2, rule).loss),
-            "two products (ceiling)": two_products,
+            "two products (lower bound)": two_products,
         },
-        baseline=BASELINE,
         rounds=rounds,
         device=device,
+        memory=True,
     )
 
 
@@ -95,3 +117,7 @@ def materialised_loss(
         mixes = F.normalize(share * query[:, None] + (1 - share) * queue[third], dim=-1)
     more = [torch.einsum("bc,bsc->bs", query, synthetics) for synthetics in (pairs, mixes)]
     return plain_loss(query, key, queue, more)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,4 +1,4 @@
-"""The least that any preparation must do; alone here, so that its processes start as fast as ours."""
+"""The least that any preparation must do; imports little, so that its processes start as fast as ours."""
 
 from PIL import Image
 

@@ -1,0 +1,151 @@
+"""Time and peak memory of alternatives, as ratios to a baseline that is measured in the same run.
+
+The alternatives take turns, so that what else the machine does slows all of them; torch.utils.benchmark
+times each to its end before the next. A ratio is taken within a round, and its median and range are
+reported. If the load average in the first line is not near 0, or two runs differ by more than a tenth,
+measure again.
+"""
+
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds in which every alternative is timed.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads to compute with.")]
+
+_CPU = torch.device("cpu")
+
+
+class Measurement(NamedTuple):
+    """One alternative."""
+
+    name: str
+    seconds: list[float]
+    """One a round."""
+    ratios: list[float]
+    """Its seconds divided by the baseline's of the same round."""
+    peak_bytes: int | None
+    """Highest memory above where it started; None if it was not asked for or the system does not tell."""
+
+
+def compare(
+    alternatives: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: torch.device = _CPU,
+    memory: bool = False,
+) -> list[Measurement]:
+    """Call every alternative once a round, after one call that is not timed.
+
+    Args:
+        alternatives: name -> a call; all do the same amount of work. The first is the baseline.
+        rounds: at least 1.
+        device: waited for before the clock is read.
+        memory: measure the peak memory of this process too, in calls that are not timed.
+    """
+    peaks = {name: _warm_up(work, device, memory) for name, work in alternatives.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(rounds):
+        for name, work in alternatives.items():
+            start = time.perf_counter()
+            work()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    baseline = next(iter(seconds.values()))
+    return [
+        Measurement(name, own, [each / base for each, base in zip(own, baseline, strict=True)], peaks[name])
+        for name, own in seconds.items()
+    ]
+
+
+def conditions(device: torch.device = _CPU) -> str:
+    """What a reader of the numbers must know; print it before anything is measured."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return (
+        f"torch {torch.__version__}, {where}, {torch.get_num_threads()} of {os.cpu_count()} threads, "
+        f"load average {os.getloadavg()[0]:.1f}"
+    )
+
+
+def table(measurements: list[Measurement], *, items: int = 1, unit: str = "") -> list[str]:
+    """Lines to print: a header, then one line an alternative.
+
+    Args:
+        measurements: what `compare` returned, the baseline first.
+        items: what one call processes; with `unit` the median rate is shown too.
+        unit: name of the items, for example "views".
+    """
+    width = max(len(row.name) for row in measurements)
+    base = measurements[0]
+    has_memory = any(row.peak_bytes is not None for row in measurements)
+    header = f"{'':{width}}  {'seconds (min to max)':27}"
+    header += f"  {unit + '/s':>10}" if unit else ""
+    header += "  time ratio (min to max)"
+    header += f"  {'peak memory':>11}  {'memory ratio':>12}" if has_memory else ""
+    lines = [header]
+    for row in measurements:
+        line = f"{row.name:{width}}  {_spread(row.seconds, 4):27}"
+        line += f"  {items / statistics.median(row.seconds):10.0f}" if unit else ""
+        line += f"  {_spread(row.ratios, 2):23}"
+        if row.peak_bytes is not None:
+            ratio = f"{row.peak_bytes / base.peak_bytes:.2f}" if base.peak_bytes else "-"
+            line += f"  {row.peak_bytes / 1e6:8.0f} MB  {ratio:>12}"
+        lines.append(line.rstrip())
+    return [*lines, f"ratios to: {base.name}"]
+
+
+def _spread(values: list[float], digits: int) -> str:
+    median, low, high = statistics.median(values), min(values), max(values)
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _processor() -> str:
+    """The processor's name on Linux, elsewhere "CPU"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "CPU"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _warm_up(work: Callable[[], object], device: torch.device, memory: bool) -> int | None:
+    """Call `work` once; with `memory`, again to find the bytes at its peak above where it started."""
+    # What libraries set up at their first call is not counted.
+    work()
+    _wait(device)
+    if not memory:
+        return None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - start
+    try:
+        # Give back what the C library keeps of freed memory, then, on Linux, forget the highest resident
+        # size so far (proc(5), clear_refs).
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        start = _status("VmRSS")
+        work()
+        return _status("VmHWM") - start
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

@@ -1,0 +1,141 @@
+"""A whole training step of each method of an experiment, and what it is made of."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.harness import Measurement, Rounds, Threads, compare, conditions, table
+from mochi.config import (
+    Contrastive,
+    Experiment,
+    PretrainRun,
+    load_experiment,
+    method_seeds,
+    pretrain_run,
+)
+from mochi.data.format import StoredDataset, open_dataset
+from mochi.pretraining.objectives import ContrastiveObjective
+from mochi.runtime.distributed import pick_device
+from mochi.runtime.precision import autocast
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="Experiment file.")] = Path("config/config.yaml"),
+    data_root: Annotated[Path, typer.Option(help="Folder of the prepared data sets.")] = Path("data"),
+    rounds: Rounds = 30,
+    threads: Threads = 1,
+) -> None:
+    """Compare a training step of each contrastive method, the encoders alone and the data alone."""
+    torch.set_num_threads(threads)
+    device = pick_device()
+    experiment = load_experiment(config)
+    dataset = open_dataset(data_root / experiment.dataset.name)
+    print(conditions(device))
+    print("\n".join(table(run(experiment, dataset, rounds=rounds, device=device))))
+
+
+def run(
+    experiment: Experiment, dataset: StoredDataset, *, rounds: int, device: torch.device
+) -> list[Measurement]:
+    """Steps of every contrastive method on the same batches, the encoders alone and the data alone.
+
+    The baseline is the first contrastive method without mixing. `encoders alone` is its step without loss,
+    queue and update of the momentum encoder, so no method's step can be faster.
+    """
+    runs = [
+        pretrain_run(experiment, method, method_seeds(experiment, method)[0])
+        for method in experiment.methods
+    ]
+    runs = [each for each in runs if isinstance(each.recipe, Contrastive)]
+    if not runs:
+        raise typer.BadParameter(f"{experiment.name}: found no contrastive method; expected at least one")
+    base = next((each for each in runs if _is_plain(each)), runs[0])
+    alternatives: dict[str, Callable[[], object]] = {
+        each.method: _step(each, dataset, device)
+        for each in sorted(runs, key=lambda each: each is not base)
+    }
+    alternatives["encoders alone (lower bound)"] = _encoders(base, dataset, device)
+    alternatives["data alone"] = _data(base, dataset, device)
+    return compare(alternatives, rounds=rounds, device=device, memory=True)
+
+
+def _is_plain(run: PretrainRun) -> bool:
+    return isinstance(run.recipe, Contrastive) and run.recipe.mixing is None
+
+
+def _objective(run: PretrainRun, dataset: StoredDataset, device: torch.device) -> ContrastiveObjective:
+    assert isinstance(run.recipe, Contrastive)
+    objective = ContrastiveObjective(run, run.recipe, dataset.split("train"))
+    objective.module.to(device).to(memory_format=torch.channels_last)
+    objective.module.train()
+    return objective
+
+
+class _Endless:
+    """Batches of epoch after epoch."""
+
+    def __init__(self, objective: ContrastiveObjective, run: PretrainRun, device: torch.device) -> None:
+        assert isinstance(run.recipe, Contrastive)
+        self._objective = objective
+        self._loading: dict[str, Any] = {
+            "batch_size": run.recipe.batch_size, "seed": run.seed, "device": device
+        }  # fmt: skip
+        self._epoch = 0
+        self._batches = objective.batches(0, 0, **self._loading)
+
+    def next(self) -> Any:
+        """The next batch."""
+        batch = next(self._batches, None)
+        if batch is None:
+            self._epoch += 1
+            self._batches = self._objective.batches(self._epoch, 0, **self._loading)
+            batch = next(self._batches)
+        return batch
+
+
+def _step(run: PretrainRun, dataset: StoredDataset, device: torch.device) -> Callable[[], object]:
+    recipe = run.recipe
+    assert isinstance(recipe, Contrastive)
+    objective = _objective(run, dataset, device)
+    batches = _Endless(objective, run, device)
+    parameters = [parameter for parameter in objective.module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, foreach=True)
+    last_epoch, steps = recipe.epochs - 1, iter(range(1 << 30))
+
+    def work() -> None:
+        with autocast(device, recipe.precision):
+            loss, _ = objective.loss(batches.next(), last_epoch, next(steps))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        objective.after_update(last_of_epoch=False)
+
+    return work
+
+
+def _encoders(run: PretrainRun, dataset: StoredDataset, device: torch.device) -> Callable[[], object]:
+    recipe = run.recipe
+    assert isinstance(recipe, Contrastive)
+    objective = _objective(run, dataset, device)
+    batch = _Endless(objective, run, device).next()
+    moco = objective.module
+
+    def work() -> None:
+        with autocast(device, recipe.precision):
+            query = moco.get_submodule("query_encoder")(batch.query)
+            with torch.no_grad():
+                moco.get_submodule("momentum_encoder")(batch.key)
+        query.float().sum().backward()
+
+    return work
+
+
+def _data(run: PretrainRun, dataset: StoredDataset, device: torch.device) -> Callable[[], object]:
+    return _Endless(_objective(run, dataset, device), run, device).next
+
+
+if __name__ == "__main__":
+    typer.run(main)

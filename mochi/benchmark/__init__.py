@@ -1,1 +1,0 @@
-"""What things cost here, each beside its ceiling, as ratios within one run."""

@@ -1,0 +1,70 @@
+"""The harness on alternatives whose times are known, because the clock is theirs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Measurement, compare, table
+
+
+class Clock:
+    """A clock that moves when an alternative is called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.calls = 0.0, ""
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: self.now)
+
+    def takes(self, name: str, *seconds: float) -> Callable[[], None]:
+        """An alternative that takes these seconds, call after call."""
+        left = iter(seconds)
+
+        def work() -> None:
+            self.calls += name
+            self.now += next(left)
+
+        return work
+
+
+def test_alternatives_take_turns_and_ratios_are_of_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the machine is slow for a round: the times spread, the ratios less."""
+    clock = Clock(monkeypatch)
+    works = {"a": clock.takes("a", 100, 1, 8, 2), "b": clock.takes("b", 100, 2, 24, 4)}
+    base, other = compare(works, rounds=3)
+    assert clock.calls == "ab" + 3 * "ab"
+    assert base == Measurement("a", [1, 8, 2], [1, 1, 1], None)
+    assert other == Measurement("b", [2, 24, 4], [2, 3, 2], None)
+
+
+def test_the_table_shows_medians_ranges_and_rates() -> None:
+    rows = [
+        Measurement("ours", [1, 8, 2], [1, 1, 1], None),
+        Measurement("theirs", [2, 24, 4], [2, 3, 2], None),
+    ]
+    header, ours, theirs, last = table(rows, items=512, unit="views")
+    assert "memory" not in header
+    assert " ".join(theirs.split()) == "theirs 4.0000 (2.0000 to 24.0000) 128 2.00 (2.00 to 3.00)"
+    assert ours.endswith("1.00 (1.00 to 1.00)")
+    assert last == "ratios to: ours"
+
+
+def test_the_table_shows_memory_as_a_ratio() -> None:
+    rows = [Measurement("a", [1], [1], 200_000_000), Measurement("b", [1], [1], 50_000_000)]
+    _, _, second, _ = table(rows)
+    assert second.split()[-3:] == ["50", "MB", "0.25"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_peak_memory_counts_what_a_call_frees_again() -> None:
+    """40 MB that are gone when the call returns."""
+
+    def work() -> None:
+        torch.ones(10_000_000).sum()
+
+    nothing, allocates = compare({"nothing": lambda: None, "allocates": work}, rounds=1, memory=True)
+    assert nothing.peak_bytes is not None
+    assert allocates.peak_bytes is not None
+    assert nothing.peak_bytes < 5e6
+    assert 35e6 < allocates.peak_bytes < 60e6

@@ -1,0 +1,16 @@
+"""Packages that only some commands import, and the extra of this package that installs each."""
+
+EXTRAS = {
+    "faster_coco_eval": "detection",
+    "matplotlib": "report",
+    "pandas": "report",
+    "scipy": "imagenet",
+    "skimage": "demo",
+    "sklearn": "demo",
+}
+
+
+def not_installed(package: str) -> str:
+    """The message to a user whose installation lacks one of these packages."""
+    extra = f"mochi-pipeline[{EXTRAS[package]}]"
+    return f'{package} is not installed; this command needs it: pip install "{extra}"'

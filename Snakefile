@@ -1,30 +1,33 @@
 # One experiment, from raw images to tables. `snakemake --cores all [--configfile config/NAME.yaml]`.
-from pathlib import Path
-
 from snakemake.utils import min_version
-
-from mochi.runtime.locks import hold
 
 min_version("9.18")
 
 
-include: "workflow/rules/experiment.smk"
+# For `--software-deployment-method apptainer`; docs/container.md says how to make the file.
+container: "mochi.sif"
+
+
+include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/evaluate.smk"
-include: "workflow/rules/detection.smk"
 include: "workflow/rules/report.smk"
-include: "workflow/rules/outdated.smk"
 
 
 localrules:
     all,
-    code,
-    resolve,
-    runs,
+    data,
+    encoders,
+    evaluations,
     scenes,
-    tables,
-    figures,
+    report,
+
+
+rule all:
+    default_target: True
+    input:
+        rules.report.output,
 
 
 # Instead of Snakemake's lock (`nolock` in the profile), which outlives a kill.
@@ -32,9 +35,9 @@ onstart:
     hold(Path(".snakemake/run.lock"))
 
 
-rule all:
-    default_target: True
-    input:
-        rules.code.output,
-        rules.tables.output,
-        rules.figures.output,
+onsuccess:
+    show_results()
+
+
+onerror:
+    show_how_to_continue(log)

@@ -1,414 +1,397 @@
-"""The command line: what a user types, one command for each rule of the workflow.
+"""The command line: one command for each stage, and commands that look, check and explain.
 
 Only this module prints or exits. Imports of heavy modules stand in the commands that need them, so that
-`--help` and the small commands answer at once.
+`--help` and a stage that is up to date answer at once.
 """
 
-import logging
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from mochi import __version__
 from mochi.errors import UserError
+from mochi.extras import EXTRAS, not_installed
+from mochi.provenance.wanted import Result
+from mochi.runtime.progress import configure_logging
 
 app = typer.Typer(
     help="MoCHi: hard negative mixing for contrastive learning, from raw images to the paper's tables.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 100},
 )
+_LOOK, _STAGE = "Before and after", "Stages (run by the workflow)"
 
-ConfigFile = Annotated[Path, typer.Option("--config", help="Experiment file.")]
-RunFile = Annotated[Path, typer.Option("--run", help="run.yaml, made by `resolve`.")]
-DataFolder = Annotated[Path, typer.Option("--data", help="Prepared data set: the folder of manifest.json.")]
-DataRoot = Annotated[Path, typer.Option("--data-root", help="Where prepared data sets lie.")]
-OutFolder = Annotated[Path, typer.Option("--out", help="Folder that receives the results.")]
-EncoderFile = Annotated[Path, typer.Option("--encoder", help="encoder.safetensors of the pretrain stage.")]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="Processor threads to compute with.")]
-Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that load images.")]
-OneGpu = Annotated[
-    int | None, typer.Option("--gpus", min=0, max=1, help="0 or 1. Default: what is visible.")
+DEFAULT_CONFIG = Path("config/config.yaml")
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", envvar="MOCHI_CONFIG", help="Experiment file.")
 ]
+ConfigFile = Annotated[Path, typer.Option("--config", envvar="MOCHI_CONFIG", help="Experiment file.")]
+Method = Annotated[str, typer.Option(help="A row of the experiment, such as moco-v2.")]
+Seed = Annotated[int, typer.Option(min=0, help="A seed of that row.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Processes that decode images.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads to compute with.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
+EncoderFile = Annotated[
+    Path | None, typer.Option("--encoder", help="Encoder file. Default: the one that this run trained.")
+]
+OutFolder = Annotated[Path | None, typer.Option("--out", help="Results folder. Default: in results/.")]
+OneGpu = Annotated[int | None, typer.Option("--gpus", min=0, max=1, help="0 or 1. Default: all visible.")]
 Gpus = Annotated[
-    int | None,
-    typer.Option(
-        "--gpus", min=0, help="GPUs in all; several become torchrun ranks. Default: what is visible."
-    ),
+    int | None, typer.Option(min=0, help="GPUs in all, one torchrun rank each. Default: all visible.")
 ]
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"mochi {__version__}")
+        raise typer.Exit
+
+
+@app.command(rich_help_panel=_LOOK)
 def check(
-    config: Annotated[Path | None, typer.Option("--config", help="Experiment file to check.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of images to report on instead.")] = None,
-    data_root: DataRoot = Path("data"),
-    report: Annotated[Path | None, typer.Option(help="With --data: write the report as JSON.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="With --data: processes that decode images.")] = 1,
+    config: ConfigArgument = DEFAULT_CONFIG,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read the prepared data whole and compare every sha256.")
+        bool, typer.Option("--verify", help="Read the prepared data and compare every sha256.")
     ] = False,
 ) -> None:
-    """Check an experiment or a folder of images, and this machine, before anything is computed."""
-    if data is not None:
-        if config is not None:
-            raise UserError("found both --config and --data; check one thing at a time")
-        _report_on_images(data, report, jobs, data_root)
-        return
-    from mochi import preflight as checking
+    """Check an experiment, its data and this machine before anything is computed."""
+    from mochi import preflight
     from mochi.config import load_experiment
 
-    experiment = load_experiment(config or Path("config/config.yaml"))
-    findings = checking.check(experiment, data_root, verify=verify)
+    experiment = load_experiment(config)
+    findings = preflight.check(experiment, verify=verify)
     for finding in findings:
         typer.echo(finding)
-    if any(finding.startswith("error") for finding in findings):
+    if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
     typer.echo(f"{experiment.name}: {len(experiment.methods)} methods, ready")
 
 
-def _report_on_images(folder: Path, report: Path | None, jobs: int, data_root: Path) -> None:
-    """What is in a folder, and which settings fit a set of this size."""
-    from mochi.data import inspect as reporting
+@app.command(rich_help_panel=_LOOK)
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
+    report: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
+    jobs: Jobs = 1,
+) -> None:
+    """Summarise a folder of images and recommend settings."""
+    from mochi.data import inspect as inspection
     from mochi.runtime.progress import counter
     from mochi.storage.atomic import write_json
 
-    found = reporting.inspect(folder, jobs=jobs, cache=data_root / ".cache", progress=counter("check"))
-    typer.echo(reporting.render(found))
+    found = inspection.inspect(folder, jobs=jobs, progress=counter("inspect"))
+    typer.echo(inspection.render(found))
     if report is not None:
         write_json(report, found)
 
 
-@app.command()
+@app.command(rich_help_panel=_LOOK)
 def plan(
-    config: ConfigFile = Path("config/config.yaml"),
-    data_root: DataRoot = Path("data"),
-    measure: Annotated[bool, typer.Option(help="Time a few steps here to estimate the hours.")] = True,
+    config: ConfigArgument = DEFAULT_CONFIG,
+    measure: Annotated[bool, typer.Option(help="Time a few steps to estimate the hours.")] = True,
 ) -> None:
-    """Runs, steps, disk and estimated hours of an experiment on this machine."""
-    from mochi import preflight as checking
+    """Estimate the runs, steps, disk and hours of an experiment on this machine."""
+    from mochi import preflight
     from mochi.config import load_experiment
 
-    for line in checking.plan(load_experiment(config), data_root, measure=measure):
+    for line in preflight.plan(load_experiment(config), measure=measure):
         typer.echo(line)
 
 
-@app.command()
-def resolve(
-    method: Annotated[str, typer.Option(help="A row of the experiment.")],
-    seed: Annotated[int, typer.Option(help="One of its seeds.")],
-    out: Annotated[Path, typer.Option(help="The run.yaml to write.")],
-    config: ConfigFile = Path("config/config.yaml"),
-    stage: Annotated[str | None, typer.Option(help="Keep only what this stage depends on.")] = None,
+@app.command(rich_help_panel=_LOOK)
+def adopt(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    accept_code: Annotated[
+        bool,
+        typer.Option("--accept-code", help="Keep results whose code changed; provenance.json says so."),
+    ] = False,
 ) -> None:
-    """Write run.yaml: one method and seed of an experiment, complete in itself."""
-    from mochi import config as configuration
-    from mochi.storage.atomic import write_text
+    """Compare existing results with the experiment; tell Snakemake which of them are current."""
+    from mochi import adopt as adoption
+    from mochi.config import load_experiment
 
-    experiment = configuration.load_experiment(config)
-    run = configuration.resolve(experiment, method, seed, str(config))
-    if seed not in (known := configuration.method_seeds(experiment, method)):
-        raise UserError(f"--seed: found {seed}; {method} has the seeds {', '.join(map(str, known))}")
-    write_text(out, configuration.write_run(configuration.only_for(run, stage) if stage else run))
+    for line in adoption.adopt(load_experiment(config), config, accept_code=accept_code):
+        typer.echo(line)
 
 
-@app.command()
+@app.command(rich_help_panel=_LOOK)
+def explain(
+    method: Annotated[str, typer.Argument(help="A row of the table.")],
+    task: Annotated[str, typer.Argument(help="An evaluation, such as linear.")],
+    config: ConfigFile = DEFAULT_CONFIG,
+) -> None:
+    """Print the chain behind one number: commands, settings, code, data, machine."""
+    from mochi.config import load_experiment
+    from mochi.report.explain import explain as trace
+
+    for line in trace(load_experiment(config), method, task):
+        typer.echo(line)
+
+
+@app.command(rich_help_panel=_STAGE)
 def prepare(
-    out: Annotated[Path, typer.Option(help="Folder of the prepared data set, for example data/mine.")],
-    config: Annotated[Path | None, typer.Option(help="Experiment file whose dataset to prepare.")] = None,
-    source: Annotated[str | None, typer.Option(help="Origin of the images, without --config.")] = None,
-    path: Annotated[
-        str | None, typer.Option(help="Where the images lie, for sources that need it.")
+    config: ConfigFile = DEFAULT_CONFIG,
+    source: Annotated[
+        str | None, typer.Option(help="Source of the images, instead of an experiment file.")
     ] = None,
-    option: Annotated[list[str], typer.Option(help="More options of the source, as key=value.")] = [],  # noqa: B006
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that decode images.")] = 1,
+    path: Annotated[str | None, typer.Option(help="Where the images are, with --source.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to prepare, with --source: data/NAME.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Further options of the source, as key=value.")
+    ] = None,
+    jobs: Jobs = 1,
 ) -> None:
-    """Images into shards and a manifest. Unreadable files are set aside and listed."""
+    """Decode and check images; write shards and a manifest."""
+    from mochi import layout
     from mochi.config import load_experiment, parse_dataset
-    from mochi.data.ingest import prepare as stage
-    from mochi.runtime.progress import counter
+    from mochi.data.ingest.sources.folder import current_listing
+    from mochi.provenance.wanted import prepared
 
-    if (config is None) == (source is None):
-        raise UserError("found both or neither of --config and --source; give one of them")
-    if config:
+    if source is None:
         dataset = load_experiment(config).dataset
+    elif out is None:
+        raise UserError("--out: missing; give the folder to prepare, for example data/mine")
     else:
-        dataset = parse_dataset(source or "", out.name, path, option)
-    _prepare_process(1, out)
-    manifest = stage.prepare(dataset, out, jobs=jobs, progress=counter(f"prepare {out.name}"))
+        dataset = parse_dataset(source, out.name, path, option or [])
+    folder = out or layout.dataset(dataset.name)
+    result = prepared(dataset, folder, current_listing(dataset, folder))
+    if _is_current(result):
+        return
+    from mochi.data.ingest import prepare as stage
+    from mochi.provenance.record import Stopwatch, write_record
+    from mochi.runtime.progress import counter
+    from mochi.storage.atomic import require_writable
+
+    require_writable(folder)
+    watch = Stopwatch()
+    result.record.unlink(missing_ok=True)
+    manifest = stage.prepare(dataset, folder, jobs=jobs, progress=counter(f"prepare {folder.name}"))
+    write_record(folder, result, watch)
     for name, split in manifest["splits"].items():
         typer.echo(f"{name}: {split['count']} images, {split['unlabelled']} of them without a label")
     typer.echo(f"{len(manifest['classes'])} classes; ignored: {manifest['ignored'] or 'nothing'}")
     if manifest["quarantined"]:
-        typer.echo(f"{manifest['quarantined']} unreadable files are listed in {out / 'quarantine.csv'}")
+        typer.echo(f"{manifest['quarantined']} unreadable files are listed in {folder / 'quarantine.csv'}")
 
 
-@app.command()
+@app.command(rich_help_panel=_STAGE)
+def scenes(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make: `data.path` of a set.")],
+    config: ConfigFile = DEFAULT_CONFIG,
+) -> None:
+    """Make a detection set from photographs, as VOC and as COCO files."""
+    from mochi.config import load_experiment
+    from mochi.provenance.wanted import scenes as wanted
+
+    experiment = load_experiment(config)
+    results = wanted(experiment)
+    if folder not in results:
+        known = ", ".join(map(str, results)) or "none"
+        raise UserError(f"DIR: found {folder}; {config} makes scenes in: {known}")
+    if _is_current(result := results[folder]):
+        return
+    from mochi.detection import scenes as stage
+    from mochi.provenance.record import Stopwatch, write_record
+    from mochi.storage.atomic import require_writable
+
+    require_writable(folder.parent)
+    watch = Stopwatch()
+    sets = experiment.evaluation.detection.values()
+    data = next(chosen.data for chosen in sets if Path(chosen.data.path) == folder)
+    splits = stage.run(data, folder)["splits"]
+    write_record(folder, result, watch)
+    for split, counts in splits.items():
+        typer.echo(f"{folder} {split}: {counts['images']} images, {counts['objects']} objects")
+
+
+@app.command(rich_help_panel=_STAGE)
 def pretrain(
-    run: RunFile,
-    data: DataFolder,
-    out: OutFolder,
-    work: Annotated[Path, typer.Option(help="Folder of the resume checkpoint, removed at the end.")],
+    method: Method,
+    seed: Seed,
+    config: ConfigFile = DEFAULT_CONFIG,
     threads: Threads = 1,
     workers: Workers = 0,
-    events: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
     gpus: Gpus = None,
     nodes: Annotated[int, typer.Option(min=1, help="Hosts that share the GPUs; several need Slurm.")] = 1,
 ) -> None:
-    """Train an encoder: MoCo, MoCHi, the supervised ceiling or the untrained floor."""
+    """Train an encoder: MoCo, MoCHi, the supervised upper bound or the random-init baseline."""
+    from mochi.config import load_experiment, pretrain_run
+    from mochi.provenance.wanted import pretrained
+
+    experiment = load_experiment(config)
+    run = pretrain_run(experiment, method, seed, str(config))
+    result = pretrained(experiment, method, seed)
+    if _is_current(result):
+        return
     _take_gpus(gpus, nodes)
-    from mochi.config import load_run
-    from mochi.pretraining import stage as stage
+    from mochi.pretraining import stage
     from mochi.runtime.launch import local_share
 
-    _prepare_process(local_share(threads), out, work)
-    workers = local_share(workers, at_least=0)
-    with _holding(work):
-        stage.run(load_run(run, "pretrain"), data, out, work, workers=workers, events=events)
+    _use_threads(local_share(threads))
+    with _work(experiment.name, method, seed, "pretrain", result) as (work, events):
+        stage.run(run, result, work, workers=local_share(workers, at_least=0), events=events)
 
 
-@app.command()
-def linear(
-    run: RunFile,
-    data: DataFolder,
-    encoder: EncoderFile,
-    out: OutFolder,
+@app.command(rich_help_panel=_STAGE)
+def evaluate(
+    task: Annotated[str, typer.Argument(help="An evaluation of the experiment: linear, knn.")],
+    method: Method,
+    seed: Seed,
+    config: ConfigFile = DEFAULT_CONFIG,
+    encoder: EncoderFile = None,
+    out: OutFolder = None,
     threads: Threads = 1,
     workers: Workers = 0,
     gpus: OneGpu = None,
 ) -> None:
-    """Linear classification on the frozen encoder."""
+    """Evaluate a frozen encoder."""
+    from mochi.config import load_experiment, probe_run
+    from mochi.provenance.wanted import evaluated
+
+    experiment = load_experiment(config)
+    run = probe_run(experiment, method, seed, task)
+    result = _redirected(evaluated(experiment, method, seed, task), encoder, out)
+    if _is_current(result):
+        return
     _take_gpus(gpus)
-    from mochi.config import load_run
-    from mochi.evaluation import linear as stage
+    from mochi.evaluation import stage
 
-    _prepare_process(threads, out)
-    stage.run(load_run(run, "linear"), data, encoder, out, workers=workers)
-
-
-@app.command()
-def knn(
-    run: RunFile,
-    data: DataFolder,
-    encoder: EncoderFile,
-    out: OutFolder,
-    threads: Threads = 1,
-    workers: Workers = 0,
-    gpus: OneGpu = None,
-) -> None:
-    """Nearest-neighbour classification on the frozen encoder."""
-    _take_gpus(gpus)
-    from mochi.config import load_run
-    from mochi.evaluation import knn as stage
-
-    _prepare_process(threads, out)
-    stage.run(load_run(run, "knn"), data, encoder, out, workers=workers)
+    _use_threads(threads)
+    with _work(experiment.name, method, seed, task, result) as (work, _):
+        stage.run(run, result, work, workers=workers)
 
 
-@app.command()
-def scenes(
-    name: Annotated[str, typer.Option("--set", help="Detection set of the experiment, with `scenes`.")],
-    out: Annotated[Path, typer.Option(help="Folder to make, for example data/photo-scenes.")],
-    config: ConfigFile = Path("config/config.yaml"),
-) -> None:
-    """Make a detection set from photographs: VOC files and COCO files of the same scenes."""
-    from mochi.config import load_experiment
-    from mochi.detection import scenes as stage
-
-    sets = load_experiment(config).evaluation.detection
-    if name not in sets:
-        raise UserError(f"--set: found {name!r}; {config} has {', '.join(sets) or 'no detection sets'}")
-    _prepare_process(1, out.parent)
-    splits = stage.run(sets[name].data, out)["splits"]
-    for split, counts in splits.items():
-        typer.echo(f"{out} {split}: {counts['images']} images, {counts['objects']} objects")
-
-
-@app.command()
+@app.command(rich_help_panel=_STAGE)
 def detect(
-    run: RunFile,
-    name: Annotated[str, typer.Option("--set", help="Detection set of the run.")],
-    encoder: EncoderFile,
-    out: OutFolder,
-    work: Annotated[Path, typer.Option(help="Folder of resume checkpoints, removed at the end.")],
+    set_name: Annotated[str, typer.Argument(metavar="SET", help="A detection set of the experiment.")],
+    method: Method,
+    seed: Seed,
+    config: ConfigFile = DEFAULT_CONFIG,
+    encoder: EncoderFile = None,
+    out: OutFolder = None,
     threads: Threads = 1,
-    events: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
     gpus: Gpus = None,
 ) -> None:
-    """Fine-tune the encoder as a detector, several times, and judge it."""
+    """Fine-tune an encoder as a detector, several times, and evaluate it."""
+    from mochi.config import detection_run, load_experiment
+    from mochi.provenance.wanted import evaluated
+    from mochi.stages import DETECTION
+
+    experiment, task = load_experiment(config), f"{DETECTION}{set_name}"
+    run = detection_run(experiment, method, seed, set_name)
+    result = _redirected(evaluated(experiment, method, seed, task), encoder, out)
+    if _is_current(result):
+        return
     _take_gpus(gpus)
-    from mochi.config import load_run
-    from mochi.detection import stage as stage
+    from mochi.detection import stage
     from mochi.runtime.launch import local_share
 
-    _prepare_process(local_share(threads), out, work)
-    with _holding(work):
-        stage.run(load_run(run, f"detection-{name}"), name, encoder, out, work, events)
+    _use_threads(local_share(threads))
+    with _work(experiment.name, method, seed, task, result) as (work, events):
+        stage.run(run, result, work, events)
 
 
-@app.command()
-def tables(
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder that receives the tables. Default: in the results.")
-    ] = None,
-    config: ConfigFile = Path("config/config.yaml"),
-    results: Annotated[Path, typer.Option(help="Root of the results.")] = Path("results"),
-    published: Annotated[Path, typer.Option(help="The papers' numbers.")] = Path("workflow/published.csv"),
-    explain: Annotated[
-        tuple[str, str] | None,
-        typer.Option(metavar="METHOD TASK", help="Print the chain behind one cell instead."),
-    ] = None,
-) -> None:
-    """Collect an experiment's results: mean, spread, number of seeds, published value."""
+@app.command(rich_help_panel=_STAGE)
+def report(config: ConfigFile = DEFAULT_CONFIG) -> None:
+    """Write scores, tables, figures and records of a finished experiment."""
     from mochi.config import load_experiment
+    from mochi.provenance.wanted import reported
 
     experiment = load_experiment(config)
-    if explain:
-        from mochi.report.explain import explain as trace
-
-        for line in trace(experiment, results, *explain):
-            typer.echo(line)
+    if _is_current(result := reported(experiment)):
         return
-    from mochi.report import tables as stage
+    from mochi.report import stage
 
-    out = out or results / experiment.name / "tables"
-    _prepare_process(1, out)
-    stage.run(experiment, results, published, out)
+    typer.echo(f"table: {stage.run(experiment, result)}")
 
 
-@app.command()
-def figures(
-    out: OutFolder,
-    config: ConfigFile = Path("config/config.yaml"),
-    results: Annotated[Path, typer.Option(help="Root of the results.")] = Path("results"),
-) -> None:
-    """Draw an experiment's results: accuracy with spread, training curves, hardness of negatives."""
-    from mochi.config import load_experiment
-    from mochi.report import figures as stage
-
-    _prepare_process(1, out)
-    stage.run(load_experiment(config), results, out)
+def _is_current(result: Result) -> bool:
+    """Whether the results are there already; says so, or why they are computed again."""
+    reason = result.why_stale()
+    if reason is None:
+        typer.echo(f"{result.label}: up to date; to compute it again, remove {result.record}", err=True)
+    elif reason != "missing":
+        typer.echo(f"{result.label}: computed again, stale: {reason}", err=True)
+    return reason is None
 
 
-@app.command()
-def digests(out: Annotated[Path, typer.Option(help="The YAML file to write.")]) -> None:
-    """Write the digest of each stage's code: what executes, without comments and layout."""
-    import yaml
-
-    from mochi.provenance.fingerprint import stage_digests
-    from mochi.storage.atomic import write_text
-
-    write_text(out, yaml.safe_dump(stage_digests(), sort_keys=False))
-
-
-@app.command()
-def record(config: ConfigFile = Path("config/config.yaml")) -> None:
-    """Let DVC store a finished experiment: writes its dvc.yaml and dvc.lock, which belong into git."""
-    from mochi.record import record as write_and_commit
-
-    path = write_and_commit(config)
-    typer.echo(f"recorded in {path} and {path.with_suffix('.lock')}; add both to git, then `dvc push`")
-
-
-benchmark = typer.Typer(help="What things cost here, as ratios within one run.", no_args_is_help=True)
-app.add_typer(benchmark, name="benchmark")
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds of every alternative.")]
-
-
-@benchmark.command("negatives")
-def benchmark_negatives(
-    batch: Annotated[int, typer.Option(min=1, help="B, queries.")] = 256,
-    queue_size: Annotated[int, typer.Option(min=2, help="K.")] = 65536,
-    dim: Annotated[int, typer.Option(min=1, help="C.")] = 128,
-    num_hardest: Annotated[int, typer.Option(min=2, help="N, at most K.")] = 1024,
-    num_pairs: Annotated[int, typer.Option(min=0, help="s.")] = 512,
-    num_query: Annotated[int, typer.Option(min=0, help="s'.")] = 256,
-    rounds: Rounds = 7,
-    threads: Threads = 1,
-) -> None:
-    """The loss and its gradient: ours, MoCo-v2 by autograd, and MoCHi with materialised synthetics."""
-    from mochi.benchmark import negatives, timing
-    from mochi.runtime.distributed import pick_device
-
-    _prepare_process(threads)
-    if num_hardest > queue_size:
-        raise UserError(f"--num-hardest: found {num_hardest}; at most the queue's {queue_size}")
-    sizes = (batch, queue_size, dim, num_hardest, num_pairs, num_query)
-    typer.echo("B={} K={} C={} N={} s={} s'={}, loss and gradient".format(*sizes))
-    rows = negatives.run(*sizes, rounds=rounds, device=pick_device())
-    typer.echo("\n".join(timing.table(rows, baseline=negatives.BASELINE)))
-
-
-@benchmark.command("step")
-def benchmark_step(
-    config: ConfigFile = Path("config/config.yaml"),
-    data_root: DataRoot = Path("data"),
-    rounds: Rounds = 30,
-    threads: Threads = 1,
-) -> None:
-    """A training step of each contrastive method of an experiment, the encoders alone, the data alone."""
-    from mochi.benchmark import step, timing
-    from mochi.config import load_experiment
-    from mochi.data.format import open_dataset
-    from mochi.runtime.distributed import pick_device
-
-    _prepare_process(threads)
-    experiment = load_experiment(config)
-    dataset = open_dataset(data_root / experiment.dataset.name)
-    rows = step.run(experiment, dataset, rounds=rounds, device=pick_device())
-    baseline = next(row.name for row in rows if row.ratio == 1.0)
-    typer.echo("\n".join(timing.table(rows, baseline=baseline)))
+def _redirected(result: Result, encoder: Path | None, out: Path | None) -> Result:
+    """The result with another encoder or in another folder, by the user's options."""
+    if encoder is not None:
+        result = replace(result, inputs={**result.inputs, "encoder": encoder})
+    return result if out is None else replace(result, folder=out)
 
 
 def _take_gpus(count: int | None, nodes: int = 1) -> None:
-    """Before anything heavy is imported: this process may become torchrun here."""
+    """Claim GPUs before anything heavy is imported: this process may become torchrun here."""
     from mochi.runtime.launch import on_gpus
 
     if count is not None:
         on_gpus(count, nodes)
 
 
-@benchmark.command("data")
-def benchmark_data(
-    rounds: Rounds = 5,
-    num_images: Annotated[
-        int, typer.Option(min=64, help="JPEGs made for the parts that read files.")
-    ] = 1024,
-) -> None:
-    """Views, loaders and preparation beside torchvision's and lightly's, and memory over time."""
-    from mochi.benchmark import data, rows
-
-    typer.echo("\n".join(rows.lines(data.run(repeats=rounds, num_images=num_images))))
-
-
-def _prepare_process(threads: int, *folders: Path) -> None:
-    """Threads as the rule gave them, and folders that can be written, before any compute."""
+def _use_threads(threads: int) -> None:
     import torch
 
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def _work(
+    experiment: str, method: str, seed: int, task: str, result: Result
+) -> Iterator[tuple[Path, Path]]:
+    """The folder of resume checkpoints, locked while in use, and the folder of TensorBoard events.
+
+    Each version of the settings and inputs has its own checkpoints: changing a setting and changing it
+    back continues where each of them was.
+    """
+    from mochi.layout import Layout
+    from mochi.provenance.fingerprint import digest, file_digest
+    from mochi.runtime.locks import holding
     from mochi.storage.atomic import require_writable
 
-    torch.set_num_threads(threads)
-    for folder in folders:
-        require_writable(folder)
-
-
-def _holding(work: Path) -> AbstractContextManager[None]:
-    """One training of a run at a time; its ranks are one."""
-    from mochi.runtime.locks import holding
-
-    return holding(work) if os.environ.get("RANK", "0") == "0" else nullcontext()
+    places = Layout(experiment)
+    for name, path in result.inputs.items():
+        if not path.exists():
+            raise UserError(f"{path}: not found; {result.label} needs it as its {name}; compute it first")
+    inputs = {name: file_digest(path) for name, path in result.inputs.items()}
+    home = places.work(method, seed, task)
+    work = home / digest([result.settings, inputs])
+    require_writable(result.folder)
+    require_writable(work)
+    events = places.log(method, seed, task).with_name(f"tensorboard-{task}")
+    if os.environ.get("RANK", "0") != "0":
+        yield work, events
+        return
+    with holding(home):
+        yield work, events
+        for folder in (work, home, *home.parents[:2]):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def main() -> NoReturn:
     """Run a command; a user's mistake ends in its message and exit code 1, never in a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    configure_logging()
     try:
         app()
     except (UserError, OSError) as error:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        typer.echo(f"error: {not_installed(error.name)}", err=True)
         sys.exit(1)
     sys.exit(0)

@@ -1,28 +1,36 @@
-"""What can be known about an experiment before anything is computed: does it fit its data and this machine,
-how much work is it, and how long will it take here?"""
+"""What can be known about an experiment before anything is computed.
+
+Does it fit its data and this machine, how much work is it, and how long does it take here?
+"""
 
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from mochi import layout
 from mochi.config import (
-    EVALUATIONS,
     Contrastive,
     Experiment,
-    Run,
+    PretrainRun,
     Supervised,
     Training,
     method_seeds,
-    resolve,
+    pretrain_run,
+    probes,
 )
-from mochi.data.format import DataError, StoredDataset, open_dataset
+from mochi.data.format import StoredDataset, open_dataset
+from mochi.data.ingest.sources.folder import current_listing
 from mochi.data.views.loading import steps_per_epoch
-from mochi.pretraining.objectives import make_learner, queue_warning
+from mochi.errors import DataError
+from mochi.pretraining.objectives import make_objective
+from mochi.pretraining.stage import queue_warning
+from mochi.provenance.wanted import prepared
 from mochi.runtime.distributed import pick_device
 from mochi.runtime.precision import autocast
 
@@ -31,115 +39,156 @@ _SMALL_SHARED_MEMORY = 1 << 30
 _USUAL_SIZE = 224  # of views, whatever the size of the images
 
 
-def check(experiment: Experiment, data_root: Path, *, verify: bool = False) -> list[str]:
-    """Findings, one line each, starting with `error`, `warning` or `note`.
+class Finding(NamedTuple):
+    """One thing to know; an error would stop a later stage."""
+
+    level: Literal["error", "warning", "note"]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.text}"
+
+
+def check(experiment: Experiment, *, verify: bool = False) -> list[Finding]:
+    """Everything that can be said about an experiment whose file is valid.
 
     Args:
-        experiment: already checked in itself, as every experiment that loads.
-        data_root: holds the prepared data sets.
+        experiment: what is to be computed.
         verify: read the prepared files whole and compare their sha256 with the manifest's.
     """
-    return [*_machine(), *_data(experiment, data_root, verify)]
+    return [*_machine(), *_detection(experiment), *_data(experiment, verify)]
 
 
-def plan(experiment: Experiment, data_root: Path, *, measure: bool) -> list[str]:
+def plan(experiment: Experiment, *, measure: bool) -> list[str]:
     """Runs, steps, disk and, with `measure`, hours from a few timed steps of each method.
 
     Raises:
         DataError: the data set is not prepared: the number of steps depends on it.
     """
-    dataset = open_dataset(data_root / experiment.dataset.name)
+    folder = layout.dataset(experiment.dataset.name)
+    dataset = open_dataset(folder)
     lines, total_hours, num_runs = [], 0.0, 0
     for method in experiment.methods:
         seeds = method_seeds(experiment, method)
-        run = resolve(experiment, method, seeds[0])
+        run = pretrain_run(experiment, method, seeds[0])
         num_runs += len(seeds)
-        if not isinstance(run.pretrain, Training):
+        if not isinstance(run.recipe, Training):
             lines.append(f"{method}: {len(seeds)} runs, nothing to train")
             continue
-        steps = run.pretrain.epochs * steps_per_epoch(
-            make_learner(run, dataset).num_images, run.pretrain.batch_size
+        steps = run.recipe.epochs * steps_per_epoch(
+            make_objective(run, dataset).num_images, run.recipe.batch_size
         )
         text = f"{method}: {len(seeds)} runs of {steps} steps"
         if measure:
-            seconds = _seconds_per_step(run, dataset)
+            seconds = _seconds_per_step(run, run.recipe, dataset)
             hours = len(seeds) * steps * seconds / 3600
             total_hours += hours
             text += f", {seconds:.3f} s a step, {hours:.2f} h"
         lines.append(text)
-    gigabytes = shutil.disk_usage(data_root).free / 1e9
-    lines.append(f"{num_runs} runs; {gigabytes:.0f} GB of disk are free under {data_root}")
+    gigabytes = shutil.disk_usage(folder).free / 1e9
+    lines.append(f"{num_runs} runs; {gigabytes:.0f} GB of disk are free under {folder}")
     if measure:
         lines.append(f"pretraining: {total_hours:.2f} h if the runs go one after another on this device")
     return lines
 
 
-def _machine() -> Iterator[str]:
+def _machine() -> Iterator[Finding]:
     device = pick_device()
-    yield f"note: computing on {device}, {os.cpu_count()} processor cores"
+    yield Finding("note", f"computing on {device}, {os.cpu_count()} CPU cores")
     shared = Path("/dev/shm")  # noqa: S108 (looked at, not written to)
     if shared.exists() and (size := shutil.disk_usage(shared).total) < _SMALL_SHARED_MEMORY:
-        yield (
-            f"warning: /dev/shm holds {size / 1e6:.0f} MB; loading workers of large images need more; "
-            "run the container with --ipc=host or --shm-size=16g"
+        yield Finding(
+            "warning",
+            f"/dev/shm has {size / 1e6:.0f} MB; loading workers of large images need more; "
+            "run the container with --ipc=host or --shm-size=16g",
         )
 
 
-def _data(experiment: Experiment, data_root: Path, verify: bool) -> Iterator[str]:
-    yield from _detection(experiment)
-    folder = data_root / experiment.dataset.name
+def _detection(experiment: Experiment) -> Iterator[Finding]:
+    """Detection sets that are not made here must be where the experiment says."""
+    for name, chosen in experiment.evaluation.detection.items():
+        if chosen.data.scenes is None:
+            for file in chosen.data.annotation_files():
+                if not Path(file).exists():
+                    text = f"evaluation.detection.{name}: {file}: not found; put the set there"
+                    yield Finding("error", text)
+
+
+def _data(experiment: Experiment, verify: bool) -> Iterator[Finding]:
+    folder = layout.dataset(experiment.dataset.name)
     try:
         dataset = open_dataset(folder)
     except DataError as error:
         place = getattr(experiment.dataset, "path", None)
         if place is not None and not Path(place).exists():
-            yield f"error: dataset.path: {place}: not found, and nothing is prepared in {folder}"
-        yield f"note: data not prepared yet ({error})"
+            yield Finding("error", f"dataset.path: {place}: not found, and nothing is prepared in {folder}")
+        yield Finding("note", f"data not prepared yet ({error})")
         return
-    if dataset.manifest["options"] != experiment.dataset.model_dump(mode="json"):
-        yield (
-            f"warning: {folder}: prepared with other options than the experiment's dataset: "
-            f"{dataset.manifest['options']}; Snakemake prepares it again"
+    stale = prepared(experiment.dataset, folder, current_listing(experiment.dataset, folder)).why_stale()
+    if stale is not None:
+        yield Finding(
+            "warning",
+            f"{folder}: not the data set of this experiment ({stale}); the workflow prepares it again, and "
+            "what follows here is about the old one",
         )
     for path in dataset.damaged() if verify else ():
-        yield f"error: {path}: missing or damaged: its sha256 is not the manifest's; prepare the data again"
+        text = f"{path}: missing or corrupt: its sha256 is not the manifest's; prepare the data again"
+        yield Finding("error", text)
     yield from _sizes(experiment, dataset)
     yield from _labels(experiment, dataset)
     for method in experiment.methods:
-        run = resolve(experiment, method, method_seeds(experiment, method)[0])
-        if not isinstance(run.pretrain, Training):
-            continue
-        if isinstance(run.pretrain, Supervised) and not _labelled(dataset, "train"):
-            yield f"error: {method}: found 0 labelled images in train; bring some, or remove {method}"
-            continue
-        num_images = make_learner(run, dataset).num_images
-        try:
-            steps_per_epoch(num_images, run.pretrain.batch_size)
-        except DataError as error:
-            yield f"error: {method}: {error}"
-        if isinstance(run.pretrain, Contrastive) and (text := queue_warning(run.pretrain, num_images)):
-            yield f"warning: {method}: {text}"
+        yield from _recipe(pretrain_run(experiment, method, method_seeds(experiment, method)[0]), dataset)
 
 
-def _detection(experiment: Experiment) -> Iterator[str]:
-    """Detection sets that are not made here must lie where the experiment says."""
-    for name, chosen in experiment.evaluation.detection.items():
-        if chosen.data.scenes is None:
-            for file in chosen.data.annotation_files():
-                if not Path(file).exists():
-                    yield f"error: evaluation.detection.{name}: {file}: not found; bring the set there"
+def _recipe(run: PretrainRun, dataset: StoredDataset) -> Iterator[Finding]:
+    """Batch, queue and labels of one row."""
+    recipe = run.recipe
+    if not isinstance(recipe, Training):
+        return
+    if isinstance(recipe, Supervised) and not _labelled(dataset, "train"):
+        text = f"{run.method}: found 0 labelled images in train; provide some, or remove the row"
+        yield Finding("error", text)
+        return
+    num_images = make_objective(run, dataset).num_images
+    try:
+        steps_per_epoch(num_images, recipe.batch_size)
+    except DataError as error:
+        yield Finding("error", f"{run.method}: {error}")
+    if isinstance(recipe, Contrastive) and (warning := queue_warning(recipe, num_images)):
+        yield Finding("warning", f"{run.method}: {warning}")
 
 
-def _labels(experiment: Experiment, dataset: StoredDataset) -> Iterator[str]:
-    """A probe learns from labelled images of train and is judged on those of val."""
-    for task in EVALUATIONS:
-        if getattr(experiment.evaluation, task) is not None:
-            for split in ("train", "val"):
-                if not _labelled(dataset, split):
-                    yield (
-                        f"error: evaluation.{task}: found 0 labelled images in {split}; "
-                        f"bring some, or remove {task} from the experiment"
-                    )
+def _labels(experiment: Experiment, dataset: StoredDataset) -> Iterator[Finding]:
+    """A probe learns from labelled images of train and is evaluated on those of val."""
+    for task in probes(experiment):
+        for split in ("train", "val"):
+            if not (count := _labelled(dataset, split)):
+                yield Finding(
+                    "error",
+                    f"evaluation.{task}: found 0 labelled images in {split}; "
+                    f"provide some, or remove {task} from the experiment",
+                )
+            elif task == "linear" and split == "train":
+                yield from _probe_batch(experiment, count)
+    size = experiment.augmentation.image_size
+    if probes(experiment) and experiment.evaluation.image_size * 2 <= size:
+        yield Finding(
+            "warning",
+            f"evaluation.image_size: found {experiment.evaluation.image_size}; encoders are trained at "
+            f"augmentation.image_size = {size}; evaluate at the size of the training",
+        )
+
+
+def _probe_batch(experiment: Experiment, num_labelled: int) -> Iterator[Finding]:
+    """With random crops a batch of the probe cannot be larger than the labelled set."""
+    linear = experiment.evaluation.linear
+    assert linear is not None
+    if linear.min_scale is not None and linear.batch_size > num_labelled:
+        yield Finding(
+            "error",
+            f"evaluation.linear.batch_size: found {linear.batch_size}; train has {num_labelled} labelled "
+            f"images; lower it",
+        )
 
 
 def _labelled(dataset: StoredDataset, split: str) -> int:
@@ -147,28 +196,27 @@ def _labelled(dataset: StoredDataset, split: str) -> int:
     return int(entry["count"] - entry["unlabelled"])
 
 
-def _sizes(experiment: Experiment, dataset: StoredDataset) -> Iterator[str]:
+def _sizes(experiment: Experiment, dataset: StoredDataset) -> Iterator[Finding]:
     """Views much smaller than the images waste what is in them."""
     if not dataset.manifest["splits"].get("train", {}).get("count"):
         return
     train, size = dataset.split("train"), experiment.augmentation.image_size
     short = int(np.median(np.minimum(train.heights, train.widths)))
     if short >= 2 * size and size < _USUAL_SIZE:
-        yield (
-            f"warning: augmentation.image_size: found {size}; images of train have a median short side of "
-            f"{short} px; `python -m mochi check --data` says what fits"
+        yield Finding(
+            "warning",
+            f"augmentation.image_size: found {size}; images of train have a median short side of "
+            f"{short} px; `mochi inspect` says what fits",
         )
 
 
-def _seconds_per_step(run: Run, dataset: StoredDataset) -> float:
+def _seconds_per_step(run: PretrainRun, recipe: Training, dataset: StoredDataset) -> float:
     """Median time of a few training steps, data loading included."""
-    recipe = run.pretrain
-    assert isinstance(recipe, Training)
     device = pick_device()
-    learner = make_learner(run, dataset)
-    learner.module.to(device).to(memory_format=torch.channels_last)
+    objective = make_objective(run, dataset)
+    objective.module.to(device).to(memory_format=torch.channels_last)
     # The last epoch: past the warm-up without synthesis.
-    batches = learner.batches(
+    batches = objective.batches(
         recipe.epochs - 1, 0, batch_size=recipe.batch_size, seed=run.seed, device=device
     )
     times = []
@@ -178,9 +226,9 @@ def _seconds_per_step(run: Run, dataset: StoredDataset) -> float:
         if batch is None:
             break
         with autocast(device, recipe.precision):
-            loss, _ = learner.loss(batch, recipe.epochs - 1, 0)
+            loss, _ = objective.loss(batch, recipe.epochs - 1, 0)
         loss.backward()
-        learner.after_update(last_of_epoch=False)
+        objective.after_update(last_of_epoch=False)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""A copy of the project with the tiny experiment as its default, to be run and changed by tests."""
+"""A copy of the project with the tiny experiment as its default, for tests that run and change it."""
 
 import json
 import os
@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("Snakefile", "mochi", "workflow", "profiles", "config", ".dvc", ".dvcignore", ".gitignore")
+COPIED = (
+    "Snakefile", "mochi", "workflow", "profiles", "config", "dvc.yaml", ".dvc", ".dvcignore", ".gitignore",
+)  # fmt: skip
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
 CONFIG = "config/config.yaml"
 
 
 class Project:
-    """Where it lies, and the tools that are run in it."""
+    """A project folder, and the tools that are run in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -27,18 +29,21 @@ class Project:
         folder.mkdir(parents=True)
         for name in COPIED:
             source = ROOT / name
-            if source.is_dir() and not source.is_symlink():
+            if source.is_dir():
                 shutil.copytree(source, folder / name, ignore=NOT_COPIED)
             else:
-                shutil.copy(source, folder / name, follow_symlinks=False)
+                shutil.copy(source, folder / name)
         shutil.copy(ROOT / "tests/tiny.yaml", folder / CONFIG)
         # The working tree keeps the tiny experiment's results out of git; here they are the results.
         ignored = folder / ".gitignore"
         ignored.write_text(ignored.read_text().replace("/results/tiny/\n", ""))
+        stages = folder / "dvc.yaml"
+        text = stages.read_text().replace("embedded", "tiny").replace("photo-patches", "photo-patches-tiny")
+        stages.write_text(text.replace(f"    photo-scenes: {CONFIG}\n", ""))
         return cls(folder)
 
     def copy(self, folder: Path) -> "Project":
-        """All of it, results and times of change included."""
+        """All of it, results and modification times included."""
         shutil.copytree(self.folder, folder, symlinks=True)
         return Project(folder)
 
@@ -49,13 +54,23 @@ class Project:
             cwd=self.folder, env=environment(), capture_output=True, text=True, check=False,
         )  # fmt: skip
 
+    def succeed(self, *command: str) -> str:
+        """The output of a command that must succeed."""
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
+        return done.stdout + done.stderr
+
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`snakemake` on two cores."""
         return self.run("snakemake", "--cores", "2", *arguments)
 
-    def jobs(self) -> dict[str, int]:
+    def mochi(self, *arguments: str) -> str:
+        """A `mochi` command that must succeed."""
+        return self.succeed("python", "-m", "mochi", *arguments)
+
+    def jobs(self, *arguments: str) -> dict[str, int]:
         """Rule -> number of jobs that a dry run announces."""
-        done = self.snakemake("--dry-run")
+        done = self.snakemake("--dry-run", *arguments)
         assert done.returncode == 0, done.stderr
         if "Nothing to be done" in done.stdout + done.stderr:
             return {}
@@ -66,28 +81,25 @@ class Project:
         """Put the finished experiment under git and DVC, pushed to a remote that is a folder."""
         for command in (
             ["git", "init", "--quiet", "--initial-branch", "main"],
-            ["python", "-m", "mochi", "record"],
             ["dvc", "remote", "add", "--quiet", "--default", "store", str(store)],
+            ["dvc", "commit", "--force", "--quiet"],
             ["git", "add", "--all"],
             ["git", "commit", "--quiet", "--message", "Results of the tiny experiment"],
             ["dvc", "push", "--quiet"],
         ):
-            done = self.run(*command)
-            assert done.returncode == 0, done.stdout + done.stderr
+            self.succeed(*command)
 
-    def clone(self, folder: Path) -> "Project":
+    def clone(self, folder: Path, *, pull: bool = True) -> "Project":
         """What somebody else gets by `git clone` and `dvc pull`."""
-        self.run("git", "clone", "--quiet", ".", str(folder))
+        self.succeed("git", "clone", "--quiet", ".", str(folder))
         project = Project(folder)
-        done = project.run("dvc", "pull", "--quiet")
-        assert done.returncode == 0, done.stderr
+        if pull:
+            project.succeed("dvc", "pull", "--quiet")
         return project
 
     def changed_stages(self) -> dict[str, Any]:
-        """What `dvc status` says: stage -> what changed of it. Stages further down show later."""
-        done = self.run("dvc", "status", "--json")
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout))
+        """What `dvc status` says: stage -> what changed of it."""
+        return dict(json.loads(self.run("dvc", "status", "--json").stdout))
 
     def edit(self, file: str, old: str, new: str) -> None:
         """Replace a text that must be there."""
@@ -95,6 +107,14 @@ class Project:
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new))
+
+    def listing(self) -> dict[str, tuple[float, bytes]]:
+        """Every file with its modification time and content, but for what imports write."""
+        return {
+            str(path.relative_to(self.folder)): (path.stat().st_mtime, path.read_bytes())
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts
+        }
 
 
 def environment() -> dict[str, str]:

@@ -1,30 +1,25 @@
-"""Experiments and runs, read, checked and resolved."""
+"""Experiment files, read and checked; the runs that they ask for."""
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, field_validator
 
 from mochi.config.datasets import Dataset
 from mochi.config.evaluation import EVALUATIONS, Evaluation
 from mochi.config.reading import ConfigError, read_value, read_yaml, unknown_key, validate
+from mochi.config.runs import DetectionRun, PretrainRun, ProbeRun
 from mochi.config.sections import CountOrZero, Name, Section, distinct_seeds
 from mochi.config.training import (
     Augmentation,
     Contrastive,
     Encoder,
-    Objective,
     SharedRecipe,
     Supervised,
     Untrained,
 )
-
-RUN_VERSION = 2
 
 
 class Experiment(Section):
@@ -48,20 +43,6 @@ class Experiment(Section):
         return distinct_seeds(seeds)
 
 
-class Run(Section):
-    """(experiment, method, seed), resolved: whole, or `only_for` one stage and empty elsewhere."""
-
-    version: int
-    experiment: Name
-    method: Name
-    seed: CountOrZero
-    dataset: Dataset
-    encoder: Encoder
-    augmentation: Augmentation | None
-    pretrain: Objective | None
-    evaluation: Evaluation | None
-
-
 _METHOD_ONLY = {"seeds", "augmentation"}
 _MOCHI_NAME = re.compile(r"^mochi-(\d+)-(\d+)-(\d+)(?:-.*)?$")
 
@@ -81,7 +62,7 @@ def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
     _check_shared_recipe(experiment, origin)
     for method in experiment.methods:
         for seed in method_seeds(experiment, method, origin):
-            resolve(experiment, method, seed, origin)
+            pretrain_run(experiment, method, seed, origin)
     for name, chosen in experiment.evaluation.detection.items():
         where = f"{origin}: evaluation.detection.{name}"
         for method in chosen.methods or []:
@@ -115,7 +96,13 @@ def parse_dataset(source: str, name: str, path: str | None, options: list[str]) 
 
 
 def method_seeds(experiment: Experiment, method: str, origin: str = "experiment") -> list[int]:
-    """The method's own seeds, or the experiment's."""
+    """The method's own seeds, or the experiment's.
+
+    Raises:
+        ConfigError: no such method, or its seeds are not distinct integers.
+    """
+    if method not in experiment.methods:
+        raise ConfigError(f"{origin}: methods: {unknown_key(method, list(experiment.methods))}")
     seeds = experiment.methods[method].get("seeds", experiment.seeds)
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
         raise ConfigError(f"{origin}: methods.{method}.seeds: found {seeds!r}; allowed: some integers >= 0")
@@ -125,22 +112,34 @@ def method_seeds(experiment: Experiment, method: str, origin: str = "experiment"
         raise ConfigError(f"{origin}: methods.{method}.seeds: {error}") from None
 
 
+def all_runs(experiment: Experiment) -> list[tuple[str, int]]:
+    """(method, seed) of every encoder, in the order of the file."""
+    return [(method, seed) for method in experiment.methods for seed in method_seeds(experiment, method)]
+
+
+def probes(experiment: Experiment) -> list[str]:
+    """The evaluations on frozen features, in the order of the table."""
+    return [task for task in EVALUATIONS if getattr(experiment.evaluation, task) is not None]
+
+
 def detection_runs(experiment: Experiment, name: str) -> list[tuple[str, int]]:
     """(method, seed) of the runs that a detection set is computed for, in the order of the file."""
     chosen = experiment.evaluation.detection[name]
     return [
         (method, seed)
-        for method in experiment.methods
-        for seed in method_seeds(experiment, method)
+        for method, seed in all_runs(experiment)
         if chosen.methods is None or method in chosen.methods
         if chosen.pretrain_seeds is None or seed in chosen.pretrain_seeds
     ]
 
 
-def resolve(experiment: Experiment, method: str, seed: int, origin: str = "experiment") -> Run:
-    """The run of one method and seed: shared recipe and method merged, foreign keys left behind."""
-    if method not in experiment.methods:
-        raise ConfigError(f"{origin}: methods: {unknown_key(method, list(experiment.methods))}")
+def pretrain_run(experiment: Experiment, method: str, seed: int, origin: str = "experiment") -> PretrainRun:
+    """How one encoder is trained: the shared recipe and the method's own keys merged.
+
+    Raises:
+        ConfigError: no such method or seed, or the merged recipe is not valid.
+    """
+    _require_seed(experiment, method, seed, origin)
     own = {key: value for key, value in experiment.methods[method].items() if key not in _METHOD_ONLY}
     objective = own.get("objective", "contrastive")
     models: dict[str, type[Section]] = {"none": Untrained, "supervised": Supervised}
@@ -157,25 +156,71 @@ def resolve(experiment: Experiment, method: str, seed: int, origin: str = "exper
             f"{origin}: methods.{method}.augmentation: found {views!r}; expected the keys of "
             "`augmentation` that differ, for example {version: v1}"
         )
-    augmentation = {**experiment.augmentation.model_dump(exclude_unset=True), **views}
-    run: Run = validate(
-        Run,
+    run: PretrainRun = validate(
+        PretrainRun,
         {
-            "version": RUN_VERSION,
             "experiment": experiment.name,
             "method": method,
             "seed": seed,
-            "dataset": experiment.dataset.model_dump(),
-            "encoder": experiment.encoder.model_dump(),
-            "augmentation": augmentation,
-            "pretrain": recipe,
-            "evaluation": experiment.evaluation.model_dump(),
+            "encoder": experiment.encoder,
+            "dataset": experiment.dataset,
+            "augmentation": {**experiment.augmentation.model_dump(exclude_unset=True), **views},
+            "recipe": recipe,
         },
         origin,
-        rename={"pretrain": f"methods.{method}", "augmentation": f"methods.{method}.augmentation"},
+        rename={"recipe": f"methods.{method}", "augmentation": f"methods.{method}.augmentation"},
     )
     _check_name(run, origin)
     return run
+
+
+def probe_run(experiment: Experiment, method: str, seed: int, task: str) -> ProbeRun:
+    """How one frozen encoder is classified on.
+
+    Raises:
+        ConfigError: no such method, seed or task.
+    """
+    _require_seed(experiment, method, seed)
+    if task not in (known := probes(experiment)):
+        raise ConfigError(f"task: found {task!r}; {experiment.name} has: {', '.join(known) or 'none'}")
+    evaluation = experiment.evaluation
+    return ProbeRun(
+        experiment=experiment.name,
+        method=method,
+        seed=seed,
+        task=task,
+        encoder=experiment.encoder,
+        dataset=experiment.dataset,
+        image_size=evaluation.image_size,
+        resize=evaluation.resize,
+        batch_size=evaluation.batch_size,
+        protocol=getattr(evaluation, task),
+    )
+
+
+def detection_run(experiment: Experiment, method: str, seed: int, name: str) -> DetectionRun:
+    """How one encoder is fine-tuned on a detection set.
+
+    Raises:
+        ConfigError: no such method, seed or set.
+    """
+    _require_seed(experiment, method, seed)
+    sets = experiment.evaluation.detection
+    if name not in sets:
+        raise ConfigError(f"set: found {name!r}; {experiment.name} has: {', '.join(sets) or 'none'}")
+    return DetectionRun(
+        experiment=experiment.name,
+        method=method,
+        seed=seed,
+        set_name=name,
+        encoder=experiment.encoder,
+        detection=sets[name],
+    )
+
+
+def _require_seed(experiment: Experiment, method: str, seed: int, origin: str = "experiment") -> None:
+    if seed not in (known := method_seeds(experiment, method, origin)):
+        raise ConfigError(f"seed: found {seed}; {method} has: {', '.join(map(str, known))}")
 
 
 def _check_shared_recipe(experiment: Experiment, origin: str) -> None:
@@ -189,7 +234,7 @@ def _check_shared_recipe(experiment: Experiment, origin: str) -> None:
     validate(SharedRecipe, shared, origin, rename={key: f"pretrain.{key}" for key in shared})
 
 
-def _check_name(run: Run, origin: str) -> None:
+def _check_name(run: PretrainRun, origin: str) -> None:
     """A row called mochi-N-s-s' must be what it says."""
     match = _MOCHI_NAME.match(run.method)
     if run.method.startswith("mochi") and not match:
@@ -200,7 +245,7 @@ def _check_name(run: Run, origin: str) -> None:
     if not match:
         return
     promised = tuple(int(number) for number in match.groups())
-    mixing = run.pretrain.mixing if isinstance(run.pretrain, Contrastive) else None
+    mixing = run.recipe.mixing if isinstance(run.recipe, Contrastive) else None
     carried = mixing and (
         mixing.num_hardest,
         mixing.num_pair_synthetics,
@@ -211,85 +256,3 @@ def _check_name(run: Run, origin: str) -> None:
             f"{origin}: methods.{run.method}.mixing: found (N, s, s') = {carried}; the row's name "
             f"promises {promised}; make them agree"
         )
-
-
-def write_run(run: Run) -> str:
-    """The text of run.yaml."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def load_run(path: Path, stage: str) -> Run:
-    """Read a run.yaml for a stage.
-
-    Raises:
-        ConfigError: not readable, from another version, no run, or without what the stage needs.
-    """
-    data = read_yaml(path)
-    version = data.get("version")
-    if version != RUN_VERSION:
-        raise ConfigError(
-            f"{path}: version: found {version!r}; this program reads run files of version "
-            f"{RUN_VERSION}; write it again with `python -m mochi resolve`"
-        )
-    run: Run = validate(Run, data, str(path))
-    needed: Section | None
-    if stage.startswith("detection-") and run.evaluation:
-        needed = run.evaluation.detection.get(stage.removeprefix("detection-"))
-    else:
-        needed = run.pretrain if stage == "pretrain" else getattr(run.evaluation, stage, None)
-    if needed is None:
-        raise ConfigError(
-            f"{path}: says nothing about the stage {stage}; expected a run resolved for it: write it again "
-            f"with `python -m mochi resolve --stage {stage}`, or add {stage} to the experiment"
-        )
-    return run
-
-
-def only_for(run: Run, stage: str) -> Run:
-    """The part of a run that the results of a stage depend on; the rest is empty.
-
-    Pretraining ignores the evaluation. An evaluation ignores the others and the recipe, whose effect
-    reaches it through the encoder's bytes. So editing one thing re-runs what depends on it and no more.
-
-    Raises:
-        ConfigError: the experiment has no such stage.
-    """
-    detected = [] if run.evaluation is None else run.evaluation.detection
-    stages = ["pretrain", *EVALUATIONS, *(f"detection-{name}" for name in detected)]
-    if stage not in stages:
-        raise ConfigError(f"--stage: found {stage!r}; this experiment has: {', '.join(stages)}")
-    if stage == "pretrain":
-        return run.model_copy(update={"evaluation": None})
-    evaluation = run.evaluation
-    assert evaluation is not None
-    detection = {
-        name: chosen for name, chosen in evaluation.detection.items() if stage == f"detection-{name}"
-    }
-    others = {name: None for name in EVALUATIONS if name != stage}
-    kept = evaluation.model_copy(update={**others, "detection": detection})
-    return run.model_copy(update={"augmentation": None, "pretrain": None, "evaluation": kept})
-
-
-def settings(run: Run, stage: str) -> dict[str, Any]:
-    """What `only_for` keeps, as JSON, without names and without what changes no result.
-
-    Of the data set what it is, not where it lies: moved results and data are the same.
-    """
-    kept = only_for(run, stage).model_dump(mode="json", exclude={"version", "experiment", "method"})
-    for place in ("path", "archive", "mirrors"):
-        kept["dataset"].pop(place, None)
-    if kept["pretrain"]:
-        kept["pretrain"].pop("checkpoint_minutes", None)
-    if stage.startswith("detection-"):
-        (chosen,) = kept["evaluation"]["detection"].values()
-        for label in ("methods", "pretrain_seeds"):
-            chosen.pop(label)
-        for label in ("workers", "checkpoint_minutes"):
-            chosen["training"].pop(label)
-        return {"seed": kept["seed"], "encoder": kept["encoder"], "detection": chosen}
-    return kept
-
-
-def digest(value: object) -> str:
-    """Short sha256 of a JSON-like value, for params and provenance."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mochi.config import ConfigError, DetectionData, DetectionSet, Run, digest, settings
+from mochi.config import ConfigError, DetectionData, DetectionRun, DetectionSet
 from mochi.detection import coco, figures, voc
 from mochi.detection.annotations import Annotations, for_training, merge, split_off
 from mochi.detection.average_precision import Detections, coco_metrics, voc_curves, voc_metrics
@@ -20,15 +21,16 @@ from mochi.detection.check_images import check_images
 from mochi.detection.inference import detect
 from mochi.detection.model import Detector
 from mochi.detection.training import FineTuning, FrozenBackbone, Recipe
-from mochi.provenance.fingerprint import file_digest
-from mochi.provenance.record import Stopwatch, record
+from mochi.provenance.fingerprint import digest, file_digest
+from mochi.provenance.record import Stopwatch, write_record
+from mochi.provenance.wanted import Result
 from mochi.runtime import distributed
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.precision import autocast
 from mochi.runtime.seeding import numpy_generator
 from mochi.runtime.tensorboard import write_events
 from mochi.storage import checkpoint
-from mochi.storage.atomic import write_json
+from mochi.storage.atomic import publishing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,36 +38,29 @@ logger = logging.getLogger(__name__)
 _HEADLINE = ("AP", "AP50", "AP75")
 
 
-def run(
-    run: Run, set_name: str, encoder_file: Path, out: Path, work: Path, events: Path | None = None
-) -> None:
-    """Fine-tune the run's encoder on a detection set and write metrics, provenance and pictures.
+def run(run: DetectionRun, result: Result, work: Path, events: Path | None = None) -> None:
+    """Fine-tune an encoder on a detection set and publish metrics, pictures and provenance.
 
     Args:
-        run: names the encoder's architecture and the set.
-        set_name: key of `evaluation.detection`.
-        encoder_file: encoder.safetensors of this run.
-        out: receives metrics.json, provenance.json, detections.png, precision_recall.{csv,png}.
+        run: the encoder's architecture and the detection set.
+        result: receives metrics.json, detections.png, precision_recall.{csv,png} and provenance.json; its
+            input `encoder` is the encoder file.
         work: holds resume checkpoints and finished fine-tunings; emptied at the end.
         events: folder for TensorBoard events; None: none.
 
     Raises:
-        ConfigError: no such set, or the processes cannot share a batch.
+        ConfigError: the processes cannot share a batch.
         AnnotationError: annotations or images that cannot be used.
         EncoderError: the encoder file does not fit.
         CheckpointError: a checkpoint in `work` is of another run.
         NonFiniteError: NaN or Inf in a loss or in the weights.
     """
     watch = Stopwatch()
-    assert run.evaluation is not None
-    if set_name not in run.evaluation.detection:
-        known = ", ".join(run.evaluation.detection) or "none"
-        raise ConfigError(f"detection set: found {set_name!r}; this run has {known}")
-    chosen = run.evaluation.detection[set_name]
+    chosen, encoder_file = run.detection, result.inputs["encoder"]
     device = distributed.pick_device()
     with distributed.process_group(device):
         train, test = read_splits(chosen.data, masks=chosen.model.masks)
-        check_images([train, test], Path(chosen.data.path), jobs=torch.get_num_threads())
+        check_images([train, test], jobs=torch.get_num_threads())
         recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device)
         train_images = Images(for_training(train, chosen.data.empty_images))
         frozen = FrozenBackbone(recipe, train_images) if chosen.training.mode == "frozen" else None
@@ -73,30 +68,27 @@ def run(
         identity = {
             "experiment": run.experiment,
             "method": run.method,
-            "set": set_name,
+            "set": run.set_name,
             "encoder_sha256": file_digest(encoder_file),
             "annotations_sha256": digests,
-            **settings(run, f"detection-{set_name}"),
+            **result.settings,
         }
-        label = f"{run.method} seed {run.seed}, {set_name}"
+        label = f"{run.method} seed {run.seed}, {run.set_name}"
         tunings = _FineTunings(label, recipe, frozen, identity, work, events)
         lr, candidates = tunings.search_lr(train)
-        results = {
-            seed: tunings.result(train_images, Images(test), lr, seed, out)
-            for seed in chosen.training.seeds
-        }
+        results = [tunings.result(train_images, Images(test), lr, seed) for seed in chosen.training.seeds]
         if distributed.rank() == 0:
-            first = results[chosen.training.seeds[0]]
-            metrics = summarise(list(results.values()), chosen, lr, candidates)
-            write_json(out / "metrics.json", metrics)
-            provenance = record(
-                f"detection-{set_name}", run, __name__, {"encoder": encoder_file}, watch,
-                checksums=first["checksums"],
-                annotations={"train": train_images.annotations.report(), "test": test.report()},
-                annotations_sha256=digests,
-                world_size=distributed.world_size(),
-            )  # fmt: skip
-            write_json(out / "provenance.json", provenance)
+            with publishing(result.folder) as new:
+                for picture in tunings.pictures.iterdir():
+                    shutil.copy(picture, new)
+                write_json(new / "metrics.json", summarise(results, chosen, lr, candidates))
+                write_record(
+                    new, result, watch,
+                    checksums=results[0]["checksums"],
+                    annotations={"train": train_images.annotations.report(), "test": test.report()},
+                    annotations_sha256=digests,
+                    world_size=distributed.world_size(),
+                )  # fmt: skip
             tunings.clear()
 
 
@@ -161,6 +153,11 @@ class _FineTunings:
     work: Path
     events: Path | None
 
+    @property
+    def pictures(self) -> Path:
+        """Folder of the first fine-tuning's pictures."""
+        return self.work / "pictures"
+
     def search_lr(self, train: Annotations) -> tuple[float, dict[str, float | None]]:
         """The best learning rate by AP50 on a part of train, and the AP50 of each candidate.
 
@@ -195,7 +192,7 @@ class _FineTunings:
         )
         return best, scores
 
-    def result(self, train: Images, test: Images, lr: float, seed: int, out: Path) -> dict[str, Any]:
+    def result(self, train: Images, test: Images, lr: float, seed: int) -> dict[str, Any]:
         """Metrics of one fine-tuning and the encoder's checksums; the first seed also writes pictures."""
         name = f"seed{seed}"
         found = self._load(name)
@@ -211,18 +208,18 @@ class _FineTunings:
         }
         if seed == training.seeds[0] and distributed.rank() == 0:
             curves = voc_curves(test.annotations, detections, np.array([0.5]))[0]
-            figures.write_curves(out, curves, test.annotations.classes)
-            figures.draw_detections(out / "detections.png", test, detections)
+            self.pictures.mkdir(exist_ok=True)
+            figures.write_curves(self.pictures, curves, test.annotations.classes)
+            figures.draw_detections(self.pictures / "detections.png", test, detections)
         self._keep(name, result)
         logger.info("%s %s: %s", self.label, name, json.dumps(result["metrics"]))
         return result
 
     def clear(self) -> None:
         """Remove what is kept: the results are written."""
+        shutil.rmtree(self.pictures)
         for path in self.work.glob("*.json"):
             path.unlink()
-        if self.work.is_dir() and not any(self.work.iterdir()):
-            self.work.rmdir()
 
     def _train(
         self, images: Images, lr: float, iterations: int, seed: int, name: str

@@ -1,73 +1,34 @@
-"""Features of a frozen encoder, and the proof that it stayed frozen."""
+"""Features of a frozen encoder."""
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mochi import config
-from mochi.data.format import DataError, StoredDataset
+from mochi.config import ProbeRun
+from mochi.data.format import StoredDataset
 from mochi.data.views.loading import Images, centre_crops
 from mochi.encoders.resnet import ResNet
-from mochi.errors import UserError
+from mochi.errors import DataError
 from mochi.runtime.precision import autocast, use_bfloat16
 
-# A run resolved for an evaluation does not say in which format its encoder was trained.
 _PRECISION = "auto"
 
 
-class EncoderError(UserError):
-    """An encoder file that does not fit the run."""
+class Frozen(NamedTuple):
+    """What a task works on."""
 
-
-def load_encoder(path: Path, encoder: config.Encoder, device: torch.device) -> ResNet:
-    """The encoder in `path`, in evaluation mode, every tensor accounted for.
-
-    Raises:
-        EncoderError: the file is absent or unreadable, or its tensors are not the run's architecture's.
-    """
-    if not path.exists():
-        raise EncoderError(f"{path}: no such encoder; run the pretrain stage of this run first")
-    model = ResNet(encoder)
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise EncoderError(
-            f"{path}: cannot be read as safetensors: {error}; expected an encoder that `pretrain` wrote"
-        ) from None
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        rows = [
-            f"  {name}: expected {_shape(expected.get(name))}, found {_shape(found.get(name))}"
-            for name in wrong[:10]
-        ]
-        raise EncoderError(
-            f"{path} is not a {encoder.architecture} with stem {encoder.stem} and width {encoder.width}; "
-            f"{len(wrong)} tensors differ:\n" + "\n".join(rows)
-        )
-    model.load_state_dict(weights)
-    model.requires_grad_(requires_grad=False)
-    return model.to(device).to(memory_format=torch.channels_last).eval()
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "nothing" if shape is None else str(list(shape))
-
-
-def encoder_digest(encoder: ResNet) -> str:
-    """sha256 over every parameter and buffer, batch-norm statistics included."""
-    total = hashlib.sha256()
-    for name, tensor in encoder.state_dict().items():
-        total.update(name.encode())
-        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    run: ProbeRun
+    encoder: ResNet
+    """In evaluation mode, without gradients."""
+    dataset: StoredDataset
+    device: torch.device
+    workers: int
+    """Processes that load images."""
+    work: Path
+    """Folder for resume checkpoints."""
 
 
 class Features(NamedTuple):
@@ -79,44 +40,49 @@ class Features(NamedTuple):
     val_labels: Tensor  # (V,)
 
 
-def extract_splits(
-    evaluation: config.Evaluation, dataset: StoredDataset, encoder: ResNet, workers: int
-) -> Features:
+def extract_splits(frozen: Frozen) -> Features:
     """Features of train and val under the evaluation's transform, on the encoder's device.
 
     Raises:
-        DataError: one of them is missing, or has no labelled image.
+        DataError: a split is missing, or has no labelled image.
     """
-    device = next(encoder.parameters()).device
+    run = frozen.run
     parts: list[Tensor] = []
     for name in ("train", "val"):
-        split = dataset.split(name)
+        split = frozen.dataset.split(name)
         if not len(split.labelled):
             raise DataError(
-                f"{dataset.folder}: found 0 labelled images in {name}; a probe needs some; bring them, or "
-                "remove linear and knn from the experiment"
+                f"{frozen.dataset.folder}: found 0 labelled images in {name}; a probe needs labels; "
+                "provide some, or remove linear and knn from the experiment"
             )
         crops = centre_crops(
             split,
-            resize=evaluation.resize,
-            image_size=evaluation.image_size,
-            batch_size=evaluation.batch_size,
-            device=device,
-            workers=workers,
+            resize=run.resize,
+            image_size=run.image_size,
+            batch_size=run.batch_size,
+            device=frozen.device,
+            workers=frozen.workers,
         )
-        parts += extract(encoder, crops)
+        parts += extract(frozen.encoder, crops, len(split.labelled))
     return Features(*parts)
 
 
-@torch.inference_mode()
-def extract(encoder: ResNet, batches: Iterable[Images]) -> tuple[Tensor, Tensor]:
-    """Features (M, D) float32 and labels (M,) of every image of `batches`, on the encoder's device."""
-    features, labels = [], []
+@torch.no_grad()
+def extract(encoder: ResNet, batches: Iterable[Images], count: int) -> tuple[Tensor, Tensor]:
+    """Features (count, D) float32 and labels (count,) of all images of `batches`, on their device."""
+    features = labels = torch.empty(0)
+    done = 0
     for batch in batches:
         with autocast(batch.images.device, _PRECISION):
-            features.append(encoder(batch.images).float())
-        labels.append(batch.labels)
-    return torch.cat(features).clone(), torch.cat(labels).clone()
+            found = encoder(batch.images).float()
+        if not done:  # one allocation: at ImageNet's size a list and its concatenation are too much
+            features = found.new_empty(count, found.shape[1])
+            labels = batch.labels.new_empty(count)
+        rows = slice(done, done + len(found))
+        features[rows], labels[rows] = found, batch.labels
+        done += len(found)
+    assert done == count, f"{done} images instead of {count}"
+    return features, labels
 
 
 def precision_on(device: torch.device) -> str:

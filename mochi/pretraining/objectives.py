@@ -1,4 +1,4 @@
-"""What the training loop asks of a way to learn, and the two ways: contrast and labels."""
+"""What is learned: a module and its loss, by contrast or from labels."""
 
 import math
 from collections.abc import Iterator
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mochi.config import Contrastive, Run
+from mochi.config import Contrastive, PretrainRun
 from mochi.contrast.diagnosis import false_negatives, matching_probabilities
 from mochi.contrast.moco import MoCo, Step
 from mochi.data.format import StoredDataset, StoredSplit
 from mochi.data.views.loading import Images, Views, one_view, two_views
+from mochi.encoders import build
 from mochi.encoders.resnet import ResNet
-from mochi.runtime.progress import verdict
 
 
-class Learner(Protocol):
-    """A module that learns from batches; the loop in `pretrain.py` knows nothing else of it."""
+class Objective(Protocol):
+    """A module to train and its loss; `loop.train` knows nothing else of it."""
 
     module: nn.Module
     metric_names: tuple[str, ...]
@@ -37,43 +37,26 @@ class Learner(Protocol):
     def after_update(self, *, last_of_epoch: bool) -> None:
         """Called once the optimizer has moved the parameters."""
 
-    def describe_epoch(self, epoch: int, means: dict[str, float]) -> dict[str, Any]:
-        """More columns of the epoch's row, given the means of its metrics."""
+    def describe_epoch(self, epoch: int) -> dict[str, Any]:
+        """More columns of the epoch's row."""
 
     def matching(self, epoch: int) -> list[float]:
         """Matching probabilities to record at this epoch's end; often none."""
 
 
-def make_learner(run: Run, dataset: StoredDataset) -> Learner:
-    """The learner that the run asks for."""
-    if isinstance(run.pretrain, Contrastive):
-        return ContrastiveLearner(run, run.pretrain, dataset.split("train"))
-    return SupervisedLearner(run, dataset.split("train"), len(dataset.classes))
+def make_objective(run: PretrainRun, dataset: StoredDataset) -> Objective:
+    """The objective of a trained row."""
+    if isinstance(run.recipe, Contrastive):
+        return ContrastiveObjective(run, run.recipe, dataset.split("train"))
+    return SupervisedObjective(run, dataset.split("train"), len(dataset.classes))
 
 
-def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
-    """What a queue longer than the data set means, or None.
-
-    Such a queue always holds a stale key of the query's own image, a negative that is none
-    (KaimingHe in facebookresearch/moco issue 24).
-    """
-    if recipe.queue_size < num_images:
-        return None
-    share = recipe.queue_size / num_images
-    return (
-        f"queue_size = {recipe.queue_size} is {share:.2f} times the {num_images} training images: "
-        f"every query meets about {share:.1f} stale keys of its own image among its negatives "
-        f"({share / recipe.queue_size:.2%} of the queue); at most {num_images // 2} is advisable"
-    )
-
-
-class ContrastiveLearner:
+class ContrastiveObjective:
     """MoCo and MoCHi."""
 
-    metric_names: tuple[str, ...] = ("loss", "accuracy", "accuracy_with_synthetics", "spread")
+    metric_names: tuple[str, ...] = ("loss", "accuracy", "accuracy_with_synthetics", "feature_std")
 
-    def __init__(self, run: Run, recipe: Contrastive, split: StoredSplit) -> None:
-        assert run.augmentation is not None
+    def __init__(self, run: PretrainRun, recipe: Contrastive, split: StoredSplit) -> None:
         self._recipe, self._split, self._augmentation = recipe, split, run.augmentation
         self.module: nn.Module
         self._moco = self.module = MoCo(run.encoder, recipe, run.seed)
@@ -118,37 +101,32 @@ class ContrastiveLearner:
             self._matching = matching_probabilities(self._step, self._recipe.temperature).tolist()
         self._moco.enqueue(self._step.key, self._labels)
 
-    def describe_epoch(self, epoch: int, means: dict[str, float]) -> dict[str, Any]:
-        """Chance level, queue fill, false negatives and a verdict in plain words."""
+    def describe_epoch(self, epoch: int) -> dict[str, Any]:
+        """Chance level (the loss of uniform guessing, nats), queue fill and false negatives."""
         negatives = self._recipe.queue_size
         if self._recipe.mixing is not None and epoch >= self._recipe.mixing.warmup_epochs:
             negatives += self._recipe.mixing.num_pair_synthetics + self._recipe.mixing.num_query_synthetics
-        chance, fill = math.log(1 + negatives), self._moco.queue.fill()
-        words = verdict(
-            loss=means["loss"],
-            chance=chance,
-            spread=means["spread"],
-            queue_fill=fill,
-            dim=self._recipe.embedding_dim,
-        )
-        return {"chance": chance, "queue_fill": fill, **self._diagnosis, "verdict": words}
+        return {
+            "chance": math.log(1 + negatives),
+            "queue_fill": self._moco.queue.fill(),
+            **self._diagnosis,
+        }
 
     def matching(self, epoch: int) -> list[float]:
         """Figure 2a's curve at the epochs that the recipe names."""
         return self._matching if epoch in self._recipe.matching_epochs else []
 
 
-class SupervisedLearner:
-    """Cross-entropy on labels, the same views: the ceiling."""
+class SupervisedObjective:
+    """Cross-entropy on labels, the same views: the supervised upper bound."""
 
     metric_names: tuple[str, ...] = ("loss", "accuracy")
 
-    def __init__(self, run: Run, split: StoredSplit, num_classes: int) -> None:
-        assert run.augmentation is not None
+    def __init__(self, run: PretrainRun, split: StoredSplit, num_classes: int) -> None:
         self._split, self._augmentation, self._num_classes = split, run.augmentation, num_classes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            self._backbone = ResNet(run.encoder)
+            self._backbone = build(run.encoder)
             classifier = nn.Linear(self._backbone.num_features, num_classes)
         self.module: nn.Module = nn.Sequential(self._backbone, classifier)
         self.num_images = int((split.labels >= 0).sum())
@@ -172,13 +150,9 @@ class SupervisedLearner:
     def after_update(self, *, last_of_epoch: bool) -> None:
         """Nothing to do."""
 
-    def describe_epoch(self, epoch: int, means: dict[str, float]) -> dict[str, Any]:  # noqa: ARG002
-        """The loss of a classifier that knows nothing, and a verdict."""
-        chance = math.log(self._num_classes)
-        return {
-            "chance": chance,
-            "verdict": "learning" if means["loss"] < 0.98 * chance else "at chance: nothing learnt yet",
-        }
+    def describe_epoch(self, epoch: int) -> dict[str, Any]:  # noqa: ARG002
+        """Chance level (the loss of uniform guessing, nats)."""
+        return {"chance": math.log(self._num_classes)}
 
     def matching(self, epoch: int) -> list[float]:  # noqa: ARG002
         """No negatives, nothing matched."""

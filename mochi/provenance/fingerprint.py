@@ -1,25 +1,17 @@
-"""Digests of code, so that a changed formula re-runs what it touches and a changed comment nothing; and of
-files.
-"""
+"""Digests of values, of files, and of the code that decides numbers."""
 
 import ast
 import hashlib
+import json
 from functools import cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
-# The module that a stage of the workflow starts in.
-STAGE_MODULES = {
-    "prepare": "mochi.data.ingest.prepare",
-    "pretrain": "mochi.pretraining.stage",
-    "linear": "mochi.evaluation.linear",
-    "knn": "mochi.evaluation.knn",
-    "scenes": "mochi.detection.scenes",
-    "detection": "mochi.detection.stage",
-    "tables": "mochi.report.tables",
-    "figures": "mochi.report.figures",
-}
+
+def digest(value: object) -> str:
+    """Short sha256 of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
@@ -28,82 +20,81 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def stage_digests() -> dict[str, str]:
-    """Stage of the workflow -> digest of its code."""
-    return {stage: code_digest(module) for stage, module in STAGE_MODULES.items()}
-
-
+@cache
 def code_digest(*modules: str) -> str:
-    """Digest of what `modules` execute: their syntax trees and those of all of mochi they import.
+    """Digest of what `modules` compute: their syntax trees without what only people read.
 
-    Comments, docstrings and layout do not count; a changed formula does. Neither does `mochi.config`:
-    what it says reaches a stage as its settings, whose digest stands beside this one. Example:
-    `code_digest("mochi.pretraining.stage")`.
+    Layout, comments, docstrings, progress, the text of exceptions, of log messages and of assertions do not
+    count.
+
+    Args:
+        modules: names of modules, or of packages, which stand for all of their modules.
     """
     total = hashlib.sha256()
-    counted = (name for name in imported_modules(*modules) if not name.startswith("mochi.config"))
-    for name in sorted(counted):
-        total.update(f"{name}\n{_executed_text(_source_of(name))}\n".encode())
+    for path in sorted({path for module in modules for path in source_files(module)}):
+        total.update(f"{path.relative_to(_PACKAGE).as_posix()}\n{_computation(path)}\n".encode())
     return total.hexdigest()[:16]
 
 
-def imported_modules(*modules: str) -> set[str]:
-    """The modules of mochi that `modules` import, directly or not, themselves included."""
-    seen: set[str] = set()
-    waiting = list(modules)
-    while waiting:
-        name = waiting.pop()
-        if name not in seen:
-            seen.add(name)
-            waiting += _imports(name)
-    return seen
+def source_files(module: str) -> list[Path]:
+    """The files of a module or of a whole package of mochi.
+
+    Raises:
+        FileNotFoundError: there is no such module.
+    """
+    path = _PACKAGE.joinpath(*module.split(".")[1:])
+    if path.is_dir():
+        return list(path.rglob("*.py"))
+    path = path.with_suffix(".py")
+    if not path.exists():
+        raise FileNotFoundError(f"{module}: no such module of mochi")
+    return [path]
 
 
 @cache
-def _imports(name: str) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(_source_of(name).read_bytes())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        found += [each for each in names if each.split(".")[0] == "mochi" and _source_of(each).exists()]
-    return found
+def _computation(path: Path) -> str:
+    return _text(_WithoutMessages().visit(ast.parse(path.read_bytes())))
 
 
-def _source_of(name: str) -> Path:
-    path = _PACKAGE.joinpath(*name.split(".")[1:])
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+class _WithoutMessages(ast.NodeTransformer):
+    """Removes what a program says, and keeps what it computes."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            return None  # a docstring
+        if isinstance(node.value, ast.Call) and _only_tells(node.value.func):
+            return None
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if isinstance(node.func, ast.Name) and node.func.id == "Progress":
+            node.args, node.keywords = [], []
+        return self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):
+            node.exc = node.exc.func
+        return self.generic_visit(node)
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        node.msg = None
+        return self.generic_visit(node)
 
 
-@cache
-def _executed_text(path: Path) -> str:
-    tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [child for child in body if not _is_docstring(child)]  # type: ignore[attr-defined]
-    return _text(tree)
+def _only_tells(function: ast.expr) -> bool:
+    """`logger.info` and the like, `warnings.warn`, `progress.advance`."""
+    return (
+        isinstance(function, ast.Attribute)
+        and isinstance(function.value, ast.Name)
+        and function.value.id in {"logger", "warnings", "progress"}
+    )
 
 
 def _text(node: object) -> str:
-    """A syntax tree as text that is the same on every Python: `ast.dump` shows the fields that a version
-    has added, empty ones too.
-    """
+    """A syntax tree as text. `ast.dump` differs between Python versions: it shows fields that some lack."""
     if isinstance(node, ast.AST):
         shown = ((name, _text(value)) for name, value in ast.iter_fields(node) if value not in (None, []))
         return f"{type(node).__name__}({', '.join(f'{name}={text}' for name, text in shown)})"
     if isinstance(node, list):
         return f"[{', '.join(map(_text, node))}]"
     return repr(node)
-
-
-def _is_docstring(node: ast.AST) -> bool:
-    """A bare string: the docstring of a module, class, function or field."""
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )

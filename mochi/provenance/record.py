@@ -1,4 +1,4 @@
-"""Where a number comes from: command, commit, settings, code, data, seed, versions, hardware, time."""
+"""provenance.json: command, commit, settings, code, inputs, outputs, versions, hardware, time."""
 
 import importlib.metadata
 import os
@@ -6,22 +6,20 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import mochi
-from mochi.config import Run, digest, settings
-from mochi.provenance.fingerprint import code_digest, file_digest
+from mochi.provenance.fingerprint import file_digest
+from mochi.provenance.wanted import RECORD, Result
+from mochi.storage.atomic import write_json
 
 _PACKAGE = Path(mochi.__file__).parent
-_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyarrow", "scikit-image", "scikit-learn")
+_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyarrow")
 
 
 class Stopwatch:
-    """Wall time of a stage, for its provenance."""
+    """Wall time of a stage."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -31,46 +29,54 @@ class Stopwatch:
         return round(time.monotonic() - self._start, 3)
 
 
-def record(
-    stage: str, run: Run, module: str, inputs: Mapping[str, Path], watch: Stopwatch, **extra: Any
-) -> dict[str, Any]:
-    """The provenance of a stage's results, as JSON.
+def write_record(new: Path, result: Result, watch: Stopwatch, **extra: Any) -> None:
+    """Write the provenance of the files in `new`, which are about to become `result`.
 
     Args:
-        stage: its name in `settings`.
-        run: what was run.
-        module: the stage's module, for the code digest.
-        inputs: name -> file that was read; its sha256 is recorded.
+        new: folder that holds the new files.
+        result: what they are.
         watch: started when the stage began.
-        extra: what the stage wants to add.
+        extra: what the stage adds; it may replace `wall_seconds`.
     """
-    return {
-        "stage": stage,
-        "experiment": run.experiment,
-        "method": run.method,
-        "seed": run.seed,
-        "command": ["python", "-m", "mochi", *sys.argv[1:]],
-        "settings": settings(run, stage),
-        "settings_digest": digest(settings(run, stage)),
-        "code_digest": code_digest(module),
-        "inputs": {name: {"path": str(path), "sha256": file_digest(path)} for name, path in inputs.items()},
-        "git": _git(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    record = {
+        "stage": result.stage,
+        "result": result.label,
+        "command": ["mochi", *sys.argv[1:]],
+        "settings": dict(result.settings),
+        "settings_digest": result.settings_digest,
+        "code_digest": result.code_digest,
+        "inputs": {
+            name: {"path": str(path), "sha256": file_digest(path)} for name, path in result.inputs.items()
         },
+        "outputs": {name: file_digest(new / name) for name in result.outputs},
+        "git": _git(),
+        "versions": versions(),
         "hardware": hardware(),
         "wall_seconds": watch.seconds(),
         **extra,
     }
+    write_json(new / RECORD, record)
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def hardware() -> dict[str, Any]:
     """The machine, as far as results and speed depend on it."""
+    about = {"cpu": _cpu_name(), "cores": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is None:  # a stage that does not compute with it
+        return about
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
+    return about | {
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": gpus,
@@ -90,7 +96,7 @@ def _cpu_name() -> str:
 def _git() -> dict[str, Any] | None:
     """Commit, and whether tracked files differ from it; None outside a repository (a tarball).
 
-    Results do not count: those that stand in git change while they are made again.
+    Results do not count: those in git change while they are computed.
     """
     try:
         commit = _ask_git("rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""The results of an experiment, read from its tree."""
+"""The results of an experiment, gathered from its folders into few files that git keeps."""
 
 import json
 from collections.abc import Iterator
@@ -7,95 +7,79 @@ from typing import Any
 
 import pandas as pd
 
-from mochi.config import EVALUATIONS, Experiment, detection_runs, method_seeds
+from mochi.config import Experiment, all_runs
 from mochi.errors import UserError
+from mochi.layout import Layout
+from mochi.provenance.wanted import RECORD, evaluated, evaluations, pretrained
 
-CURVES = ("metrics.csv", "matching.csv")
+# Columns of the tables, in order, of what metrics.json holds.
+_PROBE_METRICS = ("top1", "top5", "best_lr_top1")
 _DETECTION_METRICS = ("AP50", "AP", "AP75", "mask_AP50", "mask_AP", "mask_AP75")
 
 
 class MissingResultError(UserError):
-    """A result that the table needs is not there."""
-
-
-def runs(experiment: Experiment, results: Path) -> Iterator[tuple[str, int, Path]]:
-    """(method, seed, folder) of every run, in the order of the experiment file."""
-    for method in experiment.methods:
-        for seed in method_seeds(experiment, method):
-            yield method, seed, results / experiment.name / method / f"seed{seed}"
-
-
-def tasks(experiment: Experiment) -> list[str]:
-    """The evaluations that the experiment asks for, in the order of the table."""
-    return [task for task in EVALUATIONS if getattr(experiment.evaluation, task) is not None]
+    """A result that the report needs is not there."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A result file.
 
     Raises:
-        MissingResultError: it is not there.
+        MissingResultError: it is not there, or is not JSON.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MissingResultError(f"{path}: no such result; run `snakemake {path}` first") from None
+        raise MissingResultError(f"{path}: not found; run `snakemake {path}` first") from None
+    except (OSError, ValueError) as error:
+        raise MissingResultError(f"{path}: cannot be read: {error}; compute it again") from None
     assert isinstance(content, dict)
     return content
 
 
-def scores(experiment: Experiment, results: Path) -> pd.DataFrame:
-    """One row for each number of each run: method, seed, task, metric, value (percent).
+def scores(experiment: Experiment) -> pd.DataFrame:
+    """One row for each number: method, seed, task, metric, fine_tuning, value (percent).
 
-    A detection set has one row for each fine-tuning: its spread is over those (MoCHi section 4.2).
+    A detection set has one row for each fine-tuning: its standard deviation is over those (MoCHi section
+    4.2); elsewhere `fine_tuning` is empty.
     """
-    rows: list[tuple[str, int, str, str, float]] = []
-    for method, seed, folder in runs(experiment, results):
-        for task in tasks(experiment):
-            metrics = read_json(folder / task / "metrics.json")
-            shown = [metric for metric in ("top1", "top5", "best_lr_top1") if metric in metrics]
-            rows += [(method, seed, task, metric, metrics[metric]) for metric in shown]
-    for name in experiment.evaluation.detection:
-        task = f"detection-{name}"
-        for method, seed in detection_runs(experiment, name):
-            folder = results / experiment.name / method / f"seed{seed}" / task
-            for single in read_json(folder / "metrics.json")["fine_tunings"].values():
-                rows += [
-                    (method, seed, task, metric, single[metric])
-                    for metric in _DETECTION_METRICS
-                    if metric in single
-                ]
-    return pd.DataFrame(rows, columns=["method", "seed", "task", "metric", "value"])
+    places, rows = Layout(experiment.name), []
+    for method, seed, task in evaluations(experiment):
+        metrics = read_json(places.evaluation(method, seed, task) / "metrics.json")
+        singles = metrics.get("fine_tunings", {"": metrics})
+        names = _DETECTION_METRICS if "fine_tunings" in metrics else _PROBE_METRICS
+        rows += [
+            (method, seed, task, metric, repeat, single[metric])
+            for repeat, single in singles.items()
+            for metric in names
+            if metric in single
+        ]
+    return pd.DataFrame(rows, columns=["method", "seed", "task", "metric", "fine_tuning", "value"])
 
 
-def metrics_files(experiment: Experiment, results: Path) -> list[Path]:
-    """Every file that `scores` reads."""
-    files = [
-        folder / task / "metrics.json"
-        for _, _, folder in runs(experiment, results)
-        for task in tasks(experiment)
-    ]
-    return files + [
-        results / experiment.name / method / f"seed{seed}" / f"detection-{name}" / "metrics.json"
-        for name in experiment.evaluation.detection
-        for method, seed in detection_runs(experiment, name)
-    ]
-
-
-def curve_files(experiment: Experiment, results: Path) -> list[Path]:
-    """Every file that `curves` reads."""
-    return [folder / "pretrain" / name for _, _, folder in runs(experiment, results) for name in CURVES]
-
-
-def curves(experiment: Experiment, results: Path, name: str) -> pd.DataFrame:
-    """A csv of every run's pretrain stage, stacked, with method and seed; untrained runs give no rows."""
+def curves(experiment: Experiment, name: str) -> pd.DataFrame:
+    """A CSV of every pretraining (metrics.csv, matching.csv), stacked; untrained rows have none."""
     frames = []
-    for method, seed, folder in runs(experiment, results):
-        frame = pd.read_csv(folder / "pretrain" / name)
-        if len(frame):
-            frames.append(frame.assign(method=method, seed=seed))
-    return (
-        pd.concat(frames, ignore_index=True)
-        if frames
-        else pd.DataFrame(columns=["method", "seed", "epoch"])
-    )
+    for method, seed in all_runs(experiment):
+        path = Layout(experiment.name).pretrain(method, seed) / name
+        if not path.exists():
+            raise MissingResultError(f"{path}: not found; run `snakemake {path}` first")
+        if len(frame := pd.read_csv(path)):
+            frame.insert(0, "method", method)
+            frame.insert(1, "seed", seed)
+            frames.append(frame)
+    if not frames:
+        return pd.DataFrame(columns=["method", "seed", "epoch"])
+    return pd.concat(frames, ignore_index=True)
+
+
+def records(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Folder -> provenance of every encoder and evaluation: what `mochi explain` reads."""
+    return {folder.as_posix(): read_json(folder / RECORD) for folder in _folders(experiment)}
+
+
+def _folders(experiment: Experiment) -> Iterator[Path]:
+    for run in all_runs(experiment):
+        yield pretrained(experiment, *run).folder
+    for one in evaluations(experiment):
+        yield evaluated(experiment, *one).folder

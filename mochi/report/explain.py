@@ -2,47 +2,53 @@
 
 import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from mochi.config import Experiment
 from mochi.errors import UserError
-from mochi.provenance.fingerprint import STAGE_MODULES, code_digest, file_digest
-from mochi.report.collect import read_json, runs, scores, tasks
+from mochi.layout import Layout
+from mochi.provenance.fingerprint import file_digest
+from mochi.provenance.wanted import Result, evaluated, evaluations, pretrained
+from mochi.report.collect import MissingResultError, read_json
 
 
-def explain(experiment: Experiment, results: Path, method: str, task: str) -> list[str]:
+def explain(experiment: Experiment, method: str, task: str) -> list[str]:
     """Lines that trace a cell of the table: command, commit, settings, code, data, versions, machine.
 
-    Each recorded digest is compared with what lies here now; a difference is said, not raised, for old
+    Every recorded digest is compared with what is here now. A difference is printed, not raised: old
     results are worth reading too.
 
     Raises:
         UserError: no such row or task in the experiment.
-        MissingResultError: a result is not there.
+        MissingResultError: there is no report yet.
     """
-    known = [*tasks(experiment), *(f"detection-{name}" for name in experiment.evaluation.detection)]
+    ran = [(seed, name) for row, seed, name in evaluations(experiment) if row == method]
+    known = list(dict.fromkeys(name for _, _, name in evaluations(experiment)))
     for name, found, allowed in (("method", method, list(experiment.methods)), ("task", task, known)):
         if found not in allowed:
             raise UserError(f"{name}: found {found!r}; {experiment.name} has: {', '.join(allowed)}")
-    table = scores(experiment, results)
+    folder = Layout(experiment.name).results
+    records = read_json(folder / "records.json")
+    table = pd.read_csv(folder / "scores.csv")
     table = table[(table["method"] == method) & (table["task"] == task)]
     lines = [
         f"{method}, {task} {metric}: {_mean(values.tolist())}"
         for metric, values in table.groupby("metric", sort=False)["value"]
     ]
-    for name, seed, folder in runs(experiment, results):
-        own = table[table["seed"] == seed]
-        if name == method and len(own):
-            shown = (
-                f"{metric} {_all(values)}" for metric, values in own.groupby("metric", sort=False)["value"]
-            )
-            lines.append(f"seed {seed}: " + ", ".join(shown))
-            for stage in (task, "pretrain"):
-                lines += [
-                    f"  {line}" for line in _link(stage, read_json(folder / stage / "provenance.json"))
-                ]
+    for seed in [seed for seed, name in ran if name == task]:
+        own = table[table["seed"] == seed].groupby("metric", sort=False)["value"]
+        lines.append(f"seed {seed}: " + ", ".join(f"{metric} {_all(values)}" for metric, values in own))
+        for result in (evaluated(experiment, method, seed, task), pretrained(experiment, method, seed)):
+            record = records.get(result.folder.as_posix())
+            if record is None:
+                raise MissingResultError(
+                    f"{folder / 'records.json'}: has no {result.label}; run `mochi report` again"
+                )
+            lines += [f"  {line}" for line in _link(result, record)]
     return lines
 
 
@@ -56,33 +62,34 @@ def _mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} over {len(values)}"
 
 
-def _link(stage: str, record: dict[str, Any]) -> list[str]:
+def _link(result: Result, record: Mapping[str, Any]) -> list[str]:
     """One stage of one run."""
-    git, machine = record["git"], record["hardware"]
-    module = STAGE_MODULES["detection" if stage.startswith("detection-") else stage]
-    code = "as here" if record["code_digest"] == code_digest(module) else "DIFFERS from here"
-    if len(made_by := record.get("code_digests", [])) > 1:
-        code += f"; a resumed training, begun by other code: {', '.join(made_by[:-1])}"
+    machine = record["hardware"]
+    code = "as here" if record["code_digest"] == result.code_digest else "DIFFERS from here"
+    if result.code_digest in record.get("accepted_code", []):
+        code += ", accepted by the user"
+    if len(earlier := record.get("code_digests", [])) > 1:
+        code += f"; resumed after a change of code: {', '.join(earlier[:-1])}"
+    settings = "as here" if record["settings_digest"] == result.settings_digest else "DIFFER from here"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    devices = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['threads']} threads"
-    joules = record.get("energy_joules")
+    devices = ", ".join(machine.get("gpus", [])) or f"{machine['cpu']}, {machine.get('threads', 1)} threads"
     return [
-        f"{stage}: {shlex.join(record['command'])}",
-        f"  settings {record['settings_digest']}, seed {record['seed']}",
-        f"  code {record['code_digest']} ({code}), commit {_commit(git)}",
+        f"{record['result']}: {shlex.join(record['command'])}",
+        f"  settings {record['settings_digest']} ({settings})",
+        f"  code {record['code_digest']} ({code}), commit {_commit(record['git'])}",
         *(f"  read {name}: {_file(entry)}" for name, entry in record["inputs"].items()),
         f"  on {devices}; {versions}",
-        f"  took {record['wall_seconds']:.1f} s" + (f", {joules / 3600:.1f} Wh of GPU" if joules else ""),
+        f"  took {record['wall_seconds']:.1f} s",
     ]
 
 
-def _commit(git: dict[str, Any] | None) -> str:
+def _commit(git: Mapping[str, Any] | None) -> str:
     if git is None:
         return "none (no repository)"
     return f"{git['commit'][:12]}{' with uncommitted changes' if git['dirty'] else ''}"
 
 
-def _file(entry: dict[str, str]) -> str:
+def _file(entry: Mapping[str, str]) -> str:
     path = Path(entry["path"])
     if not path.exists():
         state = "not here"

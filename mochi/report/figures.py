@@ -10,9 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mochi.config import Experiment
-from mochi.provenance.fingerprint import code_digest
-from mochi.report.collect import CURVES, curve_files, curves, metrics_files, scores
-from mochi.storage.atomic import replacing, write_json
+from mochi.provenance.wanted import figures
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one for each method, in order.
 _COLOURS = ["#999999", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -26,26 +24,25 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def run(experiment: Experiment, results: Path, out: Path) -> None:
-    """Write accuracy, training and negatives, each as png and svg, and made_from.json.
-
-    Args:
-        experiment: whose results.
-        results: root of the results.
-        out: receives the figures.
-
-    Raises:
-        MissingResultError: a run has not been evaluated.
-    """
+def draw(
+    experiment: Experiment,
+    scores: pd.DataFrame,
+    epochs: pd.DataFrame,
+    matching: pd.DataFrame,
+    out: Path,
+) -> None:
+    """Write the figures of `wanted.figures` into the folder `out`, each as png and svg."""
     methods = list(experiment.methods)
     colours = {method: _COLOURS[index % len(_COLOURS)] for index, method in enumerate(methods)}
-    epochs, matching = (curves(experiment, results, name) for name in CURVES)
     with mpl.rc_context(_STYLE):
-        _save(_accuracy(scores(experiment, results), methods, colours), out / "accuracy")
-        _save(_training(epochs, methods, colours), out / "training")
-        _save(_negatives(epochs, matching, methods, colours), out / "negatives")
-    files = [*metrics_files(experiment, results), *curve_files(experiment, results)]
-    write_json(out / "made_from.json", made_from(experiment.title, code_digest(__name__), files))
+        for name in figures(experiment):
+            if name == "accuracy":
+                figure = _accuracy(scores, methods, colours)
+            elif name == "training":
+                figure = _training(epochs, methods, colours)
+            else:
+                figure = _negatives(epochs, matching, methods, colours)
+            _save(figure, out / name)
 
 
 def _accuracy(scores: pd.DataFrame, methods: list[str], colours: dict[str, str]) -> Figure:
@@ -56,10 +53,7 @@ def _accuracy(scores: pd.DataFrame, methods: list[str], colours: dict[str, str])
     metric, name = ("top1", "top-1") if (scores["metric"] == "top1").any() else ("AP50", "AP50")
     shown = scores[scores["metric"] == metric]
     tasks = list(dict.fromkeys(shown["task"]))
-    figure = Figure(figsize=(4 * max(len(tasks), 1), 0.5 * len(methods) + 1.2), layout="constrained")
-    if not tasks:
-        figure.text(0.5, 0.5, "the experiment has no evaluation", ha="center", va="center")
-        return figure
+    figure = Figure(figsize=(4 * len(tasks), 0.5 * len(methods) + 1.2), layout="constrained")
     for axes, task in zip(_row_of(figure, len(tasks), sharey=True), tasks, strict=True):
         for place, method in enumerate(methods):
             values = shown[(shown["task"] == task) & (shown["method"] == method)]["value"]
@@ -116,10 +110,10 @@ def _negatives(
     last = matching["epoch"].max() if len(matching) else 0
     for method in shown:
         for epoch, rows in matching[matching["method"] == method].groupby("epoch"):
-            curve = rows.groupby("place")["probability"].mean()
+            curve = rows.groupby("rank")["probability"].mean()
             label = method if epoch == last else None
             strength = 0.25 + 0.75 * (float(str(epoch)) + 1) / (last + 1)
-            matching_axes.plot(curve.index + 1, curve, color=colours[method], alpha=strength, label=label)
+            matching_axes.plot(curve.index, curve, color=colours[method], alpha=strength, label=label)
     if shown:
         matching_axes.set_xscale("log")
         matching_axes.set_yscale("log")
@@ -178,5 +172,4 @@ def _row_of(figure: Figure, num: int, *, sharey: bool = False) -> list[Axes]:
 
 def _save(figure: Figure, path: Path) -> None:
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        with replacing(path.with_suffix(suffix)) as temporary:
-            figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=metadata)
+        figure.savefig(path.with_suffix(suffix), dpi=150, metadata=metadata)

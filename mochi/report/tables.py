@@ -1,49 +1,37 @@
-"""Tables: mean and spread over seeds, beside the published value where there is one."""
+"""Tables: mean and standard deviation over seeds, compared with the published value where there is one."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from mochi.config import Experiment
-from mochi.provenance.fingerprint import code_digest
-from mochi.report.collect import metrics_files, scores
-from mochi.storage.atomic import write_json, write_text
+from mochi.stages import DETECTION
 
 _KEYS = ["method", "task", "metric"]
-
-
-def run(experiment: Experiment, results: Path, published: Path, out: Path) -> None:
-    """Write summary.csv (long form), summary.md (one row for each method) and made_from.json.
-
-    Args:
-        experiment: whose results.
-        results: root of the results.
-        published: csv of the papers' numbers: experiment, method, task, metric, value, std, source.
-        out: receives the tables.
-
-    Raises:
-        MissingResultError: a run has not been evaluated.
-    """
-    table = summarize(scores(experiment, results), _published(published, experiment.name))
-    write_text(out / "summary.csv", table.to_csv(index=False))
-    write_text(out / "summary.md", markdown(experiment, table))
-    files = [*metrics_files(experiment, results), published]
-    write_json(out / "made_from.json", made_from(experiment.title, code_digest(__name__), files))
 
 
 def summarize(scores: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """Long form: method, task, metric, mean, std, n, published, published_std, source.
 
-    The spread is the sample standard deviation over seeds (n - 1); empty for a single seed.
+    The standard deviation is over seeds (n - 1); empty for a single seed.
     """
     grouped = scores.groupby(_KEYS, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
     grouped = grouped.rename(columns={"count": "n"}).round({"mean": 4, "std": 4})
     return grouped.merge(published, on=_KEYS, how="left")
 
 
+def nested(table: pd.DataFrame) -> dict[str, Any]:
+    """{method: {task: {metric: mean}}}, for tools that compare JSON, such as `dvc metrics diff`."""
+    content: dict[str, Any] = {}
+    for row in table.itertuples(index=False):
+        content.setdefault(row.method, {}).setdefault(row.task, {})[row.metric] = float(row.mean)  # type: ignore[arg-type]
+    return content
+
+
 def markdown(experiment: Experiment, table: pd.DataFrame) -> str:
     """Tables to look at, a row for each method: classification, then each detection set."""
-    sets = [task for task in dict.fromkeys(table["task"]) if task.startswith("detection-")]
+    sets = [task for task in dict.fromkeys(table["task"]) if task.startswith(DETECTION)]
     classification = [task for task in dict.fromkeys(table["task"]) if task not in sets]
     lines = [f"# {experiment.title}", ""]
     if classification:
@@ -87,7 +75,7 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _published(path: Path, experiment: str) -> pd.DataFrame:
+def read_published(path: Path, experiment: str) -> pd.DataFrame:
     """The papers' numbers for this experiment."""
     table = pd.read_csv(path)
     table = table[table["experiment"] == experiment]

@@ -1,7 +1,7 @@
 """One process or many by the same code: with a single process every call here is the identity."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -56,16 +56,27 @@ def own_slice(rows: Tensor) -> Tensor:
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its mean over ranks, in one flat reduction."""
-    if world_size() == 1:
+    _average([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+def average_statistics(module: nn.Module) -> None:
+    """Replace the running statistics of batch normalisation by their mean over ranks.
+
+    They are means over groups of images; each rank has seen only its own groups.
+    """
+    _average([buffer for name, buffer in module.named_buffers() if "running_" in name])
+
+
+def _average(tensors: Sequence[Tensor]) -> None:
+    if world_size() == 1 or not tensors:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()
     offset = 0
-    for gradient in gradients:
-        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-        offset += gradient.numel()
+    for tensor in tensors:
+        tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
+        offset += tensor.numel()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

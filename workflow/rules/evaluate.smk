@@ -1,31 +1,65 @@
-# What frozen encoders are worth.
-EVALUATIONS = [
-    task for task in configuration.EVALUATIONS if getattr(EXPERIMENT.evaluation, task)
-]
+# Evaluations of the encoders: on frozen features, and fine-tuned as detectors.
+PROBES = probes(EXPERIMENT)
+DETECTION_SETS = list(EXPERIMENT.evaluation.detection)
 
 
 rule evaluate:
     input:
-        run=RUN + "/{task}/run.yaml",
-        manifest=MANIFEST,
-        encoder=RUN + "/pretrain/encoder.safetensors",
+        lambda wildcards: list(evaluated(wildcards).inputs.values()),
     output:
-        metrics=RUN + "/{task}/metrics.json",
-        provenance=RUN + "/{task}/provenance.json",
+        results_of(PLACES.evaluation("{method}", "{seed}", "{task}"), "linear"),
     log:
-        f"logs/{NAME}/{{method}}/seed{{seed}}/{{task}}.log",
+        PLACES.log("{method}", "{seed}", "{task}.log"),
     benchmark:
-        f"logs/{NAME}/{{method}}/seed{{seed}}/{{task}}.tsv"
+        PLACES.log("{method}", "{seed}", "{task}.tsv")
     wildcard_constraints:
-        task="linear|knn",
+        task="|".join(map(re.escape, PROBES)) or "nothing",
     threads: THREADS_PER_RUN
     resources:
         gpu=GPUS_PER_RUN,
     params:
-        data=DATA,
-        out=lambda wildcards, output: Path(output.metrics).parent,
-        code=lambda wildcards: CODE[wildcards.task],
+        settings=lambda wildcards: settings_of(evaluated(wildcards)),
+        code=lambda wildcards: code_of(evaluated(wildcards)),
     shell:
-        "python -m mochi {wildcards.task} --run {input.run:q} --data {params.data:q}"
-        " --encoder {input.encoder:q} --out {params.out:q} --threads {threads}"
-        " --workers $(( {threads} - 1 )) --gpus {resources.gpu} 2>&1 | tee {log:q}"
+        logged(
+            "python -m mochi evaluate {wildcards.task:q} --method {wildcards.method:q}"
+            " --seed {wildcards.seed} --threads {threads}"
+            " --workers $(( {threads} - 1 )) --gpus {resources.gpu}"
+        )
+
+
+rule detect:
+    input:
+        lambda wildcards: list(evaluated(wildcards).inputs.values()),
+    output:
+        results_of(
+            PLACES.evaluation("{method}", "{seed}", f"{wanted.DETECTION}{{set}}"),
+            "detect",
+        ),
+    log:
+        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{set}}.log"),
+    benchmark:
+        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{set}}.tsv")
+    wildcard_constraints:
+        set="|".join(map(re.escape, DETECTION_SETS)) or "nothing",
+    threads: THREADS_PER_RUN
+    resources:
+        gpu=GPUS_PER_RUN,
+    params:
+        settings=lambda wildcards: settings_of(evaluated(wildcards)),
+        code=lambda wildcards: code_of(evaluated(wildcards)),
+    shell:
+        logged(
+            "python -m mochi detect {wildcards.set:q} --method {wildcards.method:q}"
+            " --seed {wildcards.seed} --threads {threads}"
+            " --gpus {resources.gpu}"
+        )
+
+
+# `snakemake evaluations`: every number, and no report.
+rule evaluations:
+    input:
+        [
+            PLACES.evaluation(*one) / "metrics.json"
+            for one in wanted.evaluations(EXPERIMENT)
+        ],

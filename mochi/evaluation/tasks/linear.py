@@ -1,78 +1,51 @@
 """Linear classification on a frozen encoder (MoCo section 4.1, MoCHi section 4).
 
-All learning rates are trained at once on the same features: the probe is cheap beside the encoder. Each is
-trained twice: on all of train, which is what is reported, and without a held-out part, which is what
-candidates are compared by. The protocol's own learning rate is reported whatever the comparison says.
+All learning rates are trained at once on the same features: the probe is cheap compared with the encoder.
+Each is trained twice: on all of train, which is reported, and without a held-out part, on which the
+candidates are compared. The protocol's own learning rate is reported whatever the comparison says.
 """
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mochi.config import LinearProbe, Run
-from mochi.data.format import StoredDataset, open_dataset
+from mochi.config import LinearProbe
 from mochi.data.views.loading import random_crops
-from mochi.encoders.resnet import ResNet
-from mochi.evaluation.features import encoder_digest, extract, extract_splits, load_encoder, precision_on
-from mochi.provenance.record import Stopwatch, record
-from mochi.runtime.distributed import pick_device
-from mochi.runtime.precision import make_deterministic
-from mochi.runtime.progress import NonFiniteError, Progress
-from mochi.storage.atomic import write_json
+from mochi.evaluation.features import Frozen, extract, extract_splits
+from mochi.runtime.monitoring import NonFiniteError
+from mochi.runtime.progress import Progress
+from mochi.runtime.seeding import generator
 
 
-def run(run: Run, data: Path, encoder_file: Path, out: Path, *, workers: int = 0) -> None:
-    """Train the probe, judge it on the validation images; write metrics.json and provenance.json.
+def evaluate(frozen: Frozen) -> dict[str, Any]:
+    """Train the probe and evaluate it on the validation images.
 
-    Args:
-        run: the protocol.
-        data: folder of the prepared data set.
-        encoder_file: the frozen encoder.
-        out: receives the results: top1 and top5 of the last epoch, in percent.
-        workers: processes that load images.
+    Returns:
+        metrics.json: `top1` and `top5` of the last epoch, in percent, and the comparison of rates.
 
     Raises:
-        DataError, EncoderError: what does not fit, and what to do.
+        DataError: a split has no labelled image.
         NonFiniteError: the protocol's learning rate is too large for these features.
     """
-    watch = Stopwatch()
-    assert run.evaluation is not None
-    protocol = run.evaluation.linear
-    assert protocol is not None
-    device = pick_device()
-    make_deterministic()
-    encoder = load_encoder(encoder_file, run.encoder, device)
-    # The backbone stays in evaluation mode while the probe trains: with batch statistics it would not be
-    # the same encoder, and its running statistics would move. MoCo's main_lincls.py does the same.
-    frozen = encoder_digest(encoder)
-    dataset = open_dataset(data)
-    train, train_labels, val, val_labels = extract_splits(run.evaluation, dataset, encoder, workers)
+    run, protocol = frozen.run, frozen.run.protocol
+    assert isinstance(protocol, LinearProbe)
+    train, train_labels, val, val_labels = extract_splits(frozen)
     mean, scale = _statistics(train, protocol)
-    probes = Probes(protocol, train.shape[1], len(dataset.classes), run.seed, device)
-    batches = _Batches(run, protocol, dataset, encoder, train, train_labels, workers)
+    held_out = held_out_rows(len(train), protocol.held_out, run.seed).to(frozen.device)
+    probes = Probes(protocol, train.shape[1], len(frozen.dataset.classes), run.seed, frozen.device)
+    batches = _Batches(frozen, protocol, train, train_labels, held_out)
     with Progress(f"linear {run.method} seed {run.seed}", protocol.epochs) as progress:
         for epoch in range(protocol.epochs):
-            for features, labels, held_out in batches.of(epoch):
-                probes.step((features - mean) / scale, labels, held_out, epoch)
+            for features, labels, is_held_out in batches.of(epoch):
+                probes.step((features - mean) / scale, labels, is_held_out, epoch)
             progress.advance()
-    assert encoder_digest(encoder) == frozen, "the probe changed the encoder"
     scores = probes.scores((val - mean) / scale, val_labels)
-    comparison = probes.held_out_accuracy(
-        (train - mean) / scale,
-        train_labels,
-        held_out_rows(len(train), protocol.held_out, run.seed).to(device),
-    )
-    write_json(
-        out / "metrics.json", _metrics(protocol, probes.rates, scores, comparison, len(train), len(val))
-    )
-    inputs = {"data": data / "manifest.json", "encoder": encoder_file}
-    provenance = record("linear", run, __name__, inputs, watch, precision=precision_on(device))
-    write_json(out / "provenance.json", provenance)
+    comparison = probes.held_out_accuracy((train[held_out] - mean) / scale, train_labels[held_out])
+    return _metrics(protocol, probes.rates, scores, comparison, len(train), len(val))
 
 
 class Probes:
@@ -83,9 +56,10 @@ class Probes:
     ) -> None:
         self._protocol = protocol
         self.rates = list(dict.fromkeys([protocol.lr, *protocol.lr_candidates]))
-        generator = torch.Generator().manual_seed(seed)
         # N(0, 0.01), zero bias, the same start for all (facebookresearch/moco main_lincls.py).
-        weight = 0.01 * torch.randn(num_features + 1, num_classes, generator=generator)
+        weight = 0.01 * torch.randn(
+            num_features + 1, num_classes, generator=generator("probe weights", seed)
+        )
         weight[-1] = 0
         self._weight = weight.to(device).repeat(2 * len(self.rates), 1, 1)  # (2R, D + 1, classes)
         self._velocity = torch.zeros_like(self._weight)
@@ -117,64 +91,53 @@ class Probes:
             for i in range(len(self.rates))
         ]
 
-    def held_out_accuracy(self, features: Tensor, labels: Tensor, held_out: Tensor) -> list[float]:
-        """Percent of the held-out part, by the classifiers that did not see it; -1 for a diverged one."""
-        logits = _with_bias(features[held_out]) @ self._weight[len(self.rates) :]
-        right = logits.argmax(-1) == labels[held_out]
+    def held_out_accuracy(self, features: Tensor, labels: Tensor) -> list[float]:
+        """Percent on held-out rows, by the classifiers trained without them; -1 for a diverged one."""
+        logits = _with_bias(features) @ self._weight[len(self.rates) :]
+        right = logits.argmax(-1) == labels
         finite = logits.isfinite().all(-1).all(-1)
         return [_percent(right[i]) if finite[i] else -1.0 for i in range(len(self.rates))]
 
 
 class _Batches:
-    """Features, labels and held-out marks of an epoch's batches, cropped anew or cached."""
+    """Features, labels and held-out marks of an epoch's batches: random crops, or cached features."""
 
     def __init__(
-        self,
-        run: Run,
-        protocol: LinearProbe,
-        dataset: StoredDataset,
-        encoder: ResNet,
-        features: Tensor,
-        labels: Tensor,
-        workers: int,
+        self, frozen: Frozen, protocol: LinearProbe, features: Tensor, labels: Tensor, held_out: Tensor
     ) -> None:
-        assert run.evaluation is not None
-        self._seed, self._protocol, self._encoder = run.seed, protocol, encoder
-        self._image_size, self._workers = run.evaluation.image_size, workers
-        self._split = dataset.split("train")
-        self._features, self._labels = features, labels
-        self._held_out = held_out_rows(len(labels), protocol.held_out, run.seed).to(labels.device)
-        # Place among the labelled rows of each row of the split, to look up its mark.
+        self._frozen, self._protocol = frozen, protocol
+        self._split = frozen.dataset.split("train")
+        self._features, self._labels, self._held_out = features, labels, held_out
+        # Position among the labelled rows of each row of the split, to find its mark.
         labelled = torch.from_numpy(self._split.labels >= 0)
-        self._place = (labelled.cumsum(0) - 1).to(labels.device)
+        self._position = (labelled.cumsum(0) - 1).to(labels.device)
 
     def of(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(B, D) features, (B,) labels, (B,) whether held out."""
-        protocol = self._protocol
+        protocol, seed = self._protocol, self._frozen.run.seed
         if protocol.min_scale is None:
-            generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
-            order = torch.randperm(len(self._labels), generator=generator).to(self._labels.device)
-            for rows in order.split(protocol.batch_size):
+            order = torch.randperm(len(self._labels), generator=generator("probe order", seed, epoch))
+            for rows in order.to(self._labels.device).split(protocol.batch_size):
                 yield self._features[rows], self._labels[rows], self._held_out[rows]
             return
         crops = random_crops(
             self._split,
-            image_size=self._image_size,
+            image_size=self._frozen.run.image_size,
             min_scale=protocol.min_scale,
             batch_size=protocol.batch_size,
-            seed=self._seed,
+            seed=seed,
             epoch=epoch,
             device=self._labels.device,
-            workers=self._workers,
+            workers=self._frozen.workers,
         )
         for batch in crops:
-            features, labels = extract(self._encoder, [batch])
-            yield features, labels, self._held_out[self._place[batch.indices.to(labels.device)]]
+            features, labels = extract(self._frozen.encoder, [batch], len(batch.labels))
+            yield features, labels, self._held_out[self._position[batch.indices.to(labels.device)]]
 
 
 def held_out_rows(num_rows: int, share: float, seed: int) -> Tensor:
     """(M,) bool: a random `share` of the labelled training rows."""
-    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(num_rows, generator=generator("held-out rows", seed))
     marks = torch.zeros(num_rows, dtype=torch.bool)
     marks[order[: max(round(share * num_rows), 1)]] = True
     return marks
@@ -203,7 +166,7 @@ def _metrics(
     num_train: int,
     num_val: int,
 ) -> dict[str, Any]:
-    """The protocol's own result, and beside it the candidate that won on the held-out part."""
+    """The protocol's own result, and that of the candidate that won on the held-out part."""
     own, best = scores[0], max(range(len(rates)), key=lambda i: comparison[i])
     if math.isnan(own["top1"]):
         raise NonFiniteError(

@@ -1,0 +1,91 @@
+"""After `git clone`, `git checkout` or `dvc pull`: which results are current, told to Snakemake."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mochi.config import Experiment
+from mochi.data.ingest.sources.folder import current_listing
+from mochi.errors import UserError
+from mochi.layout import dataset
+from mochi.provenance.record import versions
+from mochi.provenance.wanted import CODE_CHANGED, Result, results
+from mochi.storage.atomic import write_json
+
+ADOPTING = "MOCHI_ADOPT"
+"""Environment variable that makes the workflow take its params from provenance.json."""
+
+
+def adopt(experiment: Experiment, config: Path, *, accept_code: bool = False) -> list[str]:
+    """Compare every result with the experiment, and let `snakemake --touch` remember what is current.
+
+    Args:
+        experiment: what is wanted.
+        config: its file.
+        accept_code: also keep results whose code alone changed, and note it in their provenance.json.
+
+    Returns:
+        Lines to print: what will be computed and why, what was computed by other versions, and a summary.
+
+    Raises:
+        UserError: Snakemake is not installed or fails, or results cannot be written.
+    """
+    if importlib.util.find_spec("snakemake") is None:
+        raise UserError('snakemake: not installed; run `pip install "mochi-pipeline[workflow]"`')
+    found = results(experiment, current_listing(experiment.dataset, dataset(experiment.dataset.name)))
+    lines, stale = [], set[Path]()
+    for result in found:
+        reason = result.why_stale()
+        if reason == CODE_CHANGED and accept_code:
+            _accept_code(result)
+            reason = None
+            lines.append(f"accepted: {result.label}: computed by other code")
+        first = next((path for path in result.inputs.values() if path.parent in stale), None)
+        if reason is None and first is not None:
+            reason = f"its input {first} is computed first"
+        if reason is None:
+            lines += _other_versions(result)
+        else:
+            stale.add(result.folder)
+            lines.append(f"to compute: {result.label}: {reason}")
+    _touch(config)
+    current = len(found) - len(stale)
+    return [*lines, f"{experiment.name}: {current} results are current, {len(stale)} will be computed"]
+
+
+def _accept_code(result: Result) -> None:
+    record = json.loads(result.record.read_text(encoding="utf-8"))
+    record["accepted_code"] = [*record.get("accepted_code", []), result.code_digest]
+    write_json(result.record, record)
+
+
+def _other_versions(result: Result) -> list[str]:
+    """A line if other versions of packages computed the result: shown, not a reason to compute again."""
+    recorded: dict[str, Any] = json.loads(result.record.read_text(encoding="utf-8")).get("versions", {})
+    here = versions()
+    differing = [
+        f"{name} {recorded[name]} (here {here[name]})"
+        for name in ("torch", "torchvision")
+        if name in recorded and name in here and recorded[name] != here[name]
+    ]
+    return [f"note: {result.label}: computed with {', '.join(differing)}"] if differing else []
+
+
+def _touch(config: Path) -> None:
+    command = ["snakemake", "--touch", "--forceall", "--quiet", "all", "--cores", "1"]
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", *command, "--configfile", str(config)],
+        env={**os.environ, ADOPTING: "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(
+            f"snakemake --touch failed; expected result folders that this user may write to:\n"
+            f"{(done.stdout + done.stderr)[-2000:]}"
+        )

@@ -1,0 +1,83 @@
+"""What one job is asked to compute: a type for each kind of stage, complete in itself."""
+
+from typing import Any, ClassVar
+
+from mochi.config.datasets import Dataset
+from mochi.config.detection import DetectionSet
+from mochi.config.evaluation import LinearProbe, NearestNeighbours
+from mochi.config.sections import Count, CountOrZero, Name, Section
+from mochi.config.training import Augmentation, Encoder, Objective, Untrained
+
+
+class Run(Section):
+    """One method and seed of an experiment, as far as one stage depends on it."""
+
+    experiment: Name
+    method: Name
+    seed: CountOrZero
+    """Of the pretraining."""
+    encoder: Encoder
+
+    _ignored: ClassVar[dict[str, Any]] = {}
+    """Keys that change no number, as pydantic's `exclude` takes them."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on, as JSON.
+
+        Names and whatever is at its default are left out: a new optional key invalidates nothing. Of
+        the data set, the manifest counts, which is an input of the stage.
+        """
+        ignored = {"experiment": True, "method": True, **self._ignored}
+        return self.model_dump(mode="json", exclude=ignored, exclude_defaults=True)
+
+
+class PretrainRun(Run):
+    """Train one encoder."""
+
+    dataset: Dataset
+    augmentation: Augmentation
+    recipe: Objective
+
+    _ignored: ClassVar[dict[str, Any]] = {"dataset": True, "recipe": {"checkpoint_minutes"}}
+
+    @property
+    def is_trained(self) -> bool:
+        """False for `random-init`, which needs no data."""
+        return not isinstance(self.recipe, Untrained)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Run.settings`; an untrained encoder does not depend on the views."""
+        settings = super().settings()
+        if not self.is_trained:
+            del settings["augmentation"]
+        return settings
+
+
+class ProbeRun(Run):
+    """Classify on the features of one frozen encoder."""
+
+    task: Name
+    dataset: Dataset
+    image_size: Count
+    resize: Count
+    batch_size: Count
+    protocol: LinearProbe | NearestNeighbours
+
+    _ignored: ClassVar[dict[str, Any]] = {"task": True, "dataset": True, "batch_size": True}
+
+
+class DetectionRun(Run):
+    """Fine-tune one encoder as a detector."""
+
+    set_name: Name
+    detection: DetectionSet
+
+    _ignored: ClassVar[dict[str, Any]] = {
+        "set_name": True,
+        "detection": {
+            "data": {"path"},
+            "training": {"workers", "checkpoint_minutes"},
+            "methods": True,
+            "pretrain_seeds": True,
+        },
+    }

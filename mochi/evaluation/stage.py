@@ -1,0 +1,43 @@
+"""The evaluation stage: a task on the features of a frozen encoder, its metrics and its provenance."""
+
+import importlib
+from pathlib import Path
+
+from mochi.config import ProbeRun
+from mochi.data.format import open_dataset
+from mochi.encoders.files import digest, load_encoder
+from mochi.evaluation.features import Frozen, precision_on
+from mochi.provenance.record import Stopwatch, write_record
+from mochi.provenance.wanted import Result
+from mochi.runtime.distributed import pick_device
+from mochi.runtime.precision import make_deterministic
+from mochi.storage.atomic import publishing, write_json
+
+
+def run(run: ProbeRun, result: Result, work: Path, *, workers: int = 0) -> None:
+    """Evaluate a frozen encoder and publish metrics.json and provenance.json.
+
+    Args:
+        run: the task and its protocol.
+        result: receives the results; its inputs are `encoder` and `data`, the manifest of the data set.
+        work: folder of the resume checkpoint; emptied at the end.
+        workers: processes that load images.
+
+    Raises:
+        DataError, EncoderError: the data or the encoder do not fit.
+        NonFiniteError: the protocol's learning rate is too large for these features.
+    """
+    watch = Stopwatch()
+    device = pick_device()
+    make_deterministic()
+    # The backbone stays in evaluation mode: with batch statistics it would not be the same encoder, and
+    # its running statistics would move. MoCo's main_lincls.py does the same.
+    encoder = load_encoder(result.inputs["encoder"], run.encoder, device)
+    before = digest(encoder.state_dict())
+    dataset = open_dataset(result.inputs["data"].parent)
+    task = importlib.import_module(f"mochi.evaluation.tasks.{run.task}")
+    metrics = task.evaluate(Frozen(run, encoder, dataset, device, workers, work))
+    assert digest(encoder.state_dict()) == before, "the evaluation changed the encoder"
+    with publishing(result.folder) as new:
+        write_json(new / "metrics.json", metrics)
+        write_record(new, result, watch, precision=precision_on(device))

@@ -1,0 +1,1 @@
+"""Evaluations on frozen features, a module each with a function `evaluate`."""

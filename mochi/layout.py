@@ -1,0 +1,61 @@
+"""Where everything lies, relative to the project's folder. The only module that spells these paths.
+
+`{method}` and `{seed}` may be wildcards of the workflow: the paths are built from text alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PUBLISHED = Path("workflow/published.csv")
+"""The papers' numbers."""
+
+
+def dataset(name: str) -> Path:
+    """Folder of a prepared data set."""
+    return Path("data", name)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of one experiment."""
+
+    experiment: str
+
+    @property
+    def results(self) -> Path:
+        """Scores, tables, figures and records: what git keeps."""
+        return Path("results", self.experiment)
+
+    @property
+    def encoders(self) -> Path:
+        """Everything that pretraining writes: what DVC keeps."""
+        return self.results / "encoders"
+
+    @property
+    def evaluations(self) -> Path:
+        """Everything that evaluations write: what DVC keeps."""
+        return self.results / "evaluations"
+
+    def pretrain(self, method: str, seed: int | str) -> Path:
+        """Results of pretraining one run."""
+        return self.encoders / _run(method, seed)
+
+    def encoder(self, method: str, seed: int | str) -> Path:
+        """The encoder of one run."""
+        return self.pretrain(method, seed) / "encoder.safetensors"
+
+    def evaluation(self, method: str, seed: int | str, task: str) -> Path:
+        """Results of one evaluation of one run."""
+        return self.evaluations / _run(method, seed) / task
+
+    def work(self, method: str, seed: int | str, task: str) -> Path:
+        """Resume checkpoints; a folder for each version of the settings is made in it."""
+        return Path("work", self.experiment) / _run(method, seed) / task
+
+    def log(self, method: str, seed: int | str, task: str) -> Path:
+        """Log, benchmark and TensorBoard events of one job, without their suffixes."""
+        return Path("logs", self.experiment) / _run(method, seed) / task
+
+
+def _run(method: str, seed: int | str) -> Path:
+    return Path(method, f"seed{seed}")

@@ -1,0 +1,163 @@
+"""The training loop. It trains MoCo, MoCHi and the supervised upper bound alike.
+
+Everything random is a function of (seed, step) or (seed, epoch, image), so the state to save is tensors
+and a position: a run killed at any moment ends with the bytes of one that was not.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from mochi.config import Training
+from mochi.data.views.loading import steps_per_epoch
+from mochi.pretraining.objectives import Objective
+from mochi.runtime.distributed import average_gradients, average_statistics, mean_over_ranks
+from mochi.runtime.precision import autocast
+
+CHECK_INTERVAL = {"cpu": 1, "cuda": 20}
+"""Steps between two checks of the loss. A check waits for the device, so a GPU is checked less often.
+
+Only a state that was checked is saved, so every checkpoint is one to continue from.
+"""
+
+
+@dataclass
+class TrainState:
+    """The position of a training; with the tensors, all there is to resume from."""
+
+    epoch: int = 0
+    step: int = 0
+    """Steps done in this epoch."""
+    sums: list[float] = field(default_factory=list)
+    """Sums of the metrics over those steps, averaged over ranks."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """One for each finished epoch: metrics.csv."""
+    matching: list[dict[str, float]] = field(default_factory=list)
+    """Rows of matching.csv."""
+    code: list[str] = field(default_factory=list)
+    """Digests of the code that ran; more than one if it changed between two resumes."""
+    wall_seconds: float = 0.0
+    """Time of the sessions before this one, up to their last checkpoint."""
+
+
+class Observer(Protocol):
+    """Watches a training: progress, checkpoints, logs. It changes no number."""
+
+    def step_done(self, state: TrainState) -> None:
+        """After every step."""
+
+    def check(self, state: TrainState, step: int, lr: float) -> None:
+        """After some steps, when `state.sums` is up to date.
+
+        Raises:
+            NonFiniteError: the loss or the parameters are NaN or Inf.
+        """
+
+    def epoch_done(self, state: TrainState) -> None:
+        """After every epoch, when its row has been appended."""
+
+
+def train(
+    objective: Objective,
+    recipe: Training,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    loading: dict[str, Any],
+    observer: Observer,
+) -> None:
+    """Train from `state` to the last epoch.
+
+    Args:
+        objective: the module to train and its loss.
+        recipe: epochs, learning rate, precision.
+        optimizer: over the module's parameters.
+        state: where to start; updated in place.
+        loading: device, workers, rank and world size, as the loaders take them.
+        observer: told of steps, checks and epochs.
+    """
+    device: torch.device = loading["device"]
+    num_steps = steps_per_epoch(objective.num_images, recipe.batch_size)
+    objective.module.train()
+    while state.epoch < recipe.epochs:
+        lr = learning_rate(recipe, state.epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = torch.tensor(
+            state.sums or [0.0] * len(objective.metric_names), dtype=torch.float64, device=device
+        )
+        clock = _Clock(recipe.batch_size)
+        for batch in clock.timed(objective.batches(state.epoch, state.step, **loading)):
+            step = state.epoch * num_steps + state.step
+            with autocast(device, recipe.precision):
+                loss, metrics = objective.loss(batch, state.epoch, step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            average_gradients(objective.module.parameters())
+            optimizer.step()
+            state.step += 1
+            is_last = state.step == num_steps
+            objective.after_update(last_of_epoch=is_last)
+            sums += metrics
+            if state.step % CHECK_INTERVAL[device.type] == 0 or is_last:
+                # Ranks continue from the same sums and statistics: rank 0 alone saves them.
+                sums = mean_over_ranks(sums)
+                average_statistics(objective.module)
+                state.sums = sums.tolist()
+                observer.check(state, step, lr)
+            observer.step_done(state)
+        _close_epoch(objective, state, num_steps, lr, clock.speed())
+        observer.epoch_done(state)
+
+
+def _close_epoch(
+    objective: Objective, state: TrainState, num_steps: int, lr: float, speed: dict[str, float]
+) -> None:
+    """Append the epoch's rows and move to the beginning of the next epoch."""
+    means = [total / num_steps for total in state.sums]
+    metrics = dict(zip(objective.metric_names, means, strict=True))
+    described = objective.describe_epoch(state.epoch)
+    state.rows.append({"epoch": state.epoch, "lr": lr, **metrics, **described, **speed})
+    state.matching += [
+        {"epoch": state.epoch, "rank": rank, "probability": probability}
+        for rank, probability in enumerate(objective.matching(state.epoch), start=1)
+    ]
+    state.epoch, state.step, state.sums = state.epoch + 1, 0, []
+
+
+class _Clock:
+    """Speed of an epoch and the share of it spent waiting for data."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size, self._batches, self._waited = batch_size, 0, 0.0
+        self._start = time.monotonic()
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches, counted, and the wait for them measured."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - asked
+            if batch is None:
+                return
+            self._batches += 1
+            yield batch
+
+    def speed(self) -> dict[str, float]:
+        """Columns of metrics.csv, for the part of the epoch that this process computed."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        return {
+            "images_per_second": round(self._batches * self._batch_size / elapsed, 1),
+            "data_wait": round(self._waited / elapsed, 4),
+        }
+
+
+def learning_rate(recipe: Training, epoch: int) -> float:
+    """The epoch's learning rate (facebookresearch/moco main_moco.py, `adjust_learning_rate`)."""
+    if recipe.schedule == "cosine":
+        return recipe.lr * 0.5 * (1 + math.cos(math.pi * epoch / recipe.epochs))
+    drops = sum(epoch >= share * recipe.epochs for share in (0.6, 0.8))
+    return recipe.lr * 0.1**drops

@@ -1,0 +1,265 @@
+"""Every result that an experiment asks for, and whether what is on disk is that result.
+
+A result is *current* when its provenance.json names the settings that are wanted now, the code as it is
+now (or code that the user accepted), the bytes of its inputs, and the bytes of its own files. Nothing here
+writes, and nothing here imports torch: a stage that is asked for what is already there returns at once.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mochi import layout
+from mochi.config import (
+    Contrastive,
+    Dataset,
+    Experiment,
+    Training,
+    all_runs,
+    detection_run,
+    detection_runs,
+    pretrain_run,
+    probe_run,
+    probes,
+)
+from mochi.layout import Layout
+from mochi.provenance.fingerprint import code_digest, digest, file_digest
+from mochi.stages import DETECTION, STAGES, UNTRAINED
+
+RECORD = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One folder of results and what decides its content."""
+
+    stage: str
+    label: str
+    """For messages, such as `moco-v2 seed 0 linear`."""
+    folder: Path
+    outputs: tuple[str, ...]
+    """Files in `folder`, provenance.json aside."""
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    """Name -> file that is read."""
+    modules: tuple[str, ...]
+    """Code that decides the numbers, as `code_digest` takes it."""
+
+    @property
+    def record(self) -> Path:
+        """Its provenance.json."""
+        return self.folder / RECORD
+
+    @property
+    def settings_digest(self) -> str:
+        """Digest of the settings."""
+        return digest(self.settings)
+
+    @property
+    def code_digest(self) -> str:
+        """Digest of the code as it is now."""
+        return code_digest(*self.modules)
+
+    def why_stale(self) -> str | None:
+        """Why it must be computed (again); None if it is current."""
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            settings, code = record["settings"], record["code_digest"]
+            inputs, outputs = record["inputs"], record["outputs"]
+            codes = {code, *record.get("accepted_code", [])}
+        except FileNotFoundError:
+            return "missing"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{self.record} cannot be read ({type(error).__name__}: {error})"
+        if digest(settings) != self.settings_digest:
+            return f"settings: {'; '.join(differences(settings, self.settings))}"
+        return (
+            self._changed_inputs(inputs)
+            or self._changed_outputs(outputs)
+            or (None if self.code_digest in codes else CODE_CHANGED)
+        )
+
+    def _changed_inputs(self, recorded: Mapping[str, Any]) -> str | None:
+        for name in sorted(recorded.keys() | self.inputs.keys()):
+            path = self.inputs.get(name)
+            if path is None or name not in recorded:
+                return f"data: {name} is {'no longer' if path is None else 'now'} an input"
+            if not path.exists():
+                return f"data: {path} is missing"
+            if file_digest(path) != recorded[name]["sha256"]:
+                return f"data: {path} changed"
+        return None
+
+    def _changed_outputs(self, recorded: Mapping[str, str]) -> str | None:
+        for name in self.outputs:
+            path = self.folder / name
+            if not path.exists():
+                return f"missing: {path}"
+            if file_digest(path) != recorded.get(name):
+                return f"{path} is not the file that was computed (edited, or of another run)"
+        return None
+
+
+CODE_CHANGED = "code"
+"""The reason that `mochi adopt --accept-code` may overrule."""
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """`key: old -> new` for every leaf that differs between two JSON values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [
+            line
+            for name in sorted(old.keys() | new.keys())
+            for line in differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if old == new else [f"{key} {_shown(old)} -> {_shown(new)}"]
+
+
+def _shown(value: Any) -> str:
+    return "(default)" if value is None else json.dumps(value)
+
+
+def prepared(dataset: Dataset, folder: Path, listing: str = "") -> Result:
+    """A prepared data set.
+
+    Args:
+        dataset: its section of the experiment.
+        folder: where it is prepared.
+        listing: digest of the names of the user's own images; more or fewer are another data set.
+    """
+    stage = STAGES["prepare"]
+    return Result(
+        stage="prepare",
+        label=f"data set {dataset.name}",
+        folder=folder,
+        outputs=stage.outputs,
+        settings={"dataset": dataset.model_dump(mode="json", exclude_defaults=True), "listing": listing},
+        inputs={},
+        modules=stage.numbers,
+    )
+
+
+def scenes(experiment: Experiment) -> dict[Path, Result]:
+    """Folder -> detection set made from photographs; several sets may share a folder."""
+    stage = STAGES["scenes"]
+    return {
+        Path(chosen.data.path): Result(
+            stage="scenes",
+            label=f"scenes {chosen.data.path}",
+            folder=Path(chosen.data.path),
+            outputs=stage.outputs,
+            settings=chosen.data.model_dump(
+                mode="json", include={"scenes", "classes"}, exclude_defaults=True
+            ),
+            inputs={},
+            modules=stage.numbers,
+        )
+        for chosen in experiment.evaluation.detection.values()
+        if chosen.data.scenes
+    }
+
+
+def pretrained(experiment: Experiment, method: str, seed: int) -> Result:
+    """The encoder of one run."""
+    run = pretrain_run(experiment, method, seed)
+    stage = STAGES["pretrain"]
+    manifest = layout.dataset(experiment.dataset.name) / "manifest.json"
+    return Result(
+        stage="pretrain",
+        label=f"{method} seed {seed} pretrain",
+        folder=Layout(experiment.name).pretrain(method, seed),
+        outputs=stage.outputs,
+        settings=run.settings(),
+        inputs={"data": manifest} if run.is_trained else {},
+        modules=stage.numbers if run.is_trained else UNTRAINED,
+    )
+
+
+def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Result:
+    """One evaluation of one encoder."""
+    places = Layout(experiment.name)
+    inputs = {"encoder": places.encoder(method, seed)}
+    settings: dict[str, Any]
+    if task.startswith(DETECTION):
+        name = "detect"
+        run = detection_run(experiment, method, seed, task.removeprefix(DETECTION))
+        settings = run.settings()
+        inputs |= {file: Path(file) for file in run.detection.data.annotation_files()}
+    else:
+        name = task
+        settings = probe_run(experiment, method, seed, task).settings()
+        inputs["data"] = layout.dataset(experiment.dataset.name) / "manifest.json"
+    return Result(
+        stage=name,
+        label=f"{method} seed {seed} {task}",
+        folder=places.evaluation(method, seed, task),
+        outputs=STAGES[name].outputs,
+        settings=settings,
+        inputs=inputs,
+        modules=STAGES[name].numbers,
+    )
+
+
+def evaluations(experiment: Experiment) -> list[tuple[str, int, str]]:
+    """(method, seed, task) of every evaluation, in the order of the table."""
+    frozen = [(method, seed, task) for task in probes(experiment) for method, seed in all_runs(experiment)]
+    return frozen + [
+        (method, seed, f"{DETECTION}{name}")
+        for name in experiment.evaluation.detection
+        for method, seed in detection_runs(experiment, name)
+    ]
+
+
+def figures(experiment: Experiment) -> list[str]:
+    """Names of the figures that have something to show."""
+    recipes = [pretrain_run(experiment, *run).recipe for run in all_runs(experiment)]
+    return [
+        *(["accuracy"] if evaluations(experiment) else []),
+        *(["training"] if any(isinstance(recipe, Training) for recipe in recipes) else []),
+        *(["negatives"] if any(isinstance(recipe, Contrastive) for recipe in recipes) else []),
+    ]
+
+
+def reported(experiment: Experiment) -> Result:
+    """Scores, tables and figures."""
+    stage = STAGES["report"]
+    places = Layout(experiment.name)
+    sources = [places.pretrain(*run) for run in all_runs(experiment)]
+    sources += [places.evaluation(*one) for one in evaluations(experiment)]
+    files = [path for folder in sources for path in _reported_files(folder)]
+    return Result(
+        stage="report",
+        label="report",
+        folder=places.results,
+        outputs=(
+            *stage.outputs,
+            *(f"{name}.{kind}" for name in figures(experiment) for kind in ("png", "svg")),
+        ),
+        settings={
+            "title": experiment.title,
+            "runs": [list(run) for run in all_runs(experiment)],
+            "evaluations": [list(one) for one in evaluations(experiment)],
+        },
+        inputs={str(path): path for path in [*files, layout.PUBLISHED]},
+        modules=stage.numbers,
+    )
+
+
+def _reported_files(folder: Path) -> list[Path]:
+    """What the report reads of one result."""
+    is_encoder = folder.parent.parent.name == "encoders"
+    names = ("metrics.csv", "matching.csv") if is_encoder else ("metrics.json",)
+    return [folder / name for name in (*names, RECORD)]
+
+
+def results(experiment: Experiment, listing: str = "") -> list[Result]:
+    """Every result, each after those that it depends on."""
+    return [
+        prepared(experiment.dataset, layout.dataset(experiment.dataset.name), listing),
+        *scenes(experiment).values(),
+        *(pretrained(experiment, *run) for run in all_runs(experiment)),
+        *(evaluated(experiment, *one) for one in evaluations(experiment)),
+        reported(experiment),
+    ]

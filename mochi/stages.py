@@ -1,0 +1,79 @@
+"""The table of stages: what computes each result, what it writes, and which code decides its numbers.
+
+Imported by the command line, the workflow, `mochi adopt` and the tests; it imports nothing.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of result. Its folder also holds provenance.json, which is written last."""
+
+    outputs: tuple[str, ...]
+    """Files in the folder of the result that others read."""
+    numbers: tuple[str, ...]
+    """Modules and packages whose code decides the numbers; a change there makes the results stale.
+
+    What logs, reports progress, locks, parses or writes files is left out: a reworded message re-runs
+    nothing. A test compares this list with what the stage imports.
+    """
+
+
+_ENCODERS = (
+    "mochi.encoders.__init__",
+    "mochi.encoders.batch_norm",
+    "mochi.encoders.heads",
+    "mochi.encoders.resnet",
+)
+_VIEWS = ("mochi.data.format", "mochi.data.ingest.decode", "mochi.data.views")
+_RUNTIME = ("mochi.runtime.distributed", "mochi.runtime.precision", "mochi.runtime.seeding")
+_FEATURES = ("mochi.evaluation.features", *_ENCODERS, *_VIEWS, *_RUNTIME)
+
+STAGES = {
+    "prepare": Stage(
+        outputs=("manifest.json",),
+        numbers=("mochi.data.format", "mochi.data.ingest", "mochi.data.photographs"),
+    ),
+    "scenes": Stage(outputs=("scenes.json",), numbers=("mochi.data.photographs", "mochi.detection.scenes")),
+    "pretrain": Stage(
+        outputs=("encoder.safetensors", "metrics.csv", "matching.csv"),
+        numbers=(
+            "mochi.contrast",
+            "mochi.pretraining.loop",
+            "mochi.pretraining.objectives",
+            *_ENCODERS,
+            *_VIEWS,
+            *_RUNTIME,
+        ),
+    ),
+    "linear": Stage(outputs=("metrics.json",), numbers=("mochi.evaluation.tasks.linear", *_FEATURES)),
+    "knn": Stage(outputs=("metrics.json",), numbers=("mochi.evaluation.tasks.knn", *_FEATURES)),
+    "detect": Stage(
+        outputs=("metrics.json", "detections.png", "precision_recall.csv", "precision_recall.png"),
+        numbers=("mochi.detection", *_ENCODERS, "mochi.data.ingest.decode", *_RUNTIME),
+    ),
+    "report": Stage(
+        outputs=(
+            "scores.csv",
+            "curves.csv",
+            "matching.csv",
+            "records.json",
+            "summary.csv",
+            "summary.md",
+            "summary.json",
+        ),
+        numbers=("mochi.report",),
+    ),
+}
+
+UNTRAINED = _ENCODERS
+"""What decides the weights of an encoder that is only initialised: no training loop."""
+
+DETECTION = "detection-"
+"""Prefix of the evaluations that fine-tune a detector; the rest of the name is the detection set's."""
+
+
+def stage_of(task: str) -> str:
+    """The stage that computes an evaluation: `linear`, `knn`, or `detect` for `detection-<set>`."""
+    return "detect" if task.startswith(DETECTION) else task

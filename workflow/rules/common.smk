@@ -1,0 +1,128 @@
+# The experiment, its results, and what each of them depends on.
+import os
+import re
+import sys
+from pathlib import Path
+
+import yaml
+from snakemake.exceptions import WorkflowError
+from snakemake.resources import Resource
+
+from mochi import layout
+from mochi.adopt import ADOPTING
+from mochi.config import ConfigError, all_runs, load_experiment, probes
+from mochi.layout import Layout
+from mochi.provenance import wanted
+from mochi.runtime import gpus
+from mochi.runtime.locks import hold
+
+# One file is one experiment. Two would be merged key by key, so the default is read only if none is given.
+if not config:
+
+    configfile: "config/config.yaml"
+
+
+CONFIG = os.path.relpath(workflow.configfiles[-1])
+if len(workflow.configfiles) > 1:
+    raise WorkflowError("one experiment at a time: --configfile takes a single file")
+if config != yaml.safe_load(Path(CONFIG).read_text()):
+    raise WorkflowError(
+        "--config changes settings on the command line, where no result could be traced back to them; "
+        "copy the experiment file, change the line and the name there and pass it with --configfile"
+    )
+try:
+    EXPERIMENT = load_experiment(Path(CONFIG))
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
+
+# What `mochi` commands read by default. Were it a param, renaming the file would run every job again.
+os.environ["MOCHI_CONFIG"] = CONFIG
+
+
+envvars:
+    "MOCHI_CONFIG",
+
+
+NAME = EXPERIMENT.name
+PLACES = Layout(NAME)
+
+
+wildcard_constraints:
+    method="|".join(map(re.escape, EXPERIMENT.methods)),
+    seed="[0-9]+",
+
+
+# Snakemake does not count GPUs. A job on a cluster has been given its own already.
+GPUS = gpus.visible()
+if workflow.is_main_process and "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", Resource("gpu", len(GPUS)))
+GPUS_PER_RUN = 1 if GPUS else 0
+# On a CPU, two runs of one thread each are faster than one run of two threads.
+THREADS_PER_RUN = 8 if GPUS_PER_RUN else 1
+
+
+# A job runs again when its settings or its code change: they are params of its rule. `mochi adopt` lets
+# Snakemake remember for every existing result whether its provenance.json is what is wanted.
+def settings_of(result):
+    return "stale" if is_stale(result) else result.settings_digest
+
+
+def code_of(result):
+    return "stale" if is_stale(result) else result.code_digest
+
+
+def is_stale(result):
+    return ADOPTING in os.environ and result.why_stale() is not None
+
+
+def pretrained(wildcards):
+    return wanted.pretrained(EXPERIMENT, wildcards.method, int(wildcards.seed))
+
+
+def evaluated(wildcards):
+    named = wildcards.get("task") or f"{wanted.DETECTION}{wildcards.set}"
+    return wanted.evaluated(EXPERIMENT, wildcards.method, int(wildcards.seed), named)
+
+
+def results_of(folder, stage):
+    """The files of a result. Snakemake keeps them while a job runs: the job replaces them at its end."""
+    return update(
+        [f"{folder}/{name}" for name in (*wanted.STAGES[stage].outputs, wanted.RECORD)]
+    )
+
+
+def logged(command):
+    """The command with a log that keeps the first part of a resumed job.
+
+    Snakemake deletes the log of a job before the job runs again, but not a second name of the file.
+    """
+    return (
+        "touch {log:q}.part && ln -f {log:q}.part {log:q}"
+        f" && {command} 2>&1 | tee -a {{log:q}} && rm {{log:q}}.part"
+    )
+
+
+def show_results():
+    """The table, and where everything is."""
+    table = PLACES.results / "summary.md"
+    if table.exists():
+        where = f"tables, figures, records: {PLACES.results}"
+        print(f"\n{table.read_text()}\n{where}", file=sys.stderr)
+
+
+def show_how_to_continue(logs):
+    """The error of each failed job, from the job's log that Snakemake's log names, and what to do."""
+    failed = [
+        Path(path)
+        for log in logs
+        for path in re.findall(
+            r"^ +log: (.+) \(check log file", Path(log).read_text(), re.MULTILINE
+        )
+    ]
+    for log in filter(Path.exists, dict.fromkeys(failed)):
+        errors = [line for line in log.read_text().splitlines() if "error: " in line]
+        print(f"{log}: {(errors or ['no error line'])[-1]}", file=sys.stderr)
+    print(
+        "run the same command to continue: finished jobs are kept, interrupted ones resume",
+        file=sys.stderr,
+    )

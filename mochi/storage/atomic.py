@@ -1,51 +1,79 @@
-"""Files that are whole or absent: written beside their place, flushed to disk, then renamed."""
+"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed.
 
-import glob
+A temporary name carries host and process number. What a killed writer left is removed by the next writer
+of the same file on that host; on another host the number means nothing, and the file stays.
+"""
+
 import json
 import os
+import re
+import shutil
+import socket
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mochi.errors import UserError
+
+_LAST = "provenance.json"
+
+_umask_lock = threading.Lock()
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; on success it becomes `path`, on any error it is removed.
 
-    An existing file at `path` stays intact until the new one is complete on disk.
+    An existing file at `path` stays intact until the new one is complete on disk. The new one has the mode
+    that the umask asks for, whatever its writer gave it.
 
     Raises:
         OSError: the disk is full or the folder read-only; `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _complete(temporary)
         temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        _remove_abandoned(path)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+    _remove_abandoned(path)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove what writers of `path` left behind when they were killed; a living one keeps its own."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        try:
-            os.kill(int(left.suffixes[-2][1:]), 0)
-        except ProcessLookupError:
-            left.unlink(missing_ok=True)
-        except PermissionError:
-            continue  # somebody else's, and alive
+@contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; on success its files replace those of the same names in `folder`.
+
+    Until all files are complete on disk nothing in `folder` changes. They are moved by renames, and
+    provenance.json, which names the bytes of the others, is last: a kill between two renames leaves the
+    old one, which then does not fit. Other files in `folder` stay.
+
+    Raises:
+        OSError: the disk is full or the folder read-only.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder / "publishing")
+    # Inside `folder`, which may be a link to another file system.
+    temporary = _temporary(folder / "publishing")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this number before
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
+        files.sort(key=lambda file: (file == Path(_LAST), file))
+        for file in files:
+            _complete(temporary / file)
+        for file in files:
+            target = folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (temporary / file).replace(target)
+            _flush_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,12 +89,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Make `folder` and prove that it takes files, before hours are spent on what is to go there.
+    """Make `folder` and test that it takes files, before hours are spent on what is written there.
 
     Raises:
         UserError: it cannot be made or written.
     """
-    probe = folder / f".{os.getpid()}.probe"
+    probe = _temporary(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -76,3 +104,59 @@ def require_writable(folder: Path) -> None:
             f"{folder}: results cannot be written there: {error.strerror}; "
             "expected a folder that this user may write: choose another with --out or change its mode"
         ) from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what dead writers of `path` on this host left. What cannot be removed stays."""
+    prefix = f".{path.name}.{socket.gethostname()}."
+    with os.scandir(path.parent) as entries:
+        left = [entry for entry in entries if entry.name.startswith(prefix)]
+    for entry in left:
+        found = re.fullmatch(r"(\d{1,9})\.tmp", entry.name.removeprefix(prefix))
+        if found is None or _is_alive(int(found[1])):
+            continue
+        with suppress(OSError):
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                Path(entry).unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
+
+
+def _complete(path: Path) -> None:
+    """Give a file the mode of the umask, and wait until its bytes are on disk."""
+    # Some writers make private files (safetensors). A hard link may be to another user's file.
+    with suppress(PermissionError):
+        path.chmod(0o666 & ~_umask())
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Wait until renames in a folder are on disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    with _umask_lock:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mask

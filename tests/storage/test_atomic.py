@@ -1,22 +1,225 @@
-"""Files written whole, against a writer that was killed and one that is still at work."""
+"""Files written whole: by writers that fail, are killed at any moment, or are still at work."""
 
+import inspect
 import os
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from mochi.storage.atomic import write_text
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mochi.errors import UserError
+from mochi.storage.atomic import publishing, replacing, require_writable, write_text
+
+HOST = socket.gethostname()
 
 
-def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+@pytest.fixture(scope="module")
+def dead() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def killed(code: str, folder: Path) -> None:
+    """Run code that ends in SIGKILL of itself; `folder` and the imports are there."""
+    header = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from mochi.storage.atomic import publishing, replacing\n"
+        "folder = Path(sys.argv[1])\n"
+        "def kill(): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", header + code, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_what_a_dead_writer_left_is_removed_and_nothing_else(tmp_path: Path, dead: int) -> None:
     path = tmp_path / "a [b].csv"
-    abandoned = tmp_path / f".{path.name}.{dead.pid}.tmp"
-    living = tmp_path / f".{path.name}.{os.getppid()}.tmp"
-    other = tmp_path / f".another.csv.{dead.pid}.tmp"
-    for file in (abandoned, living, other):
+    abandoned = tmp_path / f".{path.name}.{HOST}.{dead}.tmp"
+    kept = [
+        tmp_path / f".{path.name}.{HOST}.{os.getppid()}.tmp",  # its writer is alive
+        tmp_path / f".{path.name}.another-host.{dead}.tmp",
+        tmp_path / f".{path.name}.bak.tmp",
+        tmp_path / f".{path.name}.{HOST}.{dead}x.tmp",
+        tmp_path / f".another.csv.{HOST}.{dead}.tmp",
+    ]
+    for file in (abandoned, *kept):
         file.write_text("half")
     write_text(path, "whole")
-    assert {file.name for file in tmp_path.iterdir()} == {path.name, living.name, other.name}
+    assert names(tmp_path) == {path.name, *(file.name for file in kept)}
     assert path.read_text() == "whole"
+
+
+def test_replacing_leaves_nothing_behind_on_an_error(tmp_path: Path) -> None:
+    target = tmp_path / "table.csv"
+    target.write_text("old")
+
+    def interrupted() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "old"
+    assert names(tmp_path) == {"table.csv"}
+
+
+def test_a_writer_killed_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "table.csv"
+    target.write_text("old")
+    killed(
+        "with replacing(folder / 'table.csv') as temporary:\n    temporary.write_text('half'); kill()",
+        tmp_path,
+    )
+    assert target.read_text() == "old"
+    assert len(names(tmp_path)) == 2
+    write_text(target, "new")
+    assert names(tmp_path) == {"table.csv"}
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
+    """safetensors makes files that nobody else can read."""
+    with replacing(tmp_path / "x.safetensors") as temporary:
+        save_file({"a": torch.zeros(2)}, temporary)
+    with publishing(tmp_path / "out") as new:
+        save_file({"a": torch.zeros(2)}, new / "y.safetensors")
+    for path in (tmp_path / "x.safetensors", tmp_path / "out" / "y.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert os.umask(umask) == umask
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with a finished result and a file of somebody else."""
+    folder = tmp_path / "results"
+    (folder / "seeds").mkdir(parents=True)
+    for name in ("encoder", "metrics", "seeds/loss", "provenance.json", "notes"):
+        (folder / name).write_text("old")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.relative_to(folder).as_posix().startswith(".")
+    }
+
+
+def fill(new: Path) -> None:
+    """Write a new result into the temporary folder."""
+    for name in ("encoder", "metrics", "provenance.json"):
+        (new / name).write_text("new")
+    (new / "seeds").mkdir()
+    (new / "seeds" / "loss").write_text("new")
+
+
+FILL = inspect.getsource(fill) + "with publishing(folder) as new:\n    fill(new)\n"
+
+
+def test_published_files_replace_those_of_the_same_name(results: Path) -> None:
+    with publishing(results) as new:
+        assert new.stat().st_dev == results.stat().st_dev
+        assert new.name.startswith(".")
+        fill(new)
+        assert set(contents(results).values()) == {"old"}
+    expected = dict.fromkeys(("encoder", "metrics", "seeds/loss", "provenance.json"), "new")
+    assert contents(results) == {**expected, "notes": "old"}
+    assert not [name for name in names(results) if name.startswith(".")]
+
+
+def test_an_error_changes_nothing(results: Path) -> None:
+    def failing() -> None:
+        with publishing(results) as new:
+            (new / "encoder").write_text("half")
+            raise KeyboardInterrupt
+
+    before = names(results)
+    with pytest.raises(KeyboardInterrupt):
+        failing()
+    assert set(contents(results).values()) == {"old"}
+    assert names(results) == before
+
+
+def test_a_kill_while_writing_changes_nothing_and_the_next_writer_cleans_up(results: Path) -> None:
+    before = names(results)
+    killed(FILL + "    kill()\n", results)
+    assert set(contents(results).values()) == {"old"}
+    assert len(names(results) - before) == 1
+    with publishing(results) as new:
+        (new / "encoder").write_text("new")
+    assert names(results) == before
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_provenance_is_new_only_where_all_files_are(results: Path, moved: int) -> None:
+    killed(
+        "rename = Path.replace; count = []\n"
+        "def replace(self, target):\n"
+        f"    if len(count) == {moved}: kill()\n"
+        "    count.append(1); return rename(self, target)\n"
+        "Path.replace = replace\n" + FILL,
+        results,
+    )
+    found = contents(results)
+    assert found["provenance.json"] == "old"
+    assert list(found.values()).count("new") == moved
+
+
+def test_a_folder_that_is_a_link_to_another_file_system(tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")  # noqa: S108
+    if not os.access(elsewhere, os.W_OK) or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system at /dev/shm")
+    real = elsewhere / f"mochi-test-{os.getpid()}"
+    real.mkdir()
+    try:
+        (tmp_path / "link").symlink_to(real)
+        with publishing(tmp_path / "link") as new:
+            (new / "encoder").write_text("new")
+        assert names(real) == {"encoder"}
+    finally:
+        (real / "encoder").unlink(missing_ok=True)
+        real.rmdir()
+
+
+def test_a_file_that_is_a_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
+    """DVC may link results to its cache."""
+    cached = tmp_path / "cached"
+    cached.write_text("old")
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "encoder").symlink_to(cached)
+    with publishing(folder) as new:
+        (new / "encoder").write_text("new")
+    assert cached.read_text() == "old"
+    assert not (folder / "encoder").is_symlink()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new")
+    assert names(tmp_path / "new") == set()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="results cannot be written there"):
+        require_writable(tmp_path / "file" / "below")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mochi.storage import atomic, checkpoint
+from mochi.storage import checkpoint
 from mochi.storage.checkpoint import CheckpointError
 
 RUN = {"method": "moco-v2", "pretrain": {"lr": 0.1, "epochs": 2}}
@@ -110,18 +110,3 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
         checkpoint.unpack(
             {"module.bias": torch.zeros(4), "module.wieght": torch.zeros(4, 3)}, module, optimizer
         )
-
-
-def test_replacing_leaves_nothing_behind_on_an_error(tmp_path: Path) -> None:
-    target = tmp_path / "table.csv"
-    target.write_text("old")
-
-    def interrupted() -> None:
-        with atomic.replacing(target) as temporary:
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert target.read_text() == "old"
-    assert [each.name for each in tmp_path.iterdir()] == ["table.csv"]

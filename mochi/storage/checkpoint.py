@@ -1,7 +1,7 @@
 """Resume checkpoints: tensors and JSON only, written whole, the previous one kept.
 
-A checkpoint carries the *identity* of its run. It is loaded by the same run or refused: continuing from
-somebody else's state would be a silent mistake.
+A checkpoint carries the *identity* of its run. It is loaded by the same run or refused: to continue from
+the state of another run would be a silent mistake.
 """
 
 import json
@@ -28,10 +28,10 @@ class CheckpointError(UserError):
 def save(
     path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
-    """Write tensors and a JSON state to `path`; what stood there becomes `previous_of(path)`.
+    """Write tensors and a JSON state to `path`; an existing checkpoint becomes `previous_of(path)`.
 
     Raises:
-        CheckpointError: the disk is full or the folder read-only; what stood there is intact.
+        CheckpointError: the disk is full or the folder read-only; the existing checkpoint is intact.
     """
     metadata = {"state": json.dumps(state), "identity": json.dumps(identity, sort_keys=True)}
     owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -43,7 +43,7 @@ def save(
                 with replacing(previous_of(path)) as link:
                     link.hardlink_to(path)
     except (OSError, SafetensorError) as error:
-        kept = f"the checkpoint of before is intact: {path}" if path.exists() else "there was none before"
+        kept = f"the previous checkpoint is intact: {path}" if path.exists() else "there was none before"
         raise CheckpointError(
             f"the checkpoint could not be written to {path}: {error}; {kept}. "
             "Free disk space or make the folder writable, then run the same command again"
@@ -53,12 +53,12 @@ def save(
 def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The tensors and state of the newest readable checkpoint, or None where there is none.
 
-    A damaged newest file is named in the log and the previous one is used.
+    A corrupt newest file is named in the log and the previous one is used.
 
     Raises:
         CheckpointError: the checkpoint is of another run (both are named), or none is readable.
     """
-    damaged = []
+    corrupt = []
     for candidate in (path, previous_of(path)):
         if not candidate.exists():
             continue
@@ -69,21 +69,21 @@ def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
             found = json.loads(metadata["identity"])
             state = json.loads(metadata["state"])
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            logger.warning("checkpoint %s is damaged (%s); trying the one before", candidate, error)
-            damaged.append(candidate)
+            logger.warning("checkpoint %s is corrupt (%s); trying the previous one", candidate, error)
+            corrupt.append(candidate)
             continue
         _refuse_another_run(candidate, found, dict(identity))
         return tensors, state
-    if damaged:
+    if corrupt:
         raise CheckpointError(
-            f"no readable checkpoint: {', '.join(map(str, damaged))} are damaged; "
+            f"no readable checkpoint: {', '.join(map(str, corrupt))} are corrupt; "
             "remove them to start this run from its beginning"
         )
     return None
 
 
 def previous_of(path: Path) -> Path:
-    """Where the checkpoint before the newest one lies."""
+    """Path of the checkpoint before the newest one."""
     return path.with_name(f"previous-{path.name}")
 
 
@@ -128,7 +128,7 @@ def pack(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
 
 
 def unpack(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put back what `pack` took; every tensor must find its place.
+    """Restore what `pack` returned, in the memory formats that the module's parameters have now.
 
     Raises:
         CheckpointError: names are missing or left over.
@@ -151,3 +151,16 @@ def unpack(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.op
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    _match_layouts(optimizer)
+
+
+def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Give the state of each parameter the strides of the parameter.
+
+    A checkpoint is contiguous. With other strides than the parameter, such as channels-last, the numbers
+    are the same, but the fused update of all parameters falls back to a slow one for each.
+    """
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

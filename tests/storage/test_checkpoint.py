@@ -1,4 +1,4 @@
-"""What is loaded is what was saved, by the run that saved it, whatever happened to the disk in between."""
+"""What is loaded is what was saved, by the run that saved it, whatever happened to the disk since."""
 
 from pathlib import Path
 
@@ -40,20 +40,20 @@ def test_another_run_is_refused_and_both_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 50])
-def test_a_damaged_file_falls_back_to_the_one_before(
+def test_a_corrupt_file_falls_back_to_the_previous_one(
     tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "last.safetensors"
     checkpoint.save(path, tensors(1), {"epoch": 1}, RUN)
     checkpoint.save(path, tensors(2), {"epoch": 2}, RUN)
     content = path.read_bytes()
-    path.unlink()  # the previous file is a link to what stood here, and must not be damaged with it
+    path.unlink()  # the previous checkpoint is a hard link to the same file, and must stay
     path.write_bytes(damage or content[: len(content) // 2])
     loaded = checkpoint.load(path, RUN)
     assert loaded is not None
     assert loaded[1] == {"epoch": 1}
     assert torch.equal(loaded[0]["weight"], torch.full((2, 3), 1.0))
-    assert "is damaged" in caplog.text
+    assert "is corrupt" in caplog.text
     checkpoint.previous_of(path).write_bytes(b"")
     with pytest.raises(CheckpointError, match="no readable checkpoint"):
         checkpoint.load(path, RUN)
@@ -110,3 +110,42 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
         checkpoint.unpack(
             {"module.bias": torch.zeros(4), "module.wieght": torch.zeros(4, 3)}, module, optimizer
         )
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_resumed_optimizer_has_the_memory_layout_of_its_parameters(tmp_path: Path, kind: str) -> None:
+    """Channels-last momentum: with another layout torch leaves its fused update."""
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1))
+        module.to(memory_format=torch.channels_last)
+        if kind == "sgd":
+            return module, torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, foreach=True)
+        return module, torch.optim.AdamW(module.parameters(), lr=0.1, foreach=True)
+
+    def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        images = torch.randn(4, 8, 9, 9, generator=torch.Generator().manual_seed(1))
+        for _ in range(steps):
+            optimizer.zero_grad()
+            module(images.contiguous(memory_format=torch.channels_last)).square().mean().backward()
+            optimizer.step()
+
+    straight, resumed = fresh(), fresh()
+    train(*straight, steps=2)
+    checkpoint.save(tmp_path / "last", checkpoint.pack(*straight), {}, RUN)
+    loaded = checkpoint.load(tmp_path / "last", RUN)
+    assert loaded is not None
+    checkpoint.unpack(loaded[0], *resumed)
+    for ours, theirs in zip(resumed[1].state.items(), straight[1].state.items(), strict=True):
+        parameter, values = ours
+        assert values.keys() == theirs[1].keys()
+        for name, value in values.items():
+            assert value.dtype == theirs[1][name].dtype
+            if value.shape == parameter.shape:
+                assert value.stride() == parameter.stride() == theirs[1][name].stride(), name
+    train(*straight, steps=2)
+    train(*resumed, steps=2)
+    expected = checkpoint.pack(*straight)
+    for name, value in checkpoint.pack(*resumed).items():
+        assert torch.equal(value, expected[name]), name

@@ -17,6 +17,7 @@ from mochi.config import (
     pretrain_run,
 )
 from mochi.data.format import StoredDataset, open_dataset
+from mochi.data.views.loading import Loading
 from mochi.pretraining.objectives import ContrastiveObjective
 from mochi.runtime.distributed import pick_device
 from mochi.runtime.precision import autocast
@@ -80,18 +81,16 @@ class _Endless:
     def __init__(self, objective: ContrastiveObjective, run: PretrainRun, device: torch.device) -> None:
         assert isinstance(run.recipe, Contrastive)
         self._objective = objective
-        self._loading: dict[str, Any] = {
-            "batch_size": run.recipe.batch_size, "seed": run.seed, "device": device
-        }  # fmt: skip
+        self._loading = Loading(run.recipe.batch_size, device)
         self._epoch = 0
-        self._batches = objective.batches(0, 0, **self._loading)
+        self._batches = objective.batches(self._loading, 0, 0)
 
     def next(self) -> Any:
         """The next batch."""
         batch = next(self._batches, None)
         if batch is None:
             self._epoch += 1
-            self._batches = self._objective.batches(self._epoch, 0, **self._loading)
+            self._batches = self._objective.batches(self._loading, self._epoch, 0)
             batch = next(self._batches)
         return batch
 

@@ -26,7 +26,7 @@ from mochi.config import (
 )
 from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.ingest.sources.folder import current_listing
-from mochi.data.views.loading import steps_per_epoch
+from mochi.data.views.loading import Loading, steps_per_epoch
 from mochi.errors import DataError
 from mochi.pretraining.objectives import make_objective
 from mochi.pretraining.stage import queue_warning
@@ -216,9 +216,7 @@ def _seconds_per_step(run: PretrainRun, recipe: Training, dataset: StoredDataset
     objective = make_objective(run, dataset)
     objective.module.to(device).to(memory_format=torch.channels_last)
     # The last epoch: past the warm-up without synthesis.
-    batches = objective.batches(
-        recipe.epochs - 1, 0, batch_size=recipe.batch_size, seed=run.seed, device=device
-    )
+    batches = objective.batches(Loading(recipe.batch_size, device), recipe.epochs - 1, 0)
     times = []
     for _ in range(_MEASURED_STEPS):
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from benchmarks.data.pictures import prepared, repeated, threads, torchvision_tr
 from benchmarks.harness import compare, table
 from mochi.config import Augmentation
 from mochi.data.format import StoredSplit
-from mochi.data.views.loading import two_views
+from mochi.data.views.loading import Loading, two_views
 
 _SIZES = {"small": (32, 256), "photos": (224, 64)}  # pixels a side of a view, images a batch
 
@@ -56,13 +56,12 @@ def _our_epoch(split: StoredSplit, folder: Path, size: int, batch: int, cores: i
     encoded = split.pixels is None
     if encoded:
         split = repeated(split, 4, folder)
-    workers, device, numbers = cores if encoded else 0, torch.device("cpu"), count()
+    loading = Loading(batch, torch.device("cpu"), workers=cores if encoded else 0)
+    numbers = count()
 
     def work() -> None:
         passes = [
-            two_views(
-                split, config, batch_size=batch, seed=0, epoch=next(numbers), device=device, workers=workers
-            )
+            two_views(split, config, loading, seed=0, epoch=next(numbers))
             for _ in range(1 if encoded else 4)
         ]
         _exhaust(chain(*passes))

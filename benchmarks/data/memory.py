@@ -10,7 +10,7 @@ import torch
 from benchmarks.data.pictures import repeated
 from mochi.config import Augmentation
 from mochi.data.format import StoredSplit
-from mochi.data.views.loading import two_views
+from mochi.data.views.loading import Loading, two_views
 
 
 def run(split: StoredSplit, folder: Path, *, num_epochs: int = 20, num_rows: int = 1_000_000) -> list[str]:
@@ -49,9 +49,8 @@ def _worker_memory(
     split: StoredSplit, config: Augmentation, epoch: int, workers: int, field: str
 ) -> list[float]:
     """Read 15 batches; returns `field` of each worker, in MB, before they end."""
-    batches = two_views(
-        split, config, batch_size=16, seed=0, epoch=epoch, device=torch.device("cpu"), workers=workers
-    )
+    loading = Loading(16, torch.device("cpu"), workers)
+    batches = two_views(split, config, loading, seed=0, epoch=epoch)
     for _ in range(15):
         next(batches)
     processes = [process.pid for process in multiprocessing.active_children() if process.pid is not None]

@@ -16,7 +16,7 @@ from benchmarks.harness import compare, table
 from mochi.config import Augmentation
 from mochi.data.photographs import PHOTOGRAPHS, load
 from mochi.data.views import augment, crops
-from mochi.data.views.loading import two_views
+from mochi.data.views.loading import Loading, two_views
 
 _SMALL_BATCH, _LARGE_BATCH = 256, 64
 
@@ -56,12 +56,12 @@ def large(folder: Path, rounds: int) -> list[str]:
     """64 JPEGs to normalised views of 224 pixels."""
     split = prepared(folder, "photos")
     config = Augmentation(version="v2", image_size=224, min_scale=0.2)
-    device, epochs = torch.device("cpu"), count()
+    loading, epochs = Loading(_LARGE_BATCH, torch.device("cpu")), count()
     paths = sorted((folder / "photos").rglob("*.jpg"))[:_LARGE_BATCH]
     encoded = [path.read_bytes() for path in paths]
 
     def ours() -> None:
-        next(two_views(split, config, batch_size=_LARGE_BATCH, seed=0, epoch=next(epochs), device=device))
+        next(two_views(split, config, loading, seed=0, epoch=next(epochs)))
 
     transform = torchvision_transform(224, blur=True)
 

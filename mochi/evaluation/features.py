@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mochi.config import ProbeRun
 from mochi.data.format import StoredDataset
-from mochi.data.views.loading import Images, centre_crops
+from mochi.data.views.loading import Images, Loading, centre_crops
 from mochi.encoders.resnet import ResNet
 from mochi.errors import DataError
 from mochi.runtime.precision import autocast, use_bfloat16
@@ -55,14 +55,8 @@ def extract_splits(frozen: Frozen) -> Features:
                 f"{frozen.dataset.folder}: found 0 labelled images in {name}; a probe needs labels; "
                 "provide some, or remove linear and knn from the experiment"
             )
-        crops = centre_crops(
-            split,
-            resize=run.resize,
-            image_size=run.image_size,
-            batch_size=run.batch_size,
-            device=frozen.device,
-            workers=frozen.workers,
-        )
+        loading = Loading(run.batch_size, frozen.device, frozen.workers)
+        crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size)
         parts += extract(frozen.encoder, crops, len(split.labelled))
     return Features(*parts)
 

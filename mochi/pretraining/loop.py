@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from mochi.config import Training
-from mochi.data.views.loading import steps_per_epoch
+from mochi.data.views.loading import Loading, steps_per_epoch
 from mochi.pretraining.objectives import Objective
 from mochi.runtime.distributed import average_gradients, average_statistics, mean_over_ranks
 from mochi.runtime.precision import autocast
@@ -66,7 +66,7 @@ def train(
     recipe: Training,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
-    loading: dict[str, Any],
+    loading: Loading,
     observer: Observer,
 ) -> None:
     """Train from `state` to the last epoch.
@@ -76,10 +76,10 @@ def train(
         recipe: epochs, learning rate, precision.
         optimizer: over the module's parameters.
         state: where to start; updated in place.
-        loading: device, workers, rank and world size, as the loaders take them.
+        loading: device, batch size, workers and ranks.
         observer: told of steps, checks and epochs.
     """
-    device: torch.device = loading["device"]
+    device = loading.device
     num_steps = steps_per_epoch(objective.num_images, recipe.batch_size)
     objective.module.train()
     while state.epoch < recipe.epochs:
@@ -90,7 +90,7 @@ def train(
             state.sums or [0.0] * len(objective.metric_names), dtype=torch.float64, device=device
         )
         clock = _Clock(recipe.batch_size)
-        for batch in clock.timed(objective.batches(state.epoch, state.step, **loading)):
+        for batch in clock.timed(objective.batches(loading, state.epoch, state.step)):
             step = state.epoch * num_steps + state.step
             with autocast(device, recipe.precision):
                 loss, metrics = objective.loss(batch, state.epoch, step)

@@ -12,7 +12,7 @@ from mochi.config import Contrastive, PretrainRun
 from mochi.contrast.diagnosis import false_negatives, matching_probabilities
 from mochi.contrast.moco import MoCo, Step
 from mochi.data.format import StoredDataset, StoredSplit
-from mochi.data.views.loading import Images, Views, one_view, two_views
+from mochi.data.views.loading import Images, Loading, Views, one_view, two_views
 from mochi.encoders import build
 from mochi.encoders.resnet import ResNet
 
@@ -28,7 +28,7 @@ class Objective(Protocol):
     def backbone(self) -> ResNet:
         """The product."""
 
-    def batches(self, epoch: int, first_step: int, **loading: Any) -> Iterator[Any]:
+    def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Any]:
         """The epoch's batches of this rank from `first_step` on."""
 
     def loss(self, batch: Any, epoch: int, step: int) -> tuple[Tensor, Tensor]:
@@ -61,6 +61,7 @@ class ContrastiveObjective:
         self.module: nn.Module
         self._moco = self.module = MoCo(run.encoder, recipe, run.seed)
         self.num_images = len(split)
+        self._seed = run.seed
         self._step: Step | None = None
         self._labels = torch.empty(0)
         self._diagnosis: dict[str, float] = {}
@@ -71,9 +72,11 @@ class ContrastiveObjective:
         """The query encoder without its head."""
         return self._moco.backbone
 
-    def batches(self, epoch: int, first_step: int, **loading: Any) -> Iterator[Views]:
+    def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Views]:
         """Two views of every image."""
-        return two_views(self._split, self._augmentation, epoch=epoch, first_step=first_step, **loading)
+        return two_views(
+            self._split, self._augmentation, loading, seed=self._seed, epoch=epoch, first_step=first_step
+        )
 
     def loss(self, batch: Views, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """InfoNCE; accuracy is the proxy task's: the key outranks every negative."""
@@ -130,15 +133,18 @@ class SupervisedObjective:
             classifier = nn.Linear(self._backbone.num_features, num_classes)
         self.module: nn.Module = nn.Sequential(self._backbone, classifier)
         self.num_images = int((split.labels >= 0).sum())
+        self._seed = run.seed
 
     @property
     def backbone(self) -> ResNet:
         """The classifier without its last layer."""
         return self._backbone
 
-    def batches(self, epoch: int, first_step: int, **loading: Any) -> Iterator[Images]:
+    def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Images]:
         """One view of every labelled image."""
-        return one_view(self._split, self._augmentation, epoch=epoch, first_step=first_step, **loading)
+        return one_view(
+            self._split, self._augmentation, loading, seed=self._seed, epoch=epoch, first_step=first_step
+        )
 
     def loss(self, batch: Images, epoch: int, step: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Cross-entropy in float32."""

@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from mochi.config import Contrastive, PretrainRun, Training
 from mochi.data.format import open_dataset
-from mochi.data.views.loading import steps_per_epoch
+from mochi.data.views.loading import Loading, steps_per_epoch
 from mochi.encoders import build_untrained
 from mochi.encoders.files import save_encoder
 from mochi.encoders.resnet import ResNet
@@ -129,8 +129,7 @@ class _Session:
 
     def train(self, device: torch.device, workers: int) -> None:
         """All epochs that are left."""
-        loading = {"batch_size": self._recipe.batch_size, "seed": self._identity["seed"], "device": device}
-        loading |= {"workers": workers, "rank": rank(), "world_size": world_size()}
+        loading = Loading(self._recipe.batch_size, device, workers, rank(), world_size())
         done = self.state.epoch * self._num_steps + self.state.step
         with Progress(self._label, self._recipe.epochs * self._num_steps, done) as self._progress:
             train(self._objective, self._recipe, self._optimizer, self.state, loading, self)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mochi.config import Experiment, resolve
 from mochi.data.format import open_dataset
-from mochi.data.views.loading import centre_crops
+from mochi.data.views.loading import Loading, centre_crops
 from mochi.evaluation.features import load_encoder
 from mochi.pretraining import stage as pretrain
 from mochi.runtime.precision import autocast
@@ -30,7 +30,7 @@ def by_hand(tiny: Experiment, tiny_data: Path, encoder_file: Path) -> dict[str, 
     found = {}
     for name in ("train", "val"):
         split = open_dataset(tiny_data).split(name)
-        crops = centre_crops(split, resize=16, image_size=16, batch_size=1, device=CPU)
+        crops = centre_crops(split, Loading(1, CPU), resize=16, image_size=16)
         with torch.inference_mode(), autocast(CPU, "auto"):
             rows = [encoder(crop.images).float() for crop in crops]
         found[name] = torch.cat(rows).clone(), torch.from_numpy(split.labels.copy())

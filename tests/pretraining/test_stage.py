@@ -23,7 +23,7 @@ from mochi.contrast import moco as moco_module
 from mochi.contrast.moco import MoCo
 from mochi.contrast.negatives import hardest, mix_pairs, mix_with_query
 from mochi.data.format import DataError, open_dataset
-from mochi.data.views.loading import two_views
+from mochi.data.views.loading import Loading, two_views
 from mochi.encoders.resnet import ResNet
 from mochi.pretraining import stage as pretrain
 from mochi.provenance.fingerprint import file_digest
@@ -305,8 +305,8 @@ def plain_loop(run: Run, data: Path) -> tuple[MoCo, list[float]]:
 
     for epoch in range(recipe.epochs):
         optimizer.param_groups[0]["lr"] = recipe.lr * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
-        loading = {"batch_size": recipe.batch_size, "seed": run.seed, "device": torch.device("cpu")}
-        for batch in two_views(split, run.augmentation, epoch=epoch, **loading):
+        loading = Loading(recipe.batch_size, torch.device("cpu"))
+        for batch in two_views(split, run.augmentation, loading, seed=run.seed, epoch=epoch):
             query = F.normalize(moco.query_encoder(batch.query), dim=-1)
             with torch.no_grad():
                 for ours, theirs in zip(

@@ -1,9 +1,8 @@
 """The photometric part of MoCo's augmentations (versions 1 and 2), a batch at a time on any device.
 
-Random parameters are drawn on the CPU as arrays, one row an image (`draws`), and the operations are
+Random parameters are arrays on the CPU with one row per image (`counter_rng`), and the operations are
 plain functions of images and parameters: each equals torchvision's functional one, image by image.
-Images are (B, 3, H, W) float32 in [0, 1]. Legend: B images, S side
-of a view.
+Images are (B, 3, H, W) float32 in [0, 1]. Legend: B images, S side of a view.
 
 Source: facebookresearch/moco main_moco.py; torchvision.transforms.ColorJitter.
 Deviation: no rounding to 8 bits between operations; the blur is the Gaussian that PIL's three box
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mochi.config import Augmentation
-from mochi.data.views import counter_rng as draws
+from mochi.data.views import counter_rng
 from mochi.data.views.crops import parts
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -31,13 +30,13 @@ _GREY = (0.2989, 0.587, 0.114)  # torchvision's weights
 _BLUR_RADIUS = 6  # three standard deviations of the widest blur
 _BLUR_REACH = 3.5  # taps beyond so many deviations are left out
 
-# The columns of one row of draws. New ones go to the end: earlier draws keep their values.
+# The columns of a row of random numbers. New ones go to the end, so that the others keep their values.
 _ORDER, _FACTORS = slice(0, 4), slice(4, 8)
 _JITTER, _GREYSCALE, _BLUR, _SIGMA, _COLUMNS = 8, 9, 10, 11, 12
 
 
 @dataclass(frozen=True)
-class Parameters:
+class PhotometricParameters:
     """What happens to each image of a batch; every field has B rows."""
 
     jitter: NDArray[np.bool_]
@@ -49,15 +48,15 @@ class Parameters:
 
 def draw(
     augmentation: Augmentation, indices: NDArray[np.int64], *, seed: int, epoch: int, view: int
-) -> Parameters:
+) -> PhotometricParameters:
     """Parameters of one view (0 query, 1 key) of the images `indices`."""
-    u = draws.uniforms("photometric", seed, epoch, view, indices=indices, columns=_COLUMNS)
+    u = counter_rng.uniforms("photometric", seed, epoch, view, indices=indices, columns=_COLUMNS)
     version2 = augmentation.version == "v2"
     hue = 0.1 if version2 else 0.4
     factors = 1 + 0.4 * (2 * u[:, _FACTORS] - 1)
     factors[:, 3] = hue * (2 * u[:, _FACTORS][:, 3] - 1)
     blurred = (u[:, _BLUR] < 0.5) & (version2 and augmentation.blur)
-    return Parameters(
+    return PhotometricParameters(
         jitter=u[:, _JITTER] < (0.8 if version2 else 1.0),
         order=np.argsort(u[:, _ORDER], axis=1, kind="stable"),
         factors=factors,
@@ -67,7 +66,7 @@ def draw(
 
 
 def photometric(
-    images: Tensor, parameters: Parameters, version: str, output: Tensor | None = None
+    images: Tensor, parameters: PhotometricParameters, version: str, output: Tensor | None = None
 ) -> Tensor:
     """Everything after crop and flip, in the order of the version; normalised.
 

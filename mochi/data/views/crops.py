@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mochi.data.views import counter_rng as draws
+from mochi.data.views import counter_rng
 
 _RATIOS = (math.log(3 / 4), math.log(4 / 3))
 _TRIES = 10  # RandomResizedCrop gives up after ten windows that do not fit
@@ -38,11 +38,11 @@ def draw(
     """Windows (B, 4): top, left, height, width; and flips (B,), for one view of the images `rows`.
 
     The area is `min_scale` to 1 of the image's, the ratio of the sides 3/4 to 4/3. The first of ten
-    windows that fits is taken, else the largest central one of an allowed ratio.
+    windows that fits is used, else the largest central one of an allowed ratio.
 
     Source: torchvision.transforms.RandomResizedCrop, RandomHorizontalFlip.
     """
-    uniforms = draws.uniforms("crop", seed, epoch, view, indices=rows, columns=_COLUMNS)
+    uniforms = counter_rng.uniforms("crop", seed, epoch, view, indices=rows, columns=_COLUMNS)
     area = (heights * widths)[:, None] * (min_scale + (1 - min_scale) * uniforms[:, _SCALE])
     ratio = np.exp(_RATIOS[0] + (_RATIOS[1] - _RATIOS[0]) * uniforms[:, _RATIO])
     tried_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)  # (B, tries)
@@ -107,7 +107,7 @@ def crop_image(image: Tensor, window: NDArray[np.int64], flip: bool, size: int) 
 
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bilinear in 8 bits, a third of Pillow's time and within two levels of it."""
+    """Antialiased bilinear in 8 bits, in a third of Pillow's time and within two levels of it."""
     return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mochi.config import LinearProbe
-from mochi.data.views.loading import random_crops
+from mochi.data.views.loading import Loading, random_crops
 from mochi.evaluation.features import Frozen, extract, extract_splits
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.progress import Progress
@@ -122,13 +122,11 @@ class _Batches:
             return
         crops = random_crops(
             self._split,
+            Loading(protocol.batch_size, self._labels.device, self._frozen.workers),
             image_size=self._frozen.run.image_size,
             min_scale=protocol.min_scale,
-            batch_size=protocol.batch_size,
             seed=seed,
             epoch=epoch,
-            device=self._labels.device,
-            workers=self._frozen.workers,
         )
         for batch in crops:
             features, labels = extract(self._frozen.encoder, [batch], len(batch.labels))

@@ -359,7 +359,7 @@ def test_a_giant_among_small_ones(tree: Path, tmp_path: Path) -> None:
     import torch
 
     from mochi.config import Augmentation
-    from mochi.data.views.loading import two_views
+    from mochi.data.views.loading import Loading, two_views
 
     giant = tree / "train" / "ant" / "giant.jpg"
     Image.new("L", (12_000, 9_000), 100).save(giant, quality=20)
@@ -371,7 +371,7 @@ def test_a_giant_among_small_ones(tree: Path, tmp_path: Path) -> None:
     assert (split.heights[row], split.widths[row]) == (9_000, 12_000)
     assert split.encoded(row).to_pybytes() == giant.read_bytes()
     config = Augmentation(version="v1", image_size=16, min_scale=0.2)
-    batches = list(two_views(split, config, batch_size=19, seed=0, epoch=0, device=torch.device("cpu")))
+    batches = list(two_views(split, config, Loading(19, torch.device("cpu")), seed=0, epoch=0))
     assert row in batches[0].indices
     assert torch.isfinite(batches[0].query).all()
 

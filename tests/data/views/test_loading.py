@@ -11,35 +11,67 @@ import pytest
 import torch
 from PIL import Image
 
-from mochi.config import Augmentation, Folder
-from mochi.data.format import DataError, StoredSplit, open_dataset
+from mochi.config import Augmentation
+from mochi.config.datasets import Folder
+from mochi.data.format import StoredSplit, open_dataset
 from mochi.data.ingest.prepare import prepare
 from mochi.data.views import augment, loading
-from mochi.data.views.loading import centre_crops, one_view, random_crops, steps_per_epoch, two_views
+from mochi.data.views.loading import (
+    Loading,
+    centre_crops,
+    one_view,
+    random_crops,
+    steps_per_epoch,
+    two_views,
+)
+from mochi.errors import DataError
 
 CPU = torch.device("cpu")
 AUGMENTATION = Augmentation(version="v2", image_size=16, min_scale=0.2)
 COUNT = 22  # 18 labelled, 4 not
 
 
+@pytest.fixture
+def make_split(picture: Callable[..., Image.Image], tmp_path: Path) -> Callable[[str], StoredSplit]:
+    def make(storage: str) -> StoredSplit:
+        """Images of one size are stored as pixels, others encoded."""
+        root, out = tmp_path / "set", tmp_path / "data" / "set"
+        for label, name in enumerate(("a", "b", "unlabeled")):
+            (root / "train" / name).mkdir(parents=True)
+            for number in range(9 if label < 2 else 4):
+                height = 24 + (number if storage == "encoded" else 0)
+                picture(10 * label + number, height, 30).save(root / "train" / name / f"{number}.png")
+        prepare(Folder(source="folder", name="set", path=str(root)), out, jobs=1)
+        split = open_dataset(out).split("train")
+        assert split.entry["storage"] == storage
+        return split
+
+    return make
+
+
 @pytest.fixture(params=["pixels", "encoded"])
-def split(request, picture: Callable[..., Image.Image], tmp_path: Path) -> StoredSplit:
-    root = tmp_path / "set"
-    for label, name in enumerate(("a", "b", "unlabeled")):
-        (root / "train" / name).mkdir(parents=True)
-        for number in range(9 if label < 2 else 4):
-            height = 24 + (number if request.param == "encoded" else 0)
-            picture(10 * label + number, height, 30).save(root / "train" / name / f"{number}.png")
-    out = tmp_path / "data" / "set"
-    prepare(Folder(source="folder", name="set", path=str(root)), out, jobs=1)
-    split = open_dataset(out).split("train")
-    assert split.entry["storage"] == request.param
-    return split
+def split(request, make_split: Callable[[str], StoredSplit]) -> StoredSplit:
+    return make_split(request.param)
 
 
-def views(split: StoredSplit, **options: object) -> list[loading.Views]:
-    settings: dict = {"batch_size": 4, "seed": 0, "epoch": 0, "device": CPU} | options
-    return list(two_views(split, AUGMENTATION, **settings))
+@pytest.fixture
+def encoded(make_split: Callable[[str], StoredSplit]) -> StoredSplit:
+    return make_split("encoded")
+
+
+def views(
+    split: StoredSplit,
+    *,
+    batch_size: int = 4,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    epoch: int = 0,
+    first_step: int = 0,
+) -> list[loading.Views]:
+    how = Loading(batch_size, CPU, workers, rank, world_size)
+    return list(two_views(split, AUGMENTATION, how, seed=seed, epoch=epoch, first_step=first_step))
 
 
 def fingerprint(batches: list) -> str:
@@ -72,11 +104,9 @@ def test_workers_change_nothing(split: StoredSplit) -> None:
     [(10, 2, 4), (7, 2, 2), (4, 2, 1), (3, 1, 1), (2, 0, None), (0, 0, None)],
 )
 def test_little_shared_memory_means_fewer_workers(
-    batches: int, fitting: int, ahead: int | None, split: StoredSplit, monkeypatch, caplog
+    batches: int, fitting: int, ahead: int | None, encoded: StoredSplit, monkeypatch, caplog
 ) -> None:
     """Docker gives a container 64 MiB, and workers die with "Bus error" when that is full."""
-    if split.pixels is not None:
-        return  # never leaves the process
     batch_bytes = 2 * 4 * 3 * 16 * 16 * 4
     monkeypatch.setattr(loading, "_free_shared_memory", lambda: batches * batch_bytes + 1)
     loading._warn_once.cache_clear()
@@ -88,14 +118,14 @@ def test_little_shared_memory_means_fewer_workers(
         return real(*arguments, **options)
 
     monkeypatch.setattr(loading, "DataLoader", recorded)
-    assert fingerprint(views(split, workers=2)) == fingerprint(views(split))
-    views(split, workers=2)
+    assert fingerprint(views(encoded, workers=2)) == fingerprint(views(encoded))
+    views(encoded, workers=2)
     assert (given["num_workers"], given["prefetch_factor"]) == (fitting, ahead)
     assert caplog.text.count("--shm-size") == (batches < 10)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_shard_is_named_with_its_image(workers: int, split: StoredSplit) -> None:
+def test_a_corrupt_shard_is_named_with_its_image(workers: int, split: StoredSplit) -> None:
     """Disks lose bits; "broken data stream when reading image file" alone says nothing."""
     folder = split.folder
     assert open_dataset(folder).damaged() == []
@@ -178,10 +208,10 @@ def test_views_are_the_augmented_crops_of_the_image(split: StoredSplit) -> None:
 
 def test_only_labelled_rows_train_and_evaluate(split: StoredSplit) -> None:
     """STL-10's unlabelled rows once went into an evaluation and halved its accuracy."""
-    settings: dict = {"batch_size": 3, "seed": 0, "epoch": 0, "device": CPU}
-    supervised = list(one_view(split, AUGMENTATION, **settings))
-    probe = list(random_crops(split, image_size=16, min_scale=0.08, **settings))
-    evaluation = list(centre_crops(split, resize=18, image_size=16, batch_size=4, device=CPU))
+    three = Loading(3, CPU)
+    supervised = list(one_view(split, AUGMENTATION, three, seed=0, epoch=0))
+    probe = list(random_crops(split, three, image_size=16, min_scale=0.08, seed=0, epoch=0))
+    evaluation = list(centre_crops(split, Loading(4, CPU), resize=18, image_size=16))
     for batches in (supervised, probe, evaluation):
         assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == split.labelled.tolist()
         assert torch.cat([batch.labels for batch in batches]).min() >= 0
@@ -193,9 +223,7 @@ def test_an_evaluation_sees_each_image_once_in_order(split: StoredSplit, world_s
     seen = []
     for rank in range(world_size):
         batches = list(
-            centre_crops(
-                split, resize=18, image_size=16, batch_size=4, device=CPU, rank=rank, world_size=world_size
-            )
+            centre_crops(split, Loading(4, CPU, rank=rank, world_size=world_size), resize=18, image_size=16)
         )
         seen += torch.cat([batch.indices for batch in batches]).tolist() if batches else []
     assert sorted(seen) == list(range(18))
@@ -204,7 +232,7 @@ def test_an_evaluation_sees_each_image_once_in_order(split: StoredSplit, world_s
 
 
 def test_centre_crops_are_the_images(split: StoredSplit) -> None:
-    batch = next(centre_crops(split, resize=24, image_size=24, batch_size=2, device=CPU, workers=0))
+    batch = next(centre_crops(split, Loading(2, CPU), resize=24, image_size=24))
     image = split.image(0)
     assert image.shape[:2] == (24, 30)
     expected = torch.from_numpy(np.array(image[:, 3:27])).permute(2, 0, 1)[None] / 255
@@ -217,10 +245,10 @@ def test_impossible_batches_are_refused(split: StoredSplit) -> None:
     with pytest.raises(DataError, match=r"batch_size: found 4 over 3 ranks; .* choose 3"):
         views(split, world_size=3)
     with pytest.raises(DataError, match="the set has 18 images"):
-        next(one_view(split, AUGMENTATION, batch_size=20, seed=0, epoch=0, device=CPU))
+        next(one_view(split, AUGMENTATION, Loading(20, CPU), seed=0, epoch=0))
 
 
-def test_pixels_are_brought_to_the_device_once(split: StoredSplit) -> None:
-    held = loading.pixels_on(split, CPU)
-    assert held is loading.pixels_on(split, CPU)
-    assert (held is None) == (split.entry["storage"] == "encoded")
+def test_pixels_are_copied_to_the_device_once(split: StoredSplit) -> None:
+    pixels = loading.pixels_on(split, CPU)
+    assert pixels is loading.pixels_on(split, CPU)
+    assert (pixels is None) == (split.entry["storage"] == "encoded")

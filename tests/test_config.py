@@ -1,48 +1,44 @@
-"""Every mistake gets one line: file, key path, what was found, what is allowed. And a run holds only what
-it depends on."""
+"""Every mistake gets one line: file, key path, what was found, what is allowed. And the settings of a run
+hold what its numbers depend on, no more."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-import yaml
+from pydantic import create_model
 
 from mochi.config import (
     ConfigError,
     Contrastive,
+    DetectionRun,
+    Experiment,
+    PretrainRun,
+    ProbeRun,
+    Run,
+    Section,
     Supervised,
     Untrained,
-    digest,
+    all_runs,
+    detection_run,
     load_experiment,
-    load_run,
-    only_for,
     parse_experiment,
-    resolve,
-    settings,
-    write_run,
+    pretrain_run,
+    probe_run,
 )
+from tests.detection.conftest import small_set
+from tests.tiny import FILE, MOCHI, TINY, changed
 
 ROOT = Path(__file__).parents[1]
-TINY = yaml.safe_load((ROOT / "tests/tiny.yaml").read_text())
-MOCHI = "mochi-16-24-8"
-
-
-def changed(path: str, value: Any) -> dict[str, Any]:
-    """The tiny experiment with one key set."""
-    data = copy.deepcopy(TINY)
-    *parents, last = path.split("/")
-    place = data
-    for key in parents:
-        place = place[key]
-    place[last] = value
-    return data
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_experiment_is_valid(path: Path) -> None:
+    """Its name is its file's, and one of its rows is the baseline that needs no training."""
     experiment = load_experiment(path)
-    assert experiment.methods
+    assert experiment.name == ("embedded" if path.stem == "config" else path.stem)
+    assert not all(pretrain_run(experiment, *run).is_trained for run in all_runs(experiment))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +111,7 @@ def test_rows_may_complete_and_correct_the_shared_recipe() -> None:
     data = changed("pretrain/bn_groups", 40)
     del data["pretrain"]["lr"]
     data["methods"] = {"row": {"lr": 0.1, "batch_size": 80}}
-    recipe = resolve(parse_experiment(data, "x.yaml"), "row", 0).pretrain
+    recipe = pretrain_run(parse_experiment(data, "x.yaml"), "row", 0).recipe
     assert isinstance(recipe, Contrastive)
     assert (recipe.lr, recipe.batch_size, recipe.bn_groups) == (0.1, 80, 40)
 
@@ -137,9 +133,9 @@ def test_two_mistakes_give_two_lines() -> None:
 
 def test_1e_4_is_a_number_and_a_key_written_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "experiment.yaml"
-    text = (ROOT / "tests/tiny.yaml").read_text()
+    text = FILE.read_text()
     file.write_text(text.replace("weight_decay: 1.0e-4", "weight_decay: 1e-4"))
-    recipe = resolve(load_experiment(file), MOCHI, 0).pretrain
+    recipe = pretrain_run(load_experiment(file), MOCHI, 0).recipe
     assert isinstance(recipe, Contrastive)
     assert recipe.weight_decay == 1e-4
     file.write_text(text.replace("  lr: 0.06\n", "  lr: 0.06\n  lr: 0.6\n"))
@@ -164,7 +160,7 @@ def test_the_papers_own_settings_are_allowed() -> None:
         "warmup_epochs": 0,
     }
     experiment = parse_experiment(changed("methods/mochi-32-256-256", {"mixing": mixing}), "x.yaml")
-    recipe = resolve(experiment, "mochi-32-256-256", 0).pretrain
+    recipe = pretrain_run(experiment, "mochi-32-256-256", 0).recipe
     assert isinstance(recipe, Contrastive)
     assert recipe.mixing is not None
     assert recipe.mixing.num_pair_synthetics > recipe.mixing.num_hardest
@@ -175,7 +171,7 @@ def test_a_run_is_the_recipe_with_the_methods_changes() -> None:
         changed("methods/supervised", {"objective": "supervised", "lr": 0.5}), "x"
     )
     mochi, supervised, untrained = (
-        resolve(experiment, method, 0).pretrain for method in (MOCHI, "supervised", "random-init")
+        pretrain_run(experiment, method, 0).recipe for method in (MOCHI, "supervised", "random-init")
     )
     assert isinstance(mochi, Contrastive)
     assert (mochi.lr, mochi.queue_size) == (0.06, 100)
@@ -185,38 +181,183 @@ def test_a_run_is_the_recipe_with_the_methods_changes() -> None:
     assert isinstance(untrained, Untrained)
 
 
-def test_run_files_round_trip_and_another_version_is_refused(tmp_path: Path) -> None:
-    run = resolve(parse_experiment(TINY, "x"), MOCHI, 1)
-    file = tmp_path / "run.yaml"
-    file.write_text(write_run(run))
-    assert load_run(file, "pretrain") == load_run(file, "knn") == run
-    file.write_text(write_run(only_for(run, "knn")))
-    assert load_run(file, "knn").pretrain is None
-    with pytest.raises(ConfigError, match="says nothing about the stage pretrain"):
-        load_run(file, "pretrain")
-    file.write_text(write_run(run).replace("version: 2", "version: 7"))
-    with pytest.raises(ConfigError, match=r"version: found 7; this program reads run files of version 2"):
-        load_run(file, "pretrain")
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda tiny: pretrain_run(tiny, "moco-v3", 0), r"methods: unknown key 'moco-v3'; allowed: mochi"),
+        (lambda tiny: pretrain_run(tiny, MOCHI, 7), f"seed: found 7; {MOCHI} has: 0, 1"),
+        (lambda tiny: probe_run(tiny, "random-init", 1, "knn"), "seed: found 1; random-init has: 0"),
+        (lambda tiny: probe_run(tiny, MOCHI, 0, "lineer"), "task: found 'lineer'; tiny has: linear, knn"),
+        (lambda tiny: detection_run(tiny, MOCHI, 0, "coco"), "set: found 'coco'; tiny has: none"),
+    ],
+)
+def test_a_run_that_the_experiment_does_not_have(
+    tiny: Experiment, ask: Callable[[Experiment], Run], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ask(tiny)
+
+
+def all_settings(data: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(method, stage) -> settings of seed 0."""
+    experiment = parse_experiment(data, "x")
+    return {
+        (method, stage): (
+            pretrain_run(experiment, method, 0)
+            if stage == "pretrain"
+            else probe_run(experiment, method, 0, stage)
+        ).settings()
+        for method in experiment.methods
+        for stage in ("pretrain", "linear", "knn")
+    }
+
+
+def affected(path: str, value: Any, base: dict[str, Any] = TINY) -> set[tuple[str, str]]:
+    """The runs whose settings change with a key."""
+    before, after = all_settings(base), all_settings(changed(path, value, base))
+    return {key for key in before if before[key] != after[key]}
 
 
 def test_editing_one_thing_changes_only_what_depends_on_it() -> None:
-    def digests(data: dict[str, Any]) -> dict[tuple[str, str], str]:
-        experiment = parse_experiment(data, "x")
-        return {
-            (method, stage): digest(settings(resolve(experiment, method, 0), stage))
-            for method in experiment.methods
-            for stage in ("pretrain", "linear", "knn")
-        }
-
-    def touched(path: str, value: Any) -> set[tuple[str, str]]:
-        before, after = digests(TINY), digests(changed(path, value))
-        return {key for key in before if before[key] != after[key]}
-
     both = {"random-init", MOCHI}
-    assert touched("title", "another") == set()
-    assert touched("evaluation/linear/lr", 0.5) == {(method, "linear") for method in both}
-    assert touched("evaluation/knn/k", 3) == {(method, "knn") for method in both}
-    assert touched("pretrain/lr", 0.5) == {(MOCHI, "pretrain")}
-    assert touched(f"methods/{MOCHI}/key_momentum", 0.5) == {(MOCHI, "pretrain")}
-    # How often a checkpoint is written changes no result.
-    assert touched("pretrain/checkpoint_minutes", 1) == set()
+    assert affected("title", "another") == set()
+    assert affected("name", "another") == set()
+    assert affected("evaluation/linear/lr", 0.5) == {(method, "linear") for method in both}
+    assert affected("evaluation/knn/k", 3) == {(method, "knn") for method in both}
+    assert affected("evaluation/resize", 20) == {
+        (method, task) for method in both for task in ("linear", "knn")
+    }
+    # The evaluation reads an encoder file; how that was trained is the file's content.
+    assert affected("pretrain/lr", 0.5) == {(MOCHI, "pretrain")}
+    assert affected(f"methods/{MOCHI}/key_momentum", 0.5) == {(MOCHI, "pretrain")}
+    assert affected("augmentation/min_scale", 0.5) == {(MOCHI, "pretrain")}
+    assert affected("encoder/width", 4) == {
+        (method, task) for method in both for task in ("pretrain", "linear", "knn")
+    }
+
+
+def test_what_changes_no_number_is_no_setting() -> None:
+    assert affected("pretrain/checkpoint_minutes", 1) == set()
+    assert affected("evaluation/batch_size", 7) == set()
+    own = changed("dataset", {"source": "folder", "name": "mine", "path": "here"})
+    for key, value in (("path", "there"), ("name", "moved")):
+        assert affected(f"dataset/{key}", value, own) == set()
+
+
+def test_a_detection_set_may_move_and_be_computed_for_other_rows(tiny: Experiment) -> None:
+    def settings(root: Path, **changes: Any) -> dict[str, Any]:
+        chosen = small_set(root, **changes)
+        chosen = chosen.model_copy(update={"methods": [root.parent.name], "pretrain_seeds": None})
+        evaluation = tiny.evaluation.model_copy(update={"detection": {"few": chosen}})
+        experiment = tiny.model_copy(update={"evaluation": evaluation})
+        return detection_run(experiment, "random-init", 0, "few").settings()
+
+    base = settings(Path("here/VOC"))
+    assert settings(Path("there/VOC")) == base
+    assert settings(Path("here/VOC"), training={"checkpoint_minutes": 1.0, "workers": 3}) == base
+    assert settings(Path("here/VOC"), training={"lr": [0.03]}) != base
+    assert settings(Path("here/VOC"), model={"roi_size": 5}) != base
+    assert settings(Path("here/VOC"), data={"classes": ["bar", "square"]}) != base
+
+
+def test_an_untrained_encoder_depends_on_its_architecture_and_seed_alone(tiny: Experiment) -> None:
+    assert pretrain_run(tiny, "random-init", 0).settings() == {
+        "seed": 0,
+        "encoder": {"architecture": "resnet10", "stem": "half", "width": 8},
+        "recipe": {"objective": "none"},
+    }
+
+
+def with_new_key(run: Run, path: str, value: int | None = None) -> Run:
+    """The run as a later version of the program would read it, whose section at `path` has one more key."""
+    name, _, rest = path.partition("/")
+    if not name:
+        changes: dict[str, Any] = {} if value is None else {"new_key": value}
+        kind = create_model(type(run).__name__, __base__=type(run), new_key=(int, 5))
+        return kind(**dict(run), **changes)
+    section = with_new_key(getattr(run, name), rest, value)
+    kind = create_model(type(run).__name__, __base__=type(run), **{name: (type(section), ...)})
+    return kind(**{**dict(run), name: section})
+
+
+SECTIONS = [
+    ("pretrain", "recipe"),
+    ("pretrain", "recipe/mixing"),
+    ("pretrain", "encoder"),
+    ("pretrain", "augmentation"),
+    ("linear", ""),
+    ("linear", "protocol"),
+    ("knn", "protocol"),
+    ("few", "detection/data"),
+    ("few", "detection/training"),
+]
+
+
+@pytest.mark.parametrize(("stage", "path"), SECTIONS)
+def test_an_optional_key_that_nobody_sets_changes_no_settings(
+    tiny: Experiment, stage: str, path: str
+) -> None:
+    """Else an extension of the program would make every result stale that was computed before it."""
+    evaluation = tiny.evaluation.model_copy(update={"detection": {"few": small_set(Path("a/VOC"))}})
+    experiment = tiny.model_copy(update={"evaluation": evaluation})
+    if stage == "pretrain":
+        run: Run = pretrain_run(experiment, MOCHI, 0)
+    elif stage == "few":
+        run = detection_run(experiment, MOCHI, 0, stage)
+    else:
+        run = probe_run(experiment, MOCHI, 0, stage)
+    extended = with_new_key(run, path)
+    assert "new_key" in str(extended.model_dump(mode="json")), "the key is there"
+    assert extended.settings() == run.settings()
+    assert with_new_key(run, path, 6).settings() != run.settings(), "set, it counts"
+    assert with_new_key(run, path, 5).settings() == run.settings(), "set to its default, it does not"
+
+
+DEFAULTS = {
+    "Augmentation.blur": True,
+    "Mixing.through_query": False,
+    "Contrastive.precision": "auto",
+    "Contrastive.mixing": None,
+    "Contrastive.class_oracle": False,
+    "Contrastive.matching_epochs": [],
+    "Supervised.precision": "auto",
+    "LinearProbe.lr_candidates": [],
+    "LinearProbe.held_out": 0.1,
+    "LinearProbe.standardize": False,
+    "DetectionData.classes": None,
+    "DetectionData.rule": None,
+    "DetectionData.scenes": None,
+    "DetectionTraining.search_iterations": None,
+    "DetectionTraining.validation": None,
+    "DetectionTraining.lr_drops": [],
+    "DetectionTraining.precision": "auto",
+}
+NO_NUMBER = {"checkpoint_minutes", "workers", "methods", "pretrain_seeds"}
+
+
+def optional_keys(kind: object) -> dict[str, Any]:
+    """Section.key -> default, of a section and of those in it."""
+    if not (isinstance(kind, type) and issubclass(kind, Section)):
+        return {key: value for part in get_args(kind) for key, value in optional_keys(part).items()}
+    found = {}
+    for name, field in kind.model_fields.items():
+        if name in NO_NUMBER or name == "dataset":
+            continue
+        if not field.is_required():
+            found[f"{kind.__name__}.{name}"] = field.get_default(call_default_factory=True)
+        found |= optional_keys(field.annotation)
+    return found
+
+
+def test_no_default_changes_in_silence() -> None:
+    """Settings leave out what is at its default, so another default would pass old results off as new."""
+    found = {
+        key: value
+        for run in (PretrainRun, ProbeRun, DetectionRun)
+        for key, value in optional_keys(run).items()
+    }
+    assert {key: found[key] for key in DEFAULTS if key in found} == DEFAULTS, (
+        "a default that results were computed with has changed or gone: keep it, and let experiments that "
+        "want another value set the key"
+    )
+    assert not found.keys() - DEFAULTS.keys(), "add the new key to DEFAULTS"

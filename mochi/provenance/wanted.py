@@ -66,9 +66,9 @@ class Result:
         """Why it must be computed (again); None if it is current."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
-            settings, code = record["settings"], record["code_digest"]
-            inputs, outputs = record["inputs"], record["outputs"]
-            codes = {code, *record.get("accepted_code", [])}
+            settings, outputs = record["settings"], dict(record["outputs"])
+            inputs = {name: entry["sha256"] for name, entry in record["inputs"].items()}
+            codes = {record["code_digest"], *record.get("accepted_code", [])}
         except FileNotFoundError:
             return "missing"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -81,14 +81,14 @@ class Result:
             or (None if self.code_digest in codes else CODE_CHANGED)
         )
 
-    def _changed_inputs(self, recorded: Mapping[str, Any]) -> str | None:
+    def _changed_inputs(self, recorded: Mapping[str, str]) -> str | None:
         for name in sorted(recorded.keys() | self.inputs.keys()):
             path = self.inputs.get(name)
             if path is None or name not in recorded:
                 return f"data: {name} is {'no longer' if path is None else 'now'} an input"
             if not path.exists():
                 return f"data: {path} is missing"
-            if file_digest(path) != recorded[name]["sha256"]:
+            if file_digest(path) != recorded[name]:
                 return f"data: {path} changed"
         return None
 

@@ -1,60 +1,150 @@
-"""A code digest changes with what the code does, and with nothing else."""
+"""A code digest changes with what the code computes, and with nothing that only people read."""
 
-import ast
+import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 
-from mochi.provenance import fingerprint as code
+from mochi.provenance import fingerprint
+
+FORMULA = '''"""Doc."""
+
+import logging
+
+from mochi.runtime.progress import Progress
+
+logger = logging.getLogger(__name__)
+SCALE = 2
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of three modules: stage -> formula, and a stranger."""
-    root = tmp_path / "mochi"
-    root.mkdir()
-    (root / "__init__.py").write_text("")
-    (root / "formula.py").write_text('"""Doc."""\n\ndef f(x):\n    """Doc."""\n    return x + 1\n')
-    (root / "stage.py").write_text("from mochi.formula import f\n\nprint(f(1))\n")
-    (root / "stranger.py").write_text("y = 1\n")
-    monkeypatch.setattr(code, "_PACKAGE", root)
-    return root
+def f(x, mode="mean"):
+    """Doc."""
+    assert x >= 0, f"negative: {x}"
+    if mode not in ("mean", "sum"):
+        raise ValueError(f"mode: found {mode!r}; expected mean or sum")
+    if x > 100:
+        logger.warning("large: %s", x)
+    with Progress("halving", total=3) as progress:
+        progress.advance("slow")
+        return SCALE * x + 1
+'''
 
 
-def digest() -> str:
-    code._imports.cache_clear()
-    code._executed_text.cache_clear()
-    return code.code_digest("mochi.stage")
+def digest(folder: Path, *modules: str, **files: str) -> str:
+    """The digest of `modules` in a package of these files, by a copy of the program that lies in it."""
+    files = {"__init__": "", "formula": FORMULA, "other": "y = 1\n", **files}
+    package = folder / "mochi"
+    (package / "provenance").mkdir(parents=True)
+    (package / "parts").mkdir()
+    for name, text in files.items():
+        (package / f"{name.replace('parts_', 'parts/')}.py").write_text(text)
+    copy = shutil.copy(fingerprint.__file__, package / "provenance")
+    spec = importlib.util.spec_from_file_location("copied_fingerprint", copy)
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    found: str = program.code_digest(*modules)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "changes"),
+    ("old", "new"),
     [
-        ("formula.py", '"""Doc."""\n\ndef f(x):\n    """Doc."""\n    return x + 2\n', True),
-        ("formula.py", '"""New."""\n\n# why\ndef f(x):\n    """New."""\n\n    return  x + 1\n', False),
-        ("stage.py", "from mochi.formula import f\n\nprint(f(2))\n", True),
-        ("stranger.py", "y = 2\n", False),
+        ('"""Doc."""\n\nimport', '"""Another."""\n\nimport'),
+        ('    """Doc."""\n', "    '''Another, of\n    several lines.'''\n"),
+        ('    """Doc."""\n', ""),
+        ("SCALE = 2", "# of the result\nSCALE = 2  # not 3"),
+        ("SCALE = 2", "SCALE = 2\n\n\n"),
+        ("SCALE * x + 1", "(SCALE * x) + 1"),
+        ('f"negative: {x}"', '"must not be negative"'),
+        (', f"negative: {x}"', ""),
+        ('f"mode: found {mode!r}; expected mean or sum"', '"unknown mode", mode'),
+        ('"large: %s", x', '"x = %s is large", x'),
+        ("logger.warning", "logger.info"),
+        ('Progress("halving", total=3)', 'Progress("halves", total=4)'),
+        ('progress.advance("slow")', "progress.advance()"),
     ],
 )
-def test_what_changes_a_digest(package: Path, file: str, text: str, changes: bool) -> None:
-    before = digest()
-    (package / file).write_text(text)
-    assert (digest() != before) is changes
+def test_what_only_people_read_does_not_count(tmp_path: Path, old: str, new: str) -> None:
+    assert old in FORMULA
+    before = digest(tmp_path / "before", "mochi.formula")
+    assert digest(tmp_path / "after", "mochi.formula", formula=FORMULA.replace(old, new, 1)) == before
 
 
-def test_a_stage_depends_on_what_it_imports() -> None:
-    code._imports.cache_clear()
-    pretrain = code.imported_modules("mochi.pretraining.stage")
-    assert {"mochi.contrast.loss", "mochi.contrast.negatives", "mochi.data.views.augment"} <= pretrain
-    assert not any(name.startswith(("mochi.evaluation", "mochi.report", "mochi.cli")) for name in pretrain)
-    assert "mochi.contrast.loss" not in code.imported_modules("mochi.evaluation.knn")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("SCALE = 2", "SCALE = 3"),
+        ("SCALE = 2", "SCALE = 2.0"),
+        ("SCALE * x", "SCALE / x"),
+        ("x >= 0", "x > 0"),
+        ('mode="mean"', 'mode="sum"'),
+        ('("mean", "sum")', '("mean", "max")'),
+        ("x > 100", "x >= 100"),
+        ("raise ValueError", "raise TypeError"),
+        ("SCALE * x + 1\n", "SCALE * x + 1\n\n\ndef g(x):\n    return x\n"),
+        ("SCALE * x + 1", "SCALE * (x + 1)"),
+    ],
+)
+def test_what_is_computed_counts(tmp_path: Path, old: str, new: str) -> None:
+    assert old in FORMULA
+    before = digest(tmp_path / "before", "mochi.formula")
+    assert digest(tmp_path / "after", "mochi.formula", formula=FORMULA.replace(old, new, 1)) != before
 
 
-def test_the_text_of_a_tree_is_the_same_on_every_python() -> None:
-    """Python 3.12 added `type_params` to functions; `ast.dump` of 3.13 leaves empty lists out."""
-    tree = ast.parse("def f(x):\n    return -x or None\n")
-    assert code._text(tree) == (
-        "Module(body=[FunctionDef(name='f', args=arguments(args=[arg(arg='x')]), "
-        "body=[Return(value=BoolOp(op=Or(), values=[UnaryOp(op=USub(), operand=Name(id='x', ctx=Load())), "
-        "Constant()]))])])"
-    )
+def test_only_the_named_modules_count(tmp_path: Path) -> None:
+    before = digest(tmp_path / "before", "mochi.formula")
+    assert digest(tmp_path / "edited", "mochi.formula", other="y = 2\n") == before
+    assert digest(tmp_path / "both", "mochi.formula", "mochi.other") != before
+
+
+def test_the_place_and_the_order_of_the_modules_do_not_count(tmp_path: Path) -> None:
+    before = digest(tmp_path / "before", "mochi.formula", "mochi.other")
+    assert digest(tmp_path / "else where", "mochi.other", "mochi.formula", "mochi.other") == before
+
+
+def test_a_package_stands_for_its_modules(tmp_path: Path) -> None:
+    files = {"parts___init__": "", "parts_a": "a = 1\n", "parts_b": "b = 1\n"}
+    before = digest(tmp_path / "before", "mochi.parts", **files)
+    named = [f"mochi.parts.{name}" for name in ("__init__", "a", "b")]
+    assert digest(tmp_path / "named", *named, **files) == before
+    changes: list[dict[str, str]] = [{"parts_a": "a = 2\n"}, {"parts_c": "c = 1\n"}, {"parts_b": ""}]
+    found = {
+        digest(tmp_path / str(place), "mochi.parts", **(files | change))
+        for place, change in enumerate(changes)
+    }
+    assert len(found - {before}) == 3
+    renamed = {"parts___init__": "", "parts_a": "a = 1\n", "parts_z": "b = 1\n"}
+    assert digest(tmp_path / "renamed", "mochi.parts", **renamed) not in {before, *found}
+
+
+def test_a_module_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"mochi\.nothing: no such module of mochi"):
+        digest(tmp_path, "mochi.formula", "mochi.nothing")
+
+
+def test_a_digest_does_not_depend_on_the_version_of_python(tmp_path: Path) -> None:
+    """Python 3.12 added a field to functions, and `ast.dump` of 3.13 shows no empty lists.
+
+    The digest was the same on 3.11, 3.12 and 3.13. If you change how it is computed, every result is stale.
+    """
+    formula = "def f(x):\n    return -x or None\n"
+    assert digest(tmp_path, "mochi.formula", formula=formula) == "1232f41d7514a26f"
+
+
+def test_every_logger_has_a_name_that_is_recognised() -> None:
+    """Else its messages count as computation."""
+    for path in fingerprint.source_files("mochi"):
+        for line in path.read_text().splitlines():
+            if "= logging.getLogger(" in line:
+                assert line.startswith("logger = "), f"{path}: {line}"
+
+
+def test_digests_of_values_and_files(tmp_path: Path) -> None:
+    assert fingerprint.digest({"a": 1, "b": [2.5]}) == fingerprint.digest({"b": [2.5], "a": 1})
+    assert fingerprint.digest({"a": 1}) != fingerprint.digest({"a": 1.5})
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert fingerprint.file_digest(file).startswith("ba7816bf8f01cfea414140de5dae2223")

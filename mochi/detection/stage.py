@@ -156,7 +156,7 @@ class _FineTunings:
     @property
     def pictures(self) -> Path:
         """Folder of the first fine-tuning's pictures."""
-        return self.work / "pictures"
+        return self.work / f"pictures-{digest(self.identity)}"
 
     def search_lr(self, train: Annotations) -> tuple[float, dict[str, float | None]]:
         """The best learning rate by AP50 on a part of train, and the AP50 of each candidate.
@@ -208,7 +208,7 @@ class _FineTunings:
         }
         if seed == training.seeds[0] and distributed.rank() == 0:
             curves = voc_curves(test.annotations, detections, np.array([0.5]))[0]
-            self.pictures.mkdir(exist_ok=True)
+            self.pictures.mkdir(parents=True, exist_ok=True)
             figures.write_curves(self.pictures, curves, test.annotations.classes)
             figures.draw_detections(self.pictures / "detections.png", test, detections)
         self._keep(name, result)

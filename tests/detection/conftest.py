@@ -1,5 +1,6 @@
 """Tiny annotated sets, a tiny detector, and the real sets where MOCHI_REAL_DATA names their folder."""
 
+import dataclasses
 import os
 import tarfile
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import pytest
 from PIL import Image
 
 from mochi import encoders
-from mochi.config import DetectionModel, DetectionSet, Encoder
+from mochi.config import DetectionModel, DetectionRun, DetectionSet, Encoder, Experiment, detection_run
 from mochi.encoders.files import save_encoder
+from mochi.provenance.wanted import Result, evaluated
 
 ENCODER = Encoder(architecture="resnet10", stem="half", width=4)
 
@@ -45,6 +47,19 @@ def small_set(root: Path, *, data: dict[str, object] | None = None, model: dict[
             },
         }
     )  # fmt: skip
+
+
+def detection(
+    tiny: Experiment, chosen: DetectionSet, encoder_file: Path, folder: Path
+) -> tuple[DetectionRun, Result]:
+    """Arguments of the stage: a set of the tiny experiment, an encoder and a folder for results."""
+    evaluation = tiny.evaluation.model_copy(update={"detection": {"few": chosen}})
+    experiment = tiny.model_copy(update={"evaluation": evaluation})
+    result = evaluated(experiment, "random-init", 0, "detection-few")
+    inputs = {**result.inputs, "encoder": encoder_file}
+    return detection_run(experiment, "random-init", 0, "few"), dataclasses.replace(
+        result, folder=folder, inputs=inputs
+    )
 
 
 def voc_object(name: str = "square", box: tuple[object, ...] | None = (5, 6, 20, 22), **tags: int) -> str:

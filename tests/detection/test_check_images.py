@@ -1,4 +1,4 @@
-"""Broken and exchanged images of a detection set are told all at once, before the first step."""
+"""Corrupt and exchanged images of a detection set are reported together, before the first step."""
 
 import shutil
 from pathlib import Path
@@ -7,19 +7,19 @@ import pytest
 from PIL import Image
 
 from mochi import encoders
-from mochi.config import Experiment, resolve
+from mochi.config import Experiment
 from mochi.data.ingest import decode
-from mochi.detection import stage as train
+from mochi.detection import stage
 from mochi.detection.annotations import AnnotationError, Annotations
 from mochi.detection.check_images import check_images
 from mochi.detection.stage import read_splits
 from mochi.encoders.files import save_encoder
-from tests.detection.conftest import small_set
+from tests.detection.conftest import detection, small_set
 
 
 @pytest.fixture
 def root(voc_set: Path, tmp_path: Path) -> Path:
-    """A set of its own, to be damaged."""
+    """A copy of the set, to be corrupted."""
     return Path(shutil.copytree(voc_set, tmp_path / "sets" / "scenes"))
 
 
@@ -35,23 +35,22 @@ def test_the_stage_refuses_a_cut_image_before_the_first_step(
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     encoder = tmp_path / "encoder.safetensors"
     save_encoder(encoder, encoders.build(tiny.encoder))
-    evaluation = tiny.evaluation.model_copy(update={"detection": {"few": small_set(root)}})
-    run = resolve(tiny.model_copy(update={"evaluation": evaluation}), "random-init", 0)
+    run, result = detection(tiny, small_set(root), encoder, tmp_path / "out")
     message = rf"1 of \d+ images cannot be used:\n  .*{path.name} \(\d+ bytes\): JPEG does not decode"
     with pytest.raises(AnnotationError, match=message):
-        train.run(run, "few", encoder, tmp_path / "out", tmp_path / "work")
+        stage.run(run, result, tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 
-def test_sizes_that_differ_and_what_is_missing_are_told_too(root: Path) -> None:
+def test_sizes_that_differ_and_missing_files_are_reported_too(root: Path) -> None:
     first, second = (image.path for image in splits(root)[1].images[:2])
     annotated = splits(root)
     Image.new("RGB", (7, 9)).save(first)
     second.unlink()
-    with pytest.raises(AnnotationError) as told:
+    with pytest.raises(AnnotationError) as error:
         check_images(annotated, jobs=1)
-    assert f"{first}: the image is 7 x 9 pixels upright, its annotation says" in str(told.value)
-    assert f"{second} (-1 bytes): cannot be read: No such file or directory" in str(told.value)
+    assert f"{first}: the image is 7 x 9 pixels upright, its annotation says" in str(error.value)
+    assert f"{second} (-1 bytes): cannot be read: No such file or directory" in str(error.value)
 
 
 @pytest.mark.parametrize("tag", [0, 1, 6, 8, 9, 77])

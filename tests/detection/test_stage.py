@@ -11,22 +11,17 @@ import numpy as np
 import pytest
 
 from mochi import encoders
-from mochi.config import ConfigError, DetectionSet, Experiment, Run, resolve, settings
-from mochi.detection import scenes
-from mochi.detection import stage as train
+from mochi.config import DetectionRun, DetectionSet, Experiment
+from mochi.detection import scenes, stage
 from mochi.detection.annotations import AnnotatedImage, Annotations, split_off
 from mochi.detection.stage import read_splits
 from mochi.detection.training import FineTuning
 from mochi.encoders.files import save_encoder
+from mochi.provenance.wanted import Result
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.storage.checkpoint import CheckpointError
-from tests.detection.conftest import small_set
+from tests.detection.conftest import detection, small_set
 from tests.detection.ranks import run_ranks
-
-
-def run_with(tiny: Experiment, chosen: DetectionSet) -> Run:
-    evaluation = tiny.evaluation.model_copy(update={"detection": {"few": chosen}})
-    return resolve(tiny.model_copy(update={"evaluation": evaluation}), "random-init", 0)
 
 
 @pytest.fixture
@@ -36,14 +31,26 @@ def weights(tiny: Experiment, tmp_path: Path) -> Path:
     return path
 
 
+Asked = tuple[DetectionRun, Result]
+
+
+@pytest.fixture
+def ask(tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path) -> Callable[..., Asked]:
+    """Arguments of the stage for a set over `voc_set`, whose `training` section is changed."""
+
+    def ask(folder: str = "out", **training: Any) -> Asked:
+        return detection(tiny, small_set(voc_set, training=training), weights, tmp_path / folder)
+
+    return ask
+
+
 def metrics(folder: Path) -> dict[str, object]:
     content: dict[str, object] = json.loads((folder / "metrics.json").read_text())
     return content
 
 
-def test_what_the_stage_writes(tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path) -> None:
-    run = run_with(tiny, small_set(voc_set, training={"seeds": [0, 4]}))
-    train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+def test_what_the_stage_writes(ask: Callable[..., Asked], tmp_path: Path) -> None:
+    stage.run(*ask(seeds=[0, 4]), tmp_path / "work")
     written = metrics(tmp_path / "out")
     singles = written["fine_tunings"]
     assert isinstance(singles, dict)
@@ -58,21 +65,21 @@ def test_what_the_stage_writes(tiny: Experiment, voc_set: Path, weights: Path, t
     assert isinstance(checksums, dict)
     assert checksums["conv1"]["encoder"] == checksums["conv1"]["detector"]
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert provenance["stage"] == "detection-few"
+    assert provenance["stage"] == "detect"
     assert provenance["annotations"]["train"]["classes"] == {"square": 5, "bar": 5}
     for name in ("detections.png", "precision_recall.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     lines = (tmp_path / "out" / "precision_recall.csv").read_text().splitlines()
     assert lines[0] == "class,recall,precision"
     assert len(lines) == 1 + 2 * 101
-    assert not (tmp_path / "work").exists()
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_a_killed_run_ends_with_the_same_numbers(
-    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Callable[..., Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = run_with(tiny, small_set(voc_set, training={"seeds": [0, 1], "checkpoint_minutes": 1e-9}))
-    train.run(run, "few", weights, tmp_path / "straight", tmp_path / "work")
+    training = {"seeds": [0, 1], "checkpoint_minutes": 1e-9}
+    stage.run(*ask("straight", **training), tmp_path / "work")
     advance, steps = FineTuning._advance, iter(range(100))
 
     def killed(self: FineTuning, batches: object) -> dict[str, float]:
@@ -82,21 +89,27 @@ def test_a_killed_run_ends_with_the_same_numbers(
 
     monkeypatch.setattr(FineTuning, "_advance", killed)
     with pytest.raises(KeyboardInterrupt):
-        train.run(run, "few", weights, tmp_path / "resumed", tmp_path / "work")
-    assert not (tmp_path / "resumed" / "metrics.json").exists()
+        stage.run(*ask("resumed", **training), tmp_path / "work")
+    assert not (tmp_path / "resumed").exists()
     taken = []
     monkeypatch.setattr(
         FineTuning, "_advance", lambda self, batches: (taken.append(self.step), advance(self, batches))[1]
     )
-    train.run(run, "few", weights, tmp_path / "resumed", tmp_path / "work")
+    stage.run(*ask("resumed", **training), tmp_path / "work")
     assert taken == [2, 3]
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
+    for name in ("metrics.json", "detections.png", "precision_recall.csv"):
+        resumed, straight = (tmp_path / folder / name for folder in ("resumed", "straight"))
+        assert resumed.read_bytes() == straight.read_bytes(), name
 
 
-def test_traces_of_another_encoder_are_not_used(
-    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_checkpoints_of_another_encoder_are_not_used(
+    ask: Callable[..., Asked],
+    tiny: Experiment,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = run_with(tiny, small_set(voc_set, training={"seeds": [0], "checkpoint_minutes": 1e-9}))
+    asked = ask(seeds=[0], checkpoint_minutes=1e-9)
     advance = FineTuning._advance
 
     def killed(self: FineTuning, batches: object) -> dict[str, float]:
@@ -106,23 +119,18 @@ def test_traces_of_another_encoder_are_not_used(
 
     monkeypatch.setattr(FineTuning, "_advance", killed)
     with pytest.raises(KeyboardInterrupt):
-        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+        stage.run(*asked, tmp_path / "work")
     save_encoder(weights, encoders.build(tiny.encoder, seed=1))
     with pytest.raises(CheckpointError, match="encoder_sha256"):
-        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+        stage.run(*asked, tmp_path / "work")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_what_was_finished_on_other_annotations_is_not_used(
-    tiny: Experiment,
-    voc_set: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    split: str,
+    ask: Callable[..., Asked], voc_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
 ) -> None:
-    """A box corrected between two fine-tunings: the first is made again, and a half-made one is refused."""
-    run = run_with(tiny, small_set(voc_set, training={"seeds": [0, 1], "checkpoint_minutes": 1e-9}))
+    """A box corrected between two fine-tunings: the first is computed again, a half-done one refused."""
+    asked = ask(seeds=[0, 1], checkpoint_minutes=1e-9)
     advance, taken, kill = FineTuning._advance, [], [True]
 
     def watched(self: FineTuning, batches: object) -> dict[str, float]:
@@ -133,12 +141,12 @@ def test_what_was_finished_on_other_annotations_is_not_used(
 
     monkeypatch.setattr(FineTuning, "_advance", watched)
     with pytest.raises(KeyboardInterrupt):
-        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+        stage.run(*asked, tmp_path / "work")
     file = voc_set / "Annotations" / ("a1.xml" if split == "train" else "b1.xml")
     file.write_text(file.read_text().replace("<xmin>", "<xmin>1", 1))
     taken.clear()
     with pytest.raises(CheckpointError, match=f"annotations_sha256.{split}"):
-        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+        stage.run(*asked, tmp_path / "work")
     assert taken == [(0, step) for step in range(4)]
 
 
@@ -155,10 +163,10 @@ def test_the_digest_of_annotations_knows_all_that_is_read_of_them() -> None:
     ]  # fmt: skip
     splits = [Annotations(("a", "b"), (dataclasses.replace(image, **change),)) for change in changes]
     splits += [Annotations(("a", "c"), (image,)), Annotations(("a", "b"), (image, image))]
-    digests = [train.annotations_digest(split) for split in splits]
+    digests = [stage.annotations_digest(split) for split in splits]
     assert len(set(digests)) == len(digests)
     elsewhere = dataclasses.replace(image, path=Path("there/a.jpg"))
-    assert train.annotations_digest(Annotations(("a", "b"), (elsewhere,))) == digests[0]
+    assert stage.annotations_digest(Annotations(("a", "b"), (elsewhere,))) == digests[0]
 
 
 def test_the_lr_search_uses_a_part_of_train(
@@ -176,8 +184,8 @@ def test_the_lr_search_uses_a_part_of_train(
         evaluated.append([image.image_id for image in annotations.images])  # type: ignore[attr-defined]
         return {"AP": 1.0, "AP50": next(scores)}
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    train.run(run_with(tiny, chosen), "few", weights, tmp_path / "out", tmp_path / "work")
+    monkeypatch.setattr(stage, "evaluate", evaluate)
+    stage.run(*detection(tiny, chosen, weights, tmp_path / "out"), tmp_path / "work")
     written = metrics(tmp_path / "out")
     assert written["lr"] == 0.02
     # The last candidate diverges and has no score.
@@ -191,12 +199,10 @@ def test_the_lr_search_uses_a_part_of_train(
     assert all(name.startswith("b") for name in test)
 
 
-def test_a_single_rate_that_diverges_stops_the_stage(
-    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
-) -> None:
-    run = run_with(tiny, small_set(voc_set, training={"lr": [1e12], "iterations": 9}))
+def test_a_single_rate_that_diverges_stops_the_stage(ask: Callable[..., Asked], tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError):
-        train.run(run, "few", weights, tmp_path / "out", tmp_path / "work")
+        stage.run(*ask(lr=[1e12], iterations=9), tmp_path / "work")
+    assert not (tmp_path / "out").exists()
 
 
 def test_validation_and_rest_are_disjoint_and_whole(voc_set: Path) -> None:
@@ -205,21 +211,6 @@ def test_validation_and_rest_are_disjoint_and_whole(voc_set: Path) -> None:
     names = [{image.image_id for image in each.images} for each in (rest, part)]
     assert len(names[0]) == 4
     assert names[0] | names[1] == {f"a{index}" for index in range(6)}
-
-
-def test_an_unknown_set_is_answered_with_those_there_are(
-    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match="found 'coco'; this run has few"):
-        train.run(run_with(tiny, small_set(voc_set)), "coco", weights, tmp_path, tmp_path / "work")
-
-
-def test_results_depend_on_the_set_and_not_on_its_labels(tiny: Experiment, voc_set: Path) -> None:
-    base = settings(run_with(tiny, small_set(voc_set)), "detection-few")
-    same = small_set(voc_set, training={"checkpoint_minutes": 1.0, "workers": 3})
-    assert settings(run_with(tiny, same), "detection-few") == base
-    other = small_set(voc_set, training={"lr": [0.03]})
-    assert settings(run_with(tiny, other), "detection-few") != base
 
 
 def masked_set(root: Path) -> DetectionSet:
@@ -235,7 +226,7 @@ def masked_set(root: Path) -> DetectionSet:
 def test_masks_on_coco_scenes(tiny: Experiment, weights: Path, tmp_path: Path) -> None:
     chosen = masked_set(tmp_path / "photo-scenes")
     scenes.run(chosen.data, tmp_path / "photo-scenes")
-    train.run(run_with(tiny, chosen), "few", weights, tmp_path / "out", tmp_path / "work")
+    stage.run(*detection(tiny, chosen, weights, tmp_path / "out"), tmp_path / "work")
     written = metrics(tmp_path / "out")
     assert {"AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75"} <= written.keys()
     assert written["rule"] == "coco"
@@ -250,23 +241,21 @@ def test_mask_rcnn_on_real_coco(
     chosen = small_set(
         tmp_path, data=data, model={"masks": True}, training={"train_sizes": [64], "test_size": 64}
     )
-    train.run(run_with(tiny, chosen), "few", weights, tmp_path / "out", tmp_path / "work")
+    stage.run(*detection(tiny, chosen, weights, tmp_path / "out"), tmp_path / "work")
     assert {"AP", "mask_AP"} <= metrics(tmp_path / "out").keys()
     counts = json.loads((tmp_path / "out" / "provenance.json").read_text())["annotations"]
     assert counts["test"]["crowds"] == 16
     assert counts["train"]["objects"] == 1444 - 14
 
 
-def _stage_rank(run: Run, weights: Path, out: Path, work: Path) -> None:
-    train.run(run, "few", weights, out, work)
+def _stage_rank(asked: Asked, work: Path) -> None:
+    stage.run(*asked, work)
 
 
-def test_two_processes_write_one_result(
-    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
-) -> None:
+def test_two_processes_write_one_result(ask: Callable[..., Asked], tmp_path: Path) -> None:
     """`process_group` is entered by the stage itself, as under torchrun."""
-    run = run_with(tiny, small_set(voc_set, training={"micro_batch": 1, "iterations": 2, "lr_drops": []}))
-    run_ranks(_stage_rank, 2, run, weights, tmp_path / "out", tmp_path / "work", join=False)
+    asked = ask(micro_batch=1, iterations=2, lr_drops=[])
+    run_ranks(_stage_rank, 2, asked, tmp_path / "work", join=False)
     assert metrics(tmp_path / "out")["num_fine_tunings"] == 1
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["world_size"] == 2
-    assert not (tmp_path / "work").exists()
+    assert list((tmp_path / "work").iterdir()) == []

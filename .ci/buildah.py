@@ -1,7 +1,5 @@
 """Build and run the image without a container engine: buildah on a base made by debootstrap. Needs root."""
 
-import hashlib
-import json
 import os
 import shutil
 import ssl
@@ -12,26 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORD = ROOT / ".ci" / "image.json"
-# What the heavy layers are made of.
-INGREDIENTS = ("Dockerfile", ".dockerignore", "container/entrypoint.sh", "requirements.lock")
 # Measured with room to spare: the layers, the copy of a stage while it is committed, pip's downloads.
 NEEDED_GIB = {"locked": 45, "none": 8}
 # Where the host's certificate authorities are mounted while packages are downloaded, never copied.
 CA_MOUNT = "/etc/ssl/certs/build-host-ca.crt"
-
-
-def digest() -> str:
-    """Digest of all that the heavy layers are made of."""
-    total = hashlib.sha256()
-    for name in INGREDIENTS:
-        total.update((ROOT / name).read_bytes() + b"\0")
-    return total.hexdigest()
-
-
-def recorded() -> dict[str, object]:
-    """What the last full build that passed wrote."""
-    return dict(json.loads(RECORD.read_text())) if RECORD.exists() else {}
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """The image that the Dockerfile describes against what docs/container.md promises of it.
 
-The Dockerfile's own RUN steps are executed on a plain Debian base. Torch's layer is most of the image:
-it is built when an ingredient changed since the last full build that passed (`.ci/image.json`); otherwise
-this host lends its torch, and all else is built and tried the same.
+The Dockerfile's own RUN steps are executed on a plain Debian base. Torch's layer is most of the image (7 GB):
+it is built with MOCHI_IMAGE=full in the environment; otherwise this host lends its torch, and all else is
+built and tried the same.
 """
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Image:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
-    torch = "none" if buildah.recorded().get("digest") == buildah.digest() else "locked"
+    torch = "locked" if os.environ.get("MOCHI_IMAGE") == "full" else "none"
     folder = tmp_path_factory.mktemp("container")
     free = shutil.disk_usage(folder).free / 2**30
     needed = buildah.NEEDED_GIB[torch]
@@ -87,17 +87,12 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         build.remove()
 
 
-def test_what_the_image_says_of_itself(image: Image) -> None:
+def test_the_image_runs_the_workflow_as_nobody_in_particular(image: Image) -> None:
     settings = image.settings()
-    assert settings["User"] == "1000:1000"
-    assert settings["Entrypoint"] == ["tini", "-g", "--", "mochi-entrypoint"]
-    assert settings["Cmd"] == ["snakemake", "--cores", "all"]
-    assert settings["StopSignal"] == "SIGINT"
-    assert settings["WorkingDir"] == "/work"
-    assert {f"org.opencontainers.image.{key}" for key in ("title", "description", "licenses")} <= set(
-        settings["Labels"]
-    )
-    assert "NVIDIA_VISIBLE_DEVICES=all" in settings["Env"]
+    assert settings["User"] not in {"", "0", "root"}
+    assert settings["StopSignal"] == "SIGINT", "on SIGTERM Snakemake waits for its jobs until it is killed"
+    printed = image.run(*settings["Cmd"], "--version", mounted=False)
+    assert printed.strip().splitlines()[-1].startswith("9.")
 
 
 def test_nothing_of_the_build_host_is_in_the_image(image: Image) -> None:
@@ -120,7 +115,7 @@ def test_any_uid_has_a_name_a_home_and_a_folder_to_work_in(image: Image) -> None
 
 def test_the_experiment_from_data_to_table(image: Image) -> None:
     image.run("snakemake", "--cores", "2", "--configfile", "tests/tiny.yaml", seconds=900)
-    assert (image.work / "results/tiny/tables/summary.csv").stat().st_uid == 12345
+    assert (image.work / "results/tiny/summary.csv").stat().st_uid == 12345
     again = image.run("snakemake", "-n", "--configfile", "tests/tiny.yaml")
     assert "Nothing to be done" in again
 
@@ -130,7 +125,9 @@ def test_read_only_data_and_a_second_user_of_the_folder(image: Image) -> None:
     for path in (image.work, *image.work.rglob("*")):
         if not path.is_symlink():
             path.chmod(path.stat().st_mode | (0o2070 if path.is_dir() else 0o060))
-    again = ["snakemake", "--cores", "2", "--configfile", "tests/tiny.yaml", "--forcerun", "evaluate"]
+    for path in (image.work / "results/tiny/evaluations").rglob("provenance.json"):
+        path.unlink()
+    again = ["snakemake", "--cores", "2", "--configfile", "tests/tiny.yaml"]
     printed = image.run(
         "sh", "-c", 'umask 002 && exec "$@"', "sh", *again, user="54321:12345", read_only="data"
     )
@@ -145,19 +142,3 @@ def test_the_package_passes_its_tests(image: Image) -> None:
     suite += ["--ignore=tests/test_documents.py"]
     printed = image.run(*suite, seconds=1500)
     assert " passed" in printed
-
-
-def test_record_a_full_build(image: Image, request: pytest.FixtureRequest) -> None:
-    """Last: after a full build that passed, note its ingredients, so that the next one may be light."""
-    if image.torch == "none":
-        assert buildah.recorded()["digest"] == buildah.digest()
-        return
-    assert request.session.testsfailed == 0
-    with image.files() as root:
-        size = subprocess.run(["du", "-sm", str(root)], check=True, capture_output=True, text=True).stdout
-    record = {
-        "digest": buildah.digest(),
-        "mib": int(size.split()[0]),
-        "day": f"{datetime.now(UTC):%Y-%m-%d}",
-    }
-    buildah.RECORD.write_text(json.dumps(record, indent=2) + "\n")

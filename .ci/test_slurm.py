@@ -39,7 +39,7 @@ def clone(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) 
     if change:
         change(experiment)
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
-    profile = folder / "workflow" / "profiles" / "slurm" / "config.yaml"
+    profile = folder / "profiles" / "slurm" / "config.yaml"
     adapted = yaml.safe_load(profile.read_text()) | {
         "set-threads": {"pretrain": 1, "evaluate": 1},
         "default-resources": {"mem_mb": 1000, "runtime": 5},
@@ -54,10 +54,10 @@ def clone(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) 
 
 
 def start(folder: Path, *options: str) -> "subprocess.Popen[bytes]":
-    """`snakemake --profile workflow/profiles/slurm`, its words in snakemake.txt."""
+    """`snakemake --profile profiles/slurm`, its words in snakemake.txt."""
     with (folder / "snakemake.txt").open("wb") as said:
         return subprocess.Popen(
-            [SNAKEMAKE, "--profile", "workflow/profiles/slurm", *options],
+            [SNAKEMAKE, "--profile", "profiles/slurm", *options],
             cwd=folder,
             stdout=said,
             stderr=subprocess.STDOUT,
@@ -77,9 +77,10 @@ def finish(process: "subprocess.Popen[bytes]", seconds: int) -> int:
 
 def training(folder: Path, run: str) -> int | None:
     """The process that trains a run, once it has written a checkpoint."""
-    checkpoints = list((folder / "work" / "tiny" / run).glob("pretrain.safetensors"))
+    checkpoints = list((folder / "work" / "tiny" / run).glob("pretrain/*/checkpoint.safetensors"))
+    method, seed = run.split("/seed")
     shown = subprocess.run(
-        ["pgrep", "-f", f"mochi pretrain --run results/tiny/{run}"],
+        ["pgrep", "-f", f"mochi pretrain --method {method} --seed {seed}"],
         capture_output=True,
         text=True,
         check=False,
@@ -97,7 +98,7 @@ def digests(folder: Path) -> dict[str, str]:
     """What must be the same however a run went; wall times and speeds are elsewhere."""
     files = [
         path
-        for pattern in ("**/encoder.safetensors", "*/seed*/*/metrics.json", "tables/summary.csv")
+        for pattern in ("**/encoder.safetensors", "**/metrics.json", "summary.csv")
         for path in (folder / "results" / "tiny").glob(pattern)
     ]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -139,11 +140,11 @@ def test_one_run_over_two_nodes(tmp_path: Path) -> None:
         experiment["methods"] = {"moco-v2": {"epochs": 1, "matching_epochs": []}}
 
     folder = clone(tmp_path / "nodes", change)
-    profile = folder / "workflow" / "profiles" / "slurm" / "config.yaml"
+    profile = folder / "profiles" / "slurm" / "config.yaml"
     adapted = yaml.safe_load(profile.read_text())
     adapted["set-resources"]["pretrain"] |= {"gpu": 2, "nodes": 2, "mpi": "srun", "tasks": 2}
     profile.write_text(yaml.safe_dump(adapted))
-    result = "results/tiny/moco-v2/seed0/pretrain/encoder.safetensors"
+    result = "results/tiny/encoders/moco-v2/seed0/encoder.safetensors"
     code = finish(start(folder, "--retries", "0", result), 240)
     assert code == 0, (folder / "snakemake.txt").read_text()
     provenance = json.loads((folder / result).with_name("provenance.json").read_text())

@@ -375,9 +375,11 @@ def _work(
         return
     with holding(home):
         yield work, events
-        for folder in (work, home, *home.parents[:2]):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    for folder in (work, home, *home.parents):
+        try:
+            folder.rmdir()
+        except OSError:  # not empty: another job's, or checkpoints of other settings
+            break
 
 
 def main() -> NoReturn:

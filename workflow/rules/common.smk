@@ -17,7 +17,7 @@ from mochi.runtime import gpus
 from mochi.runtime.locks import hold
 
 # One file is one experiment. Two would be merged key by key, so the default is read only if none is given.
-if not config:
+if not workflow.configfiles:
 
     configfile: "config/config.yaml"
 

@@ -33,10 +33,10 @@ _DIFFICULT_SHARE, _CROWD_SHARE = 0.06, 0.12
 # How much of the background shines through a difficult piece.
 _FADED = 0.5
 
-# Every file that `run` writes, below its folder. scenes.json alone would not tell our folders from others':
-# Snakemake deletes it before it makes the scenes again.
+# Every file of a folder of scenes. scenes.json alone would not tell our folders from others': Snakemake
+# deletes it before it makes the scenes again.
 _MADE = re.compile(
-    r"scenes\.json|annotations/instances_(train|test)\.json|(train|test)/(train|test)_\d{5,}\.png"
+    r"scenes\.json|provenance\.json|annotations/instances_(train|test)\.json|(train|test)/(train|test)_\d{5,}\.png"
     r"|VOC/(ImageSets/Main/(train|test)\.txt|(Annotations|JPEGImages)/(train|test)_\d{5,}\.(xml|jpg))"
 )
 

@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from mochi.config import ConfigError, load_experiment, parse_experiment
+from mochi import encoders
+from mochi.config import ConfigError, Experiment, load_experiment, parse_experiment
+from mochi.encoders.files import save_encoder
+from mochi.layout import Layout
 from mochi.report.collect import scores
+from mochi.storage.atomic import write_json
 from tests.detection.conftest import small_set
 from tests.test_cli import mochi, refused
 
@@ -45,26 +49,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_commands(folder: Path, encoder_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = mochi("scenes", "--config", "tiny.yaml", "--set", "few", "--out", "data/few-scenes")
-    assert done.returncode == 0, done.stderr
-    assert "data/few-scenes train: 6 images" in done.stdout
-    assert "no detection sets" in refused("scenes", "--config", str(ROOT / "tests/tiny.yaml"), "--set", "x",
-                                          "--out", "data/x")  # fmt: skip
-    resolved = mochi("resolve", "--config", "tiny.yaml", "--method", "random-init", "--seed", "0",
-                     "--stage", "detection-few", "--out", "run.yaml")  # fmt: skip
-    assert resolved.returncode == 0, resolved.stderr
-    options = ("--set", "few", "--encoder", str(encoder_file), "--out", "out", "--work", "work")
+def test_the_commands(folder: Path, encoder_file: Path, tiny: Experiment) -> None:
+    for _ in range(2):  # the second replaces scenes whose record is not current, provenance.json and all
+        done = mochi("scenes", "data/few-scenes", "--config", "tiny.yaml")
+        assert done.returncode == 0, done.stderr
+        assert "data/few-scenes train: 6 images" in done.stdout
+        Path("data/few-scenes/provenance.json").write_text("{}")
+    assert "makes scenes in: none" in refused("scenes", "x", "--config", str(ROOT / "tests/tiny.yaml"))
+    options = ("--method", "random-init", "--seed", "0", "--config", "tiny.yaml")
+    options += ("--encoder", str(encoder_file), "--out", "out")
     # The encoder of these tests is narrower than tiny's.
-    assert "does not fit the detector's encoder" in refused("detect", "--run", "run.yaml", *options)
-    assert "says nothing about the stage detection-other" in refused(
-        "detect", "--run", "run.yaml", "--set", "other", *options[2:]
-    )
-    text = Path("run.yaml").read_text()
-    Path("run.yaml").write_text(text.replace("width: 8", "width: 4"))
-    done = mochi("detect", "--run", "run.yaml", *options)
+    assert "is not a resnet10 with stem half and width 8" in refused("detect", "few", *options)
+    assert "set: found 'other'; tiny has: few, few-frozen" in refused("detect", "other", *options)
+    save_encoder(encoder_file, encoders.build(tiny.encoder))
+    done = mochi("detect", "few", *options)
     assert done.returncode == 0, done.stderr
     assert json.loads(Path("out/metrics.json").read_text())["num_fine_tunings"] == 1
+    assert not [path for path in Path("work").rglob("*") if path.is_file()]
 
 
 def test_the_jobs_that_snakemake_announces(folder: Path) -> None:
@@ -79,18 +80,19 @@ def test_the_jobs_that_snakemake_announces(folder: Path) -> None:
     (folder / "workflow").symlink_to(ROOT / "workflow")
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    jobs = dict(re.findall(r"^(\w+)\s+(\d+)$", done.stdout + done.stderr, re.MULTILINE))
+    output = done.stdout + done.stderr
+    jobs = dict(re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE))
     assert jobs["scenes"] == "1"
     assert jobs["detect"] == "4"
     assert jobs["pretrain"] == "3"
-    assert f"results/tiny/{MOCHI}/seed1/detection-few-frozen/metrics.json" in done.stdout + done.stderr
-    assert f"results/tiny/{MOCHI}/seed0/detection-few/metrics.json" not in done.stdout + done.stderr
+    places = Layout("tiny")
+    assert str(places.evaluation(MOCHI, 1, "detection-few-frozen") / "metrics.json") in output
+    assert str(places.evaluation(MOCHI, 0, "detection-few") / "metrics.json") not in output
 
 
 def test_the_table_takes_each_fine_tuning(folder: Path) -> None:
     experiment = load_experiment(folder / "tiny.yaml")
     for method, seed in (("random-init", 0), (MOCHI, 0), (MOCHI, 1)):
-        run = folder / "results/tiny" / method / f"seed{seed}"
         singles = {
             str(k): {"AP50": 40.0 + k + seed, "AP": 20.0, "AP75": 9.0, "coco_AP": 1.0} for k in (0, 1)
         }
@@ -99,9 +101,8 @@ def test_the_table_takes_each_fine_tuning(folder: Path) -> None:
             ("detection-few", {"fine_tunings": singles}),
             ("detection-few-frozen", {"fine_tunings": singles}),
         ):  # fmt: skip
-            (run / task).mkdir(parents=True)
-            (run / task / "metrics.json").write_text(json.dumps(content))
-    table = scores(experiment, folder / "results")
+            write_json(Layout("tiny").evaluation(method, seed, task) / "metrics.json", content)
+    table = scores(experiment)
     own = table[(table["task"] == "detection-few-frozen") & (table["metric"] == "AP50")]
     assert own[own["method"] == MOCHI]["value"].tolist() == [40.0, 41.0, 41.0, 42.0]
     assert set(table[table["task"] == "detection-few"]["method"]) == {"random-init"}

@@ -4,16 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-CONFIG ?= config/config.yaml
-
-.PHONY: help reproduce record test test-slow lint lock
+.PHONY: help reproduce test test-slow lint lock
 
 help:
 	@echo "make reproduce   environment from the lock, then the embedded experiment, end to end"
-	@echo "make record      a finished experiment into DVC: dvc.yaml, dvc.lock, cache (CONFIG=...)"
 	@echo "make test        environment, then the whole test suite"
 	@echo "make test-slow   kills, scale, Slurm, the image: needs root, slurm-wlm, munge, buildah, debootstrap"
-	@echo "make lint        environment, then format, lint, types and import rules"
+	@echo "make lint        environment, then format, lint, types, import rules and the workflow"
 	@echo "make lock        resolve requirements.lock again from pyproject.toml"
 
 # `compat` puts this folder last on sys.path, so a copy of the project elsewhere imports its own code; with the
@@ -29,9 +26,6 @@ $(VENV)/.ready: requirements.lock
 reproduce: $(VENV)/.ready
 	snakemake --cores all
 
-record: $(VENV)/.ready
-	python -m mochi record --config $(CONFIG)
-
 test: $(VENV)/.ready
 	python -m pytest --numprocesses 2 --dist loadfile
 
@@ -44,6 +38,7 @@ lint: $(VENV)/.ready
 	snakefmt --check Snakefile workflow
 	mypy
 	lint-imports
+	snakemake --lint
 
 lock: $(VENV)/.ready
 	pip --disable-pip-version-check install --quiet uv

@@ -13,14 +13,14 @@ help:
 	@echo "make lint        environment, then format, lint, types, import rules and the workflow"
 	@echo "make lock        resolve requirements.lock again from pyproject.toml"
 
-# `compat` puts this folder last on sys.path, so a copy of the project elsewhere imports its own code; with the
-# default, modules that the copy lacks would come from here.
+# The command `mochi` runs the code of the folder it is called in, as `python -m mochi` does: a copy of the project
+# runs its own. An editable install would run the code of this folder there.
 $(VENV)/.ready: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, found " + sys.version)'
 	$(PYTHON) -m venv --clear $(VENV)
 	pip --disable-pip-version-check install --quiet --require-hashes -r requirements.lock
-	pip --disable-pip-version-check install --quiet --no-index --no-deps --no-build-isolation \
-	  --config-settings editable_mode=compat --editable .
+	printf '#!/bin/sh\nexec "$${0%%/*}/python" -m mochi "$$@"\n' > $(VENV)/bin/mochi
+	chmod +x $(VENV)/bin/mochi
 	touch $@
 
 reproduce: $(VENV)/.ready

@@ -42,7 +42,7 @@ class DetectionData(Section):
     """Present: `path` is written by the pipeline itself."""
 
     def annotation_files(self) -> list[str]:
-        """What says that the set is there: of scenes their record, else the lists of images."""
+        """Files that show that the set exists: scenes.json of made scenes, else the lists of images."""
         if self.scenes:
             return [f"{self.path}/scenes.json"]
         splits = [*self.train, *self.test]

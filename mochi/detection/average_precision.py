@@ -152,7 +152,7 @@ def _overlap(a: Floats, b: Floats) -> Floats:
 
 
 def voc_metrics(curves: Any, classes: tuple[str, ...], rule: str) -> dict[str, Any]:
-    """AP (mean over thresholds .5 to .95), AP50, AP75 by `rule`, percent; the other rule beside it."""
+    """AP (mean over thresholds .5 to .95), AP50, AP75 by `rule`, percent; the other rule too."""
     metrics: dict[str, Any] = {}
     for each in (rule, "all-point" if rule == "11-point" else "11-point"):
         table = 100 * np.array(
@@ -186,13 +186,13 @@ def coco_metrics(annotations: Annotations, detections: Detections) -> dict[str, 
         if kind == "segm" and detections.masks is None:
             continue
         results = truth.loadRes(_coco_results(detections, kind))
-        judge = COCOeval_faster(truth, results, iouType=kind, print_function=logger.debug)
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
+        evaluator = COCOeval_faster(truth, results, iouType=kind, print_function=logger.debug)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
         # -1 where there is nothing to find.
         metrics |= {
-            f"{prefix}{name}": 100 * float(max(judge.stats[place], 0.0))
+            f"{prefix}{name}": 100 * float(max(evaluator.stats[place], 0.0))
             for place, name in enumerate(("AP", "AP50", "AP75"))
         }
     return metrics

@@ -1,4 +1,4 @@
-"""COCO's instances JSON: reading with all its oddities, and writing."""
+"""Read COCO's instances JSON with all its oddities, and write it."""
 
 import json
 from collections import Counter

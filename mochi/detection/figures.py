@@ -1,4 +1,4 @@
-"""Pictures of a detector: what it found beside what is there, and precision against recall."""
+"""Figures of a detector: ground truth next to detections, and precision against recall."""
 
 from collections.abc import Sequence
 from pathlib import Path

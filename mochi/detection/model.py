@@ -1,8 +1,8 @@
 """Faster and Mask R-CNN with a C4 backbone, from torchvision's parts.
 
-conv1 to res4 look at the whole image; res5 looks at each pooled region, followed by the extra batch
+conv1 to res4 see the whole image; res5 sees each pooled region, followed by the extra batch
 normalisation of MoCo's Res5ROIHeadsExtraNorm, and feeds both boxes and masks. Every number that the
-detectron2 C4 configuration fixes stands here or in the experiment file; docs/detection.md compares
+detectron2 C4 configuration fixes is here or in the experiment file; docs/detection.md compares
 each with torchvision's default.
 
 Shapes: B images, R regions of all images, A anchors of an image, K classes, D channels of res5.
@@ -122,8 +122,8 @@ class BoxPredictor(nn.Module):
         super().__init__()
         self.cls_score = nn.Linear(num_features, num_classes + 1)
         self.bbox_pred = nn.Linear(num_features, 4 * num_classes)
-        for layer, spread in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
-            nn.init.normal_(layer.weight, std=spread)
+        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ class MaskPredictor(nn.Sequential):
 class Res5RoIHeads(RoIHeads):  # type: ignore[misc]
     """detectron2's Res5ROIHeads: boxes and masks share the features of res5.
 
-    In training the masks are learnt on the positive regions of the box head; in evaluation they are
+    In training the masks are trained on the positive regions of the box head; in evaluation they are
     read off the boxes that were detected.
     """
 

@@ -1,8 +1,8 @@
 """photo-scenes: pieces of photographs pasted on other photographs, a detection set without a download.
 
 The class of an object is the photograph that its piece comes from. Boxes and masks are exact, because
-what is pasted is the mask. Pieces and backgrounds come from cells of their own split alone, so that no
-pixel of a training scene stands in a test scene.
+what is pasted is the mask. Pieces and backgrounds come from cells of the same split only, so that no
+pixel of a training scene is in a test scene.
 """
 
 import logging
@@ -60,14 +60,14 @@ class _Scene:
 def run(data: DetectionData, root: Path) -> dict[str, Any]:
     """Write the scenes below `root` as VOC (`VOC/...`, JPEG) and as COCO (`annotations/...`, PNG).
 
-    The folder appears whole or not at all. `scenes.json` in it says what it holds.
+    The folder appears whole or not at all. `scenes.json` in it describes it.
 
     Args:
         data: its `scenes` and `classes` say what to make.
         root: the folder to make; scenes that stand there are replaced.
 
     Returns:
-        what scenes.json says.
+        The content of scenes.json.
 
     Raises:
         ConfigError: no `scenes` section, a class that is not a photograph, or files in `root` that are no
@@ -79,7 +79,7 @@ def run(data: DetectionData, root: Path) -> dict[str, Any]:
     if (foreign := _foreign(root)) is not None:
         raise ConfigError(
             f"{root}: found {foreign}, which is no part of scenes made here; making them replaces the "
-            "whole folder, so give `data.path` a folder of their own, or take the `scenes` section out"
+            "whole folder, so give `data.path` a separate folder, or remove the `scenes` section"
         )
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as name:
@@ -116,12 +116,12 @@ def _foreign(root: Path) -> Path | None:
 def _write_split(
     root: Path, split: str, number: int, classes: Sequence[str], config: PhotoScenes
 ) -> dict[str, Any]:
-    quarry = _Quarry(classes, config.seed, "train" if split == "train" else "val")
+    sampler = _PatchSampler(classes, config.seed, "train" if split == "train" else "val")
     folders = {"voc": root / "VOC" / "JPEGImages", "coco": root / split}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     scenes = [
-        make_scene(quarry, config.image_size, np.random.default_rng([config.seed, split == "test", index]))
+        make_scene(sampler, config.image_size, np.random.default_rng([config.seed, split == "test", index]))
         for index in range(number)
     ]
     names = [f"{split}_{index:05d}" for index in range(number)]
@@ -159,7 +159,7 @@ def _annotate(path: Path, scene: _Scene, kind: str) -> AnnotatedImage:
     )
 
 
-class _Quarry:
+class _PatchSampler:
     """The parts of the photographs that one split may use."""
 
     def __init__(self, classes: Sequence[str], seed: int, split: str) -> None:
@@ -212,33 +212,33 @@ def _shows_something(picture: Pixels, cell: Cell) -> bool:
     return bool(part.mean(axis=2).std() >= 4.0)
 
 
-def make_scene(quarry: _Quarry, size: int, rng: np.random.Generator) -> _Scene:
+def make_scene(sampler: _PatchSampler, size: int, rng: np.random.Generator) -> _Scene:
     """One scene: a background and 1 to 4 pieces that do not overlap, now and then a crowd of small ones."""
-    scene = _Scene(quarry.background(size, rng).copy(), np.zeros((size, size), bool))
+    scene = _Scene(sampler.background(size, rng).copy(), np.zeros((size, size), bool))
     wanted = int(rng.integers(1, _MAX_OBJECTS + 1))
     for _ in range(20 * wanted):
         if len(scene.labels) == wanted:
             break
-        label = int(rng.integers(1, len(quarry.classes) + 1))
+        label = int(rng.integers(1, len(sampler.classes) + 1))
         polygon, mask, cut = _shape(size, rng, _SMALLEST, _LARGEST)
         if mask.sum() < 0.006 * size * size or (mask & scene.taken).any():
             continue
         faded = rng.random() < _DIFFICULT_SHARE
-        _paste(scene, quarry, label, mask, rng, _FADED if faded else 1.0)
+        _paste(scene, sampler, label, mask, rng, _FADED if faded else 1.0)
         _record(scene, label, mask, [polygon], difficult=faded, truncated=cut)
     if rng.random() < _CROWD_SHARE:
-        _add_crowd(scene, quarry, size, rng)
+        _add_crowd(scene, sampler, size, rng)
     return scene
 
 
-def _add_crowd(scene: _Scene, quarry: _Quarry, size: int, rng: np.random.Generator) -> None:
+def _add_crowd(scene: _Scene, sampler: _PatchSampler, size: int, rng: np.random.Generator) -> None:
     """Several small pieces of one class, annotated as one region: a crowd, uncompressed run lengths."""
-    label = int(rng.integers(1, len(quarry.classes) + 1))
+    label = int(rng.integers(1, len(sampler.classes) + 1))
     together = np.zeros_like(scene.taken)
     for _ in range(6):
         _, mask, _ = _shape(size, rng, _SMALLEST / 2, _SMALLEST)
         if not (mask & scene.taken).any() and mask.any():
-            _paste(scene, quarry, label, mask, rng, 1.0)
+            _paste(scene, sampler, label, mask, rng, 1.0)
             together |= mask
     if together.any():
         _record(
@@ -266,7 +266,7 @@ def _shape(
 
 def _paste(
     scene: _Scene,
-    quarry: _Quarry,
+    sampler: _PatchSampler,
     label: int,
     mask: NDArray[np.bool_],
     rng: np.random.Generator,
@@ -275,7 +275,7 @@ def _paste(
     x0, y0, x1, y1 = _box(mask)
     inside = mask[y0:y1, x0:x1]
     region = scene.pixels[y0:y1, x0:x1]
-    piece = quarry.piece(label, y1 - y0, x1 - x0, rng)
+    piece = sampler.piece(label, y1 - y0, x1 - x0, rng)
     region[inside] = (strength * piece[inside] + (1 - strength) * region[inside]).astype(np.uint8)
 
 

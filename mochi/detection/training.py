@@ -55,7 +55,7 @@ class Recipe:
 class Schedule:
     """Steps and learning rate, scaled from `lr_batch_size` to `batch_size` images a step.
 
-    The rate per image and the number of images stay what the experiment says.
+    The rate per image and the number of images are those of the experiment file.
     """
 
     steps: int
@@ -322,11 +322,11 @@ def _optimizer(detector: Detector, training: DetectionTraining) -> torch.optim.S
         if isinstance(module, nn.BatchNorm2d)
         for parameter in module.parameters()
     }
-    learnt = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in detector.parameters() if parameter.requires_grad]
     return torch.optim.SGD(
         [
-            {"params": [p for p in learnt if p not in norms], "weight_decay": training.weight_decay},
-            {"params": [p for p in learnt if p in norms], "weight_decay": 0.0},
+            {"params": [p for p in trained if p not in norms], "weight_decay": training.weight_decay},
+            {"params": [p for p in trained if p in norms], "weight_decay": 0.0},
         ],
         lr=0.0,
         momentum=training.momentum,

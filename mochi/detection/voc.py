@@ -1,4 +1,4 @@
-"""PASCAL VOC files: reading with all their oddities, and writing.
+"""Read PASCAL VOC files with all their oddities, and write them.
 
 VOC counts pixels from 1 and its boxes include their last pixel: xmin and ymin lose 1, xmax and ymax stay,
 so that (1, 1, W, H) covers the image. A file in which a box starts below 1 counts from 0 and is read so.
@@ -132,7 +132,7 @@ def _from_pixels(
 
 
 def _image_path(root: Path, name: str, stated: str | None) -> Path:
-    """The image beside an XML file: by the image set's name, or else by the file's own `filename`."""
+    """The image of an XML file: by the image set's name, or else by the file's own `filename`."""
     folder = root / "JPEGImages"
     candidates = [folder / f"{name}{suffix}" for suffix in _SUFFIXES]
     if stated:
@@ -140,7 +140,7 @@ def _image_path(root: Path, name: str, stated: str | None) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise AnnotationError(f"{folder / name}: no image of that name; looked for {', '.join(_SUFFIXES)}")
+    raise AnnotationError(f"{folder / name}: no image of that name; expected one of {', '.join(_SUFFIXES)}")
 
 
 def _image_size(path: Path) -> tuple[int, int]:

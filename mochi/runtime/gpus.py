@@ -77,7 +77,7 @@ def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[
     """Wait for `count` free GPUs of `names` and lock them for this process and what it becomes by exec.
 
     Whoever waits longest is served first, also when it waits for several. The locks end with the
-    process, however it ends. A claim that waits says so in the log.
+    process, however it ends. A claim that waits logs that.
 
     Args:
         count: how many.

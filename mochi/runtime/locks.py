@@ -69,7 +69,7 @@ def holding(folder: Path, wait_seconds: float = 20) -> Iterator[None]:
 
 
 def _acquired(path: Path, wait_seconds: float) -> FileLock:
-    """A lock on `path`, which says who holds it; not locked where the file system cannot lock.
+    """A lock on `path`, in which the holder is written; not locked where the file system cannot lock.
 
     Raises:
         Timeout: another process holds it.

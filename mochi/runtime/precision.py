@@ -6,7 +6,7 @@ import torch
 
 
 def use_bfloat16(device: torch.device, precision: str) -> bool:
-    """Whether to compute in bfloat16: as told, or for `auto` where the hardware multiplies it."""
+    """Whether to compute in bfloat16: as asked for; `auto` does where the hardware supports it."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
@@ -20,8 +20,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def make_deterministic() -> None:
-    """The same bytes from the same seed: on a GPU this chooses deterministic kernels."""
+    """The same bytes from the same seed: on a GPU this chooses deterministic kernels.
+
+    float32 is IEEE's float32 there: cuDNN would compute convolutions in TF32.
+    """
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Nothing reads uninitialised memory here, and filling it writes every activation twice.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Random generators as functions of what they are for, such as (seed, epoch).
 
 There is no generator state to save: a resumed run draws what the uninterrupted one would have drawn.
-Random parameters of images have a vectorised generator of their own, `mochi.data.views.counter_rng`.
+Random parameters of images have a separate vectorised generator, `mochi.data.views.counter_rng`.
 """
 
 import hashlib

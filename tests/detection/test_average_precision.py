@@ -262,11 +262,13 @@ def pycocotools_metrics(truth: Annotations, found: Detections) -> dict[str, floa
                 assert found.masks is not None
                 item["segmentation"] = found.masks[row]
             results.append(item)
-        judge = COCOeval(api, api.loadRes(results), kind)
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-        metrics |= {prefix + name: 100 * judge.stats[i] for i, name in enumerate(("AP", "AP50", "AP75"))}
+        evaluator = COCOeval(api, api.loadRes(results), kind)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+        metrics |= {
+            prefix + name: 100 * evaluator.stats[i] for i, name in enumerate(("AP", "AP50", "AP75"))
+        }
     return metrics
 
 

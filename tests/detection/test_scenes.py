@@ -10,7 +10,7 @@ from PIL import Image
 from mochi.config import ConfigError, DetectionData, PhotoScenes
 from mochi.data.photographs import PHOTOGRAPHS, cells, load
 from mochi.detection import coco, scenes, voc
-from mochi.detection.scenes import _Quarry, make_scene
+from mochi.detection.scenes import _PatchSampler, make_scene
 
 CLASSES = ["astronaut", "brick", "chelsea", "coffee"]
 
@@ -61,9 +61,9 @@ def test_boxes_are_those_of_the_masks(made: Path) -> None:
 
 
 def test_what_is_pasted_is_the_photograph_inside_the_mask() -> None:
-    """Every pixel of an object stands in its class's cells of this split; no cell is in both splits."""
-    quarry = _Quarry(CLASSES, seed=0, split="val")
-    scene = make_scene(quarry, 64, np.random.default_rng(3))
+    """Every pixel of an object is in its class's cells of this split; no cell is in both splits."""
+    sampler = _PatchSampler(CLASSES, seed=0, split="val")
+    scene = make_scene(sampler, 64, np.random.default_rng(3))
     numbers = {photo.name: number for number, photo in enumerate(PHOTOGRAPHS)}
     for label, mask, faded in zip(scene.labels, scene.masks, scene.difficult, strict=True):
         if faded:
@@ -142,7 +142,7 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path, file: str, *, made_
     (root / file).parent.mkdir(parents=True, exist_ok=True)
     (root / file).write_text("years of work")
     with pytest.raises(
-        ConfigError, match=rf"VOCdevkit: found \S*{file}, .* `data\.path` a folder of their own"
+        ConfigError, match=rf"VOCdevkit: found \S*{file}, .* `data\.path` a separate folder"
     ):
         scenes.run(few, root)
     assert (root / file).read_text() == "years of work"

@@ -229,7 +229,7 @@ def test_accumulation_makes_up_for_processes(micro_batch: int, world_size: int, 
     assert accumulation(paper_training(micro_batch=micro_batch), world_size) == expected
 
 
-def test_processes_that_cannot_share_a_batch_are_told_what_can() -> None:
+def test_the_error_for_a_batch_that_cannot_be_shared_lists_what_can() -> None:
     with pytest.raises(ConfigError, match=r"16 cannot be shared by 4 processes .* can be 1, 2, 4"):
         accumulation(paper_training(micro_batch=8), 4)
 

@@ -1,4 +1,4 @@
-"""The stop at the first NaN or Inf, and what is said of trainings of every kind."""
+"""The stop at the first NaN or Inf, and the status of trainings of every kind."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from mochi.runtime.monitoring import NonFiniteError, check_finite, training_status
 
-# The accuracies of a MoCo-v2 training with a queue of half the data set, which forgets what it learnt.
+# The accuracies of a MoCo-v2 training with a queue of half the data set, which unlearns.
 FALLING = [0.094, 0.097, 0.133, 0.103, 0.093, 0.063, 0.058, 0.050, 0.044, 0.046]
 
 

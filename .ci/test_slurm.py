@@ -61,7 +61,11 @@ def start(folder: Path, *options: str) -> "subprocess.Popen[bytes]":
             cwd=folder,
             stdout=said,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            env={
+                **os.environ,
+                "MOCHI_DEVICE": "cpu",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
             start_new_session=True,
         )
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 MAX_QUERY_SHARE = 0.5
 """b ~ U(0, 0.5): in a query mix the negative always dominates (MoCHi section 3.3)."""
 
-# Pairs that are multiplied at once: their gathered rows stay in the processor's cache.
+# Pairs that a CPU multiplies at once: their gathered rows stay in its cache.
 _PAIRS_AT_ONCE = 1024
 
 
@@ -163,9 +163,10 @@ def _uniform(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Ten
 
 
 def _pair_products(queue: Tensor, parents: Tensor) -> Tensor:
-    """n_i . n_j for parents (B, s, 2) -> (B, s), never holding more than a few pairs' rows."""
+    """n_i . n_j for parents (B, s, 2) -> (B, s); on a CPU only a few pairs' rows at once."""
+    pairs = parents.flatten(0, 1)
     products = [
-        (F.embedding(pairs[:, 0], queue) * F.embedding(pairs[:, 1], queue)).sum(-1)
-        for pairs in parents.flatten(0, 1).split(_PAIRS_AT_ONCE)
+        (F.embedding(some[:, 0], queue) * F.embedding(some[:, 1], queue)).sum(-1)
+        for some in (pairs.split(_PAIRS_AT_ONCE) if queue.device.type == "cpu" else [pairs])
     ]
     return torch.cat(products).view(parents.shape[:2])

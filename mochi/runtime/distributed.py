@@ -1,12 +1,17 @@
 """One process or many by the same code: with a single process every call here is the identity."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from mochi.errors import UserError
+from mochi.runtime.launch import REQUESTED_GPUS
 
 
 @contextmanager
@@ -15,7 +20,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield
     finally:
@@ -33,10 +41,40 @@ def world_size() -> int:
 
 
 def pick_device() -> torch.device:
-    """This process's GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """This process's GPU where there is one, else the CPU; the GPU becomes CUDA's current device.
+
+    MOCHI_DEVICE=cpu in the environment computes on the CPU whatever was asked for.
+
+    Raises:
+        UserError: GPUs were asked for (`--gpus`) and torch cannot use as many.
+    """
+    requested = int(os.environ.get(REQUESTED_GPUS, "0"))
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if os.environ.get("MOCHI_DEVICE") == "cpu":
+        return torch.device("cpu")
+    if usable < requested:
+        wheel = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
+        raise UserError(
+            f"GPUs: {requested} were asked for, and torch {torch.__version__} can use {usable}; its wheel is "
+            f"{wheel}, the driver is {_driver()}, CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}; "
+            "check `nvidia-smi`, update the driver, or pass --gpus 0 to compute on the CPU"
+        )
+    if not usable:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # Else helper threads and libraries open a context on GPU 0 in every process.
+    torch.cuda.set_device(device)
+    return device
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, as its kernel module says."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return "not loaded"
+    found = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\d[\d.]+)", text)
+    return found[1] if found else "of an unknown version"
 
 
 def gather(rows: Tensor) -> Tensor:

@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from mochi.errors import UserError
 from mochi.runtime import gpus
 
+REQUESTED_GPUS = "MOCHI_REQUESTED_GPUS"
+"""Environment variable: the GPUs of this host that were asked for, so that none is missed in silence."""
+
 
 def on_gpus(count: int, nodes: int = 1) -> None:
     """Give this process its `count` GPUs; with several, become torchrun with this same command on them.
 
-    Call it before CUDA is first used. Inside torchrun it does nothing. Under Slurm the scheduler has
-    chosen the GPUs already; elsewhere they are claimed, and waited for, by locks. 0 hides all GPUs.
+    Call it before CUDA is first used. Inside torchrun it does nothing. Where the scheduler has given the
+    job as many GPUs as are asked for, they are taken; elsewhere, also where several runs share a Slurm
+    allocation, they are claimed, and waited for, by locks. 0 hides all GPUs.
 
     Args:
         count: GPUs in all.
@@ -25,9 +29,10 @@ def on_gpus(count: int, nodes: int = 1) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return
     command = torchrun(count, nodes, sys.argv[1:], os.environ)
+    os.environ[REQUESTED_GPUS] = str(count // nodes)
     if count == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif "SLURM_JOB_ID" not in os.environ:
+    elif "SLURM_JOB_ID" not in os.environ or len(gpus.visible()) > count // nodes:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.claim(count, gpus.visible()))
     if command:
         os.execvp(command[0], command)  # noqa: S606

@@ -1,0 +1,81 @@
+"""A GPU that was asked for is used, or the run stops; on a host without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mochi.errors import UserError
+from mochi.runtime import launch
+from mochi.runtime.distributed import pick_device
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a host without a usable GPU")
+
+
+@NO_GPU
+def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.REQUESTED_GPUS, "2")
+    with pytest.raises(UserError) as error:
+        pick_device()
+    for words in ("2 were asked for", "can use 0", f"CUDA {torch.version.cuda}", "driver is", "nvidia-smi"):
+        assert words in str(error.value)
+
+
+@NO_GPU
+def test_the_cpu_is_used_when_no_gpu_or_the_cpu_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.REQUESTED_GPUS, "0")
+    assert pick_device().type == "cpu"
+    monkeypatch.setenv(launch.REQUESTED_GPUS, "2")
+    monkeypatch.setenv("MOCHI_DEVICE", "cpu")
+    assert pick_device().type == "cpu"
+
+
+@NO_GPU
+def test_the_command_line_stops_before_any_compute(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mochi",
+        "pretrain",
+        "--config",
+        str(Path("tests/tiny.yaml").resolve()),
+    ]
+    command += ["--method", "random-init", "--seed", "0", "--gpus", "1"]
+    environment = {
+        **os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": os.getcwd(), "TMPDIR": str(tmp_path)
+    }  # fmt: skip
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "error: GPUs: 1 were asked for" in done.stderr
+    assert not (tmp_path / "results").exists() or not list((tmp_path / "results").rglob("*.safetensors"))
+
+
+CLAIM = """
+import os, sys, time
+from mochi.runtime import launch
+launch.on_gpus(1)
+sys.stdout.write(os.environ["CUDA_VISIBLE_DEVICES"])
+sys.stdout.flush()
+time.sleep(3)
+"""
+
+
+@pytest.mark.parametrize(("given", "shared"), [("0,1", True), ("1", False)])
+def test_runs_inside_one_slurm_allocation_take_different_gpus(
+    tmp_path: Path, given: str, shared: bool
+) -> None:
+    """A job that was given exactly what it asks for takes it; several runs in one allocation share it."""
+    environment = {
+        **os.environ, "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": given, "TMPDIR": str(tmp_path)
+    }  # fmt: skip
+    command = [sys.executable, "-c", CLAIM]
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    taken = sorted(process.communicate(timeout=60)[0] for process in started)
+    assert taken == (["0", "1"] if shared else ["1", "1"])

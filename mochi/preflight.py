@@ -99,7 +99,7 @@ def _machine() -> Iterator[Finding]:
     if shared.exists() and (size := shutil.disk_usage(shared).total) < _SMALL_SHARED_MEMORY:
         yield Finding(
             "warning",
-            f"/dev/shm has {size / 1e6:.0f} MB; loading workers of large images need more; "
+            f"{shared} has {size / 1e6:.0f} MB; loading workers of large images need more; "
             "run the container with --ipc=host or --shm-size=16g",
         )
 

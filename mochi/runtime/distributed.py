@@ -54,10 +54,11 @@ def pick_device() -> torch.device:
         return torch.device("cpu")
     if usable < requested:
         wheel = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise UserError(
-            f"GPUs: {requested} were asked for, and torch {torch.__version__} can use {usable}; its wheel is "
-            f"{wheel}, the driver is {_driver()}, CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}; "
-            "check `nvidia-smi`, update the driver, or pass --gpus 0 to compute on the CPU"
+            f"GPUs: {requested} were asked for, and torch {torch.__version__} can use {usable}; its wheel "
+            f"is {wheel}, the driver is {_driver()}, CUDA_VISIBLE_DEVICES is {shown}; check `nvidia-smi`, "
+            "update the driver, or pass --gpus 0 to compute on the CPU"
         )
     if not usable:
         return torch.device("cpu")

@@ -45,7 +45,7 @@ def test_the_command_line_stops_before_any_compute(tmp_path: Path) -> None:
     ]
     command += ["--method", "random-init", "--seed", "0", "--gpus", "1"]
     environment = {
-        **os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": os.getcwd(), "TMPDIR": str(tmp_path)
+        **os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(Path.cwd()), "TMPDIR": str(tmp_path)
     }  # fmt: skip
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

@@ -30,7 +30,9 @@ RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock \
       '/^[^ ]/ { left_out = torch == "none" && /^(torch|torchvision|triton|nvidia-|cuda-)/ } !left_out' \
       /tmp/requirements.lock > /tmp/chosen.txt && \
     /opt/venv/bin/pip install --no-deps --require-hashes -r /tmp/chosen.txt && \
-    rm /tmp/chosen.txt
+    rm /tmp/chosen.txt && \
+    printf '#!/bin/sh\nexec python -m mochi "$@"\n' > /opt/venv/bin/mochi && \
+    chmod 755 /opt/venv/bin/mochi
 
 # ---------------------------------------------------------------- the image
 FROM system

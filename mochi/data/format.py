@@ -45,7 +45,7 @@ class StoredSplit:
         return read_arrow(self.folder / f"{self.name}-index.arrow")
 
     def _column(self, name: str, dtype: type[np.generic], width: int = 1) -> NDArray[Any]:
-        """A column of numbers as a view of the file. (Arrow's own to_numpy brings in all of pandas.)"""
+        """A column of numbers as a view of the file. (Arrow's own to_numpy imports pandas.)"""
         if len(self) == 0:
             return np.empty(0, dtype)
         buffer = self._index[name].chunk(0).buffers()[1]

@@ -89,7 +89,7 @@ def open_image(data: bytes | pa.Buffer) -> Image.Image:
     except UnidentifiedImageError:
         raise UnreadableError(_sniff(data)) from None
     except Exception as error:
-        # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error ... on foreign bytes.
+        # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error ... on other files.
         raise UnreadableError(f"{_sniff(data)}: {_short(error)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableError(f"decompression bomb: claims {image.width} x {image.height} pixels")

@@ -33,7 +33,7 @@ def prepare(
     `.cache` in the folder of `out`) keeps downloads.
 
     Raises:
-        DataError: the source is missing, foreign, empty, or more of it unreadable than allowed.
+        DataError: the source is missing, another one or empty, or more of it unreadable than allowed.
     """
     raw = collect(dataset, cache or out.parent / ".cache")
     out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def collect(dataset: Dataset, cache: Path) -> RawDataset:
     """List what a source has. The module that reads it is named as the source, with `_` for `-`.
 
     Raises:
-        DataError: the source is missing, foreign or empty.
+        DataError: the source is missing, another one or empty.
     """
     module = import_module(f"mochi.data.ingest.sources.{dataset.source.replace('-', '_')}")
     raw: RawDataset = module.collect(dataset, cache)

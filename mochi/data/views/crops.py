@@ -136,8 +136,8 @@ def centre_resize(pixels: Tensor, resize: int, size: int) -> Tensor:
 def centre_image(image: Tensor, resize: int, size: int) -> Tensor:
     """The same for one decoded image: (3, H, W) uint8 -> (3, S, S) uint8.
 
-    Of a strip only the middle is resized: whole, one of 1 x 12,000 pixels would take gigabytes. What is
-    left is at most half a pixel off the centre.
+    Of an image with an extreme aspect ratio only the middle is resized: all of 1 x 12,000 pixels would
+    take gigabytes. The crop is at most half a pixel off the centre.
     """
     image = _middle(image, _LONGEST_RATIO * min(image.shape[1:]))
     height, width = shortened(image.shape[1], image.shape[2], resize)
@@ -159,7 +159,7 @@ def _margin(side: int, size: int) -> int:
 
 
 def parts(count: int, floats: int, device: torch.device) -> Iterator[slice]:
-    """The batch in pieces that fit the cache of a core, `floats` an image; whole on an accelerator."""
+    """The batch in pieces that fit the cache of a core, `floats` per image; undivided on an accelerator."""
     size = max(1, _CACHE_FLOATS // floats) if device.type == "cpu" else count
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))

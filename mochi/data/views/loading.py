@@ -72,7 +72,7 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """Whole batches in an epoch; the short last one is dropped. `batch_size` counts all ranks.
 
     Raises:
-        DataError: not one whole batch.
+        DataError: fewer images than one batch.
     """
     if batch_size > num_images:
         raise DataError(
@@ -265,7 +265,7 @@ _AHEAD = 4
 def _fitting(workers: int, batch_bytes: int) -> tuple[int, int | None]:
     """(workers, batches each prepares ahead): as many as fit in shared memory with two in use.
 
-    A container has 64 MiB of it unless it is told otherwise, and a worker that wants more dies.
+    A container has 64 MiB of it by default, and a worker that needs more is killed.
     """
     if workers == 0:
         return 0, None

@@ -6,20 +6,23 @@ The edge cases are those that users reported: hidden files, empty classes, loops
 
 import csv
 import hashlib
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mochi.config.datasets import Folder
+from mochi.config.datasets import Dataset, Folder
 from mochi.data.format import open_dataset
-from mochi.data.ingest import decode, validate
+from mochi.data.ingest import decode, sources, validate
 from mochi.data.ingest.prepare import prepare
 from mochi.errors import DataError
 
@@ -37,6 +40,15 @@ def contents(out: Path) -> dict[str, str]:
 def rows_of(path: Path) -> list[list[str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.reader(file))[1:]
+
+
+def test_every_source_has_a_section_and_a_module() -> None:
+    sections = get_args(get_args(Dataset)[0])
+    named = {name for section in sections for name in get_args(section.model_fields["source"].annotation)}
+    modules = {module.name for module in pkgutil.iter_modules(sources.__path__)}
+    assert {name.replace("-", "_") for name in named} == modules
+    for module in modules:
+        assert callable(importlib.import_module(f"{sources.__name__}.{module}").collect)
 
 
 def test_processes_and_repeats_change_no_byte(

@@ -1,1 +1,1 @@
-"""One module for each origin of images; `collect(config)` tells what there is, and `prepare` stores it."""
+"""One module per source, named as the source; its `collect(config, cache)` lists what there is."""

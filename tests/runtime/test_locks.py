@@ -85,7 +85,7 @@ def test_a_second_snakemake_refuses_at_once_and_says_why(finished: Project, tmp_
     process = holder(project.folder / ".snakemake" / "run.lock")
     try:
         begin = time.monotonic()
-        done = project.snakemake("--forcerun", "tables")
+        done = project.snakemake("--forcerun", "report")
         assert time.monotonic() - begin < 30
         assert done.returncode == 1
         assert f"held by process {process.pid}" in done.stdout + done.stderr

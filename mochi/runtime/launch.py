@@ -29,11 +29,12 @@ def on_gpus(count: int, nodes: int = 1) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return
     command = torchrun(count, nodes, sys.argv[1:], os.environ)
-    os.environ[REQUESTED_GPUS] = str(count // nodes)
+    local = count // nodes
+    os.environ[REQUESTED_GPUS] = str(local)
     if count == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif "SLURM_JOB_ID" not in os.environ or len(gpus.visible()) > count // nodes:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.claim(count, gpus.visible()))
+    elif "SLURM_JOB_ID" not in os.environ or len(gpus.visible()) > local:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.claim(local, gpus.visible()))
     if command:
         os.execvp(command[0], command)  # noqa: S606
 

@@ -60,7 +60,10 @@ def prepare(
         "source": raw.source,
         "licence": raw.licence,
         "classes": raw.classes,
-        "options": dataset.model_dump(mode="json"),
+        # What the set is, not where it came from: moved or re-downloaded images are the same set.
+        "options": dataset.model_dump(
+            mode="json", exclude={"path", "archive", "mirrors"}, exclude_defaults=True
+        ),
         "listing": raw.listing,
         "rules": decode.RULES,
         "splits": entries,

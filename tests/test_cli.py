@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from PIL import Image
+from typer.main import get_command
 
+import mochi
 from mochi import cli
-from mochi.config import Experiment
 from mochi.config.datasets import Folder
 from mochi.data.ingest.prepare import prepare
 
@@ -32,8 +33,21 @@ class Done(NamedTuple):
     stderr: str
 
 
-def mochi(*arguments: str) -> Done:
-    """`python -m mochi ARGUMENTS` in this process: a traceback would fail the test that calls it."""
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are relative to the current folder, which is a new one here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOCHI_CONFIG", raising=False)
+
+
+@pytest.fixture
+def data(tiny_data: Path, tmp_path: Path) -> Path:
+    """The tiny experiment's data set in the current folder."""
+    return Path(shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name))
+
+
+def run(*arguments: str) -> Done:
+    """`mochi ARGUMENTS` in this process: a traceback would fail the test that calls it."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["mochi", *arguments])
@@ -43,160 +57,170 @@ def mochi(*arguments: str) -> Done:
 
 
 def refused(*arguments: str) -> str:
-    done = mochi(*arguments)
+    done = run(*arguments)
     assert done.returncode == 1, done
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     return done.stderr
 
 
-@pytest.fixture(scope="module")
-def run_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("run") / "run.yaml"
-    done = mochi("resolve", "--config", TINY, "--method", MOCHI, "--seed", "0", "--out", str(file))
-    assert done.returncode == 0, done.stderr
+def changed(tmp_path: Path, change: dict[str, Any]) -> str:
+    """The tiny experiment with some sections replaced, as a file."""
+    file = tmp_path / "changed.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(Path(TINY).read_text()) | change, sort_keys=False))
     return str(file)
 
 
-def test_help_names_every_command() -> None:
-    done = mochi("--help")
-    assert done.returncode == 0
-    for command in (
-        "prepare",
-        "resolve",
-        "pretrain",
-        "linear",
-        "knn",
-        "tables",
-        "check",
-        "plan",
-    ):
-        assert command in done.stdout
+def test_version() -> None:
+    assert run("--version").stdout == f"mochi {mochi.__version__}\n"
+
+
+def test_help_names_every_command_and_each_starts_with_a_verb() -> None:
+    shown = run("--help").stdout
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert {"check", "inspect", "plan", "adopt", "explain", "prepare", "pretrain", "evaluate"} <= set(
+        commands
+    )
+    for name, command in commands.items():
+        assert name in shown
+        first = (command.help or "").split()[0]
+        assert first[0].isupper(), f"{name}: {command.help}"
+        assert not first.endswith(("s", "ing")), f"{name}: an imperative, as in `Train an encoder.`"
+
+
+def test_help_shows_defaults() -> None:
+    shown = run("pretrain", "--help").stdout
+    assert "config/config.yaml" in shown
+    assert "MOCHI_CONFIG" in shown
 
 
 def test_check_finds_a_typo_before_anything_is_computed(tmp_path: Path) -> None:
     file = tmp_path / "typo.yaml"
     file.write_text(Path(TINY).read_text().replace("temperature: 0.2", "temprature: 0.2"))
-    assert "pretrain.temprature: unknown key 'temprature'; did you mean 'temperature'?" in refused(
-        "check", "--config", str(file)
-    )
+    message = "pretrain.temprature: unknown key 'temprature'; did you mean 'temperature'?"
+    assert message in refused("check", str(file))
 
 
-def test_check_warns_of_a_long_queue_and_refuses_a_large_batch(tiny_data: Path, tmp_path: Path) -> None:
-    data = yaml.safe_load(Path(TINY).read_text())
-    data["pretrain"] |= {"queue_size": 200, "batch_size": 200}
-    file = tmp_path / "large.yaml"
-    file.write_text(yaml.safe_dump(data))
-    done = mochi("check", "--config", str(file), "--data-root", str(tiny_data.parent))
+def test_check_warns_of_a_long_queue_and_refuses_a_large_batch(data: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(Path(TINY).read_text())["pretrain"] | {"queue_size": 200, "batch_size": 200}
+    done = run("check", changed(tmp_path, {"pretrain": recipe}))
     assert done.returncode == 1
     assert f"warning: {MOCHI}: queue_size = 200 is 1.25 times the 160 training images" in done.stdout
     assert f"error: {MOCHI}: batch_size: found 200; the set has 160 images" in done.stdout
 
 
-def checked(change: dict[str, Any], data_root: Path, tmp_path: Path) -> str:
-    """What `check` says of the tiny experiment with some sections changed."""
-    file = tmp_path / "changed.yaml"
-    file.write_text(yaml.safe_dump(yaml.safe_load(Path(TINY).read_text()) | change, sort_keys=False))
-    return mochi("check", "--config", str(file), "--data-root", str(data_root)).stdout
-
-
-def test_check_tells_what_would_fail_after_the_training(
-    tiny: Experiment, tiny_data: Path, tmp_path: Path
-) -> None:
-    folder = {"source": "folder", "name": "mine", "path": str(tmp_path / "photos")}
-    nowhere = tmp_path / "nowhere"
-    assert "photos: not found, and nothing is prepared in" in checked(
-        {"dataset": folder}, nowhere, tmp_path
-    )
+def test_check_finds_what_would_fail_after_the_training(data: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    folder = {"source": "folder", "name": "mine", "path": str(photos)}
+    said = run("check", changed(tmp_path, {"dataset": folder})).stdout
+    assert "photos: not found, and nothing is prepared in data/mine" in said
     for number in range(70):
-        path = tmp_path / "photos" / "2024" / f"{number}.png"
+        path = photos / "2024" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40 + number % 2, 50), (number, 0, 0)).save(path)
-    out = tmp_path / "data" / "mine"
-    prepare(Folder(**folder), out, jobs=1)
+    prepare(Folder(**folder), tmp_path / "data/mine", jobs=1)
     methods = {"methods": {"moco-v2": {}, "supervised": {"objective": "supervised", "lr": 0.1}}}
-    said = checked({"dataset": folder, **methods}, out.parent, tmp_path)
-    assert "error: supervised: found 0 labelled images in train; bring some, or remove supervised" in said
-    assert "error: evaluation.knn: found 0 labelled images in train; bring some, or remove knn" in said
-    assert "error: evaluation.linear: found 0 labelled images in val" in said
-    assert (
-        "warning: augmentation.image_size: found 16; images of train have a median short side of 40" in said
-    )
-    said = checked({"dataset": folder | {"max_unreadable": 0.5}}, out.parent, tmp_path)
-    assert f"warning: {out}: prepared with other options" in said
-    sets = yaml.safe_load((Path(TINY).parents[1] / "config/raccoon.yaml").read_text())["evaluation"][
-        "detection"
-    ]
+    said = run("check", changed(tmp_path, {"dataset": folder, **methods})).stdout
+    for line in (
+        "error: supervised: found 0 labelled images in train; provide some, or remove the row",
+        "error: evaluation.knn: found 0 labelled images in train; provide some, or remove knn",
+        "error: evaluation.linear: found 0 labelled images in val",
+        "warning: augmentation.image_size: found 16; images of train have a median short side of 40",
+    ):
+        assert line in said
+    sets = yaml.safe_load((ROOT / "config/raccoon.yaml").read_text())["evaluation"]["detection"]
     evaluation = yaml.safe_load(Path(TINY).read_text())["evaluation"] | {"detection": sets}
-    said = checked({"evaluation": evaluation}, tiny_data.parent, tmp_path)
+    said = run("check", changed(tmp_path, {"evaluation": evaluation})).stdout
     assert re.search(
-        r"error: evaluation.detection.raccoon\S*: \S+/val.txt: not found; bring the set there", said
+        r"error: evaluation.detection.raccoon\S*: \S+/val.txt: not found; put the set there", said
     )
 
 
-def test_verify_reads_everything(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(tiny_data, tmp_path / tiny_data.name))
-    arguments = ("check", "--config", TINY, "--data-root", str(tmp_path), "--verify")
-    assert mochi(*arguments).returncode == 0
-    pixels = copy / "train-images.npy"
+def test_check_compares_the_probe_with_the_data_and_the_training(data: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(Path(TINY).read_text())
+    content["evaluation"]["linear"] |= {"batch_size": 512, "min_scale": 0.2}
+    content["augmentation"]["image_size"] = 64
+    done = run("check", changed(tmp_path, content))
+    assert done.returncode == 1
+    assert "error: evaluation.linear.batch_size: found 512; train has 160 labelled images" in done.stdout
+    assert "warning: evaluation.image_size: found 16; encoders are trained at" in done.stdout
+
+
+def test_check_says_when_the_prepared_data_is_another_set(tmp_path: Path) -> None:
+    content = yaml.safe_load(Path(TINY).read_text())
+    assert run("prepare", "--config", TINY).returncode == 0
+    assert "not the data set of this experiment" not in run("check", TINY).stdout
+    content["dataset"]["train_per_photo"] = 11
+    said = run("check", changed(tmp_path, content)).stdout
+    assert "not the data set of this experiment (settings: dataset.train_per_photo 10 -> 11)" in said
+
+
+def test_verify_reads_everything(data: Path) -> None:
+    assert run("check", TINY, "--verify").returncode == 0
+    pixels = data / "train-images.npy"
     content = bytearray(pixels.read_bytes())
     content[-1] ^= 1
     pixels.write_bytes(content)
-    done = mochi(*arguments)
+    done = run("check", TINY, "--verify")
     assert done.returncode == 1
-    assert f"error: {pixels}: missing or damaged" in done.stdout
+    assert re.search(r"error: \S*train-images.npy: missing or corrupt", done.stdout)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--seed", "7"), "--seed: found 7; mochi-16-24-8 has the seeds 0, 1"),
-        (
-            ("--seed", "0", "--stage", "foo"),
-            "--stage: found 'foo'; this experiment has: pretrain, linear, knn",
-        ),
-    ],
-)
-def test_resolve_refuses_what_is_not_there(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    out = str(tmp_path / "run.yaml")
-    assert said in refused("resolve", "--config", TINY, "--method", MOCHI, "--out", out, *arguments)
-
-
-def test_plan_counts_runs_and_steps(tiny_data: Path) -> None:
-    done = mochi("plan", "--config", TINY, "--data-root", str(tiny_data.parent), "--measure")
+def test_plan_counts_runs_and_steps(data: Path) -> None:
+    done = run("plan", TINY, "--measure")
     assert done.returncode == 0, done.stderr
     assert f"{MOCHI}: 2 runs of 10 steps" in done.stdout
     assert "3 runs;" in done.stdout
 
 
-def test_unknown_method(tmp_path: Path) -> None:
-    out = str(tmp_path / "run.yaml")
-    text = refused("resolve", "--config", TINY, "--method", "moco-v3", "--seed", "0", "--out", out)
-    assert "unknown key 'moco-v3'; allowed: mochi-16-24-8, random-init" in text
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("pretrain", "--method", MOCHI, "--seed", "7"), "seed: found 7; mochi-16-24-8 has: 0, 1"),
+        (
+            ("pretrain", "--method", "moco-v3", "--seed", "0"),
+            "unknown key 'moco-v3'; allowed: mochi-16-24-8, random-init",
+        ),
+        (
+            ("evaluate", "top1", "--method", MOCHI, "--seed", "0"),
+            "task: found 'top1'; tiny has: linear, knn",
+        ),
+        (("detect", "voc", "--method", MOCHI, "--seed", "0"), "set: found 'voc'; tiny has: none"),
+        (("scenes", "data/voc"), "DIR: found data/voc;"),
+    ],
+)
+def test_what_the_experiment_does_not_have(arguments: tuple[str, ...], said: str) -> None:
+    assert said in refused(*arguments, "--config", TINY)
 
 
-def test_missing_data_and_foreign_run_files(run_file: str, tmp_path: Path) -> None:
-    places = [
-        "--data",
-        str(tmp_path / "none"),
-        "--out",
-        str(tmp_path / "out"),
-        "--work",
-        str(tmp_path / "w"),
-    ]
-    assert "prepare" in refused("pretrain", "--run", run_file, *places)
-    other = tmp_path / "other.yaml"
-    other.write_text(Path(run_file).read_text().replace("version: 2", "version: 99"))
-    assert "found 99; this program reads run files of version 2" in refused(
-        "pretrain", "--run", str(other), *places
+def test_missing_inputs_are_named_before_any_compute() -> None:
+    run_of = ["--config", TINY, "--method", MOCHI, "--seed", "0"]
+    said = refused("pretrain", *run_of)
+    assert "data/photo-patches-tiny/manifest.json: not found" in said
+    assert f"results/tiny/encoders/{MOCHI}/seed0/encoder.safetensors: not found" in refused(
+        "evaluate", "knn", *run_of
     )
 
 
-def test_an_output_folder_that_cannot_be_written(run_file: str, tiny_data: Path, tmp_path: Path) -> None:
-    """A file stands where the folder should be: refused even for root, before any compute."""
-    (tmp_path / "out").write_text("mine")
-    places = ["--data", str(tiny_data), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "w")]
-    assert "results cannot be written there" in refused("pretrain", "--run", run_file, *places)
-    assert (tmp_path / "out").read_text() == "mine"
+def test_an_output_folder_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
+    """A file is where the folder should be: refused even for root, before any compute."""
+    (tmp_path / "results").write_text("mine")
+    said = refused("pretrain", "--config", TINY, "--method", "random-init", "--seed", "0")
+    assert "results cannot be written there" in said
+    assert (tmp_path / "results").read_text() == "mine"
+
+
+def test_an_encoder_from_elsewhere_is_evaluated_into_a_folder_of_ones_choice(
+    data: Path, tmp_path: Path
+) -> None:
+    of_run = ["--config", TINY, "--method", "random-init", "--seed", "0"]
+    assert run("pretrain", *of_run).returncode == 0
+    encoder = tmp_path / "results/tiny/encoders/random-init/seed0/encoder.safetensors"
+    shutil.move(encoder, tmp_path / "mine.safetensors")
+    done = run("evaluate", "knn", *of_run, "--encoder", "mine.safetensors", "--out", "mine")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "mine/metrics.json").read_text())["k"] == 5
+    record = json.loads((tmp_path / "mine/provenance.json").read_text())
+    assert record["inputs"]["encoder"]["path"] == "mine.safetensors"
 
 
 def test_own_images_from_the_command_line(tmp_path: Path) -> None:
@@ -209,30 +233,26 @@ def test_own_images_from_the_command_line(tmp_path: Path) -> None:
                 Image.new("RGB", (20 + index, 24), (index, 0, 0)).save(folder / f"{index}.jpg")
     (tmp_path / "images/train/cat/.DS_Store").write_text("x")
     (tmp_path / "images/train/cat/bad.jpg").write_bytes(b"no image")
-    out = tmp_path / "data" / "mine"
-    options = ["--source", "folder", "--path", str(tmp_path / "images"), "--out", str(out)]
-    done = mochi("prepare", *options, "--option", "max_unreadable=0.2")
+    options = ["--source", "folder", "--path", "images", "--out", "data/mine"]
+    done = run("prepare", *options, "--option", "max_unreadable=0.2")
     assert done.returncode == 0, done.stderr
     assert "train: 12 images" in done.stdout
-    assert "bad.jpg" in (out / "quarantine.csv").read_text()
+    assert "bad.jpg" in (tmp_path / "data/mine/quarantine.csv").read_text()
+    assert "up to date" in run("prepare", *options, "--option", "max_unreadable=0.2").stderr
     assert "more than max_unreadable" in refused("prepare", *options)
     assert "unknown key 'max_unredable'" in refused("prepare", *options, "--option", "max_unredable=0.2")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert "0 images" in refused("prepare", "--source", "folder", "--path", str(empty), "--out", str(out))
+    (tmp_path / "empty").mkdir()
+    assert "0 images" in refused("prepare", "--source", "folder", "--path", "empty", "--out", "data/mine")
 
 
-def test_check_reports_on_a_folder_of_images(tmp_path: Path) -> None:
+def test_inspect_reports_on_a_folder_of_images(tmp_path: Path) -> None:
     """Text for a person, JSON for a program, and a mistake that is named."""
     folder = tmp_path / "images/train/cat"
     folder.mkdir(parents=True)
     for index in range(4):
         Image.new("RGB", (40, 30 + index), (index, 0, 0)).save(folder / f"{index}.png")
-    report = tmp_path / "report.json"
-    places = ["--data", str(tmp_path / "images"), "--data-root", str(tmp_path / "data")]
-    done = mochi("check", *places, "--report", str(report))
+    done = run("inspect", "images", "--report", "report.json")
     assert done.returncode == 0, done.stderr
     assert "train: 4 images, 4 labelled" in done.stdout
-    assert json.loads(report.read_text())["splits"]["train"]["images"] == 4
-    assert "check one thing at a time" in refused("check", "--config", TINY, *places)
-    assert "nowhere" in refused("check", "--data", str(tmp_path / "nowhere"))
+    assert json.loads((tmp_path / "report.json").read_text())["splits"]["train"]["images"] == 4
+    assert "nowhere" in refused("inspect", "nowhere")

@@ -3,7 +3,6 @@ says; and what is wrong is refused before anything is computed."""
 
 import csv
 import itertools
-import json
 import math
 import multiprocessing
 import random
@@ -11,57 +10,39 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
 
-from mochi.config import Experiment, Run, resolve
+from mochi.config import Experiment, Training, parse_experiment, pretrain_run
 from mochi.contrast import moco as moco_module
-from mochi.contrast.moco import MoCo
-from mochi.contrast.negatives import hardest, mix_pairs, mix_with_query
-from mochi.data.format import DataError, open_dataset
-from mochi.data.views.loading import Loading, two_views
 from mochi.encoders.resnet import ResNet
-from mochi.pretraining import stage as pretrain
+from mochi.errors import DataError
+from mochi.pretraining import loop, stage
 from mochi.provenance.fingerprint import file_digest
-from mochi.runtime.progress import NonFiniteError
+from mochi.runtime.monitoring import NonFiniteError
 from mochi.storage import checkpoint
 from mochi.storage.checkpoint import CheckpointError
-from tests.reference import mochi_loss, synthetic_vectors
+from tests.pretraining.runs import encoder_bytes, record, result_in, rows, saved_in, steps_done, train
+from tests.tiny import MOCHI, changed, with_recipe
 
-MOCHI = "mochi-16-24-8"
-TIMINGS = {"images_per_second", "data_wait"}
-
-
-def changed(run: Run, **recipe: object) -> Run:
-    return run.model_copy(update={"pretrain": run.pretrain.model_copy(update=recipe)})
-
-
-def train(run: Run, data: Path, folder: Path) -> bytes:
-    torch.set_num_threads(1)  # also where it is a process of its own; bytes depend on the number
-    pretrain.run(run, data, folder / "out", folder / "work")
-    return (folder / "out" / "encoder.safetensors").read_bytes()
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "out" / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
+EVERY_STEP = 1e-9
+"""As `checkpoint_minutes`: a checkpoint after every step that is checked."""
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(tiny: Experiment, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    train(resolve(tiny, MOCHI, 0), tiny_data, folder)
+    train(tiny, tiny_data, folder)
     return folder
 
 
 def test_the_product_is_a_torchvision_encoder(uninterrupted: Path, tiny: Experiment) -> None:
-    weights = load_file(uninterrupted / "out" / "encoder.safetensors")
-    ResNet(tiny.encoder).load_state_dict(weights)
-    assert not (uninterrupted / "work" / "pretrain.safetensors").exists()
+    ResNet(tiny.encoder).load_state_dict(load_file(uninterrupted / "out" / "encoder.safetensors"))
+    assert not list((uninterrupted / "work").iterdir()), "no checkpoint is left"
 
 
 def test_metrics_say_what_happened(uninterrupted: Path) -> None:
@@ -75,51 +56,56 @@ def test_metrics_say_what_happened(uninterrupted: Path) -> None:
     assert first["false_parents_any"] == ""
     assert 0 <= float(second["false_parents_all"]) <= float(second["false_parents_any"]) <= 1
     assert float(second["lr"]) == pytest.approx(0.03)
-    assert 0 < float(second["spread"]) < 1
+    assert 0 < float(second["feature_std"]) < 1
+    assert second["status"]
     with (uninterrupted / "out" / "matching.csv").open() as file:
         matching = list(csv.DictReader(file))
-    assert [row["epoch"] for row in matching] == ["0"] * 100 + ["1"] * 100
+    assert [(row["epoch"], row["rank"]) for row in matching] == [
+        (str(epoch), str(place)) for epoch in (0, 1) for place in range(1, 101)
+    ]
     probabilities = [float(row["probability"]) for row in matching[:100]]
     assert probabilities == sorted(probabilities, reverse=True)
     assert sum(probabilities) < 1
 
 
-def test_provenance_leads_back_to_settings_code_and_data(
+def test_the_result_is_current_and_says_what_made_it(
     uninterrupted: Path, tiny: Experiment, tiny_data: Path
 ) -> None:
-    provenance = json.loads((uninterrupted / "out" / "provenance.json").read_text())
-    assert provenance["settings"]["pretrain"]["queue_size"] == 100
-    assert provenance["code_digests"] == [provenance["code_digest"]]
-    assert provenance["inputs"]["data"]["path"] == str(tiny_data / "manifest.json")
-    assert provenance["versions"]["torch"] == torch.__version__.split("+")[0]
+    result = result_in(uninterrupted, tiny, tiny_data)
+    assert result.why_stale() is None
+    assert result_in(uninterrupted, with_recipe(lr=0.07), tiny_data).why_stale() == (
+        "settings: recipe.lr 0.06 -> 0.07"
+    )
+    written = record(uninterrupted)
+    assert written["settings"]["recipe"]["queue_size"] == 100
+    assert written["code_digests"] == [written["code_digest"]]
+    assert written["inputs"]["data"]["path"] == str(tiny_data / "manifest.json")
+    assert written["world_size"] == 1
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(
     uninterrupted: Path, tiny: Experiment, tiny_data: Path, tmp_path: Path
 ) -> None:
-    expected = (uninterrupted / "out" / "encoder.safetensors").read_bytes()
-    assert train(resolve(tiny, MOCHI, 0), tiny_data, tmp_path / "again") == expected
+    assert train(tiny, tiny_data, tmp_path / "again") == encoder_bytes(uninterrupted)
     assert rows(tmp_path / "again") == rows(uninterrupted)
-    assert train(resolve(tiny, MOCHI, 1), tiny_data, tmp_path / "other") != expected
+    assert train(tiny, tiny_data, tmp_path / "other", seed=1) != encoder_bytes(uninterrupted)
 
 
-def test_killed_at_ten_random_moments(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
+def test_killed_at_ten_random_moments(tiny_data: Path, tmp_path: Path) -> None:
     """SIGKILL, then the same command: bit-identical to the run that nobody killed, every time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_pretrain"])
-    run = changed(resolve(tiny, MOCHI, 0), epochs=12)
-    expected = train(run, tiny_data, tmp_path / "whole")
+    context.set_forkserver_preload(["tests.pretraining.test_stage"])
+    expected = train(with_recipe(epochs=12), tiny_data, tmp_path / "whole")
     # A checkpoint after every step, so that kills hit its writing as well as the computing.
-    careful = changed(run, checkpoint_minutes=1e-9)
+    careful = with_recipe(epochs=12, checkpoint_minutes=EVERY_STEP)
     moments = random.Random(0)
     for attempt in range(10):
         folder = tmp_path / str(attempt)
-        saved = folder / "work" / "pretrain.safetensors"
         process = context.Process(target=train, args=(careful, tiny_data, folder))
         process.start()
         # Some step of the 60, and some moment of that step.
         target = moments.randrange(55)
-        while steps_done(saved) < target:
+        while steps_done(saved_in(folder)) < target:
             assert process.is_alive()
             time.sleep(0.003)
         time.sleep(moments.uniform(0, 0.02))
@@ -130,42 +116,25 @@ def test_killed_at_ten_random_moments(tiny: Experiment, tiny_data: Path, tmp_pat
         assert rows(folder) == rows(tmp_path / "whole")
 
 
-def steps_done(saved: Path) -> int:
-    """Steps in the checkpoint, of 5 an epoch; -1 where there is none."""
-    if not saved.exists():
-        return -1
-    # safe_open opens a path twice, and the file is replaced all the time.
-    with saved.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    state = json.loads(header["__metadata__"]["state"])
-    return int(5 * state["epoch"] + state["step"])
-
-
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_a_device_that_is_seldom_asked_gets_the_same_bytes(
-    stop: int,
-    uninterrupted: Path,
-    tiny: Experiment,
-    tiny_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_device_that_is_seldom_checked_gets_the_same_bytes(
+    stop: int, uninterrupted: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: looks at some steps only, and a resume from a step between two of them."""
-    run = resolve(tiny, MOCHI, 0)
+    """As on a GPU: checked at some steps only, and resumed from a step between two of them."""
+    experiment = with_recipe(checkpoint_minutes=EVERY_STEP)
     at_step(stop, interrupt, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(changed(run, checkpoint_minutes=1e-9), tiny_data, tmp_path)
+        train(experiment, tiny_data, tmp_path)
     monkeypatch.undo()
-    assert steps_done(tmp_path / "work" / "pretrain.safetensors") == stop
-    monkeypatch.setitem(pretrain.STEPS_BETWEEN_LOOKS, "cpu", 3)
-    expected = (uninterrupted / "out" / "encoder.safetensors").read_bytes()
-    assert train(changed(run, checkpoint_minutes=1e-9), tiny_data, tmp_path) == expected
+    assert steps_done(saved_in(tmp_path)) == stop
+    monkeypatch.setitem(loop.CHECK_INTERVAL, "cpu", 3)
+    assert train(experiment, tiny_data, tmp_path) == encoder_bytes(uninterrupted)
     assert rows(tmp_path) == rows(uninterrupted)
 
 
 def at_step(step: int, do: Callable[[torch.nn.Parameter], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do something to the first parameter after the gradients of this step of the next run."""
-    average, steps = pretrain.average_gradients, itertools.count()
+    average, steps = loop.average_gradients, itertools.count()
 
     def faulty(parameters: Iterable[torch.nn.Parameter]) -> None:
         parameters = list(parameters)
@@ -173,35 +142,49 @@ def at_step(step: int, do: Callable[[torch.nn.Parameter], object], monkeypatch: 
         if next(steps) == step:
             do(parameters[0])
 
-    monkeypatch.setattr(pretrain, "average_gradients", faulty)
+    monkeypatch.setattr(loop, "average_gradients", faulty)
 
 
 def interrupt(_: torch.nn.Parameter) -> None:
     raise KeyboardInterrupt
 
 
-def test_floor_and_ceiling(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
-    train(resolve(tiny, "random-init", 0), tiny_data, tmp_path / "floor")
-    assert rows(tmp_path / "floor") == []
-    weights = load_file(tmp_path / "floor" / "out" / "encoder.safetensors")
+def test_an_interrupted_training_leaves_the_result_of_before(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`epochs` changed, started, Ctrl-C, changed back: nothing to compute."""
+    train(tiny, tiny_data, tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    at_step(12, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(with_recipe(epochs=3), tiny_data, tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert result_in(tmp_path, tiny, tiny_data).why_stale() is None
+
+
+def test_random_init_is_the_seeds_first_weights(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny, tiny_data, tmp_path, "random-init")
+    assert rows(tmp_path) == []
+    weights = load_file(tmp_path / "out" / "encoder.safetensors")
     torch.manual_seed(0)
     for name, value in ResNet(tiny.encoder).state_dict().items():
         assert torch.equal(weights[name], value), name
+    assert result_in(tmp_path, tiny, tiny_data, "random-init").why_stale() is None
 
-    methods = {**tiny.methods, "supervised": {"objective": "supervised", "epochs": 4}}
-    experiment = tiny.model_copy(update={"methods": methods})
-    train(resolve(experiment, "supervised", 0), tiny_data, tmp_path / "ceiling")
-    losses = [float(row["loss"]) for row in rows(tmp_path / "ceiling")]
-    assert losses[-1] < losses[0]
-    assert float(rows(tmp_path / "ceiling")[0]["chance"]) == pytest.approx(math.log(16))
+
+def test_the_supervised_row_learns_the_labels(tiny_data: Path, tmp_path: Path) -> None:
+    content = changed("methods/supervised", {"objective": "supervised", "epochs": 4})
+    train(parse_experiment(content, "tiny"), tiny_data, tmp_path, "supervised")
+    found = rows(tmp_path)
+    assert float(found[-1]["loss"]) < float(found[0]["loss"])
+    assert float(found[0]["chance"]) == pytest.approx(math.log(16))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
-    run = resolve(tiny, MOCHI, 0)
-    saved = tmp_path / "work" / "pretrain.safetensors"
+    saved = saved_in(tmp_path)
     checkpoint.save(saved, {"a": torch.zeros(1)}, {}, {"method": "moco-v2", "seed": 3})
     with pytest.raises(CheckpointError, match=r"method=moco-v2.*method=mochi-16-24-8"):
-        train(run, tiny_data, tmp_path)
+        train(tiny, tiny_data, tmp_path)
     assert saved.exists()
 
 
@@ -209,10 +192,9 @@ def test_a_resume_on_other_data_is_refused(
     tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same name, another manifest: prepared again from other files."""
-    run = resolve(tiny, MOCHI, 0)
     at_step(7, interrupt, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(run, tiny_data, tmp_path)
+        train(tiny, tiny_data, tmp_path)
     monkeypatch.undo()
     other = shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
     (other / "manifest.json").write_text((tiny_data / "manifest.json").read_text() + "\n")
@@ -221,135 +203,91 @@ def test_a_resume_on_other_data_is_refused(
         CheckpointError,
         match="with manifest.json={}; this is the run with manifest.json={}.*and data".format(*digests),
     ):
-        train(run, other, tmp_path)
+        train(tiny, other, tmp_path)
 
 
-def test_time_and_energy_are_those_of_all_sessions(
-    tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = resolve(tiny, MOCHI, 0)
-    monkeypatch.setattr(pretrain.Stopwatch, "seconds", lambda _: 100.0)
-    monkeypatch.setattr(pretrain.Stopwatch, "joules", lambda _: 5.0)
-    at_step(7, interrupt, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(run, tiny_data, tmp_path)
-    train(run, tiny_data, tmp_path)
-    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert (provenance["wall_seconds"], provenance["energy_joules"]) == (200.0, 10.0)
-
-
-def test_a_batch_larger_than_the_data_is_refused(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
-    run = changed(resolve(tiny, MOCHI, 0), batch_size=161)
-    with pytest.raises(DataError, match=r"batch_size: found 161; the set has 160 images"):
-        train(run, tiny_data, tmp_path)
-
-
-def test_missing_data_names_what_to_run(tiny: Experiment, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="prepare"):
-        train(resolve(tiny, MOCHI, 0), tmp_path / "nothing", tmp_path)
-
-
-def test_a_queue_longer_than_the_data_is_warned_of(
-    tiny: Experiment, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    train(changed(resolve(tiny, MOCHI, 0), queue_size=320, epochs=1, mixing=None), tiny_data, tmp_path)
-    assert "queue_size = 320 is 2.00 times the 160 training images" in caplog.text
-
-
-def test_a_loss_that_is_no_number_stops(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
-    run = changed(resolve(tiny, MOCHI, 0), lr=1e30)
-    with pytest.raises(NonFiniteError, match=r"at step \d+ \(learning rate 1e\+30\).*none yet"):
-        train(run, tiny_data, tmp_path)
-    assert not (tmp_path / "out" / "encoder.safetensors").exists()
-
-
-@pytest.mark.parametrize("looks", [1, 3])
-@pytest.mark.parametrize("fault", [3, 4, 8])
-def test_what_an_update_ruined_is_not_saved(
-    looks: int,
-    fault: int,
-    uninterrupted: Path,
+def test_a_resume_with_other_code_is_on_record(
     tiny: Experiment,
     tiny_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A gradient that is no number, in the middle of an epoch of 5 steps and at its end: the loss before
-    it is fine. The checkpoint is of a step before, and without the fault the run goes on from it."""
-    run = changed(resolve(tiny, MOCHI, 0), checkpoint_minutes=1e-9)
-    monkeypatch.setitem(pretrain.STEPS_BETWEEN_LOOKS, "cpu", looks)
-    at_step(fault, lambda parameter: parameter.grad[0, 0].fill_(math.nan), monkeypatch)
-    with pytest.raises(NonFiniteError, match=r"Last good checkpoint: .*pretrain\.safetensors"):
-        train(run, tiny_data, tmp_path)
+    at_step(7, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, tiny_data, tmp_path)
     monkeypatch.undo()
-    saved = tmp_path / "work" / "pretrain.safetensors"
-    assert 0 < steps_done(saved) <= fault
-    for name, value in load_file(saved).items():
-        assert value.isfinite().all(), name
-    expected = (uninterrupted / "out" / "encoder.safetensors").read_bytes()
-    assert train(run, tiny_data, tmp_path) == expected
-    assert rows(tmp_path) == rows(uninterrupted)
+    before = result_in(tmp_path, tiny, tiny_data)
+    after = replace(before, modules=(*before.modules, "mochi.stages"))
+    stage.run(pretrain_run(tiny, MOCHI, 0), after, tmp_path / "work")
+    assert record(tmp_path)["code_digests"] == [before.code_digest, after.code_digest]
+    assert "the code changed since the checkpoint was written" in caplog.text
 
 
-def plain_loop(run: Run, data: Path) -> tuple[MoCo, list[float]]:
-    """The run as one would write it down without this package's loop: its last state and its losses."""
-    recipe, mixing = run.pretrain, run.pretrain.mixing
-    moco = MoCo(run.encoder, recipe, run.seed)  # for its first weights and keys
-    optimizer = torch.optim.SGD(
-        moco.query_encoder.parameters(), momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
-    losses, oldest, split = [], 0, open_dataset(data).split("train")
-
-    def draws(stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed((run.seed << 40) + (len(losses) << 4) + stream)
-
-    for epoch in range(recipe.epochs):
-        optimizer.param_groups[0]["lr"] = recipe.lr * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
-        loading = Loading(recipe.batch_size, torch.device("cpu"))
-        for batch in two_views(split, run.augmentation, loading, seed=run.seed, epoch=epoch):
-            query = F.normalize(moco.query_encoder(batch.query), dim=-1)
-            with torch.no_grad():
-                for ours, theirs in zip(
-                    moco.momentum_encoder.parameters(), moco.query_encoder.parameters(), strict=True
-                ):
-                    ours.copy_(recipe.key_momentum * ours + (1 - recipe.key_momentum) * theirs)
-                order, key = torch.randperm(len(query), generator=draws(1)), torch.empty_like(query)
-                key[order] = F.normalize(moco.momentum_encoder(batch.key[order]), dim=-1)
-            queue, vectors = moco.queue.keys.clone(), []
-            if epoch >= mixing.warmup_epochs:
-                similarity, generator = query.detach() @ queue.T, draws(2)
-                pool = hardest(similarity, mixing.num_hardest)
-                pairs = mix_pairs(queue, pool, mixing.num_pair_synthetics, generator)
-                mixes = mix_with_query(similarity, pool, mixing.num_query_synthetics, generator)
-                vectors = [synthetic_vectors(query.detach(), queue, each) for each in (pairs, mixes)]
-            loss = mochi_loss(query, key, queue, recipe.temperature, vectors)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            moco.queue.keys[torch.arange(oldest, oldest + len(key)) % len(queue)] = key
-            oldest += len(key)
-            losses.append(loss.item())
-    return moco, losses
-
-
-def test_the_run_is_a_plain_loop_over_the_algorithm(
+def test_the_time_is_that_of_all_sessions(
     tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An epoch without mixing and one with: both encoders, the queue, and the losses of metrics.csv."""
-    run = changed(resolve(tiny, MOCHI, 0), precision="float32", weight_decay=0.05)
-    monkeypatch.setattr(pretrain.checkpoint, "discard", lambda path: None)
-    train(run, tiny_data, tmp_path)
-    saved = load_file(tmp_path / "work" / "pretrain.safetensors")
-    moco, losses = plain_loop(run, tiny_data)
-    for name, value in [*moco.named_parameters(), ("queue.keys", moco.queue.keys)]:
-        torch.testing.assert_close(saved[f"module.{name}"], value, rtol=1e-3, atol=1e-3, msg=name)
-    means = [sum(losses[:5]) / 5, sum(losses[5:]) / 5]
-    assert [float(row["loss"]) for row in rows(tmp_path)] == pytest.approx(means, rel=1e-5)
+    monkeypatch.setattr(stage.Stopwatch, "seconds", lambda _: 100.0)
+    at_step(7, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, tiny_data, tmp_path)
+    train(tiny, tiny_data, tmp_path)
+    assert record(tmp_path)["wall_seconds"] == 200.0
+
+
+def test_a_batch_larger_than_the_data_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"batch_size: found 161; the set has 160 images"):
+        train(with_recipe(batch_size=161), tiny_data, tmp_path)
+
+
+def test_missing_data_names_what_to_run(tiny: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="prepare"):
+        train(tiny, tmp_path / "nothing", tmp_path)
+
+
+@pytest.mark.parametrize(("queue_size", "warned"), [(159, False), (160, True), (320, True)])
+def test_a_queue_as_long_as_the_data_is_warned_of(
+    queue_size: int, warned: bool, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(with_recipe(queue_size=queue_size), tiny_data, tmp_path, "moco-v2")
+    message = f"queue_size = {queue_size} is {queue_size / 160:.2f} times the 160 training images"
+    assert (message in caplog.text) is warned
+
+
+def test_a_loss_that_is_not_finite_stops(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"at step \d+ \(learning rate 1e\+30\).*none yet"):
+        train(with_recipe(lr=1e30), tiny_data, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("fault", [3, 4, 8])
+def test_what_an_update_ruined_is_not_saved(
+    interval: int,
+    fault: int,
+    uninterrupted: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gradient of NaN, in the middle of an epoch of 5 steps and at its end: the loss before it is fine.
+    The checkpoint is of a step before, and without the fault the run goes on from it."""
+    experiment = with_recipe(checkpoint_minutes=EVERY_STEP)
+    monkeypatch.setitem(loop.CHECK_INTERVAL, "cpu", interval)
+    at_step(fault, lambda parameter: parameter.grad[0, 0].fill_(math.nan), monkeypatch)
+    with pytest.raises(NonFiniteError, match=r"Last good checkpoint: .*checkpoint\.safetensors"):
+        train(experiment, tiny_data, tmp_path)
+    monkeypatch.undo()
+    assert 0 < steps_done(saved_in(tmp_path)) <= fault
+    for name, value in load_file(saved_in(tmp_path)).items():
+        assert value.isfinite().all(), name
+    assert train(experiment, tiny_data, tmp_path) == encoder_bytes(uninterrupted)
+    assert rows(tmp_path) == rows(uninterrupted)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_encoder_computes_in_the_precision_of_the_recipe(
-    precision: str, tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = set()
 
@@ -359,19 +297,19 @@ def test_the_encoder_computes_in_the_precision_of_the_recipe(
 
     normalise = moco_module.unit
     monkeypatch.setattr(moco_module, "unit", unit)
-    train(changed(resolve(tiny, MOCHI, 0), precision=precision), tiny_data, tmp_path)
+    train(with_recipe(precision=precision), tiny_data, tmp_path)
     assert found == {getattr(torch, precision)}
-    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert provenance["precision"] == precision
+    assert record(tmp_path)["precision"] == precision
 
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [("cosine", [1.0, 0.5 * (1 + math.cos(0.1 * math.pi))]), ("step", [1.0, 1.0])],
 )
-def test_learning_rates(tiny: Experiment, schedule: str, expected: list[float]) -> None:
-    recipe = changed(resolve(tiny, MOCHI, 0), schedule=schedule, epochs=10, lr=1.0).pretrain
-    rates = [pretrain.learning_rate(recipe, epoch) for epoch in range(10)]
+def test_learning_rates(schedule: str, expected: list[float]) -> None:
+    recipe = pretrain_run(with_recipe(schedule=schedule, epochs=10, lr=1.0), MOCHI, 0).recipe
+    assert isinstance(recipe, Training)
+    rates = [loop.learning_rate(recipe, epoch) for epoch in range(10)]
     assert rates[:2] == pytest.approx(expected)
     last = 0.5 * (1 + math.cos(0.9 * math.pi)) if schedule == "cosine" else 0.01
     assert rates[9] == pytest.approx(last)

@@ -12,6 +12,7 @@ from mochi.config import Experiment
 from mochi.data.ingest.sources.folder import current_listing
 from mochi.errors import UserError
 from mochi.layout import dataset
+from mochi.provenance.dvc_cache import DvcCache
 from mochi.provenance.record import versions
 from mochi.provenance.wanted import CODE_CHANGED, Result, results
 from mochi.storage.atomic import write_json
@@ -20,13 +21,16 @@ ADOPTING = "MOCHI_ADOPT"
 """Environment variable that makes the workflow take its params from provenance.json."""
 
 
-def adopt(experiment: Experiment, config: Path, *, accept_code: bool = False) -> list[str]:
+def adopt(
+    experiment: Experiment, config: Path, *, accept_code: bool = False, restore: bool = False
+) -> list[str]:
     """Compare every result with the experiment, and let `snakemake --touch` remember what is current.
 
     Args:
         experiment: what is wanted.
         config: its file.
         accept_code: also keep results whose code alone changed, and note it in their provenance.json.
+        restore: replace stale encoders and evaluations by current ones from DVC's cache, if it has them.
 
     Returns:
         Lines to print: what will be computed and why, what was computed by other versions, and a summary.
@@ -38,8 +42,12 @@ def adopt(experiment: Experiment, config: Path, *, accept_code: bool = False) ->
         raise UserError('snakemake: not installed; run `pip install "mochi-pipeline[workflow]"`')
     found = results(experiment, current_listing(experiment.dataset, dataset(experiment.dataset.name)))
     lines, stale = [], set[Path]()
+    cache = DvcCache() if restore else None
     for result in found:
         reason = result.why_stale()
+        if reason is not None and cache is not None and cache.restore(result):
+            reason = None
+            lines.append(f"restored from DVC's cache: {result.label}")
         if reason == CODE_CHANGED and accept_code:
             _accept_code(result)
             reason = None

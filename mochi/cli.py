@@ -115,12 +115,13 @@ def adopt(
         bool,
         typer.Option("--accept-code", help="Keep results whose code changed; provenance.json says so."),
     ] = False,
+    restore: Annotated[bool, typer.Option("--restore", help="Take stale ones from DVC's cache.")] = False,
 ) -> None:
     """Compare existing results with the experiment; tell Snakemake which of them are current."""
     from mochi import adopt as adoption
     from mochi.config import load_experiment
 
-    for line in adoption.adopt(load_experiment(config), config, accept_code=accept_code):
+    for line in adoption.adopt(load_experiment(config), config, accept_code=accept_code, restore=restore):
         typer.echo(line)
 
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
 COPIED = (
     "Snakefile", "mochi", "workflow", "profiles", "config", "dvc.yaml", ".dvc", ".dvcignore", ".gitignore",
@@ -37,9 +39,13 @@ class Project:
         # The working tree keeps the tiny experiment's results out of git; here they are the results.
         ignored = folder / ".gitignore"
         ignored.write_text(ignored.read_text().replace("/results/tiny/\n", ""))
-        stages = folder / "dvc.yaml"
-        text = stages.read_text().replace("embedded", "tiny").replace("photo-patches", "photo-patches-tiny")
-        stages.write_text(text.replace(f"    photo-scenes: {CONFIG}\n", ""))
+        stages = yaml.safe_load((folder / "dvc.yaml").read_text().replace("embedded", "tiny"))
+        data = "photo-patches-tiny"
+        stages["vars"] = [
+            {"datasets": {data: {"config": CONFIG, "section": "dataset"}}},
+            {"experiments": {"tiny": {"config": CONFIG, "data": data}}},
+        ]
+        (folder / "dvc.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
         return cls(folder)
 
     def copy(self, folder: Path) -> "Project":

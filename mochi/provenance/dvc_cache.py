@@ -1,0 +1,81 @@
+"""Earlier versions of results in DVC's cache, found by their provenance.json.
+
+DVC itself restores only outputs without `persist`, and those it deletes before it runs a command.
+"""
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections import defaultdict
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from mochi.provenance.wanted import RECORD, Result
+from mochi.storage.atomic import publishing
+
+_PREPARED = ("prepare", "scenes")
+"""Not restored: their folders hold more than the files that provenance.json names. Preparing them again
+gives the same bytes."""
+
+Version = dict[str, Path]
+"""The files of one folder: name -> object in the cache."""
+
+
+class DvcCache:
+    """Encoders and evaluations in the cache of the DVC project here; empty without one."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """`folder`: the cache, instead of the one that `dvc cache dir` names."""
+        self._folder = folder
+
+    def restore(self, result: Result) -> bool:
+        """Replace a stale result by a version that is current; False if there is none."""
+        if result.stage in _PREPARED:
+            return False
+        parts = result.folder.parts
+        # DVC's lists have paths below the folder that it tracks, which they do not name.
+        for start in range(1, len(parts)):
+            for version in self._versions.get("/".join(parts[start:]), []):
+                if _is_current(result, version):
+                    with publishing(result.folder) as new:
+                        for name, path in version.items():
+                            shutil.copyfile(path, new / name)
+                    return True
+        return False
+
+    @cached_property
+    def _versions(self) -> dict[str, list[Version]]:
+        """Folder with a provenance.json, relative to the one that DVC tracks -> its versions.
+
+        Source: dvc.org/doc/user-guide/project-structure/internal-files, structure of the cache directory.
+        """
+        versions: dict[str, list[Version]] = defaultdict(list)
+        folder = self._folder or _cache_here()
+        if folder is None:
+            return versions
+        for listing in folder.glob("files/md5/??/*.dir"):
+            found: dict[Path, Version] = defaultdict(dict)
+            for entry in json.loads(listing.read_text(encoding="utf-8")):
+                path, md5 = Path(entry["relpath"]), entry["md5"]
+                found[path.parent][path.name] = folder / "files/md5" / md5[:2] / md5[2:]
+            for path, version in found.items():
+                if RECORD in version:
+                    versions[path.as_posix()].append(version)
+        return versions
+
+
+def _cache_here() -> Path | None:
+    try:
+        done = subprocess.run(["dvc", "cache", "dir"], capture_output=True, text=True, check=True)  # noqa: S607
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return Path(done.stdout.strip())
+
+
+def _is_current(result: Result, version: Version) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in version.items():
+            Path(folder, name).symlink_to(path)
+        return replace(result, folder=Path(folder)).why_stale() is None

@@ -1,0 +1,131 @@
+"""Versions of a result in DVC's cache: the current one is taken, whatever else lies there."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mochi.provenance.dvc_cache import DvcCache
+from mochi.provenance.record import Stopwatch, write_record
+from mochi.provenance.wanted import Result
+
+
+class Store:
+    """A cache as DVC writes it, and the results of one experiment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache = folder / "cache"
+        self.tracked = folder / "results/evaluations"
+        self.encoder = folder / "encoder"
+        self.encoder.write_bytes(b"weights")
+
+    def result(self, k: int, method: str = "moco-v2") -> Result:
+        return Result(
+            stage="knn",
+            label=f"{method} seed 0 knn",
+            folder=self.tracked / method / "seed0/knn",
+            outputs=("metrics.json",),
+            settings={"k": k},
+            inputs={"encoder": self.encoder},
+            modules=("mochi.evaluation.tasks.knn",),
+        )
+
+    def compute(self, result: Result, **metrics: Any) -> None:
+        result.folder.mkdir(parents=True, exist_ok=True)
+        (result.folder / "metrics.json").write_text(json.dumps(metrics))
+        write_record(result.folder, result, Stopwatch())
+
+    def commit(self) -> None:
+        """`dvc commit` of the folder of all evaluations."""
+        files = [path for path in self.tracked.rglob("*") if path.is_file()]
+        entries = [
+            {"md5": self._store(path.read_bytes()), "relpath": path.relative_to(self.tracked).as_posix()}
+            for path in files
+        ]
+        self._store(json.dumps(entries).encode(), ".dir")
+
+    def _store(self, content: bytes, suffix: str = "") -> str:
+        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        path = self.cache / "files/md5" / md5[:2] / f"{md5[2:]}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        path.chmod(0o444)
+        return md5
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Two versions in the cache, of `k` 5 and 4; the second is in its place."""
+    store = Store(tmp_path)
+    for k in (5, 4):
+        store.compute(store.result(k), top1=float(k))
+        store.commit()
+    return store
+
+
+def metrics(result: Result) -> Any:
+    return json.loads((result.folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_the_version_with_the_wanted_settings_comes_back(store: Store, removed: bool) -> None:
+    wanted = store.result(5)
+    if removed:
+        shutil.rmtree(store.tracked)
+    assert wanted.why_stale() is not None
+    assert DvcCache(store.cache).restore(wanted)
+    assert wanted.why_stale() is None
+    assert metrics(wanted) == {"top1": 5.0}
+    (wanted.folder / "metrics.json").write_text("a copy, not a link to the cache")
+    shutil.rmtree(store.tracked)
+    assert DvcCache(store.cache).restore(store.result(4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {"k": 3}},
+        {"modules": ("mochi.contrast",)},
+        {"stage": "prepare"},
+        {"outputs": ("metrics.json", "features.npy")},
+    ],
+)
+def test_no_version_fits(store: Store, change: dict[str, Any]) -> None:
+    assert not DvcCache(store.cache).restore(replace(store.result(5), **change))
+    assert metrics(store.result(4)) == {"top1": 4.0}, "what was there stays"
+
+
+def test_another_row_is_another_result(store: Store) -> None:
+    assert not DvcCache(store.cache).restore(store.result(5, "mochi"))
+
+
+def test_another_encoder_is_another_result(store: Store) -> None:
+    store.encoder.write_bytes(b"other weights")
+    assert not DvcCache(store.cache).restore(store.result(5))
+
+
+@pytest.mark.parametrize("damage", ["gone", "corrupt"])
+def test_a_lost_object_is_no_version(store: Store, damage: str) -> None:
+    content = b'{"top1": 5.0}'
+    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    path = store.cache / "files/md5" / md5[:2] / md5[2:]
+    assert path.read_bytes() == content
+    path.unlink()
+    if damage == "corrupt":
+        path.write_bytes(b'{"top1": 99.0}')
+    assert not DvcCache(store.cache).restore(store.result(5))
+    assert metrics(store.result(4)) == {"top1": 4.0}
+
+
+def test_without_dvc_there_is_no_version(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in a folder that is no DVC project, nor where the command is not installed."""
+    monkeypatch.chdir(tmp_path)
+    assert not DvcCache().restore(store.result(5))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not DvcCache().restore(store.result(5))

@@ -1,0 +1,299 @@
+"""A GPU that is not there: CPU tensors that claim to be on one.
+
+The project's code runs unchanged, with real values and a real backward pass. Every call of torch passes
+through `PretendedGpu`, which keeps for each tensor the device that it claims, and
+
+- raises `MixError` where a GPU would refuse: operands on two devices, a generator or an index of the
+  wrong device, `.numpy()` on GPU memory;
+- notes each call that makes the host wait for the GPU, with the line of the project that made it: reading
+  a value back, and every copy that is not both from pinned memory and non-blocking.
+
+Speed, memory, and the numbers of GPU kernels cannot be pretended.
+"""
+
+import contextlib
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from sys import _getframe
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
+
+import mochi
+
+_PACKAGE = str(Path(mochi.__file__).parent) + "/"
+_RealGenerator = torch.Generator
+_RealAutocast = torch.autocast
+
+# Calls that read a value of the tensor, or whose result has as many rows as values say.
+_READS = {
+    "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__format__", "is_nonzero", "equal",
+    "allclose", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive",
+}  # fmt: skip
+
+# Questions about two tensors that read neither.
+_NO_OPERATION = {"_has_compatible_shallow_copy_type", "_make_subclass", "is_same_size"}
+
+# Calls whose result shares the memory of the first argument, so that it is pinned as well.
+_VIEWS = {
+    "view", "reshape", "unbind", "split", "__getitem__", "narrow", "unflatten", "flatten", "permute",
+    "detach",
+}  # fmt: skip
+
+_INDEXING = {"__getitem__", "__setitem__", "index_put_", "index_put"}
+
+
+class MixError(RuntimeError):
+    """What a GPU would refuse."""
+
+
+class PretendedGpu(TorchFunctionMode):
+    """The mode itself; enter it by `pretended_gpu`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        """`what file:line` of the project -> how often the host waited there."""
+        self.copies: Counter[str] = Counter()
+        """The same for copies that do not wait."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", str(func))
+        if name in {"__get__", "__set__"}:
+            return self._attribute(func, name, *args)
+        if name == "pin_memory":
+            return _pinned(args[0].clone())
+        if name in {"to", "cpu", "cuda"}:
+            return self._moved(name, args[0], args[1:], kwargs)
+        return self._computed(func, name, args, kwargs)
+
+    def _attribute(self, func: Any, name: str, owner: Tensor, *value: Any) -> Any:
+        """`tensor.device`, `tensor.grad`, `tensor.data = ...` and the like."""
+        attribute = func.__self__
+        if name == "__set__":
+            func(owner, *value)
+            if attribute is Tensor.data:
+                _claim(owner, _device_of(value[0]))
+            return None
+        if attribute is Tensor.device and _device_of(owner) == "cuda":
+            return torch.device("cuda", 0)
+        if attribute is Tensor.is_cuda:
+            return _device_of(owner) == "cuda"
+        result = func(owner)
+        for tensor in _tensors(result):
+            _claim(tensor, _device_of(owner))
+        return result
+
+    def _moved(self, name: str, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        """`to`, `cpu` and `cuda`."""
+        before = after = _device_of(tensor)
+        non_blocking = bool(kwargs.pop("non_blocking", False))
+        rest: list[Any] = []
+        if name != "to":
+            after = name
+        elif kwargs.get("device") is not None:
+            after = torch.device(kwargs["device"]).type
+        kwargs.pop("device", None)
+        for argument in args:
+            if isinstance(argument, Tensor):
+                after = _device_of(argument)
+                rest.append(argument.dtype)
+            elif isinstance(argument, bool):
+                non_blocking = argument
+            elif isinstance(argument, str | torch.device):
+                after = torch.device(argument).type
+            elif isinstance(argument, torch.dtype):
+                rest.append(argument)
+        result = tensor.to(*rest, **kwargs) if rest or kwargs else tensor
+        if after != before:
+            result = result.clone() if result is tensor else result
+            way = "copy to the GPU" if after == "cuda" else "copy to the host"
+            # A non-blocking copy to the host is no better: whoever reads it has to wait first.
+            self._note(way, waits=not (non_blocking and _is_pinned(tensor) and after == "cuda"))
+        if result is not tensor:
+            _claim(result, after)
+        return result
+
+    def _computed(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Any other call: its result is where its operands are, or where `device` says."""
+        operands = [*_tensors(args), *_tensors(kwargs)]
+        if name in {"numpy", "__array__"} and _device_of(args[0]) == "cuda":
+            raise MixError("can't convert cuda:0 device type tensor to numpy")
+        wanted = self._device_argument(name, kwargs)
+        device = wanted or self._common_device(name, args, operands)
+        reads = name in _READS or (name == "where" and len(args) == 1)
+        if reads and any(_device_of(tensor) == "cuda" for tensor in operands):
+            self._note(name, waits=True)
+        generator = kwargs.get("generator")
+        if generator is not None and getattr(generator, "claims", "cpu") != device:
+            raise MixError(f"{name}: a generator on {generator.claims} for a tensor on {device}")
+        pinned = bool(kwargs.pop("pin_memory", False))
+        result = func(*args, **kwargs)
+        known = {id(tensor) for tensor in operands}
+        for tensor in _tensors(result):
+            if id(tensor) not in known:
+                _claim(tensor, device)
+                if pinned or (name in _VIEWS and _is_pinned(args[0])):
+                    _pinned(tensor)
+        return result
+
+    def _device_argument(self, name: str, kwargs: dict[str, Any]) -> str | None:
+        """The type of the device that `device=` names."""
+        if kwargs.get("device") is None:
+            return None
+        wanted = torch.device(kwargs["device"]).type
+        kwargs["device"] = "cpu"
+        if wanted == "cuda" and name in {"tensor", "as_tensor", "asarray"}:
+            self._note("copy to the GPU", waits=True)
+        return wanted
+
+    def _common_device(self, name: str, args: Sequence[Any], operands: Sequence[Tensor]) -> str:
+        """The device of all operands; a number on the CPU may meet any tensor."""
+        if name in _INDEXING:
+            return self._indexed(name, args)
+        if name == "copy_":
+            source, target = _device_of(args[1]), _device_of(args[0])
+            if source != target:
+                non_blocking = bool(args[2:] and args[2])
+                self._note(
+                    f"copy_ from {source} to {target}", waits=not (non_blocking and _is_pinned(args[1]))
+                )
+            return target
+        devices = {
+            _device_of(tensor) for tensor in operands if tensor.dim() or _device_of(tensor) == "cuda"
+        }
+        if len(devices) > 1 and name not in _NO_OPERATION:
+            found = [(tuple(tensor.shape), _device_of(tensor)) for tensor in operands]
+            raise MixError(f"{name}: expected all tensors to be on the same device, found {found}")
+        return devices.pop() if devices else "cpu"
+
+    def _indexed(self, name: str, args: Sequence[Any]) -> str:
+        """The device of an indexed tensor. CPU indices are legal, and copied with a wait."""
+        device = _device_of(args[0])
+        for index in _tensors(args[1]):
+            if device == "cpu" and _device_of(index) == "cuda":
+                raise MixError(f"{name}: indices on the GPU, the indexed tensor on the CPU")
+            if device == "cuda" and (_device_of(index) == "cpu" or index.dtype == torch.bool):
+                self._note(f"{name} by an index on the CPU or a mask", waits=True)
+        value = args[2] if len(args) > 2 else None
+        if isinstance(value, Tensor) and value.dim() and _device_of(value) != device:
+            if any(True for _ in _tensors(args[1])):
+                raise MixError(f"{name}: a value on {_device_of(value)}, self on {device}")
+            self._note(f"copy in {name}", waits=True)
+        return device
+
+    def _note(self, what: str, *, waits: bool) -> None:
+        frame: types.FrameType | None = _getframe(1)
+        while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
+            frame = frame.f_back
+        where = "?" if frame is None else f"{frame.f_code.co_filename[len(_PACKAGE) :]}:{frame.f_lineno}"
+        (self.waits if waits else self.copies)[f"{what} {where}"] += 1
+
+
+def _claim(tensor: Tensor, device: str) -> None:
+    tensor.__dict__["_claims"] = device
+
+
+def _device_of(tensor: Tensor) -> str:
+    """What the tensor claims; in a backward pass, what nobody has seen yet is a gradient on the GPU."""
+    unseen = "cpu" if torch._C._current_graph_task_id() == -1 else "cuda"
+    return str(tensor.__dict__.get("_claims", unseen))
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    tensor.__dict__["_pinned"] = True
+    return tensor
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return bool(tensor.__dict__.get("_pinned", False))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested sequences and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+class _Generator(_RealGenerator):
+    """Remembers the device it was asked for."""
+
+    claims: str
+
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        generator = super().__new__(cls)
+        generator.claims = torch.device(device).type
+        return generator
+
+    def __init__(self, device: Any = "cpu") -> None:
+        pass
+
+
+class _Autocast(_RealAutocast):
+    """Autocast on the CPU, whatever was asked for."""
+
+    def __init__(self, device_type: str, dtype: Any = None, enabled: bool = True, **options: Any) -> None:
+        super().__init__("cpu", dtype, enabled, **options)
+
+
+def _replacements() -> list[tuple[Any, str, Any]]:
+    """(object, attribute, what it is on a machine with a GPU)."""
+    init, iterate = DataLoader.__init__, DataLoader.__iter__
+
+    def unpinned(self: Any, *args: Any, pin_memory: bool = False, **options: Any) -> None:
+        init(self, *args, **options)
+        self.__dict__["pretends_to_pin"] = pin_memory
+
+    def pinning(self: Any) -> Iterator[Any]:
+        for batch in iterate(self):
+            if self.__dict__["pretends_to_pin"]:
+                for tensor in _tensors(batch):
+                    _pinned(tensor)
+            yield batch
+
+    properties = types.SimpleNamespace(name="pretended", uuid="00000000", total_memory=80 << 30)
+    return [
+        (torch, "Generator", _Generator),
+        (torch, "autocast", _Autocast),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "set_device", lambda device: None),
+        (torch.cuda, "get_device_properties", lambda device=0: properties),
+        (torch.cuda, "get_device_name", lambda device=0: "pretended"),
+        (torch.cuda, "is_bf16_supported", lambda **options: True),
+        (torch.cuda, "synchronize", lambda *device: None),
+        (torch.cuda, "manual_seed_all", lambda seed: None),
+        (DataLoader, "__init__", unpinned),
+        (DataLoader, "__iter__", pinning),
+    ]
+
+
+@contextlib.contextmanager
+def pretended_gpu() -> Iterator[PretendedGpu]:
+    """One GPU in this process, which `pick_device` finds."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in _replacements():
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        stack.callback(torch.use_deterministic_algorithms, deterministic)
+        for owner, name in (
+            (torch.utils.deterministic, "fill_uninitialized_memory"),
+            (torch.backends.cudnn.conv, "fp32_precision"),  # type: ignore[attr-defined]
+            (torch.backends.cudnn, "benchmark"),
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+        yield stack.enter_context(PretendedGpu())

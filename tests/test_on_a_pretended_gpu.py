@@ -1,0 +1,229 @@
+"""Every stage on a GPU that is not there: no operands on two devices, and no waiting within a step.
+
+CPU tensors that claim to be on a GPU (`tests.pretend_gpu`) go through the real code. A forgotten
+`.to(device)` raises `MixError`.
+"""
+
+import copy
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mochi import encoders
+from mochi.config import Experiment, parse_experiment, pretrain_run, probe_run
+from mochi.data.ingest.prepare import prepare
+from mochi.detection import stage as detection_stage
+from mochi.encoders.files import save_encoder
+from mochi.evaluation import stage as evaluation_stage
+from mochi.pretraining import loop
+from mochi.pretraining import stage as pretraining_stage
+from mochi.provenance.wanted import evaluated
+from tests.detection.conftest import detection, small_set, voc_image, voc_object  # noqa: F401 - a fixture
+from tests.pretend_gpu import MixError, PretendedGpu, pretended_gpu
+from tests.pretraining.runs import encoder_bytes, result_in, steps_done
+from tests.tiny import TINY
+
+METHOD = "row"
+
+CONTRASTIVE = {"mixing": {"num_hardest": 16, "num_pair_synthetics": 8, "num_query_synthetics": 8,
+                          "warmup_epochs": 1}}  # fmt: skip
+ROWS: dict[str, dict[str, Any]] = {
+    "contrastive": CONTRASTIVE,
+    "through the query": {"mixing": {**CONTRASTIVE["mixing"], "through_query": True}},
+    "class oracle": {**CONTRASTIVE, "class_oracle": True},
+    "supervised": {"objective": "supervised"},
+}
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "v1": {"version": "v1", "image_size": 16, "min_scale": 0.2},
+    "v2": {"version": "v2", "image_size": 16, "min_scale": 0.2, "blur": True},
+}
+
+
+@pytest.fixture
+def gpu() -> Iterator[PretendedGpu]:
+    with pretended_gpu() as mode:
+        yield mode
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Classes of JPEGs whose sizes differ, so that they are stored encoded."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 36), ("val", 4)):
+        for label in ("ant", "bee"):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+                coarse.resize((20 + number % 5, 24), Image.Resampling.BICUBIC).save(
+                    folder / f"{number}.jpg"
+                )
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(photos: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Storage -> a prepared set: pixels, which live on the GPU, and JPEGs."""
+    folder = tmp_path_factory.mktemp("data") / "jpegs"
+    prepare(experiment("jpegs", photos=photos).dataset, folder, jobs=1)
+    return {"pixels": tiny_data, "jpegs": folder}
+
+
+def experiment(
+    storage: str, row: str = "contrastive", augmentation: str = "v2", photos: Path = Path(), **recipe: Any
+) -> Experiment:
+    """The tiny experiment with one row."""
+    content = copy.deepcopy(TINY)
+    if storage == "jpegs":
+        content["dataset"] = {"source": "folder", "name": "jpegs", "path": str(photos)}
+    content["methods"] = {METHOD: ROWS[row]}
+    content["augmentation"] = AUGMENTATIONS[augmentation]
+    content["pretrain"] |= recipe
+    return parse_experiment(content, "tiny")
+
+
+def pretrain(chosen: Experiment, data: Path, folder: Path, workers: int = 0) -> bytes:
+    """Bytes of the encoder."""
+    run, result = pretrain_run(chosen, METHOD, 0), result_in(folder, chosen, data, METHOD)
+    pretraining_stage.run(run, result, folder / "work", workers=workers)
+    return encoder_bytes(folder)
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+@pytest.mark.parametrize("storage", ["pixels", "jpegs"])
+@pytest.mark.parametrize("augmentation", list(AUGMENTATIONS))
+def test_pretraining(
+    gpu: PretendedGpu, data: dict[str, Path], tmp_path: Path, storage: str, row: str, augmentation: str
+) -> None:
+    pretrain(experiment(storage, row, augmentation), data[storage], tmp_path)
+    with (tmp_path / "out" / "metrics.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2
+    written = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert written["hardware"]["gpus"] == ["pretended"]
+    assert written["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("storage", ["pixels", "jpegs"])
+def test_a_resumed_training_ends_with_the_same_bytes(
+    gpu: PretendedGpu,
+    data: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    storage: str,
+) -> None:
+    chosen = experiment(storage, checkpoint_minutes=1e-9)
+    expected = pretrain(chosen, data[storage], tmp_path / "whole")
+    average, steps = loop.average_gradients, iter(range(100))
+
+    def killed(parameters: Any) -> None:
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        average(parameters)
+
+    monkeypatch.setattr(loop, "average_gradients", killed)
+    monkeypatch.setitem(loop.CHECK_INTERVAL, "cuda", 1)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(chosen, data[storage], tmp_path / "killed")
+    monkeypatch.undo()
+    assert steps_done(tmp_path / "killed" / "work" / "checkpoint.safetensors") > 0
+    assert pretrain(chosen, data[storage], tmp_path / "killed", workers=2) == expected
+
+
+@pytest.mark.parametrize("storage", ["pixels", "jpegs"])
+@pytest.mark.parametrize(
+    ("task", "protocol"),
+    [("linear", {}), ("linear", {"min_scale": 0.3}), ("knn", {})],
+    ids=["linear on features", "linear on crops", "knn"],
+)
+def test_evaluations(
+    gpu: PretendedGpu,
+    data: dict[str, Path],
+    photos: Path,
+    tmp_path: Path,
+    storage: str,
+    task: str,
+    protocol: dict[str, Any],
+) -> None:
+    chosen = experiment(storage, photos=photos)
+    content = chosen.model_dump(mode="json", exclude_unset=True)
+    content["evaluation"][task] |= protocol
+    chosen = parse_experiment(content, "tiny")
+    weights = tmp_path / "encoder.safetensors"
+    save_encoder(weights, encoders.build(chosen.encoder, seed=0))
+    inputs = {"encoder": weights, "data": data[storage] / "manifest.json"}
+    result = replace(evaluated(chosen, METHOD, 0, task), folder=tmp_path / "out", inputs=inputs)
+    evaluation_stage.run(probe_run(chosen, METHOD, 0, task), result, tmp_path / "work")
+    assert 0 <= json.loads((tmp_path / "out" / "metrics.json").read_text())["top1"] <= 100
+
+
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_detection(
+    gpu: PretendedGpu,
+    tiny: Experiment,
+    voc_image: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    mode: str,
+) -> None:
+    for index in range(2):
+        voc_image(voc_object("square", (3 + index, 4, 20 + index, 22)), name=f"a{index}")
+        root = voc_image(voc_object("bar", (5, 25, 40, 36)), name=f"b{index}", image_set="test")
+    weights = tmp_path / "weights.safetensors"
+    save_encoder(weights, encoders.build(tiny.encoder, seed=0))
+    chosen = small_set(root, training={"mode": mode, "iterations": 2, "lr_drops": []})
+    detection_stage.run(*detection(tiny, chosen, weights, tmp_path / "out"), tmp_path / "work")
+    assert (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_the_pretence_refuses_what_a_gpu_refuses(gpu: PretendedGpu) -> None:
+    """And counts what a GPU waits for: without this the tests above could not fail."""
+    device = torch.device("cuda", 0)
+    there, here = torch.ones(3, device=device), torch.ones(3)
+    generator = torch.Generator(device)
+    refused: list[Callable[[], object]] = [
+        lambda: there + here,
+        lambda: torch.mm(there[None], here[:, None]),
+        lambda: here[there.long()],
+        lambda: torch.rand(3, generator=generator),
+        lambda: torch.rand(3, generator=torch.Generator(), device=device),
+        there.numpy,
+        lambda: torch.cat((there, torch.from_numpy(np.ones(3, np.float32)))),
+        lambda: here.add_(there),
+    ]
+    for call in refused:
+        with pytest.raises((MixError, TypeError)):
+            call()
+    assert not gpu.waits
+    legal: list[Callable[[], object]] = [
+        lambda: there + torch.tensor(2.0),
+        lambda: torch.rand(3, generator=generator, device=device),
+        lambda: here.pin_memory().to(device, non_blocking=True) + there,
+    ]
+    for call in legal:
+        call()
+    assert not gpu.waits
+    waits: list[Callable[[], object]] = [
+        lambda: there.sum().item(),
+        lambda: bool(there[0] > 0),
+        lambda: there[here > 0],
+        lambda: here.to(device),
+        lambda: here.to(device, non_blocking=True),  # not pinned
+        there.cpu,
+        lambda: torch.tensor([1.0], device=device),
+        there.nonzero,
+    ]
+    for number, call in enumerate(waits, start=1):
+        call()
+        assert gpu.waits.total() == number
+    weight = there.clone().requires_grad_()
+    (weight * 2).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.device == device

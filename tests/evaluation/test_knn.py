@@ -1,7 +1,6 @@
 """The chunked vote against one written out in loops, and the stage against that vote on the tiny
 experiment's images."""
 
-import json
 import math
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mochi.config import Experiment, NearestNeighbours, resolve
-from mochi.evaluation import knn
-from mochi.evaluation.features import EncoderError
-from mochi.pretraining import stage as pretrain
+from mochi.evaluation.tasks import knn
+from tests.evaluation.runs import evaluate
+from tests.tiny import with_protocol
 
 
 def vote(train: torch.Tensor, labels: list[int], row: torch.Tensor, k: int, temperature: float) -> int:
@@ -37,18 +35,14 @@ def test_equals_a_vote_in_loops(num_train: int, num_val: int, chunk: int, seed: 
     assert predicted.tolist() == [vote(train, labels.tolist(), row, k, 0.07) for row in val]
 
 
-def test_the_stage_judges_val_by_train_at_the_runs_temperature(
-    tiny: Experiment,
+def test_the_stage_classifies_val_by_train_at_the_runs_temperature(
     tiny_data: Path,
     encoder_file: Path,
     by_hand: dict[str, tuple[torch.Tensor, torch.Tensor]],
     tmp_path: Path,
 ) -> None:
-    run = resolve(tiny, "random-init", 0)
-    evaluation = run.evaluation.model_copy(update={"knn": NearestNeighbours(k=60, temperature=0.002)})
-    run = run.model_copy(update={"evaluation": evaluation})
-    knn.run(run, tiny_data, encoder_file, tmp_path)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    experiment = with_protocol("knn", k=60, temperature=0.002)
+    metrics = evaluate(experiment, "knn", encoder_file, tiny_data, tmp_path)
     (train, train_labels), (val, val_labels) = by_hand["train"], by_hand["val"]
 
     def top1(temperature: float) -> float:
@@ -68,27 +62,8 @@ def test_a_small_temperature_does_not_overflow() -> None:
 
 
 def test_k_is_clamped_with_a_warning(
-    tiny: Experiment, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_data: Path, encoder_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = resolve(tiny, "random-init", 0)
-    evaluation = run.evaluation.model_copy(update={"knn": NearestNeighbours(k=500, temperature=0.07)})
-    pretrain.run(run, tiny_data, tmp_path, tmp_path)
-    knn.run(
-        run.model_copy(update={"evaluation": evaluation}),
-        tiny_data,
-        tmp_path / "encoder.safetensors",
-        tmp_path / "knn",
-    )
-    metrics = json.loads((tmp_path / "knn" / "metrics.json").read_text())
+    metrics = evaluate(with_protocol("knn", k=500), "knn", encoder_file, tiny_data, tmp_path)
     assert metrics["k"] == 160
     assert "k = 500 is larger than the 160 labelled training images" in caplog.text
-
-
-def test_encoders_that_do_not_fit_are_refused(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
-    run = resolve(tiny, "random-init", 0)
-    with pytest.raises(EncoderError, match="no such encoder"):
-        knn.run(run, tiny_data, tmp_path / "encoder.safetensors", tmp_path / "knn")
-    pretrain.run(run, tiny_data, tmp_path, tmp_path)
-    wider = run.model_copy(update={"encoder": run.encoder.model_copy(update={"width": 16})})
-    with pytest.raises(EncoderError, match=r"bn1.bias: expected \[16\], found \[8\]"):
-        knn.run(wider, tiny_data, tmp_path / "encoder.safetensors", tmp_path / "knn")

@@ -1,0 +1,164 @@
+"""What every evaluation shares: the encoder that it leaves as it was, the number format, the record of its
+result."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mochi.config import Experiment
+from mochi.config.datasets import Folder
+from mochi.data.ingest.prepare import prepare
+from mochi.encoders import build_untrained
+from mochi.encoders.files import EncoderError, save_encoder
+from mochi.encoders.resnet import ResNet
+from mochi.errors import DataError
+from mochi.evaluation.features import Frozen
+from mochi.evaluation.tasks import knn
+from mochi.provenance.wanted import RECORD
+from tests.evaluation.runs import evaluate, result_in, write_images
+from tests.tiny import with_protocol
+
+TASKS = ["linear", "knn"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_result_is_current_until_the_encoder_changes(
+    task: str, tiny: Experiment, tiny_data: Path, tmp_path: Path
+) -> None:
+    encoder = tmp_path / "encoder.safetensors"
+    save_encoder(encoder, build_untrained(tiny.encoder, seed=0))
+    evaluate(tiny, task, encoder, tiny_data, tmp_path / "out")
+    result = result_in(tmp_path / "out", tiny, task, encoder, tiny_data)
+    assert result.why_stale() is None
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert (record["stage"], record["result"]) == (task, f"random-init seed 0 {task}")
+    save_encoder(encoder, build_untrained(tiny.encoder, seed=1))
+    assert result.why_stale() == f"data: {encoder} changed"
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol"), [("linear", {}), ("linear", {"min_scale": 0.2}), ("knn", {})]
+)
+def test_the_same_encoder_gets_the_same_numbers(
+    task: str, protocol: dict[str, object], encoder_file: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    experiment = with_protocol(task, **protocol)
+    torch.manual_seed(1)
+    once = evaluate(experiment, task, encoder_file, tiny_data, tmp_path / "once")
+    torch.manual_seed(2)
+    assert evaluate(experiment, task, encoder_file, tiny_data, tmp_path / "again") == once
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_format_is_that_of_the_device_and_on_record(
+    task: str,
+    bfloat16: bool,
+    tiny: Experiment,
+    tiny_data: Path,
+    encoder_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    used = set()
+    forward = ResNet.forward
+
+    def watched(self: ResNet, images: torch.Tensor) -> torch.Tensor:
+        used.add(torch.is_autocast_enabled("cpu"))
+        return forward(self, images)
+
+    monkeypatch.setattr(ResNet, "forward", watched)
+    evaluate(tiny, task, encoder_file, tiny_data, tmp_path)
+    assert used == {bfloat16}
+    recorded = json.loads((tmp_path / RECORD).read_text())["precision"]
+    assert recorded == ("bfloat16" if bfloat16 else "float32")
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol"), [("linear", {}), ("linear", {"min_scale": 0.2}), ("knn", {})]
+)
+def test_no_image_reaches_an_encoder_that_learns(
+    task: str,
+    protocol: dict[str, object],
+    encoder_file: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward, seen = ResNet.forward, []
+
+    def watched(self: ResNet, images: torch.Tensor) -> torch.Tensor:
+        features = forward(self, images)
+        seen.append(self.training or features.requires_grad)
+        return features
+
+    monkeypatch.setattr(ResNet, "forward", watched)
+    before = encoder_file.read_bytes()
+    evaluate(with_protocol(task, **protocol), task, encoder_file, tiny_data, tmp_path)
+    assert seen
+    assert not any(seen)
+    assert encoder_file.read_bytes() == before
+
+
+def test_an_evaluation_that_changes_the_encoder_has_no_result(
+    tiny: Experiment, tiny_data: Path, encoder_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training mode the running statistics move, without any gradient."""
+
+    def careless(frozen: Frozen) -> dict[str, float]:
+        frozen.encoder.train()(torch.randn(4, 3, 16, 16))
+        return {"top1": 99.0}
+
+    monkeypatch.setattr(knn, "evaluate", careless)
+    with pytest.raises(AssertionError, match="the evaluation changed the encoder"):
+        evaluate(tiny, "knn", encoder_file, tiny_data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_evaluation_leaves_the_result_of_before(
+    tiny: Experiment, tiny_data: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    evaluate(tiny, "knn", encoder_file, tiny_data, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(EncoderError):
+        evaluate(tiny, "knn", tmp_path / "nothing.safetensors", tiny_data, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_encoders_that_do_not_fit_are_refused(
+    tiny: Experiment, tiny_data: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(EncoderError, match="no such encoder"):
+        evaluate(tiny, "knn", tmp_path / "encoder.safetensors", tiny_data, tmp_path / "out")
+    wider = tiny.model_copy(update={"encoder": tiny.encoder.model_copy(update={"width": 16})})
+    with pytest.raises(EncoderError, match=r"bn1.bias: expected \[16\], found \[8\]"):
+        evaluate(wider, "knn", encoder_file, tiny_data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_images_without_labels_take_no_part(
+    task: str, tiny: Experiment, encoder_file: Path, partly_labelled: Path, tmp_path: Path
+) -> None:
+    metrics = evaluate(tiny, task, encoder_file, partly_labelled, tmp_path)
+    assert (metrics["num_train"], metrics["num_val"]) == (24, 8)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["train/unlabelled", "val/a"], "found 0 labelled images in train; a probe needs labels"),
+        (["train/a", "val/unlabelled"], "found 0 labelled images in val; a probe needs labels"),
+        (["train/a"], "found no split 'val'; expected one of: train"),
+    ],
+)
+def test_data_without_labels_is_refused(
+    task: str, folders: list[str], message: str, tiny: Experiment, encoder_file: Path, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "images", dict.fromkeys(folders, 3))
+    prepare(Folder(source="folder", name="x", path=str(tmp_path / "images")), tmp_path / "data", jobs=1)
+    with pytest.raises(DataError, match=message):
+        evaluate(tiny, task, encoder_file, tmp_path / "data", tmp_path / "out")

@@ -27,7 +27,12 @@ _ENCODERS = (
     "mochi.encoders.resnet",
 )
 _VIEWS = ("mochi.data.format", "mochi.data.ingest.decode", "mochi.data.views")
-_RUNTIME = ("mochi.runtime.distributed", "mochi.runtime.precision", "mochi.runtime.seeding")
+_RUNTIME = (
+    "mochi.runtime.distributed",
+    "mochi.runtime.precision",
+    "mochi.runtime.seeding",
+    "mochi.runtime.transfer",
+)
 _FEATURES = ("mochi.evaluation.features", *_ENCODERS, *_VIEWS, *_RUNTIME)
 
 STAGES = {

@@ -7,6 +7,7 @@ CPU tensors that claim to be on a GPU (`tests.pretend_gpu`) go through the real 
 import copy
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from mochi.encoders.files import save_encoder
 from mochi.evaluation import stage as evaluation_stage
 from mochi.pretraining import loop
 from mochi.pretraining import stage as pretraining_stage
+from mochi.pretraining.loop import TrainState
 from mochi.provenance.wanted import evaluated
 from tests.detection.conftest import detection, small_set, voc_image, voc_object  # noqa: F401 - a fixture
 from tests.pretend_gpu import MixError, PretendedGpu, pretended_gpu
@@ -227,3 +229,48 @@ def test_the_pretence_refuses_what_a_gpu_refuses(gpu: PretendedGpu) -> None:
     (weight * 2).sum().backward()
     assert weight.grad is not None
     assert weight.grad.device == device
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+@pytest.mark.parametrize("storage", ["pixels", "jpegs"])
+@pytest.mark.parametrize("augmentation", list(AUGMENTATIONS))
+def test_a_training_step_waits_for_nothing(
+    gpu: PretendedGpu,
+    data: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    storage: str,
+    row: str,
+    augmentation: str,
+) -> None:
+    """Between two checks of the loss, the loading of the batches included.
+
+    The first step is left out, before which pixels move to the GPU, and so is an epoch's last: it ends
+    with a check.
+    """
+    chosen = experiment(storage, row, augmentation, batch_size=8)
+    steps = 9 if storage == "jpegs" else 20
+    waits: list[Counter[str]] = []
+    copies: list[int] = []
+    check, done = pretraining_stage._Session.check, pretraining_stage._Session.step_done
+
+    def checked(session: Any, state: TrainState, *rest: Any) -> None:
+        check(session, state, *rest)
+        gpu.waits.clear()
+        gpu.copies.clear()
+
+    def stepped(session: Any, state: TrainState) -> None:
+        done(session, state)
+        if 1 < state.step < steps:
+            waits.append(gpu.waits.copy())
+            copies.append(gpu.copies.total())
+        gpu.waits.clear()
+        gpu.copies.clear()
+
+    monkeypatch.setattr(pretraining_stage._Session, "check", checked)
+    monkeypatch.setattr(pretraining_stage._Session, "step_done", stepped)
+    pretrain(chosen, data[storage], tmp_path)
+    assert len(waits) == 2 * (steps - 2)
+    assert not sum(waits, Counter())
+    # For each view its crop's windows and its parameters or pixels; the rows, the labels, the shuffle.
+    assert max(copies) <= (4 if row == "supervised" else 7)

@@ -21,6 +21,7 @@ from mochi.encoders.heads import projection_head
 from mochi.encoders.resnet import ResNet
 from mochi.runtime.distributed import gather, own_slice, rank, world_size
 from mochi.runtime.seeding import generator
+from mochi.runtime.transfer import to_device
 
 
 class Step(NamedTuple):
@@ -113,7 +114,7 @@ class MoCo(nn.Module):
         """
         everything = gather(images)
         shuffle = generator("shuffle keys", self.seed, step)  # the same on every rank
-        order = torch.randperm(len(everything), generator=shuffle).to(images.device)
+        order = to_device(torch.randperm(len(everything), generator=shuffle), images.device)
         shuffled = unit(self.momentum_encoder(own_slice(everything[order])))
         return own_slice(gather(shuffled)[order.argsort()])
 

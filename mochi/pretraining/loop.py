@@ -17,6 +17,7 @@ from mochi.data.views.loading import Loading, steps_per_epoch
 from mochi.pretraining.objectives import Objective
 from mochi.runtime.distributed import average_gradients, average_statistics, mean_over_ranks
 from mochi.runtime.precision import autocast
+from mochi.runtime.transfer import to_device
 
 CHECK_INTERVAL = {"cpu": 1, "cuda": 20}
 """Steps between two checks of the loss. A check waits for the device, so a GPU is checked less often.
@@ -86,9 +87,8 @@ def train(
         lr = learning_rate(recipe, state.epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums = torch.tensor(
-            state.sums or [0.0] * len(objective.metric_names), dtype=torch.float64, device=device
-        )
+        zeros = [0.0] * len(objective.metric_names)
+        sums = to_device(torch.tensor(state.sums or zeros, dtype=torch.float64), device)
         clock = _Clock(recipe.batch_size)
         for batch in clock.timed(objective.batches(loading, state.epoch, state.step)):
             step = state.epoch * num_steps + state.step

@@ -1,7 +1,7 @@
 """The photometric part of MoCo's augmentations (versions 1 and 2), a batch at a time on any device.
 
 Random parameters are arrays on the CPU with one row per image (`counter_rng`), and the operations are
-plain functions of images and parameters: each equals torchvision's functional one, image by image.
+plain functions of images and a plan made of them: each equals torchvision's functional one, image by image.
 Images are (B, 3, H, W) float32 in [0, 1]. Legend: B images, S side of a view.
 
 Source: facebookresearch/moco main_moco.py; torchvision.transforms.ColorJitter.
@@ -11,7 +11,8 @@ passes approximate, with torchvision's reflected border instead of PIL's repeate
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from mochi.config import Augmentation
 from mochi.data.views import counter_rng
 from mochi.data.views.crops import parts
+from mochi.runtime.transfer import arrays_to, to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -44,6 +46,39 @@ class PhotometricParameters:
     factors: NDArray[np.float64]  # (B, 4): by operation, not by position
     grey: NDArray[np.bool_]
     sigma: NDArray[np.float64]  # 0: no blur
+
+    @cached_property
+    def operation(self) -> NDArray[np.int64]:
+        """(B, 4): what happens at each position, -1 for nothing."""
+        return np.where(self.jitter[:, None], self.order, -1)
+
+    @cached_property
+    def gains(self) -> NDArray[np.float32]:
+        """(3, B, 4), by position: f; 1 - f of a contrast; 1 - f of a saturation (see `jitter_`)."""
+        f = np.take_along_axis(self.factors, self.order, axis=1)
+        blended = (self.operation >= 0) & (self.operation < 3)
+        anchored = [np.where(self.operation == number, 1 - f, 0) for number in (1, 2)]
+        return np.stack([np.where(blended, f, 1), *anchored]).astype(np.float32)
+
+    @cached_property
+    def hues(self) -> NDArray[np.float32]:
+        """(B, 3) in [-3, 3): hues of red, green and blue, in sixths of the circle, once it has turned."""
+        return ((np.array([0, 2, 4]) - 6 * self.factors[:, 3:] + 3) % 6 - 3).astype(np.float32)
+
+
+class Plan(NamedTuple):
+    """The same as operations take it, on the device of the images.
+
+    How many rows each operation has is known on the host, so nothing waits for the device.
+    """
+
+    grey: Tensor  # (n,) rows that become grey
+    kinds: list[set[int]]  # by position: the operations that some image has there
+    gains: Tensor  # (3, B, 4)
+    turned: list[Tensor]  # by position: (n,) rows whose hue turns
+    hues: list[Tensor]  # by position: (n, 3) of those rows
+    blurred: Tensor  # (n,) rows
+    kernels: Tensor  # (taps, n) weights of the centre and of the taps on one side of it
 
 
 def draw(
@@ -81,14 +116,43 @@ def photometric(
     mean, std = _statistics(images.device)
     for rows in parts(len(images), images[0].numel(), images.device):
         part = _unit(images[rows])
+        plan = make_plan(parameters, rows, part)
         if version == "v1":
-            greyscale_(part, parameters.grey[rows])
-        jitter_(part, parameters.jitter[rows], parameters.order[rows], parameters.factors[rows])
+            greyscale_(part, plan)
+        jitter_(part, plan)
         if version == "v2":
-            greyscale_(part, parameters.grey[rows])
-            blur_(part, parameters.sigma[rows])
+            greyscale_(part, plan)
+            blur_(part, plan)
         output[rows] = part.sub_(mean).div_(std)
     return output
+
+
+def make_plan(parameters: PhotometricParameters, rows: slice, images: Tensor) -> Plan:
+    """What the operations do to `images` (B, 3, H, W), which `rows` of the batch are; one copy sends it."""
+    operation = parameters.operation[rows]
+    turned = [np.flatnonzero(operation[:, position] == 3) for position in range(4)]
+    hues = parameters.hues[rows]
+    sigma = parameters.sigma[rows]
+    blurred = np.flatnonzero(sigma)
+    radius = min(_BLUR_RADIUS, *(side - 1 for side in images.shape[2:]))
+    sent = arrays_to(
+        images.device,
+        np.flatnonzero(parameters.grey[rows]),
+        parameters.gains[:, rows],
+        *turned,
+        *(hues[some] for some in turned),
+        blurred,
+        _half_gaussians(sigma[blurred], radius) if len(blurred) else np.empty((0, 0), np.float32),
+    )
+    return Plan(
+        grey=sent[0],
+        kinds=[set(column) for column in operation.T.tolist()],
+        gains=sent[1],
+        turned=sent[2:6],
+        hues=sent[6:10],
+        blurred=sent[10],
+        kernels=sent[11],
+    )
 
 
 def normalize(images: Tensor, output: Tensor | None = None) -> Tensor:
@@ -115,9 +179,10 @@ def _unit(images: Tensor) -> Tensor:
     )
 
 
+@cache
 def _statistics(device: torch.device) -> Tensor:
     """(2, 3, 1, 1): ImageNet's mean and deviation of each channel."""
-    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[:, :, None, None]
+    return to_device(torch.tensor([IMAGENET_MEAN, IMAGENET_STD]), device)[:, :, None, None]
 
 
 def grey_of(images: Tensor) -> Tensor:
@@ -126,27 +191,20 @@ def grey_of(images: Tensor) -> Tensor:
     return grey.add_(images[:, 1:2], alpha=_GREY[1]).add_(images[:, 2:3], alpha=_GREY[2])
 
 
-def greyscale_(images: Tensor, chosen: NDArray[np.bool_]) -> None:
-    """Make the chosen (B,) images grey, in place."""
-    _on_chosen_(images, chosen, lambda some: some.copy_(grey_of(some).expand_as(some)))
+def greyscale_(images: Tensor, plan: Plan) -> None:
+    """Make the planned images grey, in place."""
+    _on_rows_(images, plan.grey, lambda some: some.copy_(grey_of(some).expand_as(some)))
 
 
-def jitter_(
-    images: Tensor, chosen: NDArray[np.bool_], order: NDArray[np.int64], factors: NDArray[np.float64]
-) -> None:
-    """ColorJitter of the chosen images, each with its own order of the four operations, in place.
+def jitter_(images: Tensor, plan: Plan) -> None:
+    """ColorJitter of the planned images, each with its own order of the four operations, in place.
 
     Brightness, contrast and saturation are one formula, clamp(f x + (1 - f) anchor), whose anchor is
     black, the mean grey, or the pixel's grey.
     """
-    operation = np.where(chosen[:, None], order, -1)  # (B, 4): by position
-    f = factors[np.arange(len(order))[:, None], order]
-    blended = (operation >= 0) & (operation < 3)
-    gains = [np.where(blended, f, 1), *(np.where(operation == n, 1 - f, 0) for n in (1, 2))]
-    gain, by_mean, by_grey = torch.from_numpy(np.stack(gains).astype(np.float32)).to(images.device)
-    for position in range(4):
+    gain, by_mean, by_grey = plan.gains
+    for position, kinds in enumerate(plan.kinds):
         here = (slice(None), position, None, None, None)  # (B, 1, 1, 1)
-        kinds = set(operation[:, position].tolist())
         if kinds & {0, 1, 2}:
             grey = grey_of(images) if kinds & {1, 2} else images[:, 0:1]
             images.mul_(gain[here])
@@ -156,47 +214,44 @@ def jitter_(
                 images.addcmul_(grey, by_grey[here])
             images.clamp_(0, 1)
         if 3 in kinds:
-            turned = operation[:, position] == 3
-            _on_chosen_(images, turned, partial(rotate_hue_, turns=f[turned, position]))
+            _on_rows_(images, plan.turned[position], partial(rotate_hue_, hues=plan.hues[position]))
 
 
-def rotate_hue_(images: Tensor, turns: NDArray[np.float64]) -> None:
-    """Turn the hue of each image by `turns` (B,) of the whole circle, in place; value and saturation stay.
+def rotate_hue_(images: Tensor, hues: Tensor) -> None:
+    """Turn the hue of each image, in place; value and saturation stay.
 
     HSV without S and V. With m the smallest channel, d the spread of the channels and hues in sixths of the
     circle, a colour's hue is h = ±(1 + (g + b - r - m) / d), positive where green is above blue; and a
     colour of hue h has in the channel whose own hue is c (red 0, green 2, blue 4) the value
     m + d (clamp(||h - c| - 3|, 1, 2) - 1), for h - c in [-6, 6]. No pixel needs a choice of formula, which
     takes twice as long; and turning a colour one way is turning the three channels the other way.
+
+    Args:
+        images: (B, 3, H, W).
+        hues: (B, 3) the channels' hues, turned (`PhotometricParameters.hues`).
     """
     red, green, blue = images.tensor_split(3, dim=1)  # (B, 1, H, W)
     smallest = torch.minimum(torch.minimum(red, green), blue)
     spread = torch.maximum(torch.maximum(red, green), blue).sub_(smallest)
     hue = (green + blue).sub_(red).sub_(smallest).div_(spread.clamp(min=1e-8)).add_(1)
     hue.copysign_(green - blue)  # [-3, 3]
-    shifted = (np.array([0, 2, 4]) - 6 * turns[:, None] + 3) % 6 - 3  # (B, 3) in [-3, 3)
-    channels = torch.from_numpy(shifted.astype(np.float32)).to(images.device)[:, :, None, None]
-    torch.sub(hue, channels, out=images)
+    torch.sub(hue, hues[:, :, None, None], out=images)
     images.abs_().sub_(3).abs_().clamp_(1, 2)
     images.mul_(spread).add_(smallest.sub_(spread))
 
 
-def blur_(images: Tensor, sigma: NDArray[np.float64]) -> None:
-    """Gaussian blur of the images whose sigma is above 0, in place, border reflected.
+def blur_(images: Tensor, plan: Plan) -> None:
+    """Gaussian blur of the planned images, in place, border reflected.
 
     13 taps, as torchvision's kernel_size=13, less those beyond 3.5 deviations: together they weigh an
     eighth of an 8-bit level.
     """
-    if not sigma.any():
-        return
-    radius = min(_BLUR_RADIUS, *(side - 1 for side in images.shape[2:]))
-    kernels = torch.from_numpy(_half_gaussians(sigma[sigma > 0], radius)).to(images.device)
 
     def along_both_(some: Tensor) -> None:
         for axis in (2, 3):
-            _blur_along_(some, kernels, axis)
+            _blur_along_(some, plan.kernels, axis)
 
-    _on_chosen_(images, sigma > 0, along_both_)
+    _on_rows_(images, plan.blurred, along_both_)
 
 
 def _half_gaussians(sigma: NDArray[np.float64], radius: int) -> NDArray[np.float32]:
@@ -219,15 +274,11 @@ def _blur_along_(images: Tensor, kernels: Tensor, axis: int) -> None:
         images.addcmul_(before + after, weight)
 
 
-def _on_chosen_(images: Tensor, chosen: NDArray[np.bool_], operation_: Callable[[Tensor], object]) -> None:
-    """Let `operation_` change the chosen (B,) images in place.
-
-    The choice is known on the host, so nothing waits for the device.
-    """
-    if chosen.all():
+def _on_rows_(images: Tensor, rows: Tensor, operation_: Callable[[Tensor], object]) -> None:
+    """Let `operation_` change the images `rows` (n,) in place."""
+    if len(rows) == len(images):
         operation_(images)
-    elif chosen.any():
-        rows = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
+    elif len(rows):
         some = images[rows]
         operation_(some)
         images[rows] = some

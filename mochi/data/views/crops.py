@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mochi.data.views import counter_rng
+from mochi.runtime.transfer import arrays_to
 
 _RATIOS = (math.log(3 / 4), math.log(4 / 3))
 _TRIES = 10  # RandomResizedCrop gives up after ten windows that do not fit
@@ -87,10 +88,10 @@ def crop_resize(pixels: Tensor, windows: NDArray[np.int64], flip: NDArray[np.boo
     _, height, width, _ = pixels.shape
     output = torch.empty(len(pixels), 3, size, size, device=pixels.device)
     for part in parts(len(pixels), 3 * max(size, height) * max(size, width), pixels.device):
-        top, left, h, w = torch.from_numpy(windows[part]).to(pixels.device).unbind(1)
+        placed, mirrored = arrays_to(pixels.device, windows[part], flip[part])
+        top, left, h, w = placed.unbind(1)
         down = resampling(top, h, height, size)  # (B, S, H)
         across = resampling(left, w, width, size).div_(255)  # (B, S, W)
-        mirrored = torch.from_numpy(flip[part]).to(pixels.device)
         across = torch.where(mirrored[:, None, None], across.flip(1), across)
         # (B, H, 3, W): one product for the three channels on each side, three times as fast as one each.
         images = pixels[part].permute(0, 1, 3, 2).float().reshape(-1, height, 3 * width)

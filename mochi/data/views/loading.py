@@ -27,6 +27,7 @@ from mochi.data.format import StoredSplit
 from mochi.data.views import augment, counter_rng
 from mochi.data.views.stored_crops import CentreCrop, Cut, RandomCrops, Rows
 from mochi.errors import DataError
+from mochi.runtime.transfer import to_device
 
 logger = logging.getLogger(__name__)
 _SHARED = Path("/dev/shm")  # noqa: S108 - only its free space is read
@@ -215,7 +216,7 @@ def _batches(
         else _cropped_on_device(pixels, batches, cut, finish)
     )
     for rows, views in loaded:
-        labels = torch.from_numpy(split.labels[rows]).to(loading.device)
+        labels = to_device(torch.from_numpy(split.labels[rows]), loading.device)
         yield views, labels, torch.from_numpy(rows)
 
 
@@ -224,7 +225,7 @@ def _cropped_on_device(
 ) -> Iterator[tuple[Rows, list[Tensor]]]:
     """Each batch's rows and views, of a split whose pixels are on the device."""
     for rows in batches:
-        views = cut.of_pixels(pixels[torch.from_numpy(rows).to(pixels.device)], rows)
+        views = cut.of_pixels(pixels[to_device(torch.from_numpy(rows), pixels.device)], rows)
         yield rows, [finish(images, rows, view) for view, images in enumerate(views)]
 
 

@@ -6,6 +6,7 @@ Ours works in float and never rounds. torchvision, asked in float too, agrees wi
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +34,19 @@ def images(picture: Callable[..., Image.Image]) -> Tensor:
     return batch.contiguous()
 
 
+def plan(images: Tensor, **fields: np.ndarray) -> augment.Plan:
+    """Of parameters that do nothing but what `fields` say."""
+    count = len(images)
+    nothing = augment.PhotometricParameters(
+        jitter=np.zeros(count, bool),
+        order=np.tile(np.arange(4), (count, 1)),
+        factors=np.tile([1.0, 1.0, 1.0, 0.0], (count, 1)),
+        grey=np.zeros(count, bool),
+        sigma=np.zeros(count),
+    )
+    return augment.make_plan(replace(nothing, **fields), slice(None), images)
+
+
 ONE = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
 
 
@@ -44,7 +58,7 @@ def test_each_jitter_operation_equals_torchvision(images: Tensor, operation: int
     factors[:, operation] += np.linspace(-span, span, COUNT)
     ours = images.clone()
     order = np.tile([operation, *({0, 1, 2, 3} - {operation})], (COUNT, 1))
-    augment.jitter_(ours, np.ones(COUNT, bool), order, factors)
+    augment.jitter_(ours, plan(ours, jitter=np.ones(COUNT, bool), order=order, factors=factors))
     for row in range(COUNT):
         factor = float(factors[row, operation])
         assert (ours[row] - ONE[operation](images[row], factor)).abs().max() < LEVEL / 4
@@ -60,7 +74,7 @@ def test_jitter_follows_each_images_own_order(images: Tensor) -> None:
     factors[:, 3] = rng.uniform(-0.4, 0.4, COUNT)
     chosen = rng.uniform(size=COUNT) < 0.7
     ours = images.clone()
-    augment.jitter_(ours, chosen, order, factors)
+    augment.jitter_(ours, plan(ours, jitter=chosen, order=order, factors=factors))
     for row in range(COUNT):
         expected = images[row]
         for operation in order[row] if chosen[row] else []:
@@ -72,7 +86,7 @@ def test_jitter_follows_each_images_own_order(images: Tensor) -> None:
 def test_greyscale_equals_torchvision(images: Tensor) -> None:
     chosen = np.arange(COUNT) % 2 == 0
     ours = images.clone()
-    augment.greyscale_(ours, chosen)
+    augment.greyscale_(ours, plan(ours, grey=chosen))
     for row in range(COUNT):
         expected = F.rgb_to_grayscale(images[row], num_output_channels=3) if chosen[row] else images[row]
         assert (ours[row] - expected).abs().max() < 1e-6
@@ -82,7 +96,7 @@ def test_blur_equals_torchvision(images: Tensor) -> None:
     sigma = np.linspace(0.1, 2.0, COUNT)
     sigma[5] = 0
     ours = images.clone()
-    augment.blur_(ours, sigma)
+    augment.blur_(ours, plan(ours, sigma=sigma))
     for row in range(COUNT):
         expected = images[row]
         if sigma[row]:
@@ -97,7 +111,7 @@ def test_blur_is_close_to_the_official_codes(images: Tensor, picture: Callable[.
     for seed, sigma in enumerate(np.linspace(0.1, 2.0, 20).tolist()):
         image = picture(seed, 64, 64)
         tensor = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
-        augment.blur_(tensor, np.array([sigma]))
+        augment.blur_(tensor, plan(tensor, sigma=np.array([sigma])))
         pillow = np.asarray(image.filter(ImageFilter.GaussianBlur(radius=sigma))).transpose(2, 0, 1) / 255
         difference = np.abs(tensor[0].numpy() - pillow)
         worst_inside = max(worst_inside, float(difference[:, 6:-6, 6:-6].max()))

@@ -1,0 +1,43 @@
+"""Arrays reach a device with their values, several by one copy, and the host waits for none."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mochi.runtime.transfer import arrays_to, to_device
+from tests.pretend_gpu import pretended_gpu
+
+GPU = torch.device("cuda", 0)
+ARRAYS: list[NDArray[Any]] = [
+    np.arange(7),
+    np.array([[0.5, -1.5, 2.5]], np.float32),
+    np.array([True, False, True]),
+    np.zeros((0, 3), np.float32),
+    np.arange(12, dtype=np.uint8).reshape(3, 4)[:, ::2],
+]
+
+
+def test_arrays_arrive_by_one_copy_without_a_wait() -> None:
+    with pretended_gpu() as gpu:
+        there = arrays_to(GPU, *ARRAYS)
+        assert gpu.copies.total() == 1
+        assert not gpu.waits
+        assert {tensor.device for tensor in there} == {GPU}
+        back = [tensor.cpu() for tensor in there]
+    for array, tensor, here in zip(ARRAYS, back, arrays_to(torch.device("cpu"), *ARRAYS), strict=True):
+        for each in (tensor, here):
+            assert each.dtype == torch.from_numpy(array).dtype
+            assert np.array_equal(each.numpy(), array)
+        assert here.data_ptr() == array.__array_interface__["data"][0] or not array.size
+
+
+def test_a_tensor_arrives_without_a_wait() -> None:
+    here = torch.arange(3)
+    assert to_device(here, torch.device("cpu")) is here
+    with pretended_gpu() as gpu:
+        there = to_device(here, GPU)
+        assert there.device == GPU
+        assert not gpu.waits
+        assert there.tolist() == [0, 1, 2]

@@ -1,17 +1,18 @@
 """Features of a frozen encoder."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mochi.config import ProbeRun
-from mochi.data.format import StoredDataset
+from mochi.data.format import StoredDataset, StoredSplit
 from mochi.data.views.loading import Images, Loading, centre_crops
+from mochi.data.views.stored_crops import Rows
 from mochi.encoders.resnet import ResNet
 from mochi.errors import DataError
+from mochi.evaluation.resume import ResumePoint
 from mochi.runtime.precision import autocast, use_bfloat16
 
 _PRECISION = "auto"
@@ -27,48 +28,48 @@ class Frozen(NamedTuple):
     device: torch.device
     workers: int
     """Processes that load images."""
-    work: Path
-    """Folder for resume checkpoints."""
+    resume_point: ResumePoint
 
 
-class Features(NamedTuple):
-    """Features of the labelled images of train and val, each image once and uncropped."""
-
-    train: Tensor  # (M, D) float32
-    train_labels: Tensor  # (M,)
-    val: Tensor  # (V, D)
-    val_labels: Tensor  # (V,)
-
-
-def extract_splits(frozen: Frozen) -> Features:
-    """Features of train and val under the evaluation's transform, on the encoder's device.
+def labelled_split(dataset: StoredDataset, name: str) -> StoredSplit:
+    """A split that has labels.
 
     Raises:
-        DataError: a split is missing, or has no labelled image.
+        DataError: the split is missing, or has no labelled image.
     """
-    run = frozen.run
-    parts: list[Tensor] = []
-    for name in ("train", "val"):
-        split = frozen.dataset.split(name)
-        if not len(split.labelled):
-            raise DataError(
-                f"{frozen.dataset.folder}: found 0 labelled images in {name}; a probe needs labels; "
-                "provide some, or remove linear and knn from the experiment"
-            )
-        loading = Loading(run.batch_size, frozen.device, frozen.workers)
-        crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size)
-        parts += extract(frozen.encoder, crops, len(split.labelled))
-    return Features(*parts)
+    split = dataset.split(name)
+    if not len(split.labelled):
+        raise DataError(
+            f"{dataset.folder}: found 0 labelled images in {name}; a probe needs labels; "
+            "provide some, or remove linear and knn from the experiment"
+        )
+    return split
 
 
-@torch.no_grad()
+def extract_split(frozen: Frozen, name: str, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+    """Features under the evaluation's transform and labels of a split's images, on the encoder's device.
+
+    Args:
+        frozen: the encoder, the data and the transform.
+        name: of the split.
+        rows: of the split, all labelled; None: all that are labelled.
+
+    Returns:
+        (M, D) float32 features and (M,) labels, in the order of `rows`. Memory: these and one batch.
+    """
+    run, split = frozen.run, labelled_split(frozen.dataset, name)
+    rows = split.labelled if rows is None else rows
+    loading = Loading(run.batch_size, frozen.device, frozen.workers)
+    crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size, rows=rows)
+    return extract(frozen.encoder, crops, len(rows))
+
+
 def extract(encoder: ResNet, batches: Iterable[Images], count: int) -> tuple[Tensor, Tensor]:
     """Features (count, D) float32 and labels (count,) of all images of `batches`, on their device."""
     features = labels = torch.empty(0)
     done = 0
     for batch in batches:
-        with autocast(batch.images.device, _PRECISION):
-            found = encoder(batch.images).float()
+        found = features_of(encoder, batch.images)
         if not done:  # one allocation: at ImageNet's size a list and its concatenation are too much
             features = found.new_empty(count, found.shape[1])
             labels = batch.labels.new_empty(count)
@@ -79,6 +80,14 @@ def extract(encoder: ResNet, batches: Iterable[Images], count: int) -> tuple[Ten
     return features, labels
 
 
+@torch.no_grad()
+def features_of(encoder: ResNet, images: Tensor) -> Tensor:
+    """(B, 3, S, S) images -> (B, D) float32 features."""
+    with autocast(images.device, _PRECISION):
+        features: Tensor = encoder(images)
+    return features.float()
+
+
 def precision_on(device: torch.device) -> str:
-    """The number format in which `extract` runs an encoder there, for provenance."""
+    """The number format in which `features_of` runs an encoder there, for provenance."""
     return "bfloat16" if use_bfloat16(device, _PRECISION) else "float32"

@@ -6,7 +6,8 @@ from pathlib import Path
 from mochi.config import ProbeRun
 from mochi.data.format import open_dataset
 from mochi.encoders.files import digest, load_encoder
-from mochi.evaluation.features import Frozen, precision_on
+from mochi.evaluation.features import Frozen, labelled_split, precision_on
+from mochi.evaluation.resume import ResumePoint
 from mochi.provenance.record import Stopwatch, write_record
 from mochi.provenance.wanted import Result
 from mochi.runtime.distributed import pick_device
@@ -20,11 +21,12 @@ def run(run: ProbeRun, result: Result, work: Path, *, workers: int = 0) -> None:
     Args:
         run: the task and its protocol.
         result: receives the results; its inputs are `encoder` and `data`, the manifest of the data set.
-        work: folder of the resume checkpoint; emptied at the end.
+        work: folder of the resume checkpoint, which is removed at the end.
         workers: processes that load images.
 
     Raises:
         DataError, EncoderError: the data or the encoder do not fit.
+        CheckpointError: the checkpoint in `work` is of another result, or the disk is full.
         NonFiniteError: the protocol's learning rate is too large for these features.
     """
     watch = Stopwatch()
@@ -35,9 +37,20 @@ def run(run: ProbeRun, result: Result, work: Path, *, workers: int = 0) -> None:
     encoder = load_encoder(result.inputs["encoder"], run.encoder, device)
     before = digest(encoder.state_dict())
     dataset = open_dataset(result.inputs["data"].parent)
+    for name in ("train", "val"):
+        labelled_split(dataset, name)  # what is missing shows before hours are spent on the other
     task = importlib.import_module(f"mochi.evaluation.tasks.{run.task}")
-    metrics = task.evaluate(Frozen(run, encoder, dataset, device, workers, work))
+    resume_point = ResumePoint(work, result, watch)
+    metrics = task.evaluate(Frozen(run, encoder, dataset, device, workers, resume_point))
     assert digest(encoder.state_dict()) == before, "the evaluation changed the encoder"
     with publishing(result.folder) as new:
         write_json(new / "metrics.json", metrics)
-        write_record(new, result, watch, precision=precision_on(device))
+        write_record(
+            new,
+            result,
+            watch,
+            precision=precision_on(device),
+            code_digests=resume_point.code_digests,
+            wall_seconds=resume_point.wall_seconds(),
+        )
+    resume_point.discard()

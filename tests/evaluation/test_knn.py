@@ -24,15 +24,43 @@ def vote(train: torch.Tensor, labels: list[int], row: torch.Tensor, k: int, temp
     return max(votes, key=lambda label: votes[label])
 
 
-@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 5), st.integers(0, 100))
-def test_equals_a_vote_in_loops(num_train: int, num_val: int, chunk: int, seed: int) -> None:
+SIZES = st.tuples(st.integers(1, 30), st.integers(1, 12))
+CHUNKS = st.tuples(st.integers(1, 5), st.integers(1, 35))
+
+
+@given(SIZES, CHUNKS, st.integers(0, 100))
+def test_equals_a_vote_in_loops(sizes: tuple[int, int], chunks: tuple[int, int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    train = torch.randn(num_train, 4, generator=generator, dtype=torch.float64)
-    val = torch.randn(num_val, 4, generator=generator, dtype=torch.float64)
-    labels = torch.randint(3, (num_train,), generator=generator)
-    k = min(5, num_train)
-    predicted = knn.classify(train, labels, val, num_classes=3, k=k, temperature=0.07, chunk=chunk)
-    assert predicted.tolist() == [vote(train, labels.tolist(), row, k, 0.07) for row in val]
+    train, val = (torch.randn(size, 4, generator=generator) for size in sizes)
+    labels = torch.randint(3, (sizes[0],), generator=generator)
+    k = min(5, sizes[0])
+    expected = [vote(train.double(), labels.tolist(), row.double(), k, 0.07) for row in val]
+    predicted = knn.classify(train, labels, val, num_classes=3, k=k, temperature=0.07, chunks=chunks)
+    assert predicted.tolist() == expected
+
+
+@given(SIZES, CHUNKS, st.integers(1, 30), st.integers(0, 100))
+def test_of_equally_similar_rows_the_first_are_neighbours(
+    sizes: tuple[int, int], chunks: tuple[int, int], k: int, seed: int
+) -> None:
+    """Exact products, most of them tied, some negative and some -0: the chunks decide nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    train, val = (torch.randint(-1, 2, (size, 4), generator=generator).float() for size in sizes)
+    k = min(k, sizes[0])
+    order = (val @ train.T + 0.0).sort(dim=1, descending=True, stable=True)
+    similarity, neighbours = knn._nearest(val, train, k, chunks[1])
+    assert torch.equal(similarity, order.values[:, :k])
+    assert torch.equal(neighbours, order.indices[:, :k])
+
+
+@pytest.mark.parametrize("similarity", [[1.0, -1.0, 0.5, -0.5, 1e-30, -1e-30, 0.0], [float("inf"), 3e38]])
+def test_whole_numbers_order_like_floats(similarity: list[float]) -> None:
+    values = torch.tensor([similarity])
+    keys = knn._keys(values.clone(), 5)
+    assert torch.equal(keys.argsort(), values.argsort())
+    read, rows = knn._read(keys)
+    assert torch.equal(read, values)
+    assert rows.tolist() == [list(range(5, 5 + len(similarity)))]
 
 
 def test_the_stage_classifies_val_by_train_at_the_runs_temperature(

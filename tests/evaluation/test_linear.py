@@ -1,5 +1,5 @@
-"""The probe's own gradient and update against autograd and torch's SGD; the stage against the same protocol
-written out one classifier at a time; and that candidates are compared on rows they did not see."""
+"""All classifiers at once against each one alone; the stage against the same protocol written out; that
+candidates are compared on rows they did not see; and that only what is needed is encoded."""
 
 import math
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mochi.config import Experiment, LinearProbe, probe_run
 from mochi.data.format import open_dataset
 from mochi.data.views.loading import Images
+from mochi.encoders.resnet import ResNet
 from mochi.evaluation.tasks import linear
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.seeding import generator
@@ -25,36 +26,40 @@ PROTOCOL = LinearProbe(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 3])
-def test_equals_autograd_and_torchs_sgd(index: int) -> None:
-    """Classifiers 0, 1: both rates on all rows; 2, 3: both rates without the held-out rows."""
+@pytest.mark.parametrize("which", [linear.ALL, linear.WITHOUT_HELD_OUT])
+@pytest.mark.parametrize("index", [0, 1])
+def test_each_classifier_equals_a_plain_loop_of_its_own(index: int, which: int) -> None:
     draws = torch.Generator().manual_seed(0)
     features = torch.randn(8, 5, generator=draws)
     labels = torch.randint(3, (8,), generator=draws)
     held_out = torch.tensor([True, False] * 4)
-    probes = linear.Probes(PROTOCOL, 5, 3, seed=1, device=torch.device("cpu"))
-    weight = probes.weight[index].clone().requires_grad_()
-    optimizer = torch.optim.SGD([weight], lr=probes.rates[index % 2], momentum=0.9, weight_decay=0.01)
-    seen = torch.ones(8, dtype=torch.bool) if index < 2 else ~held_out
+    probes = linear.Probes(PROTOCOL, 5, 3, seed=1)
+    rows = slice(3 * which, 3 * which + 3)
+    plain = torch.nn.Linear(5, 3)
+    plain.load_state_dict({name: value[rows] for name, value in probes.layers[index].state_dict().items()})
+    rate = [0.5, 0.05][index]
+    optimizer = torch.optim.SGD(plain.parameters(), lr=rate, momentum=0.9, weight_decay=0.01)
+    seen = torch.ones(8, dtype=torch.bool) if which == linear.ALL else ~held_out
     for epoch in range(4):
-        probes.step(features, labels, held_out, epoch)
+        probes.start_epoch(epoch)
         for group in optimizer.param_groups:
-            group["lr"] = probes.rates[index % 2] * (0.1 if epoch >= 2 else 1.0)
-        optimizer.zero_grad()
-        logits = F.pad(features[seen], (0, 1), value=1.0) @ weight
-        F.cross_entropy(logits, labels[seen]).backward()
-        optimizer.step()
-        torch.testing.assert_close(probes.weight[index], weight.detach(), rtol=1e-5, atol=1e-6)
+            group["lr"] = rate * (0.1 if epoch >= 2 else 1.0)
+        for _ in range(2):
+            probes.step(features, labels, held_out)
+            optimizer.zero_grad()
+            F.cross_entropy(plain(features[seen]), labels[seen]).backward()
+            optimizer.step()
+        for name, value in probes.layers[index].state_dict().items():
+            torch.testing.assert_close(value[rows], plain.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
 def one_probe(
     train: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor, rate: float, protocol: LinearProbe
 ) -> torch.Tensor:
-    """Weights (D + 1, 16) of one classifier trained on `rows` alone, in the stage's order of seed 0."""
+    """Weights (D + 1, 16), last the bias, of one classifier trained on `rows` alone, in seed 0's order."""
     features, labels = F.pad(train[0], (0, 1), value=1.0), train[1]
-    weight = 0.01 * torch.randn(features.shape[1], 16, generator=generator("probe weights", 0))
-    weight[-1] = 0
-    weight.requires_grad_()
+    start = 0.01 * torch.randn(16, train[0].shape[1], generator=generator("probe weights", 0))
+    weight = F.pad(start.T, (0, 0, 0, 1)).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=rate, momentum=protocol.momentum)
     for epoch in range(protocol.epochs):
         if epoch in protocol.lr_drops:
@@ -135,9 +140,9 @@ def test_a_random_crop_of_a_held_out_row_is_held_out(
             cut.append(batch.indices)
             yield batch
 
-    def watched_step(self: linear.Probes, features: Any, labels: Any, held_out: Any, epoch: int) -> None:
+    def watched_step(self: linear.Probes, features: Any, labels: Any, held_out: Any) -> None:
         marks.append(held_out)
-        step(self, features, labels, held_out, epoch)
+        step(self, features, labels, held_out)
 
     monkeypatch.setattr(linear, "random_crops", watched_crops)
     monkeypatch.setattr(linear.Probes, "step", watched_step)
@@ -152,11 +157,23 @@ def test_a_random_crop_of_a_held_out_row_is_held_out(
 
 
 def test_scores_are_top1_and_top5_in_percent() -> None:
-    probes = linear.Probes(PROTOCOL, 2, 7, seed=0, device=torch.device("cpu"))
-    probes.weight.zero_()
-    probes.weight[:, -1] = torch.arange(7.0)  # every image: class 6 first, then 5, 4, 3, 2
-    scores = probes.scores(torch.zeros(4, 2), torch.tensor([6, 5, 2, 1]))
-    assert scores[0] == {"top1": 25.0, "top5": 75.0}
+    probes = linear.Probes(PROTOCOL, 2, 7, seed=0)
+    ranks = torch.arange(7.0)
+    for layer in probes.layers:  # every image: class 6 first, then 5, 4, 3, 2; the other way round
+        layer.load_state_dict({"weight": torch.zeros(14, 2), "bias": torch.cat([ranks, -ranks])})
+    batches = [(torch.zeros(3, 2), torch.tensor([6, 5, 2])), (torch.zeros(1, 2), torch.tensor([1]))]
+    assert probes.scores(batches, linear.ALL) == [{"top1": 25.0, "top5": 75.0}] * 2
+    assert probes.scores(batches, linear.WITHOUT_HELD_OUT) == [{"top1": 0.0, "top5": 50.0}] * 2
+
+
+def test_a_classifier_that_diverged_has_no_score() -> None:
+    probes = linear.Probes(PROTOCOL, 2, 7, seed=0)
+    with torch.no_grad():
+        probes.layers[1].bias[3] = math.inf
+    scores = probes.scores([(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))], linear.ALL)
+    assert math.isfinite(scores[0]["top1"])
+    assert math.isnan(scores[1]["top1"])
+    assert math.isnan(scores[1]["top5"])
 
 
 @pytest.mark.parametrize("min_scale", [None, 0.2])
@@ -188,6 +205,46 @@ def test_a_candidate_that_diverges_loses(encoder_file: Path, tiny_data: Path, tm
     assert metrics["held_out_top1"]["1e+38"] == -1
     assert metrics["best_lr_top1"] == metrics["top1"] > 0
     assert math.isfinite(metrics["top1"])
+
+
+@pytest.mark.parametrize(("min_scale", "passes", "uncropped"), [(None, 0, 24), (0.2, 3, 6)])
+def test_only_what_is_needed_is_encoded(
+    min_scale: float | None,
+    passes: int,
+    uncropped: int,
+    encoder_file: Path,
+    partly_labelled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With random crops of uncropped images only val and the held-out part; every crop, also of the last
+    batch."""
+    count, forward = 0, ResNet.forward
+
+    def counted(self: ResNet, images: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += len(images)
+        return forward(self, images)
+
+    monkeypatch.setattr(ResNet, "forward", counted)
+    protocol = {"min_scale": min_scale, "held_out": 0.25, "batch_size": 10, "epochs": 3, "lr_drops": []}
+    evaluate(with_protocol("linear", **protocol), "linear", encoder_file, partly_labelled, tmp_path)
+    assert count == passes * 24 + uncropped + 8
+
+
+def test_standardized_features_have_no_mean_and_unit_variance() -> None:
+    features = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) * 5 + 7
+    features[:, 2] = 4.0  # of a unit that never fires
+    later = features.clone()
+    later[0, 2] = 5.0
+    scaling = linear._Scaling.of(features, PROTOCOL.model_copy(update={"standardize": True}))
+    scaled = scaling.apply_(features)
+    assert scaled is features
+    torch.testing.assert_close(features.mean(0), torch.zeros(3))
+    torch.testing.assert_close(features.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]))
+    assert scaling.apply_(later)[0, 2] == 1, "one that fires later is not blown up"
+    plain = linear._Scaling.of(features, PROTOCOL)
+    assert torch.equal(plain.apply_(features.clone()), features)
 
 
 def test_held_out_rows_are_a_random_share() -> None:

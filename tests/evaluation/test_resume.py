@@ -1,4 +1,4 @@
-"""A probe that is killed ends with the bytes of one that nobody killed, and continues only its own result."""
+"""A probe that was killed ends with the bytes of one that nobody killed, and continues no other result."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from mochi.config import Experiment, probe_run
-from mochi.evaluation import resume, stage
+from mochi.evaluation import features, resume, stage
 from mochi.evaluation.tasks import linear
 from mochi.provenance.wanted import RECORD
 from mochi.storage import checkpoint
@@ -39,6 +39,7 @@ def probe(experiment: Experiment, encoder: Path, data: Path, folder: Path) -> tu
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "MINUTES", 0.0)
+        patch.setattr(features, "_PRECISION", "float32")  # conftest.py's choice, in every process
         patch.setattr(linear.Probes, "scores", kept)
         evaluate(experiment, "linear", encoder, data, folder)
     return (folder / "metrics.json").read_bytes(), (folder / "probes.safetensors").read_bytes()
@@ -106,9 +107,10 @@ def count_epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_resumed_probe_computes_only_what_is_left(
     tiny: Experiment, encoder_file: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         interrupted_at(3, patch)
-        probe(tiny, encoder_file, tiny_data, tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            probe(tiny, encoder_file, tiny_data, tmp_path)
     assert epochs_done(tmp_path) == 3
     seen = count_epochs(monkeypatch)
     probe(tiny, encoder_file, tiny_data, tmp_path)
@@ -128,9 +130,10 @@ def test_a_checkpoint_is_written_when_due(
 def test_another_protocol_does_not_continue_it(
     tiny: Experiment, encoder_file: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         interrupted_at(3, patch)
-        probe(tiny, encoder_file, tiny_data, tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            probe(tiny, encoder_file, tiny_data, tmp_path)
     with pytest.raises(CheckpointError, match=r"settings.protocol.lr=0.1; this is the run with .*lr=0.2"):
         probe(with_protocol("linear", lr=0.2), encoder_file, tiny_data, tmp_path)
 
@@ -139,10 +142,11 @@ def test_the_record_names_all_code_and_all_time(
     tiny: Experiment, encoder_file: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As that of a pretraining: a resume with other code is said, and earlier attempts took time too."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         interrupted_at(3, patch)
         patch.setattr(resume.ResumePoint, "wall_seconds", lambda self: 5000.0)
-        probe(tiny, encoder_file, tiny_data, tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            probe(tiny, encoder_file, tiny_data, tmp_path)
     result = result_in(tmp_path, tiny, "linear", encoder_file, tiny_data)
     edited = replace(result, modules=("mochi.evaluation.tasks.knn",))
     stage.run(probe_run(tiny, "random-init", 0, "linear"), edited, tmp_path / "work")

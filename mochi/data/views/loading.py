@@ -128,20 +128,27 @@ def random_crops(
     min_scale: float,
     seed: int,
     epoch: int,
-    first_step: int = 0,
 ) -> Iterator[Images]:
-    """Random-resized crops and flips of the labelled images, for a linear probe. Raises as `two_views`."""
-    rows = _shuffled(split.labelled, loading, seed, epoch, first_step)
+    """Random-resized crops and flips of the labelled images, for a linear probe; the short last batch too.
+
+    Source: facebookresearch/moco main_lincls.py, whose DataLoader keeps the last batch.
+    """
+    rows = _in_order(_permuted(split.labelled, seed, epoch), loading)
     cut = RandomCrops(image_size, min_scale, seed, epoch, views=1)
     for (images,), labels, indices in _batches(split, loading, rows, cut, _plain):
         yield Images(images, labels, indices)
 
 
-def centre_crops(split: StoredSplit, loading: Loading, *, resize: int, image_size: int) -> Iterator[Images]:
-    """The labelled images, each exactly once over all ranks, in order: short side `resize`, centre crop."""
-    rows = _in_order(split.labelled, loading)
+def centre_crops(
+    split: StoredSplit, loading: Loading, *, resize: int, image_size: int, rows: Rows | None = None
+) -> Iterator[Images]:
+    """Images, each exactly once over all ranks, in order: short side `resize`, centre crop.
+
+    `rows` of the split; None: those with a label.
+    """
+    batches = _in_order(split.labelled if rows is None else rows, loading)
     cut = CentreCrop(resize, image_size)
-    for (images,), labels, indices in _batches(split, loading, rows, cut, _plain):
+    for (images,), labels, indices in _batches(split, loading, batches, cut, _plain):
         yield Images(images, labels, indices)
 
 
@@ -157,11 +164,16 @@ def _shuffled(rows: Rows, loading: Loading, seed: int, epoch: int, first_step: i
             f"batch_size: found {batch_size} over {world_size} ranks; it must divide by them; "
             f"choose {batch_size // world_size * world_size or world_size}"
         )
-    order = rows[counter_rng.permutation(len(rows), "order", seed, epoch)]
+    order = _permuted(rows, seed, epoch)
     share = batch_size // world_size
     for step in range(first_step, steps):
         first = step * batch_size + loading.rank * share
         yield order[first : first + share]
+
+
+def _permuted(rows: Rows, seed: int, epoch: int) -> Rows:
+    """The epoch's random order."""
+    return rows[counter_rng.permutation(len(rows), "order", seed, epoch)]
 
 
 def _in_order(rows: Rows, loading: Loading) -> Iterator[Rows]:

@@ -3,22 +3,39 @@
 All learning rates are trained at once on the same features: the probe is cheap compared with the encoder.
 Each is trained twice: on all of train, which is reported, and without a held-out part, on which the
 candidates are compared. The protocol's own learning rate is reported whatever the comparison says.
+
+`standardize` takes mean and standard deviation of each feature over the images that are encoded uncropped
+anyway: all of train where the probe trains on cached features, the held-out part where it trains on random
+crops. They are constants of the probe, no labels enter them, and every rate has the same ones.
+
+Memory on the device: the features of the uncropped images, once, and what does not grow with the data set:
+the encoder with one batch, and for each learning rate 24 x (D + 1) x C bytes of classifiers.
+
+Legend: B images, M training images, D features, C classes, R learning rates.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mochi.config import LinearProbe
 from mochi.data.views.loading import Loading, random_crops
-from mochi.evaluation.features import Frozen, extract, extract_splits
+from mochi.evaluation.features import Frozen, extract_split, features_of, labelled_split
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.progress import Progress
 from mochi.runtime.seeding import generator
+from mochi.storage import checkpoint
+
+ALL, WITHOUT_HELD_OUT = 0, 1
+"""The two classifiers of a learning rate, by what they are trained on."""
+
+_CHUNK = 1024
+"""Rows whose logits are computed at once."""
 
 
 def evaluate(frozen: Frozen) -> dict[str, Any]:
@@ -29,108 +46,167 @@ def evaluate(frozen: Frozen) -> dict[str, Any]:
 
     Raises:
         DataError: a split has no labelled image.
+        CheckpointError: the resume checkpoint is of another result, or the disk is full.
         NonFiniteError: the protocol's learning rate is too large for these features.
     """
     run, protocol = frozen.run, frozen.run.protocol
     assert isinstance(protocol, LinearProbe)
-    train, train_labels, val, val_labels = extract_splits(frozen)
-    mean, scale = _statistics(train, protocol)
-    held_out = held_out_rows(len(train), protocol.held_out, run.seed).to(frozen.device)
-    probes = Probes(protocol, train.shape[1], len(frozen.dataset.classes), run.seed, frozen.device)
-    batches = _Batches(frozen, protocol, train, train_labels, held_out)
-    with Progress(f"linear {run.method} seed {run.seed}", protocol.epochs) as progress:
-        for epoch in range(protocol.epochs):
-            for features, labels, is_held_out in batches.of(epoch):
-                probes.step((features - mean) / scale, labels, is_held_out, epoch)
+    train = _CachedFeatures(frozen, protocol) if protocol.min_scale is None else _Crops(frozen, protocol)
+    val, val_labels = extract_split(frozen, "val")
+    train.scaling.apply_(val)
+    probes = Probes(protocol, val.shape[1], len(frozen.dataset.classes), run.seed).to(frozen.device)
+    _train(frozen, protocol, probes, train)
+    scores = probes.scores(_chunks(val, val_labels), ALL)
+    comparison = probes.scores(train.held_out_batches(), WITHOUT_HELD_OUT)
+    return _metrics(protocol, probes.rates, scores, comparison, len(train.held_out), len(val))
+
+
+def _train(
+    frozen: Frozen, protocol: LinearProbe, probes: "Probes", train: "_CachedFeatures | _Crops"
+) -> None:
+    """All epochs that are left; every number of an epoch is a function of its number and the weights."""
+    done = 0
+    if (found := frozen.resume_point.load()) is not None:
+        tensors, done = found
+        checkpoint.unpack(tensors, probes, probes.optimizer)
+    label = f"linear {frozen.run.method} seed {frozen.run.seed}"
+    with Progress(label, protocol.epochs, done) as progress:
+        for epoch in range(done, protocol.epochs):
+            probes.start_epoch(epoch)
+            for features, labels, is_held_out in train.batches(epoch):
+                probes.step(features, labels, is_held_out)
+            frozen.resume_point.save_if_due(lambda: checkpoint.pack(probes, probes.optimizer), epoch + 1)
             progress.advance()
-    scores = probes.scores((val - mean) / scale, val_labels)
-    comparison = probes.held_out_accuracy((train[held_out] - mean) / scale, train_labels[held_out])
-    return _metrics(protocol, probes.rates, scores, comparison, len(train), len(val))
 
 
-class Probes:
-    """Linear classifiers for R learning rates, on all of train (0..R-1) and without the held-out part."""
+class Probes(nn.Module):
+    """For each learning rate a layer with two linear classifiers, `ALL` and `WITHOUT_HELD_OUT`."""
 
-    def __init__(
-        self, protocol: LinearProbe, num_features: int, num_classes: int, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, protocol: LinearProbe, num_features: int, num_classes: int, seed: int) -> None:
+        super().__init__()
         self._protocol = protocol
         self.rates = list(dict.fromkeys([protocol.lr, *protocol.lr_candidates]))
         # N(0, 0.01), zero bias, the same start for all (facebookresearch/moco main_lincls.py).
-        weight = 0.01 * torch.randn(
-            num_features + 1, num_classes, generator=generator("probe weights", seed)
+        weight = 0.01 * torch.randn(num_classes, num_features, generator=generator("probe weights", seed))
+        self.layers = nn.ModuleList(nn.Linear(num_features, 2 * num_classes) for _ in self.rates)
+        for layer in self.layers:
+            layer.load_state_dict({"weight": weight.repeat(2, 1), "bias": torch.zeros(2 * num_classes)})
+        self.optimizer = torch.optim.SGD(
+            [{"params": layer.parameters()} for layer in self.layers],
+            lr=protocol.lr,
+            momentum=protocol.momentum,
+            weight_decay=protocol.weight_decay,
         )
-        weight[-1] = 0
-        self._weight = weight.to(device).repeat(2 * len(self.rates), 1, 1)  # (2R, D + 1, classes)
-        self._velocity = torch.zeros_like(self._weight)
-        self._lr = torch.tensor(self.rates * 2, device=device)[:, None, None]
 
-    def step(self, features: Tensor, labels: Tensor, held_out: Tensor, epoch: int) -> None:
-        """One SGD step of every classifier on (B, D) features; held-out rows reach the first half only."""
-        protocol, half = self._protocol, len(self.rates)
-        inputs = _with_bias(features)  # (B, D + 1)
-        error = (inputs @ self._weight).softmax(-1)  # (2R, B, classes)
-        error[:, torch.arange(len(labels)), labels] -= 1  # gradient of the summed cross-entropy
-        error[:half] /= len(labels)
-        error[half:] *= (~held_out)[:, None] / (~held_out).sum().clamp(min=1)
-        gradient = inputs.T @ error + protocol.weight_decay * self._weight
-        self._velocity.mul_(protocol.momentum).add_(gradient)
-        drops = sum(epoch >= start for start in protocol.lr_drops)
-        self._weight -= self._lr * protocol.lr_drop_factor**drops * self._velocity
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) features -> (R, B, 2, C) logits."""
+        logits: Tensor = torch.stack([layer(features) for layer in self.layers])
+        return logits.view(*logits.shape[:-1], 2, -1)
 
-    def scores(self, features: Tensor, labels: Tensor) -> list[dict[str, float]]:
-        """Top-1 and top-5 in percent of the classifiers trained on all of train, NaN for a diverged one."""
-        logits = _with_bias(features) @ self._weight[: len(self.rates)]  # (R, V, classes)
-        top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
-        finite = logits.isfinite().all(-1).all(-1)
-        return [
-            {
-                "top1": _percent(top[i, :, 0]) if finite[i] else math.nan,
-                "top5": _percent(top[i].any(-1)) if finite[i] else math.nan,
-            }
-            for i in range(len(self.rates))
-        ]
+    def start_epoch(self, epoch: int) -> None:
+        """Set the learning rates of an epoch."""
+        drops = sum(epoch >= start for start in self._protocol.lr_drops)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self._protocol.lr_drop_factor**drops
 
-    def held_out_accuracy(self, features: Tensor, labels: Tensor) -> list[float]:
-        """Percent on held-out rows, by the classifiers trained without them; -1 for a diverged one."""
-        logits = _with_bias(features) @ self._weight[len(self.rates) :]
-        right = logits.argmax(-1) == labels
-        finite = logits.isfinite().all(-1).all(-1)
-        return [_percent(right[i]) if finite[i] else -1.0 for i in range(len(self.rates))]
+    def step(self, features: Tensor, labels: Tensor, held_out: Tensor) -> None:
+        """One SGD step of every classifier on (B, D) features, (B,) labels, (B,) bool `held_out`."""
+        logits = self(features)
+        targets = labels[:, None].expand(logits.shape[:-1])
+        losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+        kept = ~held_out / (~held_out).sum().clamp(min=1)
+        shares = torch.stack([torch.full_like(kept, 1 / len(labels)), kept], dim=1)  # (B, 2)
+        self.optimizer.zero_grad()
+        (losses.view(targets.shape) * shares).sum().backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def scores(self, batches: Iterable[tuple[Tensor, Tensor]], which: int) -> list[dict[str, float]]:
+        """For each rate top-1 and top-5 in percent on (features, labels), NaN for a diverged classifier."""
+        right, finite, count = torch.zeros(2, len(self.rates)), torch.ones(len(self.rates)).bool(), 0
+        for features, labels in batches:
+            logits = self(features)[:, :, which]  # (R, B, C)
+            best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+            right += torch.stack([best[..., 0].sum(1), best.any(-1).sum(1)]).cpu()
+            finite &= logits.isfinite().flatten(1).all(1).cpu()
+            count += len(labels)
+        percent = (100 * right.double() / count).where(finite, math.nan)
+        return [{"top1": round(a, 4), "top5": round(b, 4)} for a, b in percent.T.tolist()]
 
 
-class _Batches:
-    """Features, labels and held-out marks of an epoch's batches: random crops, or cached features."""
+class _Scaling(NamedTuple):
+    """Each feature less `mean`, divided by `scale`."""
 
-    def __init__(
-        self, frozen: Frozen, protocol: LinearProbe, features: Tensor, labels: Tensor, held_out: Tensor
-    ) -> None:
-        self._frozen, self._protocol = frozen, protocol
-        self._split = frozen.dataset.split("train")
-        self._features, self._labels, self._held_out = features, labels, held_out
-        # Position among the labelled rows of each row of the split, to find its mark.
-        labelled = torch.from_numpy(self._split.labels >= 0)
-        self._position = (labelled.cumsum(0) - 1).to(labels.device)
+    mean: Tensor  # (D,)
+    scale: Tensor
 
-    def of(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    @classmethod
+    def of(cls, features: Tensor, protocol: LinearProbe) -> "_Scaling":
+        """To zero mean and unit variance of these (M, D) features, or none; constants are only shifted."""
+        if not protocol.standardize:
+            return cls(torch.zeros_like(features[0]), torch.ones_like(features[0]))
+        std, mean = torch.std_mean(features, dim=0, correction=0)
+        return cls(mean, std.where(std > 1e-6, 1.0))
+
+    def apply_(self, features: Tensor) -> Tensor:
+        """In place: at ImageNet's size a second copy is too much."""
+        return features.sub_(self.mean).div_(self.scale)
+
+
+class _CachedFeatures:
+    """Train as features of uncropped images, all of which are computed once."""
+
+    def __init__(self, frozen: Frozen, protocol: LinearProbe) -> None:
+        self._protocol, self._seed = protocol, frozen.run.seed
+        self._features, self._labels = extract_split(frozen, "train")
+        self.scaling = _Scaling.of(self._features, protocol)
+        self.scaling.apply_(self._features)
+        self.held_out = held_out_rows(len(self._labels), protocol.held_out, self._seed).to(frozen.device)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(B, D) features, (B,) labels, (B,) whether held out."""
-        protocol, seed = self._protocol, self._frozen.run.seed
-        if protocol.min_scale is None:
-            order = torch.randperm(len(self._labels), generator=generator("probe order", seed, epoch))
-            for rows in order.to(self._labels.device).split(protocol.batch_size):
-                yield self._features[rows], self._labels[rows], self._held_out[rows]
-            return
+        order = torch.randperm(len(self._labels), generator=generator("probe order", self._seed, epoch))
+        for rows in order.to(self._labels.device).split(self._protocol.batch_size):
+            yield self._features[rows], self._labels[rows], self.held_out[rows]
+
+    def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(B, D) features, (B,) labels of the held-out images."""
+        for rows in self.held_out.nonzero().flatten().split(_CHUNK):
+            yield self._features[rows], self._labels[rows]
+
+
+class _Crops:
+    """Train as features of random crops, new in every epoch; of held-out images also the uncropped ones."""
+
+    def __init__(self, frozen: Frozen, protocol: LinearProbe) -> None:
+        self._frozen, self._protocol = frozen, protocol
+        self._split = labelled_split(frozen.dataset, "train")
+        self.held_out = held_out_rows(len(self._split.labelled), protocol.held_out, frozen.run.seed)
+        rows = self._split.labelled[self.held_out.numpy()]
+        self._features, self._labels = extract_split(frozen, "train", rows)
+        self.scaling = _Scaling.of(self._features, protocol)
+        self.scaling.apply_(self._features)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As those of `_CachedFeatures`."""
+        run, protocol, device = self._frozen.run, self._protocol, self._frozen.device
+        assert protocol.min_scale is not None
         crops = random_crops(
             self._split,
-            Loading(protocol.batch_size, self._labels.device, self._frozen.workers),
-            image_size=self._frozen.run.image_size,
+            Loading(protocol.batch_size, device, self._frozen.workers),
+            image_size=run.image_size,
             min_scale=protocol.min_scale,
-            seed=seed,
+            seed=run.seed,
             epoch=epoch,
         )
         for batch in crops:
-            features, labels = extract(self._frozen.encoder, [batch], len(batch.labels))
-            yield features, labels, self._held_out[self._position[batch.indices.to(labels.device)]]
+            features = self.scaling.apply_(features_of(self._frozen.encoder, batch.images))
+            position = np.searchsorted(self._split.labelled, batch.indices.numpy())
+            yield features, batch.labels, self.held_out[position].to(device)
+
+    def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """As those of `_CachedFeatures`."""
+        return _chunks(self._features, self._labels)
 
 
 def held_out_rows(num_rows: int, share: float, seed: int) -> Tensor:
@@ -141,44 +217,40 @@ def held_out_rows(num_rows: int, share: float, seed: int) -> Tensor:
     return marks
 
 
-def _statistics(features: Tensor, protocol: LinearProbe) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature on train, or 0 and 1."""
-    if not protocol.standardize:
-        return torch.zeros_like(features[0]), torch.ones_like(features[0])
-    return features.mean(0), features.std(0).clamp(min=1e-6)
-
-
-def _with_bias(features: Tensor) -> Tensor:
-    return F.pad(features, (0, 1), value=1.0)
-
-
-def _percent(right: Tensor) -> float:
-    return round(100 * right.double().mean().item(), 4)
+def _chunks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)
 
 
 def _metrics(
     protocol: LinearProbe,
     rates: list[float],
     scores: list[dict[str, float]],
-    comparison: list[float],
+    comparison: list[dict[str, float]],
     num_train: int,
     num_val: int,
 ) -> dict[str, Any]:
-    """The protocol's own result, and that of the candidate that won on the held-out part."""
-    own, best = scores[0], max(range(len(rates)), key=lambda i: comparison[i])
-    if math.isnan(own["top1"]):
+    """The protocol's own result, and that of the candidate that won on the held-out part.
+
+    A candidate that diverged, with or without the held-out part, has -1 and loses.
+    """
+    if math.isnan(scores[0]["top1"]):
         raise NonFiniteError(
             f"the linear probe diverged at the protocol's learning rate {protocol.lr:g}; expected finite "
             "logits. Lower evaluation.linear.lr, or set standardize: true so that one rate fits all"
         )
+    held_out = [
+        -1.0 if math.isnan(left["top1"] + own["top1"]) else left["top1"]
+        for left, own in zip(comparison, scores, strict=True)
+    ]
+    best = max(range(len(rates)), key=lambda i: held_out[i])  # of equals the first
     return {
-        "top1": own["top1"],
-        "top5": own["top5"],
+        "top1": scores[0]["top1"],
+        "top5": scores[0]["top5"],
         "protocol": protocol.protocol,
         "lr": protocol.lr,
         "best_lr": rates[best],
         "best_lr_top1": scores[best]["top1"],
-        "held_out_top1": {f"{rate:g}": accuracy for rate, accuracy in zip(rates, comparison, strict=True)},
+        "held_out_top1": {f"{rate:g}": accuracy for rate, accuracy in zip(rates, held_out, strict=True)},
         "num_train": num_train,
         "num_val": num_val,
     }

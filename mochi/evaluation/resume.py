@@ -1,0 +1,78 @@
+"""The resume checkpoint of an evaluation."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from mochi.provenance.fingerprint import file_digest
+from mochi.provenance.record import Stopwatch
+from mochi.provenance.wanted import Result
+from mochi.storage import checkpoint
+
+logger = logging.getLogger(__name__)
+
+MINUTES = 10.0
+"""Between two checkpoints, at least. What is computed since the last one is lost by a kill."""
+
+
+class ResumePoint:
+    """From where an evaluation that was killed continues, and what its record says about that.
+
+    The checkpoint carries the result it belongs to (settings, encoder, data); another one is refused.
+    """
+
+    def __init__(self, work: Path, result: Result, watch: Stopwatch) -> None:
+        self._path = work / "checkpoint.safetensors"
+        inputs = {name: file_digest(path) for name, path in result.inputs.items()}
+        self._identity = {"result": result.label, "settings": dict(result.settings), "inputs": inputs}
+        self._label = result.label
+        self.code_digests = [result.code_digest]
+        """Of the code that computed the result; several when it changed between two attempts."""
+        self._earlier_seconds = 0.0
+        self._watch = watch
+        self._last_save = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Tensor], int] | None:
+        """What was saved last: the tensors and how much was done; None at the beginning.
+
+        Raises:
+            CheckpointError: the checkpoint is of another result, or unreadable.
+        """
+        found = checkpoint.load(self._path, self._identity)
+        if found is None:
+            return None
+        tensors, state = found
+        code = self.code_digests[-1]
+        if code not in state["code_digests"]:
+            logger.warning("the code changed since the checkpoint was written; provenance.json says so")
+        self.code_digests = list(dict.fromkeys([*state["code_digests"], code]))
+        self._earlier_seconds = state["wall_seconds"]
+        logger.info("%s resumes after epoch %d", self._label, state["done"])
+        return tensors, state["done"]
+
+    def save_if_due(self, tensors: Callable[[], Mapping[str, Tensor]], done: int) -> None:
+        """Save, unless that was done less than `MINUTES` ago.
+
+        Args:
+            tensors: gives what `load` shall return.
+            done: epochs that are complete.
+
+        Raises:
+            CheckpointError: the disk is full or the folder read-only.
+        """
+        if time.monotonic() - self._last_save < 60 * MINUTES:
+            return
+        state = {"done": done, "code_digests": self.code_digests, "wall_seconds": self.wall_seconds()}
+        checkpoint.save(self._path, tensors(), state, self._identity)
+        self._last_save = time.monotonic()
+
+    def discard(self) -> None:
+        """Remove the checkpoint: the evaluation is complete."""
+        checkpoint.discard(self._path)
+
+    def wall_seconds(self) -> float:
+        """Of all attempts, as far as their work counts."""
+        return round(self._earlier_seconds + self._watch.seconds(), 3)

@@ -1,25 +1,33 @@
-"""Results with chosen numbers."""
+"""The tiny experiment's results, with chosen numbers, and the drawn figures."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-MOCHI = "mochi-16-24-8"
-PUBLISHED = """experiment,method,task,metric,value,std,source
-tiny,mochi-16-24-8,linear,top1,79.0,0.4,table 1
-other,random-init,linear,top1,1.0,,table 9
-"""
+from mochi.config import Experiment
+from tests.report.made_up import make_up, top1_of
+from tests.tiny import MOCHI
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> Path:
-    """Three runs with chosen numbers."""
-    numbers = {("random-init", 0): 10.0, (MOCHI, 0): 50.0, (MOCHI, 1): 53.0}
-    for (method, seed), value in numbers.items():
-        for task in ("linear", "knn"):
-            folder = tmp_path / "results/tiny" / method / f"seed{seed}" / task
-            folder.mkdir(parents=True)
-            (folder / "metrics.json").write_text(json.dumps({"top1": value, "k": 5}))
-    (tmp_path / "published.csv").write_text(PUBLISHED)
+def results(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, now the current one, with the results of its three runs: top-1 of 10, 50 and 53."""
+    monkeypatch.chdir(tmp_path)
+    make_up(tiny, top1_of({("random-init", 0): 10.0, (MOCHI, 0): 50.0, (MOCHI, 1): 53.0}))
     return tmp_path
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """Name -> figure, of all figures that are saved from here on."""
+    figures: dict[str, Figure] = {}
+    savefig = Figure.savefig
+
+    def watched(self: Figure, path: Path, **options: Any) -> None:
+        figures[Path(path).stem] = self
+        savefig(self, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    return figures

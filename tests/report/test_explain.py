@@ -1,52 +1,82 @@
-"""The chain behind a number of the finished tiny experiment against the files it speaks of."""
+"""The chain behind a number against the files it names."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from mochi.config import Experiment, parse_experiment
+from mochi.config import Experiment
 from mochi.errors import UserError
+from mochi.layout import Layout
+from mochi.provenance import wanted
 from mochi.provenance.fingerprint import file_digest
+from mochi.provenance.wanted import RECORD, reported
+from mochi.report import stage
+from mochi.report.collect import MissingResultError
 from mochi.report.explain import explain
-from tests.project import CONFIG, ROOT, Project
+from tests.detection.conftest import small_set
+from tests.report.made_up import fine_tunings, make_up
+from tests.tiny import MOCHI, with_protocol
 
-MOCHI = "mochi-16-24-8"
+
+@pytest.fixture
+def reported_results(tiny: Experiment, results: Path) -> Path:
+    stage.run(tiny, reported(tiny))
+    return results
 
 
-def test_every_link_is_named_and_checked(
-    tiny: Experiment,
-    finished: Project,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    project = finished.copy(tmp_path_factory.mktemp("explain") / "project")
-    monkeypatch.chdir(project.folder)
-    results = project.folder / "results"
-    lines = explain(tiny, results, MOCHI, "linear")
+def test_every_link_is_named_and_checked(tiny: Experiment, reported_results: Path) -> None:
+    lines = explain(tiny, MOCHI, "linear")
     text = "\n".join(lines)
-    values = [
-        json.loads((results / "tiny" / MOCHI / f"seed{seed}/linear/metrics.json").read_text())["top1"]
-        for seed in (0, 1)
-    ]
-    assert lines[0].startswith(f"{MOCHI}, linear top1: {sum(values) / 2:.2f} ± ")
-    assert all(f"seed {seed}: top1 {value:.2f}" in text for seed, value in enumerate(values))
+    assert lines[0] == f"{MOCHI}, linear top1: 51.50 ± 2.12 over 2"
+    assert "seed 0: top1 50.00" in lines
+    assert "seed 1: top1 53.00" in lines
     for seed in (0, 1):
-        encoder = results / "tiny" / MOCHI / f"seed{seed}/pretrain/encoder.safetensors"
-        assert f"encoder.safetensors sha256 {file_digest(encoder)[:16]} (as here)" in text
-    # Two stages of two seeds read the data, two an encoder; each knows its code.
+        encoder = Layout("tiny").encoder(MOCHI, seed)
+        assert f"{encoder} sha256 {file_digest(encoder)[:16]} (as here)" in text
+    # Two stages of two seeds read the data, two an encoder; each knows its settings and code.
     assert len(re.findall(r"read \w+: .* \(as here\)", text)) == 6
     assert len(re.findall(r"code [0-9a-f]{16} \(as here\)", text)) == 4
-    assert len(re.findall(r"settings [0-9a-f]{16}, seed [01]", text)) == 4
+    assert len(re.findall(r"settings [0-9a-f]{16} \(as here\)", text)) == 4
     assert len(re.findall(r"torch \d", text)) == 4
+    assert "DIFFER" not in text
 
     encoder.write_bytes(b"another encoder")
-    (project.folder / "data" / tiny.dataset.name / "manifest.json").unlink()
-    text = "\n".join(explain(tiny, results, MOCHI, "linear"))
+    Path("data", tiny.dataset.name, "manifest.json").unlink()
+    text = "\n".join(explain(tiny, MOCHI, "linear"))
     assert text.count("(DIFFERS from the file here)") == 1
     assert text.count("(not here)") == 4
+
+
+def test_a_single_run_has_no_deviation(tiny: Experiment, reported_results: Path) -> None:
+    assert explain(tiny, "random-init", "knn")[0] == "random-init, knn top1: 10.00, a single one"
+
+
+def test_other_settings_than_those_of_the_result_are_shown(reported_results: Path) -> None:
+    text = "\n".join(explain(with_protocol("knn", k=7), MOCHI, "knn"))
+    assert (
+        len(re.findall(r"settings [0-9a-f]{16} \(DIFFER from here\)", text)) == 2
+    )  # of pretraining: as here
+    assert len(re.findall(r"settings [0-9a-f]{16} \(as here\)", text)) == 2
+
+
+def test_code_that_was_accepted_or_changed_on_the_way_is_shown(
+    tiny: Experiment, reported_results: Path
+) -> None:
+    file = Layout("tiny").results / "records.json"
+    records = json.loads(file.read_text())
+    result = wanted.pretrained(tiny, "random-init", 0)
+    record = records[str(result.folder)]
+    record |= {"code_digest": "c" * 16, "code_digests": ["a" * 16, "c" * 16]}
+    file.write_text(json.dumps(records))
+    text = "\n".join(explain(tiny, "random-init", "knn"))
+    assert (
+        f"code {'c' * 16} (DIFFERS from here; resumed after a change of code: {'a' * 16}), commit" in text
+    )
+    record["accepted_code"] = [result.code_digest]
+    file.write_text(json.dumps(records))
+    assert "(DIFFERS from here, accepted by the user;" in "\n".join(explain(tiny, "random-init", "knn"))
 
 
 @pytest.mark.parametrize(
@@ -56,38 +86,44 @@ def test_every_link_is_named_and_checked(
         (MOCHI, "top1", "tiny has: linear, knn"),
     ],
 )
-def test_unknown_cells(tiny: Experiment, finished: Project, method: str, task: str, message: str) -> None:
+def test_unknown_cells(
+    tiny: Experiment, reported_results: Path, method: str, task: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        explain(tiny, finished.folder / "results", method, task)
+        explain(tiny, method, task)
 
 
-def test_a_detection_set_shows_each_fine_tuning(tmp_path: Path) -> None:
-    content = yaml.safe_load((ROOT / CONFIG).read_text())
-    content["methods"], content["seeds"] = {"moco-v2": {}}, [0]
-    experiment = parse_experiment(content, CONFIG)
-    name = next(iter(experiment.evaluation.detection))
-    record = {
-        "command": ["python", "-m", "mochi", "detect"], "settings_digest": "5" * 16, "seed": 0,
-        "code_digest": "c" * 16, "git": {"commit": "a" * 40, "dirty": False}, "inputs": {},
-        "versions": {"torch": "2"}, "hardware": {"gpus": ["H100"]}, "wall_seconds": 3.0,
-        "energy_joules": 7200.0,
-    }  # fmt: skip
-    for stage in (
-        "pretrain",
-        "linear",
-        "knn",
-        *(f"detection-{each}" for each in experiment.evaluation.detection),
-    ):
-        folder = tmp_path / experiment.name / "moco-v2/seed0" / stage
-        folder.mkdir(parents=True)
-        singles = {"0": {"AP50": 40.0}, "1": {"AP50": 42.0}}
-        (folder / "metrics.json").write_text(
-            json.dumps({"top1": 1.0, "AP50": 41.0, "fine_tunings": singles})
-        )
-        (folder / "provenance.json").write_text(json.dumps(record))
-    lines = explain(experiment, tmp_path, "moco-v2", f"detection-{name}")
-    assert lines[0] == f"moco-v2, detection-{name} AP50: 41.00 ± 1.41 over 2"
-    assert lines[1] == "seed 0: AP50 40.00 and 42.00"
-    assert "commit aaaaaaaaaaaa" in lines[4]
-    assert "DIFFERS from here" in lines[4]
-    assert "took 3.0 s, 2.0 Wh of GPU" in lines[6]
+def test_without_a_report_there_is_nothing_to_explain(tiny: Experiment, results: Path) -> None:
+    with pytest.raises(MissingResultError, match=r"records\.json: not found; run `snakemake"):
+        explain(tiny, MOCHI, "knn")
+
+
+def test_a_detection_set_shows_each_fine_tuning(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sets = {"detection": {"few": small_set(Path("few/VOC"))}, "linear": None, "knn": None}
+    experiment = tiny.model_copy(
+        update={
+            "methods": {"moco-v2": {}},
+            "evaluation": tiny.evaluation.model_copy(update=sets),
+        }
+    )
+    make_up(experiment, lambda method, seed, task: fine_tunings(40.0, 42.0))
+    record = Layout("tiny").evaluation("moco-v2", 0, "detection-few") / RECORD
+    content = json.loads(record.read_text()) | {
+        "command": ["mochi", "detect", "few"],
+        "git": {"commit": "a" * 40, "dirty": True},
+        "hardware": {"cpu": "a", "gpus": ["H100", "H100"]},
+        "wall_seconds": 3.0,
+    }
+    record.write_text(json.dumps(content))
+    stage.run(experiment, reported(experiment))
+    lines = explain(experiment, "moco-v2", "detection-few")
+    assert lines[0] == "moco-v2, detection-few AP50: 41.00 ± 1.41 over 2"
+    assert "seed 0: AP50 40.00 and 42.00, AP 20.00 and 20.00" in lines
+    assert "  moco-v2 seed 0 detection-few: mochi detect few" in lines
+    text = "\n".join(lines)
+    assert "commit aaaaaaaaaaaa with uncommitted changes" in text
+    assert "on H100, H100; python" in text
+    assert "took 3.0 s" in text

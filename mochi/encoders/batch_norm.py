@@ -1,8 +1,9 @@
 """Batch normalisation in groups of the batch, which MoCo's shuffling needs on a single device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
@@ -27,19 +28,74 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        # Not `tensor_split`: in its backward pass each group writes zeros for the whole batch.
-        groups = input.split(group_sizes(len(input), self.num_groups))
         means = self.running_mean.repeat(self.num_groups, 1)  # (G, C)
         variances = self.running_var.repeat(self.num_groups, 1)  # (G, C)
-        outputs = [
-            F.batch_norm(group, mean, var, self.weight, self.bias, True, self.momentum or 0.1, self.eps)
-            for group, mean, var in zip(groups, means, variances, strict=True)
-        ]
+        output: Tensor = _Grouped.apply(
+            input, self.weight, self.bias, means, variances, self.momentum or 0.1, self.eps
+        )
         with torch.no_grad():
             self.running_mean.copy_(means.mean(0))
             self.running_var.copy_(variances.mean(0))
             self.num_batches_tracked.add_(1)
-        return torch.cat(outputs)
+        return output
+
+
+class _Grouped(torch.autograd.Function):
+    """Each group into its part of one output, without a copy of all of them at the end.
+
+    Bit-equal to `F.batch_norm` on each group on a CPU. On CUDA it is torch's own kernel where `F.batch_norm`
+    may take cuDNN's, whose last bits differ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        means: Tensor,
+        variances: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); updates running `means` and `variances` (G, C)."""
+        output = torch.empty_like(input)
+        ctx.sizes, ctx.eps = group_sizes(len(input), len(means)), eps
+        saved: list[Tensor] = []
+        for group, part, mean, variance in zip(
+            input.split(ctx.sizes), output.split(ctx.sizes), means, variances, strict=True
+        ):
+            statistics = {name: weight.new_empty(0) for name in ("save_mean", "save_invstd")}
+            torch.ops.aten.native_batch_norm.out(
+                group, weight, bias, mean, variance, True, momentum, eps, out=part, **statistics
+            )
+            saved += statistics.values()
+        ctx.save_for_backward(input, weight, *saved)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """For input, weight and bias, where they are wanted."""
+        images, weight, *saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        of_input = torch.empty_like(images) if wanted[0] else None
+        # Last group first: the order in which autograd would add up.
+        first, of_groups = len(images), []
+        for number, size in reversed(list(enumerate(ctx.sizes))):
+            first -= size
+            rows = slice(first, first + size)
+            found = torch.ops.aten.native_batch_norm_backward(
+                grads[0][rows], images[rows], weight, None, None, *saved[2 * number : 2 * number + 2],
+                True, ctx.eps, wanted,
+            )  # fmt: skip
+            if of_input is not None:
+                of_input[rows] = found[0]
+            of_groups.append(found[1:])
+        of_weight, of_bias = (
+            sum(parts[1:], parts[0]) if is_wanted else None
+            for parts, is_wanted in zip(zip(*of_groups, strict=True), wanted[1:], strict=True)
+        )
+        return of_input, of_weight, of_bias, None, None, None, None
 
 
 def group_sizes(batch_size: int, num_groups: int) -> list[int]:

@@ -20,43 +20,56 @@ class Stage:
     """
 
 
-_ENCODERS = (
-    "mochi.encoders.__init__",
-    "mochi.encoders.batch_norm",
-    "mochi.encoders.heads",
-    "mochi.encoders.resnet",
-)
+_ENCODERS = ("mochi.encoders.__init__", "mochi.encoders.resnet")
 _VIEWS = ("mochi.data.format", "mochi.data.ingest.decode", "mochi.data.views")
-_RUNTIME = (
-    "mochi.runtime.distributed",
-    "mochi.runtime.precision",
-    "mochi.runtime.seeding",
-    "mochi.runtime.transfer",
-)
+_RUNTIME = ("mochi.runtime.distributed", "mochi.runtime.precision", "mochi.runtime.transfer")
 _FEATURES = ("mochi.evaluation.features", *_ENCODERS, *_VIEWS, *_RUNTIME)
+_PHOTOGRAPHS = ("mochi.data.photographs", "mochi.data.ingest.decode", "mochi.data.views.counter_rng")
 
 STAGES = {
     "prepare": Stage(
         outputs=("manifest.json",),
-        numbers=("mochi.data.format", "mochi.data.ingest", "mochi.data.photographs"),
+        numbers=("mochi.data.format", "mochi.data.ingest", *_PHOTOGRAPHS),
     ),
-    "scenes": Stage(outputs=("scenes.json",), numbers=("mochi.data.photographs", "mochi.detection.scenes")),
+    "scenes": Stage(
+        outputs=("scenes.json",),
+        numbers=(
+            "mochi.detection.annotations",
+            "mochi.detection.coco",
+            "mochi.detection.scenes",
+            "mochi.detection.voc",
+            *_PHOTOGRAPHS,
+        ),
+    ),
     "pretrain": Stage(
         outputs=("encoder.safetensors", "metrics.csv", "matching.csv"),
         numbers=(
             "mochi.contrast",
+            "mochi.encoders.batch_norm",
+            "mochi.encoders.heads",
             "mochi.pretraining.loop",
             "mochi.pretraining.objectives",
+            "mochi.runtime.seeding",
             *_ENCODERS,
             *_VIEWS,
             *_RUNTIME,
         ),
     ),
-    "linear": Stage(outputs=("metrics.json",), numbers=("mochi.evaluation.tasks.linear", *_FEATURES)),
+    "linear": Stage(
+        outputs=("metrics.json",),
+        numbers=("mochi.evaluation.tasks.linear", "mochi.runtime.seeding", *_FEATURES),
+    ),
     "knn": Stage(outputs=("metrics.json",), numbers=("mochi.evaluation.tasks.knn", *_FEATURES)),
     "detect": Stage(
         outputs=("metrics.json", "detections.png", "precision_recall.csv", "precision_recall.png"),
-        numbers=("mochi.detection", *_ENCODERS, "mochi.data.ingest.decode", *_RUNTIME),
+        numbers=(
+            "mochi.detection",
+            "mochi.data.ingest.decode",
+            "mochi.data.views.augment",  # the mean and standard deviation of pixels
+            "mochi.runtime.seeding",
+            *_ENCODERS,
+            *_RUNTIME,
+        ),
     ),
     "report": Stage(
         outputs=(

@@ -1,0 +1,147 @@
+"""Every module that a stage runs either decides its numbers, and is in the table, or is known not to."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from mochi.config.evaluation import EVALUATIONS
+from mochi.stages import STAGES, UNTRAINED, stage_of
+
+ROOT = Path(__file__).parents[1]
+
+START = {
+    "prepare": [
+        "mochi.data.ingest.prepare",
+        *(f"mochi.data.ingest.sources.{path.stem}" for path in ROOT.glob("mochi/data/ingest/sources/*.py")),
+    ],
+    "scenes": ["mochi.detection.scenes"],
+    "pretrain": ["mochi.pretraining.stage"],
+    "linear": ["mochi.evaluation.stage", "mochi.evaluation.tasks.linear"],
+    "knn": ["mochi.evaluation.stage", "mochi.evaluation.tasks.knn"],
+    "detect": ["mochi.detection.stage"],
+    "report": ["mochi.report.stage"],
+}
+"""Where each stage begins; what it looks up by name while it runs stands here too."""
+
+NO_NUMBERS = {
+    "mochi.config": "reaches a stage as its settings, which have a digest of their own",
+    "mochi.errors": "messages",
+    "mochi.extras": "messages",
+    "mochi.layout": "places of files",
+    "mochi.stages": "this table",
+    "mochi.provenance": "what made a result",
+    "mochi.storage": "how files are written, and where a killed run goes on",
+    "mochi.encoders.files": "tensors of a file, which is an input, unchanged",
+    "mochi.evaluation.resume": "where a killed run goes on",
+    "mochi.evaluation.stage": "from a file to a file; the task computes",
+    "mochi.pretraining.stage": "from a file to a file; the loop computes",
+    "mochi.runtime.gpus": "which GPU",
+    "mochi.runtime.launch": "which processes",
+    "mochi.runtime.monitoring": "stops, and tells",
+    "mochi.runtime.progress": "tells",
+    "mochi.runtime.tensorboard": "tells",
+}
+
+NO_NUMBERS_OF_ONE_STAGE = {
+    "detect": {
+        "mochi.data.format": "the mark of images without a label",
+        "mochi.data.ingest.raw": "paths of the images that are checked",
+        "mochi.data.ingest.validate": "checks images",
+        # Imported by the views, of whose code a detector takes two constants.
+        "mochi.data.views.counter_rng": "random views",
+        "mochi.data.views.crops": "random views",
+    },
+}
+
+
+def source(name: str) -> Path:
+    path = ROOT.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def imports(name: str) -> set[str]:
+    """The modules of mochi that a module imports itself, anywhere in it, and the packages around it."""
+    found = {name.rpartition(".")[0]} - {""}
+    for node in ast.walk(ast.parse(source(name).read_bytes())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {each for each in found if each.split(".")[0] == "mochi" and source(each).exists()}
+
+
+def imported(*names: str) -> set[str]:
+    """These modules and all that they import, directly or not; a package by its `__init__`."""
+    seen: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += imports(name)
+    return {f"{name}.__init__" if source(name).name == "__init__.py" else name for name in seen}
+
+
+def computes(name: str) -> bool:
+    """Whether there is more in a module than a docstring and imports."""
+    statements = ast.parse(source(name.removesuffix(".__init__")).read_bytes()).body
+    return any(not isinstance(each, ast.Expr | ast.Import | ast.ImportFrom) for each in statements)
+
+
+def covered(name: str, entries: object) -> bool:
+    assert isinstance(entries, tuple | dict)
+    return any(name == entry or name.startswith(f"{entry}.") for entry in entries)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_module_of_a_stage_is_accounted_for(name: str) -> None:
+    harmless = NO_NUMBERS | {"mochi.__init__": "names"} | NO_NUMBERS_OF_ONE_STAGE.get(name, {})
+    unknown = {
+        module
+        for module in imported(*START[name])
+        if computes(module) and not covered(module, STAGES[name].numbers) and not covered(module, harmless)
+    }
+    assert not unknown, (
+        f"{name} imports {sorted(unknown)}: add each to the `numbers` of the stage in mochi/stages.py, or, "
+        "if it decides no number, to NO_NUMBERS here"
+    )
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_module_counts_that_the_stage_does_not_run(name: str) -> None:
+    """Else its results are computed again for nothing."""
+    modules = imported(*START[name])
+    idle = [entry for entry in STAGES[name].numbers if not any(covered(each, (entry,)) for each in modules)]
+    assert not idle
+
+
+def test_the_weights_of_an_untrained_encoder_are_accounted_for() -> None:
+    modules = {module for module in imported("mochi.encoders") if computes(module)}
+    assert {module for module in modules if not covered(module, NO_NUMBERS)} - {"mochi.__init__"} == set(
+        UNTRAINED
+    )
+
+
+def test_no_exception_is_left_over() -> None:
+    everything = {name: imported(*START[name]) for name in STAGES}
+    for entry in NO_NUMBERS:
+        assert any(covered(module, (entry,)) for modules in everything.values() for module in modules), (
+            entry
+        )
+    for name, entries in NO_NUMBERS_OF_ONE_STAGE.items():
+        for entry in entries:
+            assert any(covered(module, (entry,)) for module in everything[name]), entry
+
+
+def test_no_module_both_counts_and_does_not() -> None:
+    for name, stage in STAGES.items():
+        harmless = NO_NUMBERS | NO_NUMBERS_OF_ONE_STAGE.get(name, {})
+        assert not [entry for entry in stage.numbers if covered(entry, harmless)]
+
+
+def test_every_evaluation_has_a_stage() -> None:
+    assert all(stage_of(task) in STAGES for task in EVALUATIONS)
+    assert stage_of("detection-voc") == "detect"

@@ -1,6 +1,6 @@
 """Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, arXiv:1805.01978).
 
-Memory on the device: the features, once, and 64 MiB.
+Memory on the device: the features, once, and less than 128 MiB.
 
 Legend: V validation images, M training images, D features.
 """
@@ -114,7 +114,7 @@ def _keys(similarity: Tensor, first: int) -> Tensor:
     negative one are flipped; the lower half counts rows downwards.
     """
     bits = similarity.add_(0.0).view(torch.int32)  # -0 becomes 0
-    upper = bits.bitwise_xor_((bits >> 31) & 0x7FFFFFFF).long()
+    upper = bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF)).long()
     rows = torch.arange(first, first + similarity.shape[1], device=similarity.device)
     return upper.mul_(2**32).add_(_ROWS - rows)
 

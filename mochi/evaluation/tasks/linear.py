@@ -9,7 +9,8 @@ anyway: all of train where the probe trains on cached features, the held-out par
 crops. They are constants of the probe, no labels enter them, and every rate has the same ones.
 
 Memory on the device: the features of the uncropped images, once, and what does not grow with the data set:
-the encoder with one batch, and for each learning rate 24 x (D + 1) x C bytes of classifiers.
+the encoder with one batch, 24 x (D + 1) x C bytes of classifiers for each learning rate, and less than
+128 MiB.
 
 Legend: B images, M training images, D features, C classes, R learning rates.
 """

@@ -1,0 +1,95 @@
+"""The largest memory of a process that evaluates: 1.1 times the features and a constant."""
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mochi.config import Experiment, probe_run
+from mochi.config.datasets import PhotoPatches
+from mochi.data.format import open_dataset
+from mochi.data.ingest.prepare import prepare
+from mochi.evaluation.features import Frozen
+from mochi.evaluation.resume import ResumePoint
+from mochi.evaluation.tasks import knn, linear
+from mochi.provenance.record import Stopwatch
+from tests.evaluation.runs import result_in
+from tests.tiny import with_protocol
+
+NUM_FEATURES = 2048
+CONSTANT = 128 << 20
+"""What knn.py and linear.py say beside the features."""
+STATUS = Path("/proc/self/status")
+
+pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="the system does not say a process's peak")
+
+
+class WideEncoder(nn.Module):
+    """Many features of a small image at no cost."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).repeat(1, 3)[:, :NUM_FEATURES]
+
+
+def peak() -> int:
+    """Bytes of memory that this process had at most, shared libraries and mapped files included."""
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return 1024 * int(lines["VmHWM"].split()[0])
+
+
+def growth(
+    experiment: Experiment, task: str, encoder_file: Path, small: Path, large: Path, work: Path
+) -> int:
+    """By how much evaluating the large set, after the small one, raises this process's peak."""
+    torch.set_num_threads(1)
+    evaluate: Callable[[Frozen], dict[str, Any]] = {"linear": linear, "knn": knn}[task].evaluate
+    run = probe_run(experiment, "random-init", 0, task)
+    encoder: Any = WideEncoder()
+    peaks = []
+    for data in (small, large):
+        resume_point = ResumePoint(work, result_in(work, experiment, task, encoder_file, data), Stopwatch())
+        frozen = Frozen(run, encoder, open_dataset(data), torch.device("cpu"), 0, resume_point)
+        evaluate(frozen)
+        peaks.append(peak())
+    return peaks[1] - peaks[0]
+
+
+@pytest.fixture(scope="module")
+def large_data(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24,000 images of train, 1,600 of val."""
+    assert isinstance(tiny.dataset, PhotoPatches)
+    folder = tmp_path_factory.mktemp("large") / "patches"
+    prepare(tiny.dataset.model_copy(update={"train_per_photo": 1500, "val_per_photo": 100}), folder, jobs=1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol", "rows"),
+    [
+        ("knn", {"k": 200}, 24_000 + 1600),
+        ("linear", {"epochs": 1, "lr_drops": [], "batch_size": 256}, 24_000 + 1600),
+        ("linear", {"epochs": 1, "lr_drops": [], "batch_size": 256, "min_scale": 0.2}, 2400 + 1600),
+    ],
+    ids=["knn", "linear on features", "linear on crops"],
+)
+def test_features_are_in_memory_once(
+    task: str,
+    protocol: dict[str, Any],
+    rows: int,
+    encoder_file: Path,
+    tiny_data: Path,
+    large_data: Path,
+    tmp_path: Path,
+) -> None:
+    experiment = with_protocol(task, **protocol)
+    arguments = experiment, task, encoder_file, tiny_data, large_data, tmp_path
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        grown = pool.submit(growth, *arguments).result()
+    features = rows * NUM_FEATURES * torch.float32.itemsize
+    assert grown < 1.1 * features + CONSTANT
+    assert grown > features / 2, "it was measured"

@@ -26,6 +26,26 @@ _RUNTIME = ("mochi.runtime.distributed", "mochi.runtime.precision", "mochi.runti
 _FEATURES = ("mochi.evaluation.features", *_ENCODERS, *_VIEWS, *_RUNTIME)
 _PHOTOGRAPHS = ("mochi.data.photographs", "mochi.data.ingest.decode", "mochi.data.views.counter_rng")
 
+_CONTRAST = tuple(
+    f"mochi.contrast.{name}" for name in ("diagnosis", "key_queue", "loss", "moco", "negatives")
+)
+_DETECTION = tuple(
+    f"mochi.detection.{name}"
+    for name in (
+        "annotations",
+        "average_precision",
+        "batches",
+        "coco",
+        "inference",
+        "load_backbone",
+        "model",
+        "normalization",
+        "stage",
+        "training",
+        "voc",
+    )
+)
+
 STAGES = {
     "prepare": Stage(
         outputs=("manifest.json",),
@@ -44,9 +64,10 @@ STAGES = {
     "pretrain": Stage(
         outputs=("encoder.safetensors", "metrics.csv", "matching.csv"),
         numbers=(
-            "mochi.contrast",
+            *_CONTRAST,
             "mochi.encoders.batch_norm",
             "mochi.encoders.heads",
+            "mochi.encoders.shared_batch_norm",
             "mochi.pretraining.loop",
             "mochi.pretraining.objectives",
             "mochi.runtime.seeding",
@@ -63,8 +84,9 @@ STAGES = {
     "detect": Stage(
         outputs=("metrics.json", "detections.png", "precision_recall.csv", "precision_recall.png"),
         numbers=(
-            "mochi.detection",
+            *_DETECTION,
             "mochi.data.ingest.decode",
+            "mochi.encoders.shared_batch_norm",
             "mochi.data.views.augment",  # the mean and standard deviation of pixels
             "mochi.runtime.seeding",
             *_ENCODERS,

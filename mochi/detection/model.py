@@ -20,8 +20,8 @@ from torchvision.ops import RoIAlign
 
 from mochi import encoders
 from mochi.config import DetectionModel, Encoder
-from mochi.detection.normalization import SharedBatchNorm2d
 from mochi.encoders.resnet import ResNet
+from mochi.encoders.shared_batch_norm import SharedBatchNorm2d
 
 Target = dict[str, Tensor]
 

@@ -1,64 +1,12 @@
-"""Batch normalisation of a detector: shared by all processes in training, exact before evaluation."""
+"""Running statistics of batch normalisation, exact before an evaluation."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mochi.runtime import distributed
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Each process's value becomes the sum of all, and so does each process's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
-
-
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation over the images of all processes, on any device.
-
-    With one process it is torch's own. Processes may hold different numbers of elements; each counts.
-
-    Source: detectron2 layers/batch_norm.py NaiveSyncBatchNorm, which MoCo's C4 configurations name.
-    Deviation: statistics are weighted by the number of elements (its stats_mode "N").
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        if not self.training or distributed.world_size() == 1:
-            return super().forward(input)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        channels = self.num_features
-        values = input.float()
-        count = values.new_full((1,), values.numel() / channels)
-        sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count])  # (2C + 1,)
-        sums = _SumOverRanks.apply(sums)
-        total = sums[-1]
-        mean = sums[:channels] / total
-        variance = sums[channels : 2 * channels] / total - mean.square()
-        with torch.no_grad():
-            momentum = self.momentum or 0.1
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(variance * total / (total - 1), momentum)
-            self.num_batches_tracked.add_(1)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        result: Tensor = values * scale[:, None, None] + shift[:, None, None]
-        return result.to(input.dtype)
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 class _Grouped(torch.autograd.Function):
     """Each group into its part of one output, without a copy of all of them at the end.
 
-    Bit-equal to `F.batch_norm` on each group on a CPU. On CUDA it is torch's own kernel where `F.batch_norm`
-    may take cuDNN's, whose last bits differ.
+    On a CPU it is bit-equal to `F.batch_norm` on each group. On CUDA it is torch's own kernel where that
+    one may take cuDNN's, whose last bits differ.
     """
 
     @staticmethod

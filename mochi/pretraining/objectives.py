@@ -15,6 +15,7 @@ from mochi.data.format import StoredDataset, StoredSplit
 from mochi.data.views.loading import Images, Loading, Views, one_view, two_views
 from mochi.encoders import build
 from mochi.encoders.resnet import ResNet
+from mochi.encoders.shared_batch_norm import SharedBatchNorm2d
 
 
 class Objective(Protocol):
@@ -129,7 +130,8 @@ class SupervisedObjective:
         self._split, self._augmentation, self._num_classes = split, run.augmentation, num_classes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            self._backbone = build(run.encoder)
+            # Statistics of the whole batch, whatever the number of processes.
+            self._backbone = build(run.encoder, SharedBatchNorm2d)
             classifier = nn.Linear(self._backbone.num_features, num_classes)
         self.module: nn.Module = nn.Sequential(self._backbone, classifier)
         self.num_images = int((split.labels >= 0).sum())

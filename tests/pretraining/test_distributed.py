@@ -15,12 +15,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mochi import cli
-from mochi.config import Contrastive, Experiment, load_experiment, pretrain_run
+from mochi.config import Contrastive, Experiment, load_experiment, parse_experiment, pretrain_run
 from mochi.contrast.moco import MoCo
 from mochi.pretraining import loop
 from mochi.runtime import distributed
 from tests.pretraining.runs import rows, train
-from tests.tiny import MOCHI, with_recipe
+from tests.tiny import MOCHI, changed, with_recipe
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "tiny.yaml"
@@ -137,6 +137,21 @@ def test_two_processes_train_the_encoder_that_one_does(tiny_data: Path, tmp_path
     for one, two in zip(rows(tmp_path / "one"), metrics(tmp_path / "two", "moco-v2"), strict=True):
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-3)
         assert float(two["feature_std"]) == pytest.approx(float(one["feature_std"]), rel=1e-2)
+
+
+def test_two_processes_train_the_supervised_row_that_one_does(tiny_data: Path, tmp_path: Path) -> None:
+    """An epoch: batch norm has the statistics of the whole batch, which half of it would change."""
+    content = changed("methods", {"supervised": {"objective": "supervised"}})
+    content["pretrain"] |= {"precision": "float32", "epochs": 1, "matching_epochs": []}
+    experiment = parse_experiment(content, "tiny")
+    train(experiment, tiny_data, tmp_path / "one", "supervised")
+    torchrun(project(tmp_path / "two", experiment, tiny_data), "mochi", *pretrain_arguments("supervised"))
+    expected = load_file(tmp_path / "one/out/encoder.safetensors")
+    found = load_file(encoder_of(tmp_path / "two", "supervised"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    (one,), (two,) = rows(tmp_path / "one"), metrics(tmp_path / "two", "supervised")
+    assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
 
 
 if __name__ == "__main__":

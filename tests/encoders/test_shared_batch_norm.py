@@ -1,0 +1,67 @@
+"""Shared batch normalisation on two processes compared with one process that has both parts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mochi.encoders.shared_batch_norm import SharedBatchNorm2d
+from mochi.runtime import distributed
+from tests.detection.ranks import run_ranks
+
+# Uneven on purpose: 1 and 3 images.
+PARTS = (slice(0, 1), slice(1, 4))
+
+
+def inputs(mean: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, 5, 6, generator=generator) * 3 + mean, torch.randn(
+        4, 3, 5, 6, generator=generator
+    )
+
+
+def _normalise(part: slice, mean: float) -> dict[str, torch.Tensor]:
+    x, weights = inputs(mean)
+    layer = SharedBatchNorm2d(3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    own = x[part].clone().requires_grad_()
+    output = layer(own)
+    (output * weights[part]).sum().backward()
+    assert own.grad is not None
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return {
+        "output": output.detach(),
+        "gradient": own.grad,
+        "mean": layer.running_mean,
+        "var": layer.running_var,
+    }
+
+
+def _rank(folder: Path, mean: float) -> None:
+    save_file(_normalise(PARTS[distributed.rank()], mean), folder / f"{distributed.rank()}.safetensors")
+
+
+@pytest.mark.parametrize("mean", [1.0, 300.0])
+def test_two_processes_normalise_as_one(tmp_path: Path, mean: float) -> None:
+    """Also where the deviation is a hundredth of the mean."""
+    run_ranks(_rank, 2, tmp_path, mean)
+    parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
+    whole = _normalise(slice(0, 4), mean)
+    for name in ("output", "gradient"):
+        torch.testing.assert_close(
+            torch.cat([part[name] for part in parts]), whole[name], rtol=1e-4, atol=5e-5
+        )
+    for part in parts:
+        torch.testing.assert_close(part["mean"], whole["mean"])
+        torch.testing.assert_close(part["var"], whole["var"])
+
+
+def test_one_process_normalises_as_torch() -> None:
+    x, _ = inputs()
+    ours, theirs = SharedBatchNorm2d(3), nn.BatchNorm2d(3)
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))

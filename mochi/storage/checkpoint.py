@@ -36,6 +36,7 @@ def save(
     metadata = {"state": json.dumps(state), "identity": json.dumps(identity, sort_keys=True)}
     owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
+        _remove_unfinished(path)
         with replacing(path) as temporary:
             save_file(owned, temporary, metadata)
             if path.exists():
@@ -91,6 +92,17 @@ def discard(path: Path) -> None:
     """Remove both checkpoints: the run is complete."""
     path.unlink(missing_ok=True)
     previous_of(path).unlink(missing_ok=True)
+    _remove_unfinished(path)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what a kill, here or on another host, left half written; a run has one writer.
+
+    safetensors writes to `.tmp` and six letters in the same folder, then renames.
+    """
+    for pattern in (".tmp??????", f".{path.name}.*.tmp", f".{previous_of(path).name}.*.tmp"):
+        for left in path.parent.glob(pattern):
+            left.unlink(missing_ok=True)
 
 
 def _refuse_another_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -30,6 +30,28 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("end", ["save", "discard"])
+def test_what_a_kill_left_is_removed(tmp_path: Path, end: str) -> None:
+    """Of safetensors, and of a process that wrote on another host."""
+    path = tmp_path / "last.safetensors"
+    checkpoint.save(path, tensors(0), STATE, RUN)
+    own = {item.name for item in tmp_path.iterdir()}
+    for name in (
+        ".tmpk3Jx9Q",
+        ".last.safetensors.node7.4711.tmp",
+        ".previous-last.safetensors.node7.4711.tmp",
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+    if end == "save":
+        checkpoint.save(path, tensors(1), STATE, RUN)
+        own.add("previous-last.safetensors")
+    else:
+        checkpoint.discard(path)
+        own = set()
+    assert {item.name for item in tmp_path.iterdir()} == own | {"notes.txt"}
+
+
 def test_another_run_is_refused_and_both_are_named(tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
     checkpoint.save(path, tensors(0), STATE, RUN)

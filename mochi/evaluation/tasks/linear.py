@@ -243,7 +243,7 @@ def _metrics(
         -1.0 if math.isnan(left["top1"] + own["top1"]) else left["top1"]
         for left, own in zip(comparison, scores, strict=True)
     ]
-    best = max(range(len(rates)), key=lambda i: held_out[i])  # of equals the first
+    best = max(range(len(rates)), key=lambda i: held_out[i])  # the first of equals
     return {
         "top1": scores[0]["top1"],
         "top5": scores[0]["top5"],

@@ -57,7 +57,7 @@ class ResumePoint:
         """Save, unless that was done less than `MINUTES` ago.
 
         Args:
-            tensors: gives what `load` shall return.
+            tensors: returns what `load` will return.
             done: epochs that are complete.
 
         Raises:

@@ -141,7 +141,7 @@ def test_another_protocol_does_not_continue_it(
 def test_the_record_names_all_code_and_all_time(
     tiny: Experiment, encoder_file: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As that of a pretraining: a resume with other code is said, and earlier attempts took time too."""
+    """As that of a pretraining: the code of all attempts is named, and their time is added up."""
     with monkeypatch.context() as patch:
         interrupted_at(3, patch)
         patch.setattr(resume.ResumePoint, "wall_seconds", lambda self: 5000.0)

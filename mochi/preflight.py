@@ -162,32 +162,18 @@ def _labels(experiment: Experiment, dataset: StoredDataset) -> Iterator[Finding]
     """A probe learns from labelled images of train and is evaluated on those of val."""
     for task in probes(experiment):
         for split in ("train", "val"):
-            if not (count := _labelled(dataset, split)):
+            if not _labelled(dataset, split):
                 yield Finding(
                     "error",
                     f"evaluation.{task}: found 0 labelled images in {split}; "
                     f"provide some, or remove {task} from the experiment",
                 )
-            elif task == "linear" and split == "train":
-                yield from _probe_batch(experiment, count)
     size = experiment.augmentation.image_size
     if probes(experiment) and experiment.evaluation.image_size * 2 <= size:
         yield Finding(
             "warning",
             f"evaluation.image_size: found {experiment.evaluation.image_size}; encoders are trained at "
             f"augmentation.image_size = {size}; evaluate at the size of the training",
-        )
-
-
-def _probe_batch(experiment: Experiment, num_labelled: int) -> Iterator[Finding]:
-    """With random crops a batch of the probe cannot be larger than the labelled set."""
-    linear = experiment.evaluation.linear
-    assert linear is not None
-    if linear.min_scale is not None and linear.batch_size > num_labelled:
-        yield Finding(
-            "error",
-            f"evaluation.linear.batch_size: found {linear.batch_size}; train has {num_labelled} labelled "
-            f"images; lower it",
         )
 
 

@@ -135,14 +135,11 @@ def test_check_finds_what_would_fail_after_the_training(data: Path, tmp_path: Pa
     )
 
 
-def test_check_compares_the_probe_with_the_data_and_the_training(data: Path, tmp_path: Path) -> None:
+def test_check_compares_the_evaluation_with_the_training(data: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(Path(TINY).read_text())
-    content["evaluation"]["linear"] |= {"batch_size": 512, "min_scale": 0.2}
     content["augmentation"]["image_size"] = 64
-    done = run("check", changed(tmp_path, content))
-    assert done.returncode == 1
-    assert "error: evaluation.linear.batch_size: found 512; train has 160 labelled images" in done.stdout
-    assert "warning: evaluation.image_size: found 16; encoders are trained at" in done.stdout
+    said = run("check", changed(tmp_path, content)).stdout
+    assert "warning: evaluation.image_size: found 16; encoders are trained at" in said
 
 
 def test_check_says_when_the_prepared_data_is_another_set(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_an_untrained_encoder_reads_no_data_and_no_training_code(tiny: Experimen
     assert not any("contrast" in name or "pretraining" in name for name in result.modules)
     trained = wanted.pretrained(tiny, MOCHI, 0)
     assert list(trained.inputs.values()) == [Path("data/photo-patches-tiny/manifest.json")]
-    assert {"mochi.contrast", "mochi.pretraining.loop"} <= set(trained.modules)
+    assert {"mochi.contrast.loss", "mochi.pretraining.loop"} <= set(trained.modules)
 
 
 def test_other_images_are_another_data_set() -> None:

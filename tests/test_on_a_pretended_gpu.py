@@ -21,6 +21,7 @@ from PIL import Image
 from mochi import encoders
 from mochi.config import Experiment, parse_experiment, pretrain_run, probe_run
 from mochi.data.ingest.prepare import prepare
+from mochi.data.views import loading
 from mochi.detection import stage as detection_stage
 from mochi.encoders.files import save_encoder
 from mochi.evaluation import stage as evaluation_stage
@@ -138,6 +139,21 @@ def test_a_resumed_training_ends_with_the_same_bytes(
     monkeypatch.undo()
     assert steps_done(tmp_path / "killed" / "work" / "checkpoint.safetensors") > 0
     assert pretrain(chosen, data[storage], tmp_path / "killed", workers=2) == expected
+
+
+@pytest.mark.parametrize("row", ["contrastive", "supervised"])
+def test_one_set_of_workers_loads_all_epochs(
+    gpu: PretendedGpu, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str
+) -> None:
+    made, real = [], loading.DataLoader
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        made.append(options["num_workers"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loading, "DataLoader", counted)
+    pretrain(experiment("jpegs", row), data["jpegs"], tmp_path, workers=1)
+    assert made == [1]
 
 
 @pytest.mark.parametrize("storage", ["pixels", "jpegs"])

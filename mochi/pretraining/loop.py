@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +84,8 @@ def train(
     device = loading.device
     num_steps = steps_per_epoch(objective.num_images, recipe.batch_size)
     objective.module.train()
+    # One stream through all epochs, so that the workers that load it go on where an epoch ends.
+    batches = objective.batches(loading, state.epoch, state.step)
     while state.epoch < recipe.epochs:
         lr = learning_rate(recipe, state.epoch)
         for group in optimizer.param_groups:
@@ -90,7 +93,7 @@ def train(
         zeros = [0.0] * len(objective.metric_names)
         sums = to_device(torch.tensor(state.sums or zeros, dtype=torch.float64), device)
         clock = _Clock(recipe.batch_size)
-        for batch in clock.timed(objective.batches(loading, state.epoch, state.step)):
+        for batch in clock.timed(islice(batches, num_steps - state.step)):
             step = state.epoch * num_steps + state.step
             with autocast(device, recipe.precision):
                 loss, metrics = objective.loss(batch, state.epoch, step)

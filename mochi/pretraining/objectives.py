@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mochi.config import Contrastive, PretrainRun
+from mochi.config import Contrastive, PretrainRun, Supervised
 from mochi.contrast.diagnosis import false_negatives, matching_probabilities
 from mochi.contrast.moco import MoCo, Step
 from mochi.data.format import StoredDataset, StoredSplit
@@ -30,7 +30,7 @@ class Objective(Protocol):
         """The product."""
 
     def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Any]:
-        """The epoch's batches of this rank from `first_step` on."""
+        """This rank's batches from there to the end of the training, as one stream."""
 
     def loss(self, batch: Any, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and the step's metrics in the order of `metric_names`."""
@@ -49,7 +49,8 @@ def make_objective(run: PretrainRun, dataset: StoredDataset) -> Objective:
     """The objective of a trained row."""
     if isinstance(run.recipe, Contrastive):
         return ContrastiveObjective(run, run.recipe, dataset.split("train"))
-    return SupervisedObjective(run, dataset.split("train"), len(dataset.classes))
+    assert isinstance(run.recipe, Supervised)
+    return SupervisedObjective(run, run.recipe, dataset.split("train"), len(dataset.classes))
 
 
 class ContrastiveObjective:
@@ -76,7 +77,13 @@ class ContrastiveObjective:
     def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Views]:
         """Two views of every image."""
         return two_views(
-            self._split, self._augmentation, loading, seed=self._seed, epoch=epoch, first_step=first_step
+            self._split,
+            self._augmentation,
+            loading,
+            seed=self._seed,
+            epoch=epoch,
+            first_step=first_step,
+            epochs=self._recipe.epochs - epoch,
         )
 
     def loss(self, batch: Views, epoch: int, step: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +133,8 @@ class SupervisedObjective:
 
     metric_names: tuple[str, ...] = ("loss", "accuracy")
 
-    def __init__(self, run: PretrainRun, split: StoredSplit, num_classes: int) -> None:
+    def __init__(self, run: PretrainRun, recipe: Supervised, split: StoredSplit, num_classes: int) -> None:
+        self._epochs = recipe.epochs
         self._split, self._augmentation, self._num_classes = split, run.augmentation, num_classes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
@@ -145,7 +153,13 @@ class SupervisedObjective:
     def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Images]:
         """One view of every labelled image."""
         return one_view(
-            self._split, self._augmentation, loading, seed=self._seed, epoch=epoch, first_step=first_step
+            self._split,
+            self._augmentation,
+            loading,
+            seed=self._seed,
+            epoch=epoch,
+            first_step=first_step,
+            epochs=self._epochs - epoch,
         )
 
     def loss(self, batch: Images, epoch: int, step: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002

@@ -90,16 +90,26 @@ def two_views(
     seed: int,
     epoch: int,
     first_step: int = 0,
+    epochs: int = 1,
 ) -> Iterator[Views]:
-    """Query and key of every image, labelled or not, from step `first_step` of the epoch on.
+    """Query and key of every image, labelled or not.
+
+    Args:
+        split: the images.
+        augmentation: of the views.
+        loading: how batches are loaded.
+        seed: of the order, the crops and the augmentations.
+        epoch: the first epoch.
+        first_step: of that epoch.
+        epochs: how many; their workers live through all of them.
 
     Raises:
         DataError: the batch is larger than the set, or does not divide by the ranks.
     """
-    rows = _shuffled(np.arange(len(split)), loading, seed, epoch, first_step)
-    cut = RandomCrops(augmentation.image_size, augmentation.min_scale, seed, epoch, views=2)
-    finish = partial(_photometric, augmentation=augmentation, seed=seed, epoch=epoch)
-    for (query, key), labels, indices in _batches(split, loading, rows, cut, finish):
+    parts = _shuffled(np.arange(len(split)), loading, seed, range(epoch, epoch + epochs), first_step)
+    cut = RandomCrops(augmentation.image_size, augmentation.min_scale, seed, views=2)
+    finish = partial(_photometric, augmentation=augmentation, seed=seed)
+    for (query, key), labels, indices in _batches(split, loading, parts, cut, finish):
         yield Views(query, key, labels, indices)
 
 
@@ -111,12 +121,13 @@ def one_view(
     seed: int,
     epoch: int,
     first_step: int = 0,
+    epochs: int = 1,
 ) -> Iterator[Images]:
-    """One augmented view of the labelled images, for supervised training. Raises as `two_views`."""
-    rows = _shuffled(split.labelled, loading, seed, epoch, first_step)
-    cut = RandomCrops(augmentation.image_size, augmentation.min_scale, seed, epoch, views=1)
-    finish = partial(_photometric, augmentation=augmentation, seed=seed, epoch=epoch)
-    for (images,), labels, indices in _batches(split, loading, rows, cut, finish):
+    """One augmented view of the labelled images, for supervised training; see `two_views`."""
+    parts = _shuffled(split.labelled, loading, seed, range(epoch, epoch + epochs), first_step)
+    cut = RandomCrops(augmentation.image_size, augmentation.min_scale, seed, views=1)
+    finish = partial(_photometric, augmentation=augmentation, seed=seed)
+    for (images,), labels, indices in _batches(split, loading, parts, cut, finish):
         yield Images(images, labels, indices)
 
 
@@ -133,9 +144,9 @@ def random_crops(
 
     Source: facebookresearch/moco main_lincls.py, whose DataLoader keeps the last batch.
     """
-    rows = _in_order(_permuted(split.labelled, seed, epoch), loading)
-    cut = RandomCrops(image_size, min_scale, seed, epoch, views=1)
-    for (images,), labels, indices in _batches(split, loading, rows, cut, _plain):
+    parts = _in_order(_permuted(split.labelled, seed, epoch), loading, epoch)
+    cut = RandomCrops(image_size, min_scale, seed, views=1)
+    for (images,), labels, indices in _batches(split, loading, parts, cut, _plain):
         yield Images(images, labels, indices)
 
 
@@ -146,17 +157,21 @@ def centre_crops(
 
     `rows` of the split; None: those with a label.
     """
-    batches = _in_order(split.labelled if rows is None else rows, loading)
+    parts = _in_order(split.labelled if rows is None else rows, loading)
     cut = CentreCrop(resize, image_size)
-    for (images,), labels, indices in _batches(split, loading, batches, cut, _plain):
+    for (images,), labels, indices in _batches(split, loading, parts, cut, _plain):
         yield Images(images, labels, indices)
 
 
 # ---------------------------------------------------------------- order
 
 
-def _shuffled(rows: Rows, loading: Loading, seed: int, epoch: int, first_step: int) -> Iterator[Rows]:
-    """This rank's slice of every global batch of the epoch; every rank has the same number of steps."""
+_Part = tuple[int, Rows]
+"""What one rank loads for one step: an epoch, and rows of the split (B,)."""
+
+
+def _shuffled(rows: Rows, loading: Loading, seed: int, epochs: range, first_step: int) -> Iterator[_Part]:
+    """This rank's slice of every global batch of the epochs; every rank has the same number of steps."""
     batch_size, world_size = loading.batch_size, loading.world_size
     steps = steps_per_epoch(len(rows), batch_size)
     if batch_size % world_size:
@@ -164,11 +179,12 @@ def _shuffled(rows: Rows, loading: Loading, seed: int, epoch: int, first_step: i
             f"batch_size: found {batch_size} over {world_size} ranks; it must divide by them; "
             f"choose {batch_size // world_size * world_size or world_size}"
         )
-    order = _permuted(rows, seed, epoch)
     share = batch_size // world_size
-    for step in range(first_step, steps):
-        first = step * batch_size + loading.rank * share
-        yield order[first : first + share]
+    for epoch in epochs:
+        order = _permuted(rows, seed, epoch)
+        for step in range(first_step if epoch == epochs[0] else 0, steps):
+            first = step * batch_size + loading.rank * share
+            yield epoch, order[first : first + share]
 
 
 def _permuted(rows: Rows, seed: int, epoch: int) -> Rows:
@@ -176,29 +192,29 @@ def _permuted(rows: Rows, seed: int, epoch: int) -> Rows:
     return rows[counter_rng.permutation(len(rows), "order", seed, epoch)]
 
 
-def _in_order(rows: Rows, loading: Loading) -> Iterator[Rows]:
+def _in_order(rows: Rows, loading: Loading, epoch: int = 0) -> Iterator[_Part]:
     """This rank's part of every global batch, the short last one included; never an empty part."""
     for first in range(0, len(rows), loading.batch_size):
         batch = rows[first : first + loading.batch_size]
         part = np.array_split(batch, loading.world_size)[loading.rank]
         if len(part):
-            yield part
+            yield epoch, part
 
 
 # ---------------------------------------------------------------- crops to views
 
 
 def _photometric(
-    images: Tensor, rows: Rows, view: int, *, augmentation: Augmentation, seed: int, epoch: int
+    images: Tensor, epoch: int, rows: Rows, view: int, *, augmentation: Augmentation, seed: int
 ) -> Tensor:
     """The crops of one view, augmented and normalised."""
     parameters = augment.draw(augmentation, rows, seed=seed, epoch=epoch, view=view)
     return augment.photometric(images, parameters, augmentation.version, _output_for(images))
 
 
-def _plain(images: Tensor, rows: Rows, view: int) -> Tensor:
+def _plain(images: Tensor, epoch: int, rows: Rows, view: int) -> Tensor:
     """Crops that are only normalised."""
-    del rows, view
+    del epoch, rows, view
     return augment.normalize(images, _output_for(images))
 
 
@@ -211,21 +227,21 @@ def _output_for(images: Tensor) -> Tensor | None:
     return flat.view(images.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
-_Finish = Callable[[Tensor, Rows, int], Tensor]
-"""(crops (B, 3, S, S), rows, number of the view) -> the view: colour, blur, normalisation."""
+_Finish = Callable[[Tensor, int, Rows, int], Tensor]
+"""(crops (B, 3, S, S), epoch, rows, number of the view) -> the view: colour, blur, normalisation."""
 
 
 def _batches(
-    split: StoredSplit, loading: Loading, batches: Iterator[Rows], cut: Cut, finish: _Finish
+    split: StoredSplit, loading: Loading, parts: Iterator[_Part], cut: Cut, finish: _Finish
 ) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
-    """For each batch of rows: its views (B, 3, S, S), float32 and normalised, and its labels, both on the
+    """For each part: its views (B, 3, S, S), float32 and normalised, and its labels, both on the
     device; and its rows as a tensor on the CPU.
     """
     pixels = pixels_on(split, loading.device)
     loaded = (
-        _decoded(split, loading, batches, cut, finish)
+        _decoded(split, loading, parts, cut, finish)
         if pixels is None
-        else _cropped_on_device(pixels, batches, cut, finish)
+        else _cropped_on_device(pixels, parts, cut, finish)
     )
     for rows, views in loaded:
         labels = to_device(torch.from_numpy(split.labels[rows]), loading.device)
@@ -233,16 +249,16 @@ def _batches(
 
 
 def _cropped_on_device(
-    pixels: Tensor, batches: Iterator[Rows], cut: Cut, finish: _Finish
+    pixels: Tensor, parts: Iterator[_Part], cut: Cut, finish: _Finish
 ) -> Iterator[tuple[Rows, list[Tensor]]]:
     """Each batch's rows and views, of a split whose pixels are on the device."""
-    for rows in batches:
-        views = cut.of_pixels(pixels[to_device(torch.from_numpy(rows), pixels.device)], rows)
-        yield rows, [finish(images, rows, view) for view, images in enumerate(views)]
+    for epoch, rows in parts:
+        views = cut.of_pixels(pixels[to_device(torch.from_numpy(rows), pixels.device)], epoch, rows)
+        yield rows, [finish(images, epoch, rows, view) for view, images in enumerate(views)]
 
 
 def _decoded(
-    split: StoredSplit, loading: Loading, batches: Iterator[Rows], cut: Cut, finish: _Finish
+    split: StoredSplit, loading: Loading, parts: Iterator[_Part], cut: Cut, finish: _Finish
 ) -> Iterator[tuple[Rows, list[Tensor]]]:
     """Each batch's rows and views, of a split of encoded images, which workers decode and crop.
 
@@ -250,14 +266,14 @@ def _decoded(
     """
     device = loading.device
     on_workers = device.type == "cpu"
-    first = next(batches, None)
+    first = next(parts, None)
     if first is None:
         return
-    batch_bytes = cut.views * len(first) * 3 * cut.size**2 * (4 if on_workers else 1)
+    batch_bytes = cut.views * len(first[1]) * 3 * cut.size**2 * (4 if on_workers else 1)
     workers, ahead = _fitting(loading.workers, batch_bytes)
-    loader: DataLoader[tuple[Tensor, list[Tensor]] | DataError] = DataLoader(
+    loader: DataLoader[_Loaded | DataError] = DataLoader(
         _Decoded(split, cut, finish if on_workers else None),
-        sampler=chain([first], batches),
+        sampler=chain([first], parts),
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
@@ -266,10 +282,12 @@ def _decoded(
     for loaded in loader:
         if isinstance(loaded, DataError):
             raise loaded
-        index, views = loaded
+        epoch, index, views = loaded
         rows = index.numpy()
-        moved = [images.to(device, non_blocking=True) for images in views]
-        yield rows, moved if on_workers else [finish(m, rows, view) for view, m in enumerate(moved)]
+        views = [images.to(device, non_blocking=True) for images in views]
+        if not on_workers:
+            views = [finish(images, epoch, rows, view) for view, images in enumerate(views)]
+        yield rows, views
 
 
 _AHEAD = 4
@@ -304,8 +322,12 @@ def _warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-class _Decoded(Dataset[tuple[Tensor, list[Tensor]] | DataError]):
-    """On a worker: rows -> the rows and each view's crops, uint8 or finished; one decode an image.
+_Loaded = tuple[int, Tensor, list[Tensor]]
+"""Epoch, rows (B,), and for each view its images (B, 3, S, S)."""
+
+
+class _Decoded(Dataset[_Loaded | DataError]):
+    """On a worker: the crops of a part, uint8 or finished; one decode an image.
 
     A DataError is returned: DataLoader would hide a raised one under a worker's traceback.
     """
@@ -313,14 +335,15 @@ class _Decoded(Dataset[tuple[Tensor, list[Tensor]] | DataError]):
     def __init__(self, split: StoredSplit, cut: Cut, finish: _Finish | None) -> None:
         self.split, self.cut, self.finish = split, cut, finish
 
-    def __getitem__(self, rows: Rows) -> tuple[Tensor, list[Tensor]] | DataError:
+    def __getitem__(self, part: _Part) -> _Loaded | DataError:
+        epoch, rows = part
         try:
-            views = list(self.cut.of_split(self.split, rows))
+            views = list(self.cut.of_split(self.split, epoch, rows))
         except DataError as error:
             return error
         if self.finish is not None:
-            views = [self.finish(images, rows, view) for view, images in enumerate(views)]
-        return torch.from_numpy(rows), views
+            views = [self.finish(images, epoch, rows, view) for view, images in enumerate(views)]
+        return epoch, torch.from_numpy(rows), views
 
 
 def pixels_on(split: StoredSplit, device: torch.device) -> Tensor | None:

@@ -19,21 +19,21 @@ Rows = NDArray[np.int64]
 class RandomCrops:
     """`views` random-resized crops and flips of each image."""
 
-    def __init__(self, size: int, min_scale: float, seed: int, epoch: int, views: int) -> None:
+    def __init__(self, size: int, min_scale: float, seed: int, views: int) -> None:
         self.size, self.views = size, views
-        self._draw = partial(crops.draw, min_scale=min_scale, seed=seed, epoch=epoch)
+        self._draw = partial(crops.draw, min_scale=min_scale, seed=seed)
 
-    def of_pixels(self, pixels: Tensor, rows: Rows) -> list[Tensor]:
+    def of_pixels(self, pixels: Tensor, epoch: int, rows: Rows) -> list[Tensor]:
         """(B, H, W, 3) uint8 -> for each view (B, 3, S, S) float32 in [0, 1]."""
         count, height, width, _ = pixels.shape
         sides = np.full(count, height), np.full(count, width)
-        placed = (self._draw(rows, *sides, view=view) for view in range(self.views))
+        placed = (self._draw(rows, *sides, epoch=epoch, view=view) for view in range(self.views))
         return [crops.crop_resize(pixels, windows, flip, self.size) for windows, flip in placed]
 
-    def of_split(self, split: StoredSplit, rows: Rows) -> Tensor:
+    def of_split(self, split: StoredSplit, epoch: int, rows: Rows) -> Tensor:
         """Rows of an encoded split, each decoded once -> (views, B, 3, S, S) uint8."""
         sides = split.heights[rows].astype(np.int64), split.widths[rows].astype(np.int64)
-        placed = [self._draw(rows, *sides, view=view) for view in range(self.views)]
+        placed = [self._draw(rows, *sides, epoch=epoch, view=view) for view in range(self.views)]
         output = torch.empty(self.views, len(rows), 3, self.size, self.size, dtype=torch.uint8)
         for number, row in enumerate(rows.tolist()):
             image = decode_rgb(split, row)
@@ -43,19 +43,19 @@ class RandomCrops:
 
 
 class CentreCrop:
-    """Short side to `resize`, then the central square of `size`."""
+    """Short side to `resize`, then the central square of `size`, in every epoch."""
 
     views = 1
 
     def __init__(self, resize: int, size: int) -> None:
         self.resize, self.size = resize, size
 
-    def of_pixels(self, pixels: Tensor, rows: Rows) -> list[Tensor]:
+    def of_pixels(self, pixels: Tensor, epoch: int, rows: Rows) -> list[Tensor]:  # noqa: ARG002
         """(B, H, W, 3) uint8 -> one view (B, 3, S, S) float32 in [0, 1]."""
         assert len(rows) == len(pixels)
         return [crops.centre_resize(pixels, self.resize, self.size)]
 
-    def of_split(self, split: StoredSplit, rows: Rows) -> Tensor:
+    def of_split(self, split: StoredSplit, epoch: int, rows: Rows) -> Tensor:  # noqa: ARG002
         """Rows of an encoded split -> (1, B, 3, S, S) uint8."""
         images = (decode_rgb(split, row) for row in rows.tolist())
         return torch.stack([crops.centre_image(image, self.resize, self.size) for image in images])[None]

@@ -69,9 +69,12 @@ def views(
     seed: int = 0,
     epoch: int = 0,
     first_step: int = 0,
+    epochs: int = 1,
 ) -> list[loading.Views]:
     how = Loading(batch_size, CPU, workers, rank, world_size)
-    return list(two_views(split, AUGMENTATION, how, seed=seed, epoch=epoch, first_step=first_step))
+    return list(
+        two_views(split, AUGMENTATION, how, seed=seed, epoch=epoch, first_step=first_step, epochs=epochs)
+    )
 
 
 def fingerprint(batches: list) -> str:
@@ -155,6 +158,30 @@ def test_a_resume_continues_the_epoch(split: StoredSplit) -> None:
     whole = views(split, epoch=3)
     assert fingerprint(whole[2:]) == fingerprint(views(split, epoch=3, first_step=2))
     assert views(split, epoch=3, first_step=5) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_follow_each_other_with_the_same_workers(
+    split: StoredSplit, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the middle of one epoch to the end of the third, as if each had been asked for by itself."""
+    each = [*views(split, epoch=1, first_step=3), *views(split, epoch=2), *views(split, epoch=3)]
+    assert len(each) == 12
+    loaders, real = [], loading.DataLoader
+
+    def counted(*arguments: object, **options: object) -> object:
+        loaders.append(options)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loading, "DataLoader", counted)
+    stream = views(split, epoch=1, first_step=3, epochs=3, workers=workers)
+    assert fingerprint(stream) == fingerprint(each)
+    assert len(loaders) == (split.pixels is None)
+    supervised = [
+        list(one_view(split, AUGMENTATION, Loading(4, CPU), seed=0, epoch=epoch, epochs=epochs))
+        for epoch, epochs in ((0, 2), (0, 1), (1, 1))
+    ]
+    assert fingerprint(supervised[0]) == fingerprint(supervised[1] + supervised[2])
 
 
 def test_seeds_and_epochs_give_other_orders(split: StoredSplit) -> None:

@@ -1,5 +1,6 @@
 """A copy of the project with the tiny experiment as its default, for tests that run and change it."""
 
+import hashlib
 import json
 import os
 import re
@@ -113,6 +114,14 @@ class Project:
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new))
+
+    def digests(self, pattern: str) -> dict[str, str]:
+        """sha256 of the files that fit a pattern."""
+        return {
+            str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in self.folder.glob(pattern)
+            if path.is_file()
+        }
 
     def listing(self) -> dict[str, tuple[float, bytes]]:
         """Every file with its modification time and content, but for what imports write."""

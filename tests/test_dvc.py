@@ -3,7 +3,6 @@
 .ci/test_dvc.py has the stories that train encoders.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -18,7 +17,7 @@ from tests.project import CONFIG, ROOT, Project
 
 MOCHI = "mochi-16-24-8"
 ENCODER = f"results/tiny/encoders/{MOCHI}/seed0/encoder.safetensors"
-COMPUTED = "results/tiny/e*/**/*.*"
+COMPUTED = "results/tiny/e*/**/*"
 """Encoders and evaluations."""
 
 
@@ -68,13 +67,6 @@ def resolved(project: Project) -> dict[str, Any]:
 
 def is_inside(path: str, folders: list[str]) -> bool:
     return any(Path(path).is_relative_to(folder) for folder in folders)
-
-
-def digests(project: Project, pattern: str) -> dict[str, str]:
-    return {
-        str(path.relative_to(project.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in project.folder.glob(pattern)
-    }
 
 
 def test_every_output_is_kept_by_dvc_or_by_git(embedded: Project) -> None:
@@ -148,11 +140,11 @@ def test_a_clone_has_nothing_to_compute(clone: Project) -> None:
 
 
 def test_lost_results_come_back_from_the_cache(clone: Project) -> None:
-    before = digests(clone, COMPUTED)
+    before = clone.digests(COMPUTED)
     shutil.rmtree(clone.folder / "results/tiny/encoders")
     assert list(clone.changed_stages()) == ["encoders@tiny", "evaluations@tiny", "report@tiny"]
     clone.succeed("dvc", "checkout")
-    assert digests(clone, COMPUTED) == before
+    assert clone.digests(COMPUTED) == before
     # One by one where the rest has moved on.
     shutil.rmtree(clone.folder / f"results/tiny/encoders/{MOCHI}/seed1")
     (clone.folder / f"results/tiny/evaluations/{MOCHI}/seed0/knn/metrics.json").write_text("{}")
@@ -160,7 +152,7 @@ def test_lost_results_come_back_from_the_cache(clone: Project) -> None:
     assert set(re.findall("restored from DVC's cache: (.+)", said)) == {
         f"{MOCHI} seed 1 pretrain", f"{MOCHI} seed 0 knn"
     }  # fmt: skip
-    assert digests(clone, COMPUTED) == before
+    assert clone.digests(COMPUTED) == before
     assert clone.jobs() == {}
     assert clone.changed_stages() == {}
 

@@ -1,0 +1,159 @@
+"""Longer stories with DVC: training again and back, another experiment, `dvc exp`, damage, no git."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import finished  # noqa: F401 (a fixture)
+from tests.project import CONFIG, Project
+
+MOCHI = "mochi-16-24-8"
+ENCODER = f"results/tiny/encoders/{MOCHI}/seed0/encoder.safetensors"
+COMPUTED = "results/tiny/e*/**/*"
+"""Encoders and evaluations."""
+
+COMPUTED_AGAIN = re.compile(r"^(\S.*): computed again", re.MULTILINE)
+RUNNING = re.compile(r"Running stage '(.+)'")
+
+
+@pytest.fixture(scope="module")
+def recorded(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:  # noqa: F811
+    folder = tmp_path_factory.mktemp("dvc")
+    # No accent: `dvc exp run --temp` fails on one in .git/config, which names the origin.
+    project = finished.copy(folder / "an origin")
+    project.record(folder / "a store")
+    return project
+
+
+@pytest.fixture
+def clone(recorded: Project, tmp_path: Path) -> Project:
+    return recorded.clone(tmp_path / "a clone")
+
+
+def has_nothing_to_do(project: Project) -> bool:
+    """Both tools say so."""
+    return project.jobs() == {} and project.changed_stages() == {}
+
+
+def test_train_again_go_back_and_walk_through_history(clone: Project) -> None:
+    before = clone.digests(COMPUTED)
+    clone.edit(CONFIG, "  lr: 0.06", "  lr: 0.05")
+    said = clone.succeed("dvc", "repro")
+    assert RUNNING.findall(said) == ["encoders@tiny", "evaluations@tiny", "report@tiny"]
+    assert len(COMPUTED_AGAIN.findall(said)) == 2 + 4 + 1
+    assert has_nothing_to_do(clone)
+    diff = json.loads(clone.run("dvc", "params", "diff", "--json").stdout)
+    assert diff[CONFIG]["pretrain.lr"] == {"old": 0.06, "new": 0.05, "diff": pytest.approx(-0.01)}
+    diff = json.loads(clone.run("dvc", "metrics", "diff", "--json").stdout)
+    assert all(name.startswith(f"{MOCHI}.") for name in diff["results/tiny/summary.json"])
+    after = clone.digests(COMPUTED)
+    assert after[ENCODER] != before[ENCODER]
+    clone.succeed("git", "commit", "--quiet", "--all", "--message", "A lower learning rate")
+
+    # The edit is taken back by hand: DVC has not stored which settings go with which encoder.
+    clone.edit(CONFIG, "  lr: 0.05", "  lr: 0.06")
+    said = clone.succeed("dvc", "repro")
+    assert said.count("restored from DVC's cache: ") == 2 + 4
+    assert COMPUTED_AGAIN.findall(said) == ["report"]
+    assert "epoch 0" not in said
+    assert clone.digests(COMPUTED) == before
+    assert has_nothing_to_do(clone)
+    assert json.loads(clone.run("dvc", "metrics", "diff", "HEAD~1", "--json").stdout) == {}
+
+    clone.succeed("git", "reset", "--quiet", "--hard")
+    for commit, results in (("HEAD", after), ("HEAD~1", before), ("main", after)):
+        clone.succeed("git", "checkout", "--quiet", commit)
+        clone.succeed("dvc", "checkout")
+        assert "tiny: 11 results are current, 0 will be computed" in clone.mochi("adopt")
+        assert clone.digests(COMPUTED) == results
+        assert has_nothing_to_do(clone)
+
+
+def test_results_that_snakemake_has_computed_are_stored(finished: Project, tmp_path: Path) -> None:  # noqa: F811
+    project = finished.copy(tmp_path / "computed")
+    before = project.digests(COMPUTED)
+    project.succeed("git", "init", "--quiet")
+    said = project.succeed("dvc", "repro")
+    assert len(RUNNING.findall(said)) == 4
+    assert said.count("Nothing to be done") == 4
+    assert project.digests(COMPUTED) == before
+    assert has_nothing_to_do(project)
+
+
+def test_another_experiment_shares_the_data(clone: Project) -> None:
+    clone.mochi("adopt")
+    stages = yaml.safe_load((clone.folder / "dvc.yaml").read_text())
+    experiments = stages["vars"][1]["experiments"]
+    experiments["other"] = {**experiments["tiny"], "config": "config/other.yaml"}
+    (clone.folder / "dvc.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
+    text = (clone.folder / CONFIG).read_text().replace("name: tiny", "name: other")
+    # Untrained, hence quick.
+    (clone.folder / "config/other.yaml").write_text(re.sub(r"  mochi-16-24-8: .*\n", "", text))
+    said = clone.succeed("dvc", "repro")
+    assert RUNNING.findall(said) == ["encoders@other", "evaluations@other", "report@other"]
+    assert "rule prepare" not in said
+    assert has_nothing_to_do(clone)
+    assert clone.jobs("--configfile", "config/other.yaml") == {}
+    shown = json.loads(clone.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
+    assert set(shown) == {"results/tiny/summary.json", "results/other/summary.json"}
+
+
+def test_experiments_of_dvc(clone: Project) -> None:
+    """In the workspace; then in a copy that DVC makes, which takes from the cache what is known."""
+    before = clone.digests(COMPUTED)
+    known = yaml.safe_load((clone.folder / CONFIG).read_text())
+    clone.succeed("dvc", "exp", "run", "--set-param", f"{CONFIG}:evaluation.knn.k=3")
+    assert has_nothing_to_do(clone)
+    known["evaluation"]["knn"]["k"] = 3
+    assert yaml.safe_load((clone.folder / CONFIG).read_text()) == known
+    changed = clone.digests(COMPUTED)
+    knn = f"results/tiny/evaluations/{MOCHI}/seed0/knn/metrics.json"
+    assert json.loads((clone.folder / knn).read_text())["k"] == 3
+
+    clone.succeed("git", "reset", "--quiet", "--hard")
+    clone.succeed("dvc", "checkout")
+    clone.mochi("adopt")
+    assert clone.digests(COMPUTED) == before
+    said = clone.succeed("dvc", "exp", "run", "--temp", "--set-param", f"{CONFIG}:evaluation.knn.k=3")
+    assert said.count("restored from DVC's cache: ") == 3
+    assert COMPUTED_AGAIN.findall(said) == ["report"]
+    assert clone.digests(COMPUTED) == before
+    assert has_nothing_to_do(clone)
+    name = re.findall(r"Ran experiment\(s\): (.+)", said)[0]
+    clone.succeed("dvc", "exp", "apply", name)
+    assert "tiny: 11 results are current, 0 will be computed" in clone.mochi("adopt")
+    assert clone.digests(COMPUTED) == changed
+    assert has_nothing_to_do(clone)
+
+
+def test_a_corrupt_object_is_seen_and_pulled_again(clone: Project) -> None:
+    encoder = clone.folder / ENCODER
+    before = encoder.read_bytes()
+    cache = clone.folder / ".dvc/cache/files/md5"
+    stored = next(path for path in cache.rglob("*") if path.is_file() and path.read_bytes() == before)
+    stored.chmod(0o644)
+    stored.write_bytes(b"damaged" + before)
+    encoder.unlink()
+    clone.run("dvc", "checkout")
+    said = clone.mochi("adopt", "--restore")
+    assert f"to compute: {MOCHI} seed 0 pretrain: " in said
+    encoder.unlink(missing_ok=True)
+    clone.succeed("dvc", "pull")
+    assert encoder.read_bytes() == before
+    assert "tiny: 11 results are current, 0 will be computed" in clone.mochi("adopt")
+    assert has_nothing_to_do(clone)
+
+
+def test_without_git(recorded: Project, tmp_path: Path) -> None:
+    """A tarball of the project: Snakemake works, and DVC once it knows that there is no git."""
+    project = recorded.copy(tmp_path / "tarball")
+    shutil.rmtree(project.folder / ".git")
+    shutil.rmtree(project.folder / "results/tiny/evaluations/random-init")
+    project.succeed("dvc", "config", "core.no_scm", "true")
+    project.succeed("dvc", "checkout", "evaluations@tiny")
+    assert "tiny: 11 results are current, 0 will be computed" in project.mochi("adopt")
+    assert has_nothing_to_do(project)

@@ -76,21 +76,19 @@ def _objective(run: PretrainRun, dataset: StoredDataset, device: torch.device) -
 
 
 class _Endless:
-    """Batches of epoch after epoch."""
+    """Batches of a training, over and over."""
 
     def __init__(self, objective: ContrastiveObjective, run: PretrainRun, device: torch.device) -> None:
         assert isinstance(run.recipe, Contrastive)
         self._objective = objective
         self._loading = Loading(run.recipe.batch_size, device)
-        self._epoch = 0
         self._batches = objective.batches(self._loading, 0, 0)
 
     def next(self) -> Any:
         """The next batch."""
         batch = next(self._batches, None)
         if batch is None:
-            self._epoch += 1
-            self._batches = self._objective.batches(self._loading, self._epoch, 0)
+            self._batches = self._objective.batches(self._loading, 0, 0)
             batch = next(self._batches)
         return batch
 

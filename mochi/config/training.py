@@ -81,7 +81,7 @@ class Training(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the device has it in hardware."""
     checkpoint_minutes: PositiveReal = 5.0
-    """A resume checkpoint is written at every epoch's end and at least this often."""
+    """A resume checkpoint is written this often, and at the end of the training."""
 
 
 class Supervised(Training):

@@ -143,12 +143,12 @@ class _Session:
         norm = get_total_norm(self._objective.module.parameters()).item()
         check_finite(state.sums[0], step=step, lr=lr, last_good=self._saved, norm=norm)
         self._loss = f"loss {state.sums[0] / state.step:.3f}"
-        due = time.monotonic() - self._last_save > 60 * self._recipe.checkpoint_minutes
-        if due and state.step < self._num_steps:
-            self._save()
+        # The last step's state is complete once its epoch's row is appended.
+        if state.step < self._num_steps:
+            self._save_if_due()
 
     def epoch_done(self, state: TrainState) -> None:
-        """Log the epoch and save."""
+        """Log the epoch; save when it is time, and at the end."""
         row = state.rows[-1]
         if isinstance(self._recipe, Contrastive):
             full = [now for before, now in pairwise(state.rows) if before["queue_fill"] >= 1]
@@ -162,9 +162,16 @@ class _Session:
             self._label, row["epoch"], row["loss"], row["chance"], row["accuracy"],
             row["images_per_second"], f", {row['status']}" if "status" in row else "",
         )  # fmt: skip
-        self._save()
+        if state.epoch == self._recipe.epochs:
+            self._save()
+        else:
+            self._save_if_due()
         if rank() == 0:
             write_events(self._events, row)
+
+    def _save_if_due(self) -> None:
+        if time.monotonic() - self._last_save > 60 * self._recipe.checkpoint_minutes:
+            self._save()
 
     def _save(self) -> None:
         if rank() == 0:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_a_resume_on_other_data_is_refused(
     """The same name, another manifest: prepared again from other files."""
     at_step(7, interrupt, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny, tiny_data, tmp_path)
+        train(with_recipe(checkpoint_minutes=EVERY_STEP), tiny_data, tmp_path)
     monkeypatch.undo()
     other = shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
     (other / "manifest.json").write_text((tiny_data / "manifest.json").read_text() + "\n")
@@ -215,7 +216,7 @@ def test_a_resume_with_other_code_is_on_record(
 ) -> None:
     at_step(7, interrupt, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny, tiny_data, tmp_path)
+        train(with_recipe(checkpoint_minutes=EVERY_STEP), tiny_data, tmp_path)
     monkeypatch.undo()
     before = result_in(tmp_path, tiny, tiny_data)
     after = replace(before, modules=(*before.modules, "mochi.stages"))
@@ -230,9 +231,26 @@ def test_the_time_is_that_of_all_sessions(
     monkeypatch.setattr(stage.Stopwatch, "seconds", lambda _: 100.0)
     at_step(7, interrupt, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny, tiny_data, tmp_path)
+        train(with_recipe(checkpoint_minutes=EVERY_STEP), tiny_data, tmp_path)
     train(tiny, tiny_data, tmp_path)
     assert record(tmp_path)["wall_seconds"] == 200.0
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(EVERY_STEP, 15), (60, 1)])
+def test_checkpoints_are_written_when_due_and_at_the_end(
+    minutes: float, saves: int, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at every epoch's end: small epochs take a few seconds."""
+    positions, save = [], checkpoint.save
+
+    def watched(path: Path, tensors: Any, state: Any, identity: Any) -> None:
+        positions.append((state["epoch"], state["step"]))
+        save(path, tensors, state, identity)
+
+    monkeypatch.setattr(stage.checkpoint, "save", watched)
+    train(with_recipe(epochs=3, checkpoint_minutes=minutes), tiny_data, tmp_path)
+    assert len(positions) == saves
+    assert positions[-1] == (3, 0)
 
 
 def test_a_batch_larger_than_the_data_is_refused(tiny_data: Path, tmp_path: Path) -> None:

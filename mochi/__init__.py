@@ -1,3 +1,33 @@
 """MoCHi: hard negative mixing for contrastive learning, from raw images to the paper's tables."""
 
 __version__ = "0.2.0.dev0"
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mochi.contrast.key_queue import KeyQueue
+    from mochi.contrast.loss import contrastive_loss
+    from mochi.contrast.module import MoCHiLoss
+    from mochi.encoders.pretrained import load_encoder
+
+__all__ = ["KeyQueue", "MoCHiLoss", "__version__", "contrastive_loss", "load_encoder"]
+
+_MODULES = {
+    "KeyQueue": "mochi.contrast.key_queue",
+    "MoCHiLoss": "mochi.contrast.module",
+    "contrastive_loss": "mochi.contrast.loss",
+    "load_encoder": "mochi.encoders.pretrained",
+}
+
+if not TYPE_CHECKING:  # else every misspelt name would be an attribute to a type checker
+
+    def __getattr__(name: str) -> object:
+        """Import a public name when it is first used: the command line must start without torch."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -46,6 +46,8 @@ NO_NUMBERS = {
 
 NO_NUMBERS_OF_ONE_STAGE = {
     "detect": {
+        "mochi.detection.check_images": "refuses images",
+        "mochi.detection.figures": "pictures",
         "mochi.data.format": "the mark of images without a label",
         "mochi.data.ingest.raw": "paths of the images that are checked",
         "mochi.data.ingest.validate": "checks images",
@@ -61,11 +63,20 @@ def source(name: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+def only_for_types(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
+
+
 @cache
 def imports(name: str) -> set[str]:
-    """The modules of mochi that a module imports itself, anywhere in it, and the packages around it."""
+    """The modules of mochi that a module imports itself, anywhere in it, and the packages around it.
+
+    What only type checkers import never runs.
+    """
     found = {name.rpartition(".")[0]} - {""}
-    for node in ast.walk(ast.parse(source(name).read_bytes())):
+    tree = ast.parse(source(name).read_bytes())
+    tree.body = [each for each in tree.body if not only_for_types(each)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

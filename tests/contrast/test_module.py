@@ -1,0 +1,467 @@
+"""MoCHiLoss against pretraining's step to the bit, against loops in float64, and as a module of PyTorch."""
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from mochi import MoCHiLoss, contrastive_loss
+from mochi.config import Contrastive, Encoder
+from mochi.contrast.moco import MoCo
+from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
+from mochi.runtime.distributed import own_slice, rank
+from mochi.runtime.seeding import generator
+from tests.detection.ranks import run_ranks
+from tests.pretend_gpu import pretended_gpu
+from tests.reference import mixed_pair, mixed_with_query, mochi_loss
+
+SETTINGS: dict[str, Any] = {
+    "queue_size": 24, "dim": 5, "temperature": 0.2, "num_hardest": 6, "num_pair_synthetics": 8,
+    "num_query_synthetics": 4,
+}  # fmt: skip
+PLAIN = {"num_hardest": 0, "num_pair_synthetics": 0, "num_query_synthetics": 0}
+
+
+def criterion(**changes: Any) -> MoCHiLoss:
+    return MoCHiLoss(**{**SETTINGS, "seed": 3, **changes})
+
+
+def embeddings(seed: int, num: int = 4, dim: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(num, dim, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        {"num_pair_synthetics": 7, "num_query_synthetics": 3},
+        {"num_pair_synthetics": 7, "num_query_synthetics": 0},
+        {"num_pair_synthetics": 0, "num_query_synthetics": 3, "through_query": True},
+        None,
+    ],
+    ids=["mochi", "pairs", "through the query", "moco"],
+)
+def test_four_steps_are_those_of_pretraining_to_the_bit(mixing: dict[str, Any] | None) -> None:
+    recipe = Contrastive.model_validate({
+        "objective": "contrastive", "epochs": 2, "batch_size": 8, "lr": 0.1, "momentum": 0.9,
+        "weight_decay": 1e-4, "schedule": "cosine", "head": "mlp", "embedding_dim": 6, "queue_size": 20,
+        "temperature": 0.2, "key_momentum": 0.9, "bn_groups": 2,
+        "mixing": mixing and {"num_hardest": 5, "warmup_epochs": 0, **mixing},
+    })  # fmt: skip
+    moco = MoCo(Encoder(architecture="resnet10", stem="half", width=4), recipe, seed=5)
+    numbers = {**PLAIN, **({"num_hardest": 5, **mixing} if mixing else {})}
+    loss = MoCHiLoss(queue_size=20, dim=6, temperature=0.2, seed=5, **numbers)
+    loss.queue.load_state_dict(moco.queue.state_dict())
+    raw: dict[str, Tensor] = {}
+    moco.query_encoder.register_forward_hook(lambda _, __, output: raw.update(query=output))
+    moco.momentum_encoder.register_forward_hook(lambda _, __, output: raw.update(key=output))
+    labels = torch.zeros(8, dtype=torch.long)
+    for number in range(4):
+        images = torch.randn(2, 8, 3, 16, 16, generator=torch.Generator().manual_seed(number))
+        step = moco.training_step(images[0], images[1], labels, number, synthesize=True)
+        raw["query"].retain_grad()
+        step.loss.loss.backward()
+        query = raw["query"].detach().requires_grad_()
+        shuffle = torch.randperm(8, generator=generator("shuffle keys", 5, number))
+        found = loss(query, raw["key"][shuffle.argsort()])
+        found.backward()
+        assert torch.equal(found, step.loss.loss)
+        assert torch.equal(query.grad, raw["query"].grad)
+        moco.enqueue(step.key, labels)
+        assert torch.equal(loss.queue.keys, moco.queue.keys)
+
+
+def written_out(query: Tensor, key: Tensor, queue: Tensor, step: int, seed: int = 3) -> Tensor:
+    """MoCHi sections 3.2 and 3.3 in loops: every synthetic is a vector. The draws are the module's."""
+    num, size = len(query), SETTINGS["num_hardest"]
+    draws = generator("mix negatives", seed, step, 0)
+
+    def uniform(columns: int) -> Tensor:
+        return torch.rand(num, columns, generator=draws, dtype=torch.float64)
+
+    first, shift, share = (uniform(SETTINGS["num_pair_synthetics"]) for _ in range(3))
+    place, query_share = (uniform(SETTINGS["num_query_synthetics"]) for _ in range(2))
+    similarity = query.detach() @ queue.T
+    order = hardest(similarity, size).columns  # a draw is a place in it
+    pairs, mixes = [], []
+    for i in range(num):
+        q, pool = query[i].detach(), order[i].tolist()
+        assert set(pool) == set(similarity[i].argsort()[-size:].tolist())
+        for j in range(first.shape[1]):
+            a = int(first[i, j] * size)
+            b = (a + 1 + int(shift[i, j] * (size - 1))) % size
+            pairs.append(mixed_pair(queue[pool[a]], queue[pool[b]], float(share[i, j])))
+        for j in range(place.shape[1]):
+            negative = queue[pool[int(place[i, j] * size)]]
+            mixes.append(mixed_with_query(q, negative, 0.5 * float(query_share[i, j])))
+    vectors = [torch.stack(each).unflatten(0, (num, -1)) for each in (pairs, mixes)]
+    return mochi_loss(query, key, queue, SETTINGS["temperature"], vectors)
+
+
+def test_ten_steps_equal_the_equations_written_out_in_float64() -> None:
+    loss = criterion().double()
+    loss.queue.keys.copy_(F.normalize(loss.queue.keys, dim=-1))  # unit to float32 only
+    rows = deque(loss.queue.keys.clone(), maxlen=24)
+    encoder = nn.Linear(7, 5).double()
+    encoder.weight.data = embeddings(0, 5, 7, torch.float64)
+    other = copy.deepcopy(encoder)
+    for step in range(10):
+        images, views = (embeddings(seed + step, 5, 7, torch.float64) for seed in (10, 50))
+        key = encoder(views).detach()
+        found = loss(encoder(images), key)
+        key = F.normalize(key, dim=-1)
+        # The ring's columns: new rows replace the oldest in place, where a deque moves all of them.
+        ring = torch.stack(list(rows)).roll(5 * step % 24, 0)
+        expected = written_out(F.normalize(other(images), dim=-1), key, ring, step)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        for model, value in ((encoder, found), (other, expected)):
+            model.zero_grad()
+            value.backward()
+        torch.testing.assert_close(encoder.weight.grad, other.weight.grad, rtol=1e-10, atol=1e-13)
+        for model in (encoder, other):
+            model.weight.data -= 0.1 * encoder.weight.grad
+        rows.extend(key)
+    assert int(loss.queue.num_enqueued) == 50
+
+
+def test_the_loss_sees_the_queue_before_its_keys_enter_it() -> None:
+    loss = criterion(**PLAIN, queue_size=6)
+    query, key = embeddings(0), embeddings(1)
+    before = loss.queue.keys.clone()
+    unit_key = F.normalize(key, dim=-1)
+    assert torch.equal(
+        loss(query, key), contrastive_loss(F.normalize(query, dim=-1), unit_key, before, 0.2).loss
+    )
+    assert torch.equal(loss.queue.keys, torch.cat([unit_key, before[4:]]))
+    loss(query, embeddings(2))
+    later = F.normalize(embeddings(2), dim=-1)
+    assert torch.equal(loss.queue.keys, torch.cat([later[2:], unit_key[2:], later[:2]]))
+    assert loss.queue.labels.eq(-1).all()
+
+
+def test_keys_enter_the_queue_in_training_mode_or_by_hand() -> None:
+    loss = criterion()
+    before = loss.queue.keys.clone()
+    loss(embeddings(0), embeddings(1), enqueue=False)
+    loss.eval()
+    first, second = loss(embeddings(0), embeddings(1)), loss(embeddings(0), embeddings(1))
+    assert torch.equal(first, second)
+    assert torch.equal(loss.queue.keys, before)
+    loss.enqueue(embeddings(1))
+    assert torch.equal(loss.queue.keys[:4], F.normalize(embeddings(1), dim=-1))
+    assert int(loss.queue.num_enqueued) == 4
+
+
+def test_a_restored_state_continues_equally(tmp_path: Path) -> None:
+    loss = criterion()
+    for step in range(3):
+        loss(embeddings(step), embeddings(100 + step))
+    torch.save(loss.state_dict(), tmp_path / "state.pt")
+    restored = criterion()
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for step in range(3, 6):
+        query, key = embeddings(step), embeddings(100 + step)
+        assert torch.equal(loss(query, key), restored(query, key))
+    assert torch.equal(loss.queue.keys, restored.queue.keys)
+
+
+def test_a_seed_makes_the_draws_and_the_first_rows() -> None:
+    query, key = embeddings(0), embeddings(1)
+    losses = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(losses))
+        loss = criterion(seed=seed)
+        losses.append([loss(query, key).item(), loss(query, key).item()])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[2][0]
+    assert not torch.equal(criterion(seed=3).queue.keys, criterion(seed=4).queue.keys)
+    one = criterion(seed=3)
+    one.load_state_dict(criterion(seed=4).state_dict())
+    assert not torch.equal(one(query, key), criterion(seed=4)(query, key)), "the seed makes no draws"
+
+
+def test_without_a_seed_draws_come_from_the_global_generator() -> None:
+    state = torch.get_rng_state()
+    first_rows = criterion(seed=None).queue.keys
+    assert torch.equal(state, torch.get_rng_state())
+    found = []
+    for seed in (0, 0, 1):
+        loss = criterion(seed=None)
+        assert torch.equal(loss.queue.keys, first_rows)
+        torch.manual_seed(seed)
+        found.append(loss(embeddings(0), embeddings(1)).item())
+    assert found[0] == found[1] != found[2]
+
+
+def test_autocast_does_not_reach_the_loss() -> None:
+    found = []
+    for enabled in (False, True):
+        query = embeddings(0).requires_grad_()
+        loss = criterion()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            value = loss(query, embeddings(1))
+        value.backward()
+        found.append((value, query.grad, loss.queue.keys))
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(plain, cast)
+
+
+def test_half_precision_embeddings_are_computed_in_float32() -> None:
+    loss = criterion(temperature=0.02)
+    query = embeddings(0).bfloat16().requires_grad_()
+    value = loss(query, embeddings(0).bfloat16())
+    value.backward()
+    assert value.dtype == loss.queue.keys.dtype == torch.float32
+    assert query.grad is not None
+    assert query.grad.isfinite().all()
+    torch.testing.assert_close(loss.queue.keys[:4].norm(dim=-1), torch.ones(4))
+
+
+def test_gradcheck() -> None:
+    """Through the normalisation, and through the query inside a mix, where nothing is detached."""
+    loss = criterion(through_query=True, dim=3).double().eval()
+    query = embeddings(0, 2, 3, torch.float64).requires_grad_()
+    key = embeddings(1, 2, 3, torch.float64)
+    assert torch.autograd.gradcheck(lambda free: loss(free, key), (query,))
+
+
+def test_the_warm_up_is_moco() -> None:
+    query, key = embeddings(0), embeddings(1)
+    plain = criterion(**PLAIN)(query, key)
+    assert torch.equal(criterion()(query, key, synthesize=False), plain)
+    assert criterion()(query, key) > plain
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_queue_is_made_on_the_default_device(device: str) -> None:
+    with torch.device(device):
+        queue = criterion().queue
+    assert {each.device.type for each in queue.buffers()} == {device}
+
+
+def test_keys_get_no_gradient() -> None:
+    query, key = embeddings(0).requires_grad_(), embeddings(1).requires_grad_()
+    criterion()(query, key).backward()
+    assert query.grad is not None
+    assert key.grad is None
+
+
+def test_a_batch_of_one_and_nan() -> None:
+    loss = criterion()
+    assert loss(embeddings(0, 1), embeddings(1, 1)).isfinite()
+    broken = embeddings(0)
+    broken[2, 1] = torch.nan
+    assert criterion()(broken, embeddings(1)).isnan()
+    assert criterion()(embeddings(1), broken).isnan()
+
+
+def test_the_host_waits_for_no_gpu() -> None:
+    loss = criterion()
+    with pretended_gpu() as gpu:
+        loss.to("cuda")
+        query, key = embeddings(0).to("cuda").requires_grad_(), embeddings(1).to("cuda")
+        gpu.waits.clear()
+        loss(query, key).backward()
+        assert not gpu.waits
+        gpu.waits.clear()
+        loss(query, key).item()
+        assert gpu.waits, "the pretended GPU sees no waiting"
+
+
+def whole_batch(step: int) -> tuple[Tensor, Tensor]:
+    return embeddings(step, 8, 7), embeddings(100 + step, 8, 7)
+
+
+def encoder() -> nn.Module:
+    model = nn.Linear(7, 5)
+    model.weight.data, model.bias.data = embeddings(7, 5, 7), embeddings(8, 1, 5)[0]
+    return model
+
+
+def train_a_rank(folder: str, numbers: dict[str, int]) -> None:
+    """What a user writes: DDP around the model, the loss outside it."""
+    torch.manual_seed(rank())  # ranks seeded differently still share a queue
+    model, loss = DistributedDataParallel(encoder()), criterion(**numbers)
+    losses = []
+    for step in range(4):
+        images, views = (own_slice(each) for each in whole_batch(step))
+        with torch.no_grad():
+            key = model.module(views)
+        value = loss(model(images), key)
+        model.zero_grad()
+        value.backward()
+        losses.append(value.detach())
+    found = {"losses": losses, "gradient": model.module.weight.grad, "state": loss.state_dict()}
+    torch.save(found, Path(folder) / f"{rank()}.pt")
+
+
+@pytest.mark.parametrize("numbers", [PLAIN, {}], ids=["moco", "mochi"])
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path, numbers: dict[str, int]) -> None:
+    run_ranks(train_a_rank, 2, str(tmp_path), numbers)
+    ranks = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(2)]
+    model, loss = encoder(), criterion(**numbers)
+    for step in range(4):
+        images, views = whole_batch(step)
+        queue = loss.queue.keys.clone()
+        if not numbers:  # each rank draws for itself
+            expected = rank_by_rank(model, images, views, queue, step)
+            loss.enqueue(model(views))
+        else:
+            expected = loss(model(images), model(views).detach())
+        torch.testing.assert_close((ranks[0]["losses"][step] + ranks[1]["losses"][step]) / 2, expected)
+        model.zero_grad()
+        expected.backward()
+    for found in ranks:
+        torch.testing.assert_close(found["gradient"], model.weight.grad)
+        torch.testing.assert_close(found["state"]["queue.keys"], loss.queue.keys)
+    assert torch.equal(ranks[0]["state"]["queue.keys"], ranks[1]["state"]["queue.keys"])
+    assert int(loss.queue.num_enqueued) == int(ranks[0]["state"]["queue.num_enqueued"]) == 32
+
+
+def rank_by_rank(model: nn.Module, images: Tensor, views: Tensor, queue: Tensor, step: int) -> Tensor:
+    """The mean over two ranks, each with its own draws."""
+    losses = []
+    for number, rows in enumerate((slice(0, 4), slice(4, 8))):
+        draws = generator("mix negatives", 3, step, number)
+
+        def rule(similarity: Tensor, draws: torch.Generator = draws) -> list[Synthetics]:
+            pool = hardest(similarity, 6)
+            return [mix_pairs(queue, pool, 8, draws), mix_with_query(similarity, pool, 4, draws)]
+
+        query, key = (F.normalize(model(each[rows]), dim=-1) for each in (images, views))
+        losses.append(contrastive_loss(query, key, queue, 0.2, rule).loss)
+    return torch.stack(losses).mean()
+
+
+class Pair(nn.Module):
+    """A model with the loss inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(encoder(), nn.Tanh(), nn.Linear(5, 5))
+        self.encoder[2].weight.data, self.encoder[2].bias.data = embeddings(4, 5, 5), embeddings(5, 1, 5)[0]
+        self.loss = criterion()
+
+    def forward(self, images: Tensor, views: Tensor) -> Tensor:
+        return self.loss(self.encoder(images), self.encoder(views).detach())
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"])),
+    reason="torch.compile needs a C++ compiler, and there is none",
+)
+def test_compiled_equals_eager() -> None:
+    eager = Pair()
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model)
+    for step in range(3):
+        for each in (eager, compiled):
+            each.zero_grad()
+        found, expected = compiled(*whole_batch(step)), eager(*whole_batch(step))
+        found.backward()
+        expected.backward()
+        torch.testing.assert_close(found, expected)
+        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    assert model.loss.steps == 3
+    torch.testing.assert_close(model.loss.queue.keys, eager.loss.queue.keys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, r"temperature: found 0\.0; expected a number above 0"),
+        ({"temperature": -0.2}, r"temperature: found -0\.2; expected a number above 0"),
+        ({"temperature": float("nan")}, r"temperature: found nan; expected a number above 0"),
+        ({"num_hardest": 25}, r"num_hardest: found 25; expected 2 to 24 \(queue_size\)"),
+        ({"num_hardest": 1}, r"num_hardest: found 1; expected 2 to 24 \(queue_size\)"),
+        ({"num_hardest": 0, "num_pair_synthetics": 0}, r"num_hardest: found 0; expected 1 to 24"),
+        ({"queue_size": 0}, r"queue_size: found 0; expected at least 1"),
+        ({"dim": 0}, r"dim: found 0; expected at least 1"),
+        ({"num_pair_synthetics": -1}, r"num_pair_synthetics: found -1; expected at least 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        criterion(**changes)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "message"),
+    [
+        (embeddings(0).long(), embeddings(1), r"query: found torch\.int64; expected .* floating-point"),
+        (embeddings(0), embeddings(1).int(), r"key: found torch\.int32; expected .* floating-point"),
+        (embeddings(0, 4, 6), embeddings(1, 4, 6), r"query: found shape \(4, 6\); expected \(batch, 5\)"),
+        (embeddings(0), embeddings(1)[0], r"key: found shape \(5,\); expected \(batch, 5\)"),
+        (embeddings(0, 0), embeddings(1, 0), r"query: found shape \(0, 5\); .* batch of at least 1"),
+        (embeddings(0), embeddings(1, 3), r"found shapes \(4, 5\) and \(3, 5\); expected one shape"),
+        (embeddings(0, 30), embeddings(1, 30), "queue_size: found 24, and 30 keys a step"),
+        (embeddings(0).to("meta"), embeddings(1), "query: found on meta; the queue is on cpu"),
+    ],
+)  # fmt: skip
+def test_inputs_that_do_not_fit_are_refused(query: Tensor, key: Tensor, message: str) -> None:
+    loss = criterion()
+    before = copy.deepcopy(loss.queue.state_dict())
+    with pytest.raises(ValueError, match=message):
+        loss(query, key)
+    assert all(torch.equal(before[name], value) for name, value in loss.queue.state_dict().items())
+
+
+def test_a_large_batch_may_be_evaluated() -> None:
+    assert criterion().eval()(embeddings(0, 30), embeddings(1, 30)).isfinite()
+    assert criterion()(embeddings(0, 30), embeddings(1, 30), enqueue=False).isfinite()
+    with pytest.raises(ValueError, match="queue_size: found 24"):
+        criterion().enqueue(embeddings(1, 30))
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_mochi_is_light() -> None:
+    """The command line imports the package, and the loss needs none of the pipeline's packages."""
+    code = "import sys, mochi; assert mochi.__version__; print('torch' in sys.modules)"
+    assert run_python(code) == "False\n"
+    heavy = [
+        "pandas",
+        "snakemake",
+        "dvc",
+        "matplotlib",
+        "pydantic",
+        "yaml",
+        "pyarrow",
+        "PIL",
+        "safetensors",
+    ]
+    code = (
+        "import sys; from mochi import KeyQueue, MoCHiLoss, contrastive_loss; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    assert run_python(code) == "[]\n"
+
+
+def test_public_names() -> None:
+    import mochi
+
+    assert set(mochi.__all__) == {
+        "KeyQueue",
+        "MoCHiLoss",
+        "__version__",
+        "contrastive_loss",
+        "load_encoder",
+    }
+    assert set(mochi.__all__) <= set(dir(mochi))
+    assert all(getattr(mochi, name) is not None for name in mochi.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'MochiLoss'"):
+        mochi.MochiLoss  # noqa: B018

@@ -113,7 +113,7 @@ CHANGES = {
     "neighbours": (CONFIG, "k: 5", "k: 4", {"evaluate": 3, "report": 1}),
     "method": (CONFIG, "num_query_synthetics: 8, warmup_epochs: 1", "num_query_synthetics: 8, warmup_epochs: 0", NUMERIC),
     "default spelled out": (CONFIG, "queue_size:", "precision: auto\n  queue_size:", {}),
-    "checkpoints": (CONFIG, "queue_size:", "checkpoint_minutes: 1\n  queue_size:", {}),
+    "checkpoints": (CONFIG, "checkpoint_minutes: 0.001", "checkpoint_minutes: 1", {}),
     "fewer rows": (CONFIG, "seeds: [0, 1]}", "seeds: [0]}", {"report": 1}),
     "data": (CONFIG, "train_per_photo: ", "train_per_photo: 1", {"prepare": 1, **NUMERIC, "evaluate": 6}),
     "docstring": ("mochi/contrast/loss.py", "The contrastive loss over", "A new docstring of the loss over", {}),

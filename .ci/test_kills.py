@@ -22,7 +22,7 @@ MOMENTS = {
     "first checkpoint": "work/tiny/*/*/pretrain/*/checkpoint.safetensors",
     "first encoder": "results/tiny/encoders/mochi*/*/encoder.safetensors",
     "first evaluation": "results/tiny/evaluations/mochi*/*/*/metrics.json",
-    "report": "logs/tiny/report.log",
+    "report": "results/tiny/.publishing.*",
 }
 
 

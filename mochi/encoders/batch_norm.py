@@ -65,7 +65,7 @@ class _Grouped(torch.autograd.Function):
         for group, part, mean, variance in zip(
             input.split(ctx.sizes), output.split(ctx.sizes), means, variances, strict=True
         ):
-            statistics = {name: weight.new_empty(0) for name in ("save_mean", "save_invstd")}
+            statistics = {name: torch.empty_like(weight) for name in ("save_mean", "save_invstd")}
             torch.ops.aten.native_batch_norm.out(
                 group, weight, bias, mean, variance, True, momentum, eps, out=part, **statistics
             )
@@ -78,24 +78,28 @@ class _Grouped(torch.autograd.Function):
         """For input, weight and bias, where they are wanted."""
         images, weight, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        of_input = torch.empty_like(images) if wanted[0] else None
-        # Last group first: the order in which autograd would add up.
-        first, of_groups = len(images), []
-        for number, size in reversed(list(enumerate(ctx.sizes))):
-            first -= size
-            rows = slice(first, first + size)
+        of_input = torch.empty_like(images)
+        of_weight, of_bias = [], []
+        for part, grad, group, mean, invstd in zip(
+            *(tensor.split(ctx.sizes) for tensor in (of_input, grads[0], images)),
+            saved[::2],
+            saved[1::2],
+            strict=True,
+        ):
             found = torch.ops.aten.native_batch_norm_backward(
-                grads[0][rows], images[rows], weight, None, None, *saved[2 * number : 2 * number + 2],
-                True, ctx.eps, wanted,
-            )  # fmt: skip
-            if of_input is not None:
-                of_input[rows] = found[0]
-            of_groups.append(found[1:])
-        of_weight, of_bias = (
-            sum(parts[1:], parts[0]) if is_wanted else None
-            for parts, is_wanted in zip(zip(*of_groups, strict=True), wanted[1:], strict=True)
+                grad, group, weight, None, None, mean, invstd, True, ctx.eps, wanted
+            )
+            if wanted[0]:
+                part.copy_(found[0])
+            of_weight.append(found[1])
+            of_bias.append(found[2])
+        # Last group first: the order in which autograd would add up.
+        return (
+            of_input if wanted[0] else None,
+            sum(reversed(of_weight[:-1]), of_weight[-1]) if wanted[1] else None,
+            sum(reversed(of_bias[:-1]), of_bias[-1]) if wanted[2] else None,
+            *[None] * 4,
         )
-        return of_input, of_weight, of_bias, None, None, None, None
 
 
 def group_sizes(batch_size: int, num_groups: int) -> list[int]:

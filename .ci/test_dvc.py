@@ -84,6 +84,16 @@ def test_results_that_snakemake_has_computed_are_stored(finished: Project, tmp_p
     assert has_nothing_to_do(project)
 
 
+def test_tables_lose_a_row_that_the_experiment_lost(clone: Project) -> None:
+    """No encoder and no evaluation changes."""
+    text = (clone.folder / CONFIG).read_text()
+    (clone.folder / CONFIG).write_text(re.sub(r"  random-init: .*\n", "", text))
+    said = clone.succeed("dvc", "repro")
+    assert COMPUTED_AGAIN.findall(said) == ["report"]
+    assert "random-init" not in (clone.folder / "results/tiny/summary.md").read_text()
+    assert has_nothing_to_do(clone)
+
+
 def test_another_experiment_shares_the_data(clone: Project) -> None:
     clone.mochi("adopt")
     stages = yaml.safe_load((clone.folder / "dvc.yaml").read_text())

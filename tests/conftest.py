@@ -11,6 +11,7 @@ from hypothesis import settings
 from mochi.config import Experiment, load_experiment
 from mochi.data.ingest.prepare import prepare
 from tests.project import Project
+from tests.tiny import FILE
 
 # Machines are noisy: a slow example is no failure. The same examples every time: a red test stays red.
 settings.register_profile("mochi", deadline=None, print_blob=True, derandomize=True)
@@ -26,7 +27,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny() -> Experiment:
     """The experiment of tests/tiny.yaml."""
-    return load_experiment(Path(__file__).parent / "tiny.yaml")
+    return load_experiment(FILE)
 
 
 @pytest.fixture(scope="session")

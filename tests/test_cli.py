@@ -1,14 +1,11 @@
 """The commands as a user types them: a mistake ends in one message and exit code 1, never in a traceback,
 and nothing that was there is lost."""
 
-import io
 import json
 import re
 import shutil
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
@@ -19,18 +16,11 @@ import mochi
 from mochi import cli
 from mochi.config.datasets import Folder
 from mochi.data.ingest.prepare import prepare
+from tests.commands import refused, run
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests/tiny.yaml")
 MOCHI = "mochi-16-24-8"
-
-
-class Done(NamedTuple):
-    """What a command left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 @pytest.fixture(autouse=True)
@@ -44,23 +34,6 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def data(tiny_data: Path, tmp_path: Path) -> Path:
     """The tiny experiment's data set in the current folder."""
     return Path(shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name))
-
-
-def run(*arguments: str) -> Done:
-    """`mochi ARGUMENTS` in this process: a traceback would fail the test that calls it."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["mochi", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    return Done(int(ended.value.code or 0), out.getvalue(), err.getvalue())
-
-
-def refused(*arguments: str) -> str:
-    done = run(*arguments)
-    assert done.returncode == 1, done
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    return done.stderr
 
 
 def changed(tmp_path: Path, change: dict[str, Any]) -> str:

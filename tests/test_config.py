@@ -27,7 +27,7 @@ from mochi.config import (
     pretrain_run,
     probe_run,
 )
-from tests.detection.conftest import small_set
+from tests.detection.sets import small_set
 from tests.tiny import FILE, MOCHI, TINY, changed
 
 ROOT = Path(__file__).parents[1]

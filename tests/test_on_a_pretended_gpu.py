@@ -29,7 +29,8 @@ from mochi.pretraining import loop
 from mochi.pretraining import stage as pretraining_stage
 from mochi.pretraining.loop import TrainState
 from mochi.provenance.wanted import evaluated
-from tests.detection.conftest import detection, small_set, voc_image, voc_object  # noqa: F401 - a fixture
+from tests.detection.conftest import voc_image  # noqa: F401 - a fixture
+from tests.detection.sets import detection, small_set, voc_object
 from tests.pretend_gpu import MixError, PretendedGpu, pretended_gpu
 from tests.pretraining.runs import encoder_bytes, result_in, steps_done
 from tests.tiny import TINY

@@ -1,6 +1,5 @@
-"""Tiny annotated sets, a tiny detector, and the real sets where MOCHI_REAL_DATA names their folder."""
+"""Tiny annotated images, and the real sets where MOCHI_REAL_DATA names their folder."""
 
-import dataclasses
 import os
 import tarfile
 from collections.abc import Callable
@@ -11,64 +10,8 @@ import pytest
 from PIL import Image
 
 from mochi import encoders
-from mochi.config import DetectionModel, DetectionRun, DetectionSet, Encoder, Experiment, detection_run
 from mochi.encoders.files import save_encoder
-from mochi.provenance.wanted import Result, evaluated
-
-ENCODER = Encoder(architecture="resnet10", stem="half", width=4)
-
-
-def small_model(**changes: object) -> DetectionModel:
-    values = {
-        "masks": False, "anchor_sizes": [12.0, 24.0], "anchor_ratios": [0.5, 1.0, 2.0], "rpn_batch": 16,
-        "proposals_train": [60, 20], "proposals_test": [60, 10], "roi_size": 4, "roi_batch": 8,
-        "roi_positive": 0.25, "score_threshold": 0.0, "max_detections": 5,
-    }  # fmt: skip
-    return DetectionModel.model_validate({**values, **changes})
-
-
-def small_set(root: Path, *, data: dict[str, object] | None = None, model: dict[str, object] | None = None,
-              training: dict[str, object] | None = None) -> DetectionSet:  # fmt: skip
-    """A set over what `write_voc` wrote; changes by section."""
-    return DetectionSet.model_validate(
-        {
-            "data": {
-                "format": "voc", "path": str(root.parent), "train": [f"{root.name}/train"],
-                "test": [f"{root.name}/test"], "classes": ["square", "bar"], "rule": "11-point",
-                "broken_objects": "drop", "empty_images": "keep", **(data or {}),
-            },
-            "model": small_model(**(model or {})).model_dump(),
-            "training": {
-                "mode": "finetune", "seeds": [0], "lr": [0.02], "lr_batch_size": 2, "batch_size": 2,
-                "micro_batch": 2, "iterations": 4, "warmup_iterations": 1, "schedule": "step",
-                "lr_drops": [3], "momentum": 0.9, "weight_decay": 1e-4, "train_sizes": [32, 40],
-                "test_size": 32, "max_size": 64, "flip": True, "precise_bn_batches": 1,
-                "precision": "float32", **(training or {}),
-            },
-        }
-    )  # fmt: skip
-
-
-def detection(
-    tiny: Experiment, chosen: DetectionSet, encoder_file: Path, folder: Path
-) -> tuple[DetectionRun, Result]:
-    """Arguments of the stage: a set of the tiny experiment, an encoder and a folder for results."""
-    evaluation = tiny.evaluation.model_copy(update={"detection": {"few": chosen}})
-    experiment = tiny.model_copy(update={"evaluation": evaluation})
-    result = evaluated(experiment, "random-init", 0, "detection-few")
-    inputs = {**result.inputs, "encoder": encoder_file}
-    return detection_run(experiment, "random-init", 0, "few"), dataclasses.replace(
-        result, folder=folder, inputs=inputs
-    )
-
-
-def voc_object(name: str = "square", box: tuple[object, ...] | None = (5, 6, 20, 22), **tags: int) -> str:
-    sides = zip(("xmin", "ymin", "xmax", "ymax"), box or (), strict=False)
-    bounds = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
-    extra = "".join(f"<{tag}>{value}</{tag}>" for tag, value in tags.items())
-    return (
-        f"<object><name>{name}</name>{extra}" + (f"<bndbox>{bounds}</bndbox>" if box else "") + "</object>"
-    )
+from tests.detection.sets import ENCODER, voc_object
 
 
 @pytest.fixture

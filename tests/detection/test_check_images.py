@@ -14,7 +14,7 @@ from mochi.detection.annotations import AnnotationError, Annotations
 from mochi.detection.check_images import check_images
 from mochi.detection.stage import read_splits
 from mochi.encoders.files import save_encoder
-from tests.detection.conftest import detection, small_set
+from tests.detection.sets import detection, small_set
 
 
 @pytest.fixture

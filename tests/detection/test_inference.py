@@ -15,8 +15,8 @@ from mochi.detection.inference import detect
 from mochi.detection.model import Detector, build
 from mochi.runtime import distributed
 from mochi.runtime.precision import autocast
-from tests.detection.conftest import ENCODER, small_model
 from tests.detection.ranks import run_ranks
+from tests.detection.sets import ENCODER, small_model
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from mochi import encoders
 from mochi.detection.load_backbone import encoder_tensors, load_backbone
 from mochi.detection.model import build
 from mochi.encoders.files import EncoderError, digest
-from tests.detection.conftest import ENCODER, small_model
+from tests.detection.sets import ENCODER, small_model
 
 
 def test_every_tensor_arrives(encoder_file: Path) -> None:

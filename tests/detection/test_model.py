@@ -11,7 +11,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from mochi.config import DetectionModel, Encoder
 from mochi.detection.model import Anchors, Detector, box_losses, build
-from tests.detection.conftest import ENCODER, small_model
+from tests.detection.sets import ENCODER, small_model
 
 PAPER = DetectionModel(
     masks=False, anchor_sizes=[32, 64, 128, 256, 512], anchor_ratios=[0.5, 1, 2], rpn_batch=256,

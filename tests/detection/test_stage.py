@@ -20,8 +20,8 @@ from mochi.encoders.files import save_encoder
 from mochi.provenance.wanted import Result
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.storage.checkpoint import CheckpointError
-from tests.detection.conftest import detection, small_set
 from tests.detection.ranks import run_ranks
+from tests.detection.sets import detection, small_set
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from mochi.detection.training import FineTuning, FrozenBackbone, Recipe, Schedul
 from mochi.runtime import distributed
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.storage.checkpoint import CheckpointError
-from tests.detection.conftest import ENCODER, small_set
 from tests.detection.ranks import run_ranks
+from tests.detection.sets import ENCODER, small_set
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from mochi.detection import voc
 from mochi.detection.annotations import AnnotationError, Annotations, for_training
 from mochi.detection.batches import Images
-from tests.detection.conftest import voc_object
+from tests.detection.sets import voc_object
 
 Writer = Callable[..., Path]
 CLASSES = ["square", "bar"]

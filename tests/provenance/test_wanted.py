@@ -14,7 +14,7 @@ from mochi.provenance import wanted
 from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.record import Stopwatch, write_record
 from mochi.provenance.wanted import Result
-from tests.detection.conftest import small_set
+from tests.detection.sets import small_set
 from tests.tiny import MOCHI, with_protocol
 
 SCENES = {"image_size": 64, "num_train": 6, "num_test": 3, "seed": 0}

@@ -8,7 +8,7 @@ import pytest
 from mochi.config import Experiment
 from mochi.layout import Layout
 from mochi.report.collect import curves, scores
-from tests.detection.conftest import small_set
+from tests.detection.sets import small_set
 from tests.report.made_up import make_up
 from tests.tiny import MOCHI
 

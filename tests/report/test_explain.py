@@ -15,7 +15,7 @@ from mochi.provenance.wanted import RECORD, reported
 from mochi.report import stage
 from mochi.report.collect import MissingResultError
 from mochi.report.explain import explain
-from tests.detection.conftest import small_set
+from tests.detection.sets import small_set
 from tests.report.made_up import fine_tunings, make_up
 from tests.tiny import MOCHI, with_protocol
 

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from mochi.config import Experiment, parse_experiment
 from mochi.provenance.wanted import reported
 from mochi.report import stage
-from tests.detection.conftest import small_set
+from tests.detection.sets import small_set
 from tests.report.made_up import fine_tunings, is_detection, make_up, top1_of
 from tests.tiny import MOCHI, TINY
 

@@ -123,35 +123,27 @@ def metrics(folder: Path, method: str) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in timings} for row in csv.DictReader(file)]
 
 
-def test_two_processes_train_the_encoder_that_one_does(tiny_data: Path, tmp_path: Path) -> None:
-    """Weights, the running statistics that an evaluation normalises with, and the metrics of all images."""
-    experiment = with_recipe(precision="float32")
-    train(experiment, tiny_data, tmp_path / "one", "moco-v2")
-    torchrun(project(tmp_path / "two", experiment, tiny_data), "mochi", *pretrain_arguments("moco-v2"))
-    expected = load_file(tmp_path / "one/out/encoder.safetensors")
-    found = load_file(encoder_of(tmp_path / "two", "moco-v2"))
-    assert any(name.endswith("running_mean") for name in expected)
-    for name, value in expected.items():
-        # Ten steps of float32 in another order of summation.
-        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=2e-3, msg=name)
-    for one, two in zip(rows(tmp_path / "one"), metrics(tmp_path / "two", "moco-v2"), strict=True):
-        assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-3)
-        assert float(two["feature_std"]) == pytest.approx(float(one["feature_std"]), rel=1e-2)
+@pytest.mark.parametrize("row", [{}, {"objective": "supervised"}], ids=["contrastive", "supervised"])
+def test_two_processes_train_the_encoder_that_one_does(
+    row: dict[str, str], tiny_data: Path, tmp_path: Path
+) -> None:
+    """Weights, the running statistics that an evaluation normalises with, and the metrics of all images.
 
-
-def test_two_processes_train_the_supervised_row_that_one_does(tiny_data: Path, tmp_path: Path) -> None:
-    """An epoch: batch norm has the statistics of the whole batch, which half of it would change."""
-    content = changed("methods", {"supervised": {"objective": "supervised"}})
-    content["pretrain"] |= {"precision": "float32", "epochs": 1, "matching_epochs": []}
+    Few steps: the ranks sum in another order, and after many nothing can be compared.
+    """
+    content = changed("methods", {"row": row})
+    content["pretrain"] |= {"precision": "float32", "epochs": 1, "batch_size": 48, "matching_epochs": []}
     experiment = parse_experiment(content, "tiny")
-    train(experiment, tiny_data, tmp_path / "one", "supervised")
-    torchrun(project(tmp_path / "two", experiment, tiny_data), "mochi", *pretrain_arguments("supervised"))
+    train(experiment, tiny_data, tmp_path / "one", "row")
+    torchrun(project(tmp_path / "two", experiment, tiny_data), "mochi", *pretrain_arguments("row"))
     expected = load_file(tmp_path / "one/out/encoder.safetensors")
-    found = load_file(encoder_of(tmp_path / "two", "supervised"))
+    found = load_file(encoder_of(tmp_path / "two", "row"))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    (one,), (two,) = rows(tmp_path / "one"), metrics(tmp_path / "two", "supervised")
-    assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
+    (one,), (two,) = rows(tmp_path / "one"), metrics(tmp_path / "two", "row")
+    assert one.keys() == two.keys()
+    for name in one.keys() & {"loss", "accuracy", "accuracy_with_synthetics", "queue_fill"}:
+        assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5), name
 
 
 if __name__ == "__main__":

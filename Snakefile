@@ -4,7 +4,7 @@ from snakemake.utils import min_version
 min_version("9.18")
 
 
-# For `--software-deployment-method apptainer`; docs/container.md says how to make the file.
+# For `--software-deployment-method apptainer`; see docs/container.md.
 container: "mochi.sif"
 
 

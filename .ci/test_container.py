@@ -1,7 +1,7 @@
 """The image that the Dockerfile describes against what docs/container.md promises of it.
 
-The Dockerfile's own RUN steps are executed on a plain Debian base. Torch's layer is most of the image (7 GB):
-it is built with MOCHI_IMAGE=full in the environment; otherwise this host lends its torch, and all else
+The Dockerfile's own RUN steps are executed on a plain Debian base. Torch's layer, most of the image (7 GB),
+is built with MOCHI_IMAGE=full in the environment; otherwise this host lends its torch, and all else
 is built and tried the same.
 """
 

@@ -1,4 +1,4 @@
-"""After `git clone`, `git checkout` or `dvc pull`: which results are current, told to Snakemake."""
+"""Compare existing results with an experiment and tell Snakemake which are current."""
 
 import importlib.util
 import json
@@ -94,6 +94,7 @@ def _touch(config: Path) -> None:
     )
     if done.returncode:
         raise UserError(
-            f"snakemake --touch failed; expected result folders that this user may write to:\n"
+            "snakemake --touch failed; if its message is unclear, check that this user may write to "
+            "results/:\n"
             f"{(done.stdout + done.stderr)[-2000:]}"
         )

@@ -1,6 +1,6 @@
-"""The command line: one command for each stage, and commands that look, check and explain.
+"""The command line: one command for each stage, and commands that check, inspect and explain.
 
-Only this module prints or exits. Imports of heavy modules stand in the commands that need them, so that
+Only this module prints or exits. Imports of heavy modules are inside the commands that need them, so that
 `--help` and a stage that is up to date answer at once.
 """
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 100},
 )
-_LOOK, _STAGE = "Before and after", "Stages (run by the workflow)"
+_INSPECT, _STAGE = "Check and explain", "Stages (run by the workflow)"
 
 DEFAULT_CONFIG = Path("config/config.yaml")
 ConfigArgument = Annotated[
@@ -43,9 +43,12 @@ EncoderFile = Annotated[
     Path | None, typer.Option("--encoder", help="Encoder file. Default: the one that this run trained.")
 ]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Results folder. Default: in results/.")]
-OneGpu = Annotated[int | None, typer.Option("--gpus", min=0, max=1, help="0 or 1. Default: all visible.")]
+OneGpu = Annotated[
+    int | None,
+    typer.Option("--gpus", min=0, max=1, help="0 or 1. Default: the first visible, not claimed."),
+]
 Gpus = Annotated[
-    int | None, typer.Option(min=0, help="GPUs in all, one torchrun rank each. Default: all visible.")
+    int | None, typer.Option(min=0, help="GPUs in all, one torchrun rank each. Default: the first visible.")
 ]
 
 
@@ -58,7 +61,7 @@ def _options(
         raise typer.Exit
 
 
-@app.command(rich_help_panel=_LOOK)
+@app.command(rich_help_panel=_INSPECT)
 def check(
     config: ConfigArgument = DEFAULT_CONFIG,
     verify: Annotated[
@@ -78,7 +81,7 @@ def check(
     typer.echo(f"{experiment.name}: {len(experiment.methods)} methods, ready")
 
 
-@app.command(rich_help_panel=_LOOK)
+@app.command(rich_help_panel=_INSPECT)
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
     report: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
@@ -95,12 +98,12 @@ def inspect(
         write_json(report, found)
 
 
-@app.command(rich_help_panel=_LOOK)
+@app.command(rich_help_panel=_INSPECT)
 def plan(
     config: ConfigArgument = DEFAULT_CONFIG,
     measure: Annotated[bool, typer.Option(help="Time a few steps to estimate the hours.")] = True,
 ) -> None:
-    """Estimate the runs, steps, disk and hours of an experiment on this machine."""
+    """Estimate the runs, steps and pretraining hours of an experiment on this machine."""
     from mochi import preflight
     from mochi.config import load_experiment
 
@@ -108,16 +111,18 @@ def plan(
         typer.echo(line)
 
 
-@app.command(rich_help_panel=_LOOK)
+@app.command(rich_help_panel=_INSPECT)
 def adopt(
     config: ConfigArgument = DEFAULT_CONFIG,
     accept_code: Annotated[
         bool,
-        typer.Option("--accept-code", help="Keep results whose code changed; provenance.json says so."),
+        typer.Option("--accept-code", help="Keep results whose code changed; recorded in provenance.json."),
     ] = False,
-    restore: Annotated[bool, typer.Option("--restore", help="Take stale ones from DVC's cache.")] = False,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Replace stale results by current ones of DVC's cache.")
+    ] = False,
 ) -> None:
-    """Compare existing results with the experiment; tell Snakemake which of them are current."""
+    """Compare existing results with the experiment and tell Snakemake which are current."""
     from mochi import adopt as adoption
     from mochi.config import load_experiment
 
@@ -125,7 +130,7 @@ def adopt(
         typer.echo(line)
 
 
-@app.command(rich_help_panel=_LOOK)
+@app.command(rich_help_panel=_INSPECT)
 def explain(
     method: Annotated[str, typer.Argument(help="A row of the table.")],
     task: Annotated[str, typer.Argument(help="An evaluation, such as linear.")],
@@ -283,7 +288,7 @@ def detect(
     threads: Threads = 1,
     gpus: Gpus = None,
 ) -> None:
-    """Fine-tune an encoder as a detector, several times, and evaluate it."""
+    """Fine-tune an encoder as a detector, once for each seed, and evaluate each detector."""
     from mochi.config import detection_run, load_experiment
     from mochi.provenance.wanted import evaluated
     from mochi.stages import DETECTION
@@ -317,7 +322,7 @@ def report(config: ConfigFile = DEFAULT_CONFIG) -> None:
 
 
 def _is_current(result: Result) -> bool:
-    """Whether the results are there already; says so, or why they are computed again."""
+    """Whether the result is current; prints so, or why it is computed again."""
     reason = result.why_stale()
     if reason is None:
         typer.echo(f"{result.label}: up to date; to compute it again, remove {result.record}", err=True)
@@ -337,6 +342,8 @@ def _take_gpus(count: int | None, nodes: int = 1) -> None:
     """Claim GPUs before anything heavy is imported: this process may become torchrun here."""
     from mochi.runtime.launch import on_gpus
 
+    if count is None and nodes > 1:
+        raise UserError(f"--nodes: found {nodes} without --gpus; give the number of GPUs in all")
     if count is not None:
         on_gpus(count, nodes)
 

@@ -1,4 +1,4 @@
-"""Where everything lies, relative to the project's folder. The only module that spells these paths.
+"""Paths of data, results, checkpoints and logs, relative to the project's folder.
 
 `{method}` and `{seed}` may be wildcards of the workflow: the paths are built from text alone.
 """
@@ -53,7 +53,7 @@ class Layout:
         return Path("work", self.experiment) / _run(method, seed) / task
 
     def log(self, method: str, seed: int | str, task: str) -> Path:
-        """Log, benchmark and TensorBoard events of one job, without their suffixes."""
+        """Path of one job's log; `task` may carry a suffix, such as `.tsv`."""
         return Path("logs", self.experiment) / _run(method, seed) / task
 
 

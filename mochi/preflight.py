@@ -95,7 +95,7 @@ def plan(experiment: Experiment, *, measure: bool) -> list[str]:
 def _machine() -> Iterator[Finding]:
     device = pick_device()
     yield Finding("note", f"computing on {device}, {os.cpu_count()} CPU cores")
-    shared = Path("/dev/shm")  # noqa: S108 (looked at, not written to)
+    shared = Path("/dev/shm")  # noqa: S108 (read, not written)
     if shared.exists() and (size := shutil.disk_usage(shared).total) < _SMALL_SHARED_MEMORY:
         yield Finding(
             "warning",
@@ -105,7 +105,7 @@ def _machine() -> Iterator[Finding]:
 
 
 def _detection(experiment: Experiment) -> Iterator[Finding]:
-    """Detection sets that are not made here must be where the experiment says."""
+    """Detection sets that are not generated must exist."""
     for name, chosen in experiment.evaluation.detection.items():
         if chosen.data.scenes is None:
             for file in chosen.data.annotation_files():
@@ -192,7 +192,7 @@ def _sizes(experiment: Experiment, dataset: StoredDataset) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"augmentation.image_size: found {size}; images of train have a median short side of "
-            f"{short} px; `mochi inspect` says what fits",
+            f"{short} px; `mochi inspect` recommends a size",
         )
 
 

@@ -1,6 +1,6 @@
 """The table of stages: what computes each result, what it writes, and which code decides its numbers.
 
-Imported by the command line, the workflow, `mochi adopt` and the tests; it imports nothing.
+Imported by the command line, the workflow and the tests; it imports no other module of mochi.
 """
 
 from dataclasses import dataclass

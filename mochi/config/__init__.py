@@ -1,4 +1,4 @@
-"""What an experiment says, checked before anything is computed.
+"""Experiment files, checked before anything is computed.
 
 An *experiment* file (`config/*.yaml`) describes one table of results. `pretrain_run`, `probe_run` and
 `detection_run` turn (experiment, method, seed) into a *run*, which holds what one stage depends on.

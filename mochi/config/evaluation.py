@@ -1,4 +1,4 @@
-"""How frozen encoders are judged."""
+"""Evaluation of encoders."""
 
 from pathlib import Path
 from typing import Annotated, Self
@@ -9,7 +9,7 @@ from mochi.config.detection import DetectionSet
 from mochi.config.sections import Count, Name, PositiveReal, Real, Section
 
 EVALUATIONS = ("linear", "knn")
-"""Stages that judge frozen features; each has its section in `Evaluation`, beside the detection sets."""
+"""Evaluations of frozen features; each has a section in `Evaluation`."""
 
 
 class LinearProbe(Section):
@@ -21,8 +21,8 @@ class LinearProbe(Section):
     batch_size: Count
     lr: PositiveReal
     lr_candidates: list[PositiveReal] = []
-    """Trained beside `lr` on the same features; the best on a held-out part of train is reported
-    beside the protocol's own, never instead of it."""
+    """Trained on the same features as `lr`; the best on held-out training images is reported in addition
+    to `lr`, never instead."""
     momentum: Annotated[Real, Field(ge=0, lt=1)]
     weight_decay: Annotated[Real, Field(ge=0)]
     lr_drops: list[Count]
@@ -51,7 +51,7 @@ class NearestNeighbours(Section):
 
 
 class Evaluation(Section):
-    """How frozen encoders are judged."""
+    """Evaluation of encoders."""
 
     image_size: Count
     """Side of the centre crop, pixels."""
@@ -61,7 +61,7 @@ class Evaluation(Section):
     linear: LinearProbe | None = None
     knn: NearestNeighbours | None = None
     detection: dict[Name, DetectionSet] = {}
-    """Detection sets by name; a set's results stand in `detection-<name>`."""
+    """Detection sets by name; a set's results are in `detection-<name>`."""
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
@@ -84,6 +84,6 @@ class Evaluation(Section):
                 raise ValueError(
                     f"detection.{name}.data.path: found {data.path!r}, as in detection.{other}, with other "
                     "`scenes` or `classes`; a folder holds one set of scenes: make them equal, or give "
-                    "each a path of its own"
+                    "each a separate path"
                 )
         return self

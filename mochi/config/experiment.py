@@ -34,7 +34,7 @@ class Experiment(Section):
     pretrain: dict[str, Any]
     """The shared recipe: fields of `SharedRecipe`. A method overrides them key by key."""
     methods: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
-    """Row name -> what differs. Beside recipe keys: `seeds`, `augmentation`."""
+    """Row name -> what differs. Besides recipe keys: `seeds`, `augmentation`."""
     evaluation: Evaluation
 
     @field_validator("seeds")
@@ -224,7 +224,7 @@ def _require_seed(experiment: Experiment, method: str, seed: int, origin: str = 
 
 
 def _check_shared_recipe(experiment: Experiment, origin: str) -> None:
-    """Every key, whether or not a method goes by it."""
+    """Validate every key, whether or not a method uses it."""
     shared = experiment.pretrain
     if "objective" in shared:
         raise ConfigError(
@@ -235,7 +235,7 @@ def _check_shared_recipe(experiment: Experiment, origin: str) -> None:
 
 
 def _check_name(run: PretrainRun, origin: str) -> None:
-    """A row called mochi-N-s-s' must be what it says."""
+    """The numbers in a name mochi-N-s-s' must match the row's settings."""
     match = _MOCHI_NAME.match(run.method)
     if run.method.startswith("mochi") and not match:
         raise ConfigError(

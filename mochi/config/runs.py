@@ -24,8 +24,8 @@ class Run(Section):
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON.
 
-        Names and whatever is at its default are left out: a new optional key invalidates nothing. Of
-        the data set, the manifest counts, which is an input of the stage.
+        Names and defaults are left out, so a new optional key invalidates nothing. The data set enters
+        through its manifest, an input of the stage.
         """
         ignored = {"experiment": True, "method": True, **self._ignored}
         return self.model_dump(mode="json", exclude=ignored, exclude_defaults=True)

@@ -63,7 +63,7 @@ class Mixing(Section):
 
 
 class Untrained(Section):
-    """`random-init`: the floor of every table."""
+    """`random-init`: the baseline without training."""
 
     objective: Literal["none"]
 
@@ -77,7 +77,7 @@ class Training(Section):
     momentum: Annotated[Real, Field(ge=0, lt=1)]
     weight_decay: Annotated[Real, Field(ge=0)]
     schedule: Literal["cosine", "step"]
-    """cosine: per epoch, to zero without a floor. step: times 0.1 at 60% and 80% (MoCo-v1)."""
+    """cosine: per epoch, to zero without a minimum. step: times 0.1 at 60% and 80% (MoCo-v1)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the device has it in hardware."""
     checkpoint_minutes: PositiveReal = 5.0
@@ -85,7 +85,7 @@ class Training(Section):
 
 
 class Supervised(Training):
-    """Cross-entropy on the labels: the ceiling of every table."""
+    """Cross-entropy on the labels: the supervised upper bound."""
 
     objective: Literal["supervised"]
 
@@ -140,7 +140,6 @@ _SHARED: dict[str, Any] = {
     if name != "objective"
 }
 SharedRecipe = create_model("SharedRecipe", __base__=Section, **_SHARED)
-"""Any of the keys of `Contrastive`, each checked by itself: what they must be to each other is known of a
-whole recipe alone."""
+"""Keys of `Contrastive`, validated individually; cross-field rules apply only to a complete recipe."""
 
 Objective = Annotated[Untrained | Supervised | Contrastive, Field(discriminator="objective")]

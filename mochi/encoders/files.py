@@ -1,7 +1,7 @@
 """Encoder files: safetensors with the names of `ResNet.state_dict()`, which are torchvision's.
 
-A backbone whose names do not match and a warning in a log have cost people weeks: nothing fails, and the
-scores drop. Here every tensor is matched by name, shape and finite values, or the file is refused.
+A backbone loaded with mismatched names fails silently and lowers the scores. Here every tensor must match
+by name and shape and be finite, or the file is refused.
 """
 
 import hashlib

@@ -47,7 +47,7 @@ class ResumePoint:
         tensors, state = found
         code = self.code_digests[-1]
         if code not in state["code_digests"]:
-            logger.warning("the code changed since the checkpoint was written; provenance.json says so")
+            logger.warning("the code changed since the checkpoint was written; recorded in provenance.json")
         self.code_digests = list(dict.fromkeys([*state["code_digests"], code]))
         self._earlier_seconds = state["wall_seconds"]
         logger.info("%s resumes after epoch %d", self._label, state["done"])

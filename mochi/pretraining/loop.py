@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from mochi.config import Training
 from mochi.data.views.loading import Loading, steps_per_epoch
@@ -79,7 +80,7 @@ def train(
         optimizer: over the module's parameters.
         state: where to start; updated in place.
         loading: device, batch size, workers and ranks.
-        observer: told of steps, checks and epochs.
+        observer: notified of steps, checks and epochs.
     """
     device = loading.device
     num_steps = steps_per_epoch(objective.num_images, recipe.batch_size)
@@ -114,6 +115,17 @@ def train(
             observer.step_done(state)
         _close_epoch(objective, state, num_steps, lr, clock.speed())
         observer.epoch_done(state)
+
+
+def make_optimizer(module: nn.Module, recipe: Training) -> torch.optim.Optimizer:
+    """MoCo's SGD over the parameters that are trained."""
+    return torch.optim.SGD(
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        foreach=True,
+    )
 
 
 def _close_epoch(

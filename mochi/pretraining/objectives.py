@@ -27,7 +27,7 @@ class Objective(Protocol):
 
     @property
     def backbone(self) -> ResNet:
-        """The product."""
+        """The encoder to publish, without its head."""
 
     def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Any]:
         """This rank's batches from there to the end of the training, as one stream."""

@@ -18,7 +18,7 @@ from mochi.data.views.loading import Loading, steps_per_epoch
 from mochi.encoders import build_untrained
 from mochi.encoders.files import save_encoder
 from mochi.encoders.resnet import ResNet
-from mochi.pretraining.loop import TrainState, train
+from mochi.pretraining.loop import TrainState, make_optimizer, train
 from mochi.pretraining.objectives import Objective, make_objective
 from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.record import Stopwatch, write_record
@@ -63,7 +63,7 @@ def run(
             if isinstance(run.recipe, Contrastive) and (
                 text := queue_warning(run.recipe, objective.num_images)
             ):
-                logger.warning("warning: %s", text)
+                logger.warning("%s", text)
             objective.module.to(device).to(memory_format=torch.channels_last)
             session = _Session(run, run.recipe, objective, result, work, watch, events)
             session.train(device, workers)
@@ -116,16 +116,10 @@ class _Session:
             "manifest.json": file_digest(result.inputs["data"]),
         }
         self._num_steps = steps_per_epoch(objective.num_images, recipe.batch_size)
-        self._optimizer = torch.optim.SGD(
-            [parameter for parameter in objective.module.parameters() if parameter.requires_grad],
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            foreach=True,
-        )
+        self._optimizer = make_optimizer(objective.module, recipe)
         self.state = self._resume(result.code_digest)
         self._last_save = time.monotonic()
-        self._loss = "loss not checked yet"
+        self._loss_note = "loss not checked yet"
 
     def train(self, device: torch.device, workers: int) -> None:
         """All epochs that are left."""
@@ -136,13 +130,13 @@ class _Session:
 
     def step_done(self, state: TrainState) -> None:
         """Show progress."""
-        self._progress.advance(f"epoch {state.epoch}, {self._loss}")
+        self._progress.advance(f"epoch {state.epoch}, {self._loss_note}")
 
     def check(self, state: TrainState, step: int, lr: float) -> None:
         """Stop at NaN or Inf, else save when it is time."""
         norm = get_total_norm(self._objective.module.parameters()).item()
         check_finite(state.sums[0], step=step, lr=lr, last_good=self._saved, norm=norm)
-        self._loss = f"loss {state.sums[0] / state.step:.3f}"
+        self._loss_note = f"loss {state.sums[0] / state.step:.3f}"
         # The last step's state is complete once its epoch's row is appended.
         if state.step < self._num_steps:
             self._save_if_due()
@@ -192,7 +186,7 @@ class _Session:
             "%s resumes at epoch %d, step %d of %d", self._label, state.epoch, state.step, self._num_steps
         )
         if code not in state.code:
-            logger.warning("the code changed since the checkpoint was written; provenance.json says so")
+            logger.warning("the code changed since the checkpoint was written; recorded in provenance.json")
             state.code.append(code)
         return state
 

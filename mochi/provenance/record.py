@@ -14,8 +14,8 @@ from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.wanted import RECORD, Result
 from mochi.storage.atomic import write_json
 
-_PACKAGE = Path(mochi.__file__).parent
-_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyarrow")
+_PROJECT = Path(mochi.__file__).parents[1]
+_VERSIONED = ("torch", "torchvision", "numpy", "pillow", "pyarrow")
 
 
 class Stopwatch:
@@ -41,7 +41,7 @@ def write_record(new: Path, result: Result, watch: Stopwatch, **extra: Any) -> N
     record = {
         "stage": result.stage,
         "result": result.label,
-        "command": ["mochi", *sys.argv[1:]],
+        "command": _command(),
         "settings": dict(result.settings),
         "settings_digest": result.settings_digest,
         "code_digest": result.code_digest,
@@ -58,10 +58,24 @@ def write_record(new: Path, result: Result, watch: Stopwatch, **extra: Any) -> N
     write_json(new / RECORD, record)
 
 
+def _command() -> list[str]:
+    """The command as typed, and the experiment file that the workflow passes by the environment."""
+    arguments, config = sys.argv[1:], os.environ.get("MOCHI_CONFIG")
+    return [
+        "mochi",
+        *arguments,
+        *(
+            ["--config", config]
+            if config and not any(each.startswith("--config") for each in arguments)
+            else []
+        ),
+    ]
+
+
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that decide numbers."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in _VERSIONED:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -110,7 +124,7 @@ def _git() -> dict[str, Any] | None:
 
 def _ask_git(*arguments: str) -> str:
     done = subprocess.run(  # noqa: S603
-        ["git", "-C", str(_PACKAGE.parent), *arguments],  # noqa: S607
+        ["git", "-C", str(_PROJECT), *arguments],  # noqa: S607
         check=True,
         capture_output=True,
         text=True,

@@ -26,7 +26,7 @@ from mochi.config import (
 )
 from mochi.layout import Layout
 from mochi.provenance.fingerprint import code_digest, digest, file_digest
-from mochi.stages import DETECTION, STAGES, UNTRAINED
+from mochi.stages import DETECTION, STAGES, UNTRAINED, stage_of
 
 RECORD = "provenance.json"
 
@@ -40,7 +40,7 @@ class Result:
     """For messages, such as `moco-v2 seed 0 linear`."""
     folder: Path
     outputs: tuple[str, ...]
-    """Files in `folder`, provenance.json aside."""
+    """Files in `folder`, except provenance.json."""
     settings: Mapping[str, Any]
     inputs: Mapping[str, Path]
     """Name -> file that is read."""
@@ -85,11 +85,11 @@ class Result:
         for name in sorted(recorded.keys() | self.inputs.keys()):
             path = self.inputs.get(name)
             if path is None or name not in recorded:
-                return f"data: {name} is {'no longer' if path is None else 'now'} an input"
+                return f"input: {name} is {'no longer' if path is None else 'now'} an input"
             if not path.exists():
-                return f"data: {path} is missing"
+                return f"input: {path} is missing"
             if file_digest(path) != recorded[name]:
-                return f"data: {path} changed"
+                return f"input: {path} changed"
         return None
 
     def _changed_outputs(self, recorded: Mapping[str, str]) -> str | None:
@@ -102,7 +102,7 @@ class Result:
         return None
 
 
-CODE_CHANGED = "code"
+CODE_CHANGED = "its code changed"
 """The reason that `mochi adopt --accept-code` may overrule."""
 
 
@@ -182,13 +182,12 @@ def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Resu
     places = Layout(experiment.name)
     inputs = {"encoder": places.encoder(method, seed)}
     settings: dict[str, Any]
-    if task.startswith(DETECTION):
-        name = "detect"
+    name = stage_of(task)
+    if name == "detect":
         run = detection_run(experiment, method, seed, task.removeprefix(DETECTION))
         settings = run.settings()
         inputs |= {file: Path(file) for file in run.detection.data.annotation_files()}
     else:
-        name = task
         settings = probe_run(experiment, method, seed, task).settings()
         inputs["data"] = layout.dataset(experiment.dataset.name) / "manifest.json"
     return Result(
@@ -226,9 +225,10 @@ def reported(experiment: Experiment) -> Result:
     """Scores, tables and figures."""
     stage = STAGES["report"]
     places = Layout(experiment.name)
-    sources = [places.pretrain(*run) for run in all_runs(experiment)]
-    sources += [places.evaluation(*one) for one in evaluations(experiment)]
-    files = [path for folder in sources for path in _reported_files(folder)]
+    encoders = [places.pretrain(*run) for run in all_runs(experiment)]
+    scored = [places.evaluation(*one) for one in evaluations(experiment)]
+    files = [folder / name for folder in encoders for name in ("metrics.csv", "matching.csv", RECORD)]
+    files += [folder / name for folder in scored for name in ("metrics.json", RECORD)]
     return Result(
         stage="report",
         label="report",
@@ -245,13 +245,6 @@ def reported(experiment: Experiment) -> Result:
         inputs={str(path): path for path in [*files, layout.PUBLISHED]},
         modules=stage.numbers,
     )
-
-
-def _reported_files(folder: Path) -> list[Path]:
-    """What the report reads of one result."""
-    is_encoder = folder.parent.parent.name == "encoders"
-    names = ("metrics.csv", "matching.csv") if is_encoder else ("metrics.json",)
-    return [folder / name for name in (*names, RECORD)]
 
 
 def results(experiment: Experiment, listing: str = "") -> list[Result]:

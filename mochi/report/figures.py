@@ -1,4 +1,4 @@
-"""Figures: accuracy with spread, training curves, and what the negatives were like."""
+"""Figures: accuracy, training curves and negatives."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +74,7 @@ def _accuracy(scores: pd.DataFrame, methods: list[str], colours: dict[str, str])
 
 
 def _training(epochs: pd.DataFrame, methods: list[str], colours: dict[str, str]) -> Figure:
-    """Loss beside its chance level, and the proxy task with and without synthetic negatives (figure 2b)."""
+    """Loss with its chance level, and the proxy task with and without synthetic negatives (figure 2b)."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     loss_axes, accuracy_axes = _row_of(figure, 2)
     for method, mean, low, high in _bands(epochs, methods, "loss"):
@@ -128,7 +128,7 @@ def _negatives(
     ]
     for column, style, _ in kinds:
         for place, (method, mean, _, _) in enumerate(_bands(epochs, methods, column)):
-            # Wide below narrow: lines of two methods often lie on each other.
+            # Wide below narrow: lines of two methods often overlap.
             width = max(2.8 - 0.8 * place, 1.2)
             false_axes.plot(mean.index, 100 * mean, style, color=colours[method], linewidth=width)
     false_axes.set_xlabel("epoch")

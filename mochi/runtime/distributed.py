@@ -69,7 +69,7 @@ def pick_device() -> torch.device:
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver, as its kernel module says."""
+    """The version of NVIDIA's kernel driver."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
@@ -127,6 +127,6 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def wait() -> None:
-    """Go on once every process has come here."""
+    """Wait until every process has called this."""
     if world_size() > 1:
         dist.barrier()

@@ -1,6 +1,6 @@
-"""Which GPUs of this host a process uses: handed out by locks that the kernel drops with the process.
+"""Which GPUs of this host a process uses, claimed by locks that the kernel releases with the process.
 
-Snakemake counts GPUs (`resources: gpu`) and names none, so that two jobs would both use the first.
+Snakemake limits how many jobs use a GPU but assigns none, so two jobs would both use the first.
 """
 
 import fcntl

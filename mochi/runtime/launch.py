@@ -1,4 +1,4 @@
-"""From one command to its processes: one GPU, several of a host by torchrun, several nodes under Slurm."""
+"""Start one process, torchrun on several GPUs, or srun on several nodes from one command."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from mochi.errors import UserError
 from mochi.runtime import gpus
 
 REQUESTED_GPUS = "MOCHI_REQUESTED_GPUS"
-"""Environment variable: the GPUs of this host that were asked for, so that none is missed in silence."""
+"""Environment variable: the GPUs of this host that were asked for, so that a missing one is an error."""
 
 
 def on_gpus(count: int, nodes: int = 1) -> None:

@@ -8,7 +8,7 @@ from mochi.errors import UserError
 
 
 class NonFiniteError(UserError):
-    """NaN or Inf in a loss or in parameters: training cannot go on."""
+    """NaN or Inf in a loss or in parameters: training cannot continue."""
 
 
 def check_finite(loss: float, *, step: int, lr: float, last_good: Path, norm: float = 0.0) -> None:

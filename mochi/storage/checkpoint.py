@@ -40,7 +40,7 @@ def save(
         with replacing(path) as temporary:
             save_file(owned, temporary, metadata)
             if path.exists():
-                # A hard link, so that at no moment neither file exists.
+                # A hard link, so that one of the two files always exists.
                 with replacing(previous_of(path)) as link:
                     link.hardlink_to(path)
     except (OSError, SafetensorError) as error:

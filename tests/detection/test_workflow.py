@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,39 @@ def test_the_commands(folder: Path, encoder_file: Path, tiny: Experiment) -> Non
     assert done.returncode == 0, done.stderr
     assert json.loads(Path("out/metrics.json").read_text())["num_fine_tunings"] == 1
     assert not [path for path in Path("work").rglob("*") if path.is_file()]
+
+
+def test_a_finished_result_survives_the_attempt_to_replace_it(
+    folder: Path, encoder_file: Path, tiny: Experiment
+) -> None:
+    """Change `iterations`, start, kill, change back: the scores are there and nothing is computed."""
+    save_encoder(encoder_file, encoders.build(tiny.encoder))
+    assert run("scenes", "data/few-scenes", "--config", "tiny.yaml").returncode == 0
+    options = ("few", "--method", "random-init", "--seed", "0", "--config", "tiny.yaml")
+    options += ("--encoder", str(encoder_file), "--out", "out")
+    assert run("detect", *options).returncode == 0
+    before = Path("out/metrics.json").read_bytes()
+    text = Path("tiny.yaml").read_text()
+    changed = yaml.safe_load(text)
+    changed["evaluation"]["detection"]["few"]["training"]["iterations"] = 100_000
+    Path("tiny.yaml").write_text(yaml.safe_dump(changed))
+    started = subprocess.Popen(
+        [sys.executable, "-m", "mochi", "detect", *options], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not list(Path("work").glob("tiny/random-init/seed0/detection-few/*")):
+            assert started.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)
+    finally:
+        started.kill()
+        started.wait()
+    assert Path("out/metrics.json").read_bytes() == before
+    Path("tiny.yaml").write_text(text)
+    assert "up to date" in run("detect", *options).stderr
+    assert Path("out/metrics.json").read_bytes() == before
 
 
 def test_the_jobs_that_snakemake_announces(folder: Path) -> None:

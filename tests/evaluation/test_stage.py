@@ -35,7 +35,7 @@ def test_the_result_is_current_until_the_encoder_changes(
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert (record["stage"], record["result"]) == (task, f"random-init seed 0 {task}")
     save_encoder(encoder, build_untrained(tiny.encoder, seed=1))
-    assert result.why_stale() == f"data: {encoder} changed"
+    assert result.why_stale() == f"input: {encoder} changed"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from mochi.config.datasets import Folder
 from mochi.data.format import open_dataset
 from mochi.data.ingest.prepare import prepare
 from mochi.data.views.loading import Loading
-from mochi.pretraining.loop import TrainState, train
+from mochi.pretraining.loop import TrainState, make_optimizer, train
 from mochi.pretraining.objectives import make_objective
 from tests.tiny import MOCHI, changed
 
@@ -78,12 +78,7 @@ def losses(method: str, folder: Path) -> list[float]:
     for epoch in range(recipe.epochs):
         objective = make_objective(run, open_dataset(folder / "data"))
         objective.module.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(
-            [parameter for parameter in objective.module.parameters() if parameter.requires_grad],
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-        )
+        optimizer = make_optimizer(objective.module, recipe)
         observer, loading = OneEpoch(), Loading(recipe.batch_size, CPU)
         with suppress(StopIteration):
             train(objective, recipe, optimizer, TrainState(epoch=epoch), loading, observer)

@@ -134,15 +134,15 @@ def test_a_result_whose_files_differ_too_is_not_only_of_other_code(result: Resul
 def test_a_changed_missing_new_or_dropped_input_is_named(result: Result) -> None:
     encoder = result.inputs["encoder"]
     encoder.write_bytes(b"other weights")
-    assert result.why_stale() == f"data: {encoder} changed"
+    assert result.why_stale() == f"input: {encoder} changed"
     encoder.unlink()
-    assert result.why_stale() == f"data: {encoder} is missing"
+    assert result.why_stale() == f"input: {encoder} is missing"
     encoder.write_bytes(b"weights")
     assert result.why_stale() is None
     one = {"data": result.inputs["data"]}
-    assert replace(result, inputs=one).why_stale() == "data: encoder is no longer an input"
+    assert replace(result, inputs=one).why_stale() == "input: encoder is no longer an input"
     more = {**result.inputs, "labels": encoder}
-    assert replace(result, inputs=more).why_stale() == "data: labels is now an input"
+    assert replace(result, inputs=more).why_stale() == "input: labels is now an input"
 
 
 def test_an_input_may_move(result: Result, tmp_path: Path) -> None:

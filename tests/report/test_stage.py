@@ -55,7 +55,7 @@ def test_a_report_is_current_until_a_result_changes(tiny: Experiment, results: P
     assert reported(tiny).why_stale() is None
     metrics = Layout("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json"
     metrics.write_text('{"top1": 99.0}')
-    assert reported(tiny).why_stale() == f"data: {metrics} changed"
+    assert reported(tiny).why_stale() == f"input: {metrics} changed"
 
 
 def test_the_same_results_give_the_same_bytes(tiny: Experiment, results: Path) -> None:

@@ -52,13 +52,14 @@ wildcard_constraints:
     seed="[0-9]+",
 
 
-# Snakemake does not count GPUs. A job on a cluster has been given its own already.
+# Snakemake does not detect GPUs, so tell it their number. A cluster job already has its own.
 GPUS = gpus.visible()
 if workflow.is_main_process and "gpu" not in workflow.global_resources:
     workflow.register_resource("gpu", Resource("gpu", len(GPUS)))
 GPUS_PER_RUN = 1 if GPUS else 0
-# On a CPU, two runs of one thread each are faster than one run of two threads.
-THREADS_PER_RUN = 8 if GPUS_PER_RUN else 1
+# Loaders of one GPU need some cores, but no GPU may wait for cores. On a CPU, two runs of one thread each are
+# faster than one run of two threads.
+THREADS_PER_RUN = max(1, min(8, os.cpu_count() // len(GPUS))) if GPUS else 1
 
 
 # A job runs again when its settings or its code change: they are params of its rule. `mochi adopt` lets

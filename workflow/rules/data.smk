@@ -13,7 +13,7 @@ rule prepare:
     output:
         results_of(DATA, "prepare"),
     log:
-        PLACES.log("all", 0, "prepare").with_suffix(".log"),
+        f"logs/{NAME}/prepare.log",
     threads: workflow.cores or 1
     params:
         settings=settings_of(PREPARED),

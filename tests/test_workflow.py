@@ -83,11 +83,10 @@ QUERIES = [
 ]
 
 
-@pytest.mark.parametrize("stale", [False, True], ids=["current", "stale"])
-def test_looking_changes_no_file(copy: Project, stale: bool) -> None:
-    if stale:
-        copy.edit(CONFIG, "k: 5", "k: 4")
-        copy.edit("mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4")
+def test_looking_changes_no_file(copy: Project) -> None:
+    """Not even where results are stale."""
+    copy.edit(CONFIG, "k: 5", "k: 4")
+    copy.edit("mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4")
     before = copy.listing()
     for query in QUERIES:
         copy.succeed(*query)
@@ -112,8 +111,6 @@ CHANGES = {
     "probe": (CONFIG, "lr_drops: [3]", "lr_drops: [4]", {"evaluate": 3, "report": 1}),
     "neighbours": (CONFIG, "k: 5", "k: 4", {"evaluate": 3, "report": 1}),
     "method": (CONFIG, "num_query_synthetics: 8, warmup_epochs: 1", "num_query_synthetics: 8, warmup_epochs: 0", NUMERIC),
-    "default spelled out": (CONFIG, "queue_size:", "precision: auto\n  queue_size:", {}),
-    "checkpoints": (CONFIG, "checkpoint_minutes: 0.001", "checkpoint_minutes: 1", {}),
     "fewer rows": (CONFIG, "seeds: [0, 1]}", "seeds: [0]}", {"report": 1}),
     "data": (CONFIG, "train_per_photo: ", "train_per_photo: 1", {"prepare": 1, **NUMERIC, "evaluate": 6}),
     "docstring": ("mochi/contrast/loss.py", "The contrastive loss over", "A new docstring of the loss over", {}),
@@ -125,7 +122,6 @@ CHANGES = {
     "log message": ("mochi/pretraining/stage.py", "resumes at epoch", "continues at epoch", {}),
     "progress line": ("mochi/runtime/progress.py", "left", "to go", {}),
     "lock": ("mochi/runtime/locks.py", "0.2", "0.3", {}),
-    "finiteness": ("mochi/runtime/monitoring.py", "Lower the learning rate", "Use a lower learning rate", {}),
 }  # fmt: skip
 
 
@@ -141,7 +137,7 @@ def test_a_change_reruns_what_depends_on_it(project: Project, change: str) -> No
         path.write_text(before)
 
 
-@pytest.mark.parametrize("change", ["comment", "data", "neighbours", "formula", "log message", "table"])
+@pytest.mark.parametrize("change", ["data", "neighbours", "formula", "log message"])
 def test_in_a_clone_the_same_reruns_after_adopt(copy: Project, change: str) -> None:
     file, old, new, expected = CHANGES[change]
     copy.edit(file, old, new)

@@ -24,9 +24,12 @@ localrules:
     report,
 
 
+# The report alone would not do: where it is there, as in a clone, Snakemake does not miss what it was made from.
 rule all:
     default_target: True
     input:
+        rules.encoders.input,
+        rules.evaluations.input,
         rules.report.output,
 
 

@@ -26,15 +26,19 @@ class Builder:
     def __call__(self, *arguments: str, seconds: int = 600) -> str:
         """Run buildah; its output. Raises CalledProcessError with the output on failure."""
         storage = ["--root", f"{self.folder}/storage", "--runroot", f"{self.folder}/run"]
-        done = subprocess.run(
-            ["buildah", *storage, "--storage-driver", self.driver, *arguments],
-            env={**os.environ, "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(self.folder / "tmp")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
+        for _ in range(3):
+            done = subprocess.run(
+                ["buildah", *storage, "--storage-driver", self.driver, *arguments],
+                env={**os.environ, "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(self.folder / "tmp")},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=seconds,
+                check=False,
+            )
+            # buildah 1.28 loses a race now and then, before it starts the command.
+            if "sealing memfd copy: Device or resource busy" not in done.stdout:
+                break
         if done.returncode:
             raise RuntimeError(
                 f"buildah {' '.join(arguments)}: exit {done.returncode}\n{done.stdout[-20000:]}"

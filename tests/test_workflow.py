@@ -155,6 +155,15 @@ def test_an_optional_key_reruns_nothing(copy: Project) -> None:
     assert copy.jobs() == {}
 
 
+def test_a_removed_record_has_the_result_computed_again(copy: Project) -> None:
+    """As the message of a job that is up to date says; also what a clone without the runs' results does."""
+    (copy.folder / f"results/tiny/evaluations/{MOCHI}/seed0/knn/provenance.json").unlink()
+    assert copy.jobs() == {"evaluate": 1, "report": 1}
+    shutil.rmtree(copy.folder / "results/tiny/encoders")
+    shutil.rmtree(copy.folder / "results/tiny/evaluations")
+    assert copy.jobs() == {"pretrain": 3, "evaluate": 6, "report": 1}
+
+
 def test_adopt_says_what_will_be_computed_and_why(copy: Project) -> None:
     clone_of(copy)
     assert "tiny: 11 results are current, 0 will be computed" in copy.mochi("adopt")

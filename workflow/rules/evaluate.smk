@@ -60,6 +60,7 @@ rule detect:
 rule evaluations:
     input:
         [
-            PLACES.evaluation(*one) / "metrics.json"
+            PLACES.evaluation(*one) / name
             for one in wanted.evaluations(EXPERIMENT)
+            for name in ("metrics.json", wanted.RECORD)
         ],

@@ -1,5 +1,9 @@
 # One encoder for each method and seed.
-ENCODERS = [PLACES.encoder(*run) for run in all_runs(EXPERIMENT)]
+ENCODERS = [
+    PLACES.pretrain(*run) / name
+    for run in all_runs(EXPERIMENT)
+    for name in ("encoder.safetensors", wanted.RECORD)
+]
 
 
 rule pretrain:

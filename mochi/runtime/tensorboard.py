@@ -18,7 +18,7 @@ def write_events(folder: Path | None, row: Mapping[str, Any]) -> None:
         folder: of the training's events; None: write nothing.
         row: name -> value; `epoch` is the position on the horizontal axis, texts are left out.
     """
-    if folder is None or (writer := _writer(folder)) is None:
+    if folder is None or (writer := _writer(folder.resolve())) is None:
         return
     for name, value in row.items():
         if isinstance(value, int | float):

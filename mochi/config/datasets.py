@@ -36,10 +36,18 @@ class PhotoPatches(Source):
 
 
 class Folder(Source):
-    """Your own images: `path/{train,val}/<class>/*`, or any tree of unlabelled images."""
+    """Your own images: `path/{train,val}/<class>/*`, `path/<class>/*`, or any tree of unlabelled images."""
 
     source: Literal["folder"]
     path: str
+    class_folders: bool = False
+    """Without a folder `train`: the folders in `path` are the classes of one split."""
+    val_share: Annotated[Real, Field(gt=0, lt=1)] | None = None
+    """Without a folder `val` or `test`: the share of each class that becomes the split `val`, at least one
+    image of two. Which ones is a function of their paths."""
+    only_listed: list[str] = []
+    """Text files, relative to `path`, with one image a line, as VOC's image sets: its path, its name, or
+    its name without suffix. Other images are left out and counted."""
     max_unreadable: MaxUnreadable = 0.01
 
 

@@ -1,4 +1,4 @@
-"""Your own images: `train/<class>/*`, `val/<class>/*`, or any tree of images without labels."""
+"""Your own images: `train/<class>/*`, `val/<class>/*`, `<class>/*`, or any tree without labels."""
 
 import hashlib
 import json
@@ -38,11 +38,12 @@ def list_images(config: Folder) -> RawDataset:
     """List the images below `config.path`.
 
     A folder holding `train` has splits; below a split, the first level of folders are the classes, and
-    images outside any class, or in `unlabeled/`, carry no label. Anything else is one unlabelled split
-    `train`. Links are followed, except those back to a folder above.
+    images outside any class, or in `unlabeled/`, carry no label. Anything else is one split `train`, with
+    the first level of folders as classes where `class_folders` says so. Links are followed, except those
+    back to a folder above.
 
     Raises:
-        DataError: no such folder, no image in it, or images to test on but none to train on.
+        DataError: no such folder, list or image in it, or images to test on but none to train on.
     """
     root = Path(config.path)
     if not root.is_dir():
@@ -57,28 +58,34 @@ def list_images(config: Folder) -> RawDataset:
             f"{root / 'train'}/<class>/ (or {root / 'train'} without labels)"
         )
     has_splits = bool(found)
-    if top and not has_splits:
+    if config.only_listed:
+        paths = _listed(root, paths, config.only_listed, ignored)
+    if top and not has_splits and not config.class_folders:
         logger.warning(
             "%s: no train folder in it, so all images are one split without labels; "
-            "if its folders (%s) are classes, put them under train/ and val/",
+            "if its folders (%s) are classes, set class_folders: true and val_share, or put them under "
+            "train/ and val/",
             as_text(str(root)),
             as_text(", ".join(top[:3]) + (", ..." if len(top) > 3 else "")),
         )
     splits: dict[str, list[tuple[str, str | None]]] = {}
     for path in paths:
-        split, name = _place(path) if has_splits else ("train", None)
+        split, name = _place(path, has_splits=has_splits, class_folders=config.class_folders)
         if split is None:
             ignored["outside train, val and test"] += 1
         else:
             splits.setdefault(split, []).append((path, name))
     if "val" not in splits and "test" in splits:
         splits["val"] = splits.pop("test")
-    if not splits:
+    if "val" not in splits and config.val_share is not None:
+        train, val = _split_off(splits.get("train", []), config.val_share)
+        splits |= {"train": train, **({"val": val} if val else {})}
+    if not any(splits.values()):
         raise DataError(
             f"{root}: found 0 images; expected files of any image type in train/<class>/, val/<class>/ or "
             f"anywhere below; ignored: {dict(ignored) or 'nothing'}"
         )
-    classes = _classes(root, top, splits) if has_splits else []
+    classes = _classes(root, top, splits, has_splits=has_splits)
     number = {name: label for label, name in enumerate(classes)}
     return RawDataset(
         source=f"folder {as_text(root.name)}",
@@ -86,20 +93,73 @@ def list_images(config: Folder) -> RawDataset:
         classes=[as_text(name) for name in classes],
         splits={split: _file_split(root, rows, number) for split, rows in splits.items()},
         ignored=dict(ignored),
-        listing=listing(root),
+        listing=listing(config),
         max_unreadable=config.max_unreadable,
     )
 
 
-def listing(root: Path) -> str:
-    """Digest of the paths of all images below a folder; no file is opened."""
-    names = "\n".join(walk(root))
-    return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
+def listing(config: Folder) -> str:
+    """Digest of the paths of all images below `config.path` and of the lists; no image is opened."""
+    root = Path(config.path)
+    digest = hashlib.sha256(os.fsencode("\n".join(walk(root))))
+    for file in config.only_listed:
+        digest.update((root / file).read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def _place(path: str) -> tuple[str | None, str | None]:
+def _listed(root: Path, paths: list[str], lists: list[str], ignored: Counter[str]) -> list[str]:
+    """The paths that the lists name."""
+    names: set[str] = set()
+    for file in lists:
+        try:
+            lines = (root / file).read_bytes().splitlines()
+        except OSError as error:
+            raise DataError(
+                f"dataset.only_listed: {root / file}: cannot be read: {error.strerror}; expected a text "
+                "file with one image a line"
+            ) from None
+        for line in map(os.fsdecode, lines):
+            # Class-wise lists of VOC carry a second column, -1 where the class is absent.
+            name, _, mark = line.strip().rpartition(" ")
+            if mark not in {"-1", "0", "1"} or not name:
+                names.add(line.strip())
+            elif mark != "-1":
+                names.add(name.strip())
+    kept = []
+    for path in paths:
+        base = path.rpartition("/")[2]
+        if not names.isdisjoint({path, base, base.rpartition(".")[0]} - {""}):
+            kept.append(path)
+    ignored["not in the lists of dataset.only_listed"] += len(paths) - len(kept)
+    return kept
+
+
+def _split_off(
+    rows: list[tuple[str, str | None]], share: float
+) -> tuple[list[tuple[str, str | None]], list[tuple[str, str | None]]]:
+    """(train, val): of every class the share whose paths have the smallest digests, in the old order."""
+    of_class: dict[str | None, list[str]] = {}
+    for path, name in rows:
+        of_class.setdefault(name, []).append(path)
+    val: set[str] = set()
+    for name, paths in of_class.items():
+        if name is not None and len(paths) > 1:
+            count = min(max(round(share * len(paths)), 1), len(paths) - 1)
+            val.update(sorted(paths, key=_digest)[:count])
+    train = [row for row in rows if row[0] not in val]
+    return train, [row for row in rows if row[0] in val]
+
+
+def _digest(path: str) -> bytes:
+    return hashlib.sha256(os.fsencode(path)).digest()
+
+
+def _place(path: str, *, has_splits: bool, class_folders: bool) -> tuple[str | None, str | None]:
     """(split, class or None) of a path such as `train/daisy/1.jpg`."""
     parts = path.split("/")
+    if not has_splits:
+        labelled = class_folders and len(parts) > 1 and parts[0] not in UNLABELLED_FOLDERS
+        return "train", parts[0] if labelled else None
     if parts[0] in UNLABELLED_FOLDERS:
         return "train", None
     split = SPLITS.get(parts[0].lower()) if len(parts) > 1 else None
@@ -107,10 +167,14 @@ def _place(path: str) -> tuple[str | None, str | None]:
     return split, parts[1] if labelled else None
 
 
-def _classes(root: Path, top: list[str], splits: dict[str, list[tuple[str, str | None]]]) -> list[str]:
+def _classes(
+    root: Path, top: list[str], splits: dict[str, list[tuple[str, str | None]]], *, has_splits: bool
+) -> list[str]:
     """Names of the class folders of every split, the empty ones too, so that numbers stay stable."""
     if not any(name for rows in splits.values() for _, name in rows):
         return []
+    if not has_splits:
+        return [name for name in top if name not in UNLABELLED_FOLDERS]
     names = {
         entry.name
         for folder in top
@@ -136,7 +200,7 @@ def current_listing(dataset: Dataset, prepared: Path) -> str:
     if not isinstance(dataset, Folder):
         return ""
     if Path(dataset.path).is_dir():
-        return listing(Path(dataset.path))
+        return listing(dataset)
     try:
         record = json.loads((prepared / "provenance.json").read_text(encoding="utf-8"))
         return str(record["settings"]["listing"])

@@ -23,7 +23,7 @@ class Stage:
 _ENCODERS = ("mochi.encoders.__init__", "mochi.encoders.resnet")
 _VIEWS = ("mochi.data.format", "mochi.data.ingest.decode", "mochi.data.views")
 _RUNTIME = ("mochi.runtime.distributed", "mochi.runtime.precision", "mochi.runtime.transfer")
-_FEATURES = ("mochi.evaluation.features", *_ENCODERS, *_VIEWS, *_RUNTIME)
+_FEATURES = ("mochi.evaluation.confusion", "mochi.evaluation.features", *_ENCODERS, *_VIEWS, *_RUNTIME)
 _PHOTOGRAPHS = ("mochi.data.photographs", "mochi.data.ingest.decode", "mochi.data.views.counter_rng")
 
 _CONTRAST = tuple(
@@ -62,7 +62,7 @@ STAGES = {
         ),
     ),
     "pretrain": Stage(
-        outputs=("encoder.safetensors", "metrics.csv", "matching.csv"),
+        outputs=("encoder.safetensors", "head.safetensors", "metrics.csv", "matching.csv"),
         numbers=(
             *_CONTRAST,
             "mochi.encoders.batch_norm",
@@ -77,10 +77,12 @@ STAGES = {
         ),
     ),
     "linear": Stage(
-        outputs=("metrics.json",),
+        outputs=("metrics.json", "confusion.csv"),
         numbers=("mochi.evaluation.tasks.linear", "mochi.runtime.seeding", *_FEATURES),
     ),
-    "knn": Stage(outputs=("metrics.json",), numbers=("mochi.evaluation.tasks.knn", *_FEATURES)),
+    "knn": Stage(
+        outputs=("metrics.json", "confusion.csv"), numbers=("mochi.evaluation.tasks.knn", *_FEATURES)
+    ),
     "detect": Stage(
         outputs=("metrics.json", "detections.png", "precision_recall.csv", "precision_recall.png"),
         numbers=(

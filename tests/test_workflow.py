@@ -40,7 +40,13 @@ def clone_of(project: Project) -> None:
 def test_everything_is_there(project: Project) -> None:
     results = project.folder / "results/tiny"
     for run in ("random-init/seed0", f"{MOCHI}/seed0", f"{MOCHI}/seed1"):
-        for file in ("encoder.safetensors", "metrics.csv", "matching.csv", "provenance.json"):
+        for file in (
+            "encoder.safetensors",
+            "head.safetensors",
+            "metrics.csv",
+            "matching.csv",
+            "provenance.json",
+        ):
             assert (results / "encoders" / run / file).stat().st_size > 0
         for task in ("linear", "knn"):
             assert (results / "evaluations" / run / task / "metrics.json").stat().st_size > 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from mochi.config import ProbeRun
 from mochi.data.format import open_dataset
 from mochi.encoders.files import digest, load_encoder
+from mochi.evaluation.confusion import write_confusion
 from mochi.evaluation.features import Frozen, labelled_split, precision_on
 from mochi.evaluation.resume import ResumePoint
 from mochi.provenance.record import Stopwatch, write_record
@@ -16,7 +17,7 @@ from mochi.storage.atomic import publishing, write_json
 
 
 def run(run: ProbeRun, result: Result, work: Path, *, workers: int = 0) -> None:
-    """Evaluate a frozen encoder and publish metrics.json and provenance.json.
+    """Evaluate a frozen encoder and publish metrics.json, confusion.csv and provenance.json.
 
     Args:
         run: the task and its protocol.
@@ -44,6 +45,7 @@ def run(run: ProbeRun, result: Result, work: Path, *, workers: int = 0) -> None:
     metrics = task.evaluate(Frozen(run, encoder, dataset, device, workers, resume_point))
     assert digest(encoder.state_dict()) == before, "the evaluation changed the encoder"
     with publishing(result.folder) as new:
+        write_confusion(new / "confusion.csv", metrics.pop("confusion", []), dataset.classes)
         write_json(new / "metrics.json", metrics)
         write_record(
             new,

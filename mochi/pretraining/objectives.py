@@ -29,6 +29,10 @@ class Objective(Protocol):
     def backbone(self) -> ResNet:
         """The encoder to publish, without its head."""
 
+    @property
+    def head(self) -> nn.Module | None:
+        """What maps its features to the space of the contrastive loss, if that is the objective."""
+
     def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Any]:
         """This rank's batches from there to the end of the training, as one stream."""
 
@@ -73,6 +77,11 @@ class ContrastiveObjective:
     def backbone(self) -> ResNet:
         """The query encoder without its head."""
         return self._moco.backbone
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The query encoder's projection head."""
+        return self._moco.query_encoder.get_submodule("head")
 
     def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Views]:
         """Two views of every image."""
@@ -149,6 +158,11 @@ class SupervisedObjective:
     def backbone(self) -> ResNet:
         """The classifier without its last layer."""
         return self._backbone
+
+    @property
+    def head(self) -> nn.Module | None:
+        """No space of a contrastive loss."""
+        return None
 
     def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Images]:
         """One view of every labelled image."""

@@ -1,15 +1,13 @@
 """The pretraining stage: from a data set to an encoder, its metrics and its provenance."""
 
-import csv
 import logging
 import time
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils import get_total_norm
 
 from mochi.config import Contrastive, PretrainRun, Training
@@ -29,7 +27,7 @@ from mochi.runtime.precision import make_deterministic, use_bfloat16
 from mochi.runtime.progress import Progress
 from mochi.runtime.tensorboard import write_events
 from mochi.storage import checkpoint
-from mochi.storage.atomic import publishing
+from mochi.storage.atomic import publishing, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +39,9 @@ def run(
 
     Args:
         run: what to train.
-        result: receives encoder.safetensors, metrics.csv, matching.csv, provenance.json; its input `data`
-            is the manifest of the prepared data set.
+        result: receives encoder.safetensors, head.safetensors (no tensors without a contrastive loss),
+            metrics.csv, matching.csv and provenance.json; its input `data` is the manifest of the prepared
+            data set.
         work: folder of the resume checkpoint; removed at the end.
         workers: processes that load images.
         events: folder for TensorBoard events; None: none.
@@ -58,6 +57,7 @@ def run(
     with process_group(device):
         if not isinstance(run.recipe, Training):
             state, encoder = TrainState(code=[result.code_digest]), build_untrained(run.encoder, run.seed)
+            head = None
         else:
             objective = make_objective(run, open_dataset(result.inputs["data"].parent))
             if isinstance(run.recipe, Contrastive) and (
@@ -68,8 +68,9 @@ def run(
             session = _Session(run, run.recipe, objective, result, work, watch, events)
             session.train(device, workers)
             state, encoder = session.state, objective.backbone
+            head = objective.head
         if rank() == 0:
-            _publish(run, encoder, state, result, watch)
+            _publish(run, encoder, head, state, result, watch)
             checkpoint.discard(_saved(work))
 
 
@@ -192,14 +193,20 @@ class _Session:
 
 
 def _publish(
-    run: PretrainRun, encoder: ResNet, state: TrainState, result: Result, watch: Stopwatch
+    run: PretrainRun,
+    encoder: ResNet,
+    head: nn.Module | None,
+    state: TrainState,
+    result: Result,
+    watch: Stopwatch,
 ) -> None:
     """Write the results; all of them move into their folder at the end."""
     bfloat16 = isinstance(run.recipe, Training) and use_bfloat16(pick_device(), run.recipe.precision)
     with publishing(result.folder) as new:
         save_encoder(new / "encoder.safetensors", encoder)
-        _write_csv(new / "metrics.csv", ["epoch"], state.rows)
-        _write_csv(new / "matching.csv", ["epoch", "rank", "probability"], state.matching)
+        save_encoder(new / "head.safetensors", head or nn.Module())
+        write_rows(new / "metrics.csv", ["epoch"], state.rows)
+        write_rows(new / "matching.csv", ["epoch", "rank", "probability"], state.matching)
         write_record(
             new,
             result,
@@ -209,13 +216,3 @@ def _publish(
             code_digests=state.code,
             wall_seconds=round(state.wall_seconds + watch.seconds(), 3),
         )
-
-
-def _write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows as CSV; columns that only some rows have stay empty elsewhere."""
-    rows = list(rows)
-    names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -4,13 +4,14 @@ A temporary name carries host and process number. What a killed writer left is r
 of the same file on that host; on another host the number means nothing, and the file stays.
 """
 
+import csv
 import json
 import os
 import re
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,16 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON whole, keys in the order given. Bytes of file names that are not UTF-8 stay readable."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(path, text.encode("utf-8", "backslashreplace").decode())
+
+
+def write_rows(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV whole; columns that only some rows have stay empty elsewhere."""
+    rows = list(rows)
+    names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def require_writable(folder: Path) -> None:

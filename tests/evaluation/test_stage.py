@@ -4,6 +4,7 @@ result."""
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -49,6 +50,9 @@ def test_the_same_encoder_gets_the_same_numbers(
     once = evaluate(experiment, task, encoder_file, tiny_data, tmp_path / "once")
     torch.manual_seed(2)
     assert evaluate(experiment, task, encoder_file, tiny_data, tmp_path / "again") == once
+    confusion = pd.read_csv(tmp_path / "once" / "confusion.csv")
+    right = confusion[confusion["class"] == confusion["predicted"]]["images"].sum()
+    assert 100 * right / confusion["images"].sum() == pytest.approx(once["top1"], abs=1e-3)
 
 
 @pytest.mark.parametrize("task", TASKS)

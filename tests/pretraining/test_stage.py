@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from mochi.config import Experiment, Training, parse_experiment, pretrain_run
 from mochi.contrast import moco as moco_module
+from mochi.encoders.heads import projection_head
 from mochi.encoders.resnet import ResNet
 from mochi.errors import DataError
 from mochi.pretraining import loop, stage
@@ -43,6 +44,8 @@ def uninterrupted(tiny: Experiment, tiny_data: Path, tmp_path_factory: pytest.Te
 
 def test_the_product_is_a_torchvision_encoder(uninterrupted: Path, tiny: Experiment) -> None:
     ResNet(tiny.encoder).load_state_dict(load_file(uninterrupted / "out" / "encoder.safetensors"))
+    head = load_file(uninterrupted / "out" / "head.safetensors")
+    projection_head(64, 16, "mlp").load_state_dict(head)
     assert not list((uninterrupted / "work").iterdir()), "no checkpoint is left"
 
 
@@ -166,6 +169,7 @@ def test_an_interrupted_training_leaves_the_result_of_before(
 def test_random_init_is_the_seeds_first_weights(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
     train(tiny, tiny_data, tmp_path, "random-init")
     assert rows(tmp_path) == []
+    assert load_file(tmp_path / "out" / "head.safetensors") == {}
     weights = load_file(tmp_path / "out" / "encoder.safetensors")
     torch.manual_seed(0)
     for name, value in ResNet(tiny.encoder).state_dict().items():

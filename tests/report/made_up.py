@@ -85,6 +85,7 @@ def _pretraining(run: PretrainRun) -> dict[str, str]:
     ]
     return {
         "encoder.safetensors": f"{run.method} {run.seed}",
+        "head.safetensors": "",
         "metrics.csv": _csv(epochs, ["epoch"]),
         "matching.csv": _csv(matching, ["epoch", "rank", "probability"]),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mochi.config import NearestNeighbours
+from mochi.evaluation.confusion import confusion
 from mochi.evaluation.features import Frozen, extract_split
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def evaluate(frozen: Frozen) -> dict[str, Any]:
     """Classify the validation images by their neighbours in train.
 
     Returns:
-        metrics.json: `top1` in percent, k, temperature and the numbers of images.
+        metrics.json: `top1` in percent, k, temperature and the numbers of images; and `confusion`.
 
     Raises:
         DataError: a split has no labelled image.
@@ -51,6 +52,7 @@ def evaluate(frozen: Frozen) -> dict[str, Any]:
         "temperature": settings.temperature,
         "num_train": len(train),
         "num_val": len(val),
+        "confusion": confusion(val_labels, predicted),
     }
 
 

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from mochi.config import LinearProbe
 from mochi.data.views.loading import Loading, random_crops
+from mochi.evaluation.confusion import confusion
 from mochi.evaluation.features import Frozen, extract_split, features_of, labelled_split
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.progress import Progress
@@ -43,7 +44,8 @@ def evaluate(frozen: Frozen) -> dict[str, Any]:
     """Train the probe and evaluate it on the validation images.
 
     Returns:
-        metrics.json: `top1` and `top5` of the last epoch, in percent, and the comparison of rates.
+        metrics.json: `top1` and `top5` of the last epoch, in percent, and the comparison of rates; and
+        `confusion` at the protocol's learning rate.
 
     Raises:
         DataError: a split has no labelled image.
@@ -59,7 +61,8 @@ def evaluate(frozen: Frozen) -> dict[str, Any]:
     _train(frozen, protocol, probes, train)
     scores = probes.scores(_chunks(val, val_labels), ALL)
     comparison = probes.scores(train.held_out_batches(), WITHOUT_HELD_OUT)
-    return _metrics(protocol, probes.rates, scores, comparison, len(train.held_out), len(val))
+    metrics = _metrics(protocol, probes.rates, scores, comparison, len(train.held_out), len(val))
+    return metrics | {"confusion": confusion(val_labels, probes.predictions(val))}
 
 
 def _train(
@@ -133,6 +136,11 @@ class Probes(nn.Module):
             count += len(labels)
         percent = (100 * right.double() / count).where(finite, math.nan)
         return [{"top1": round(a, 4), "top5": round(b, 4)} for a, b in percent.T.tolist()]
+
+    @torch.no_grad()
+    def predictions(self, features: Tensor) -> Tensor:
+        """(V, D) features -> (V,) classes, by the first rate's classifier, trained on all of train."""
+        return torch.cat([self(rows)[0, :, ALL].argmax(1) for rows in features.split(_CHUNK)])
 
 
 class _Scaling(NamedTuple):

@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help reproduce test test-slow lint lock
+.PHONY: help reproduce test test-slow lint docs mutants lock
 
 help:
 	@echo "make reproduce   environment from the lock, then the embedded experiment, end to end"
 	@echo "make test        environment, then the whole test suite"
 	@echo "make test-slow   kills, scale, Slurm, the image: needs root, slurm-wlm, munge, buildah, debootstrap"
-	@echo "make lint        environment, then format, lint, types, import rules and the workflow"
+	@echo "make lint        environment, then format, lint, spelling, types, import rules, workflow, documentation"
+	@echo "make docs        the documentation as HTML, in build/docs"
+	@echo "make mutants     change the numeric code bit by bit; list what no test notices (hours)"
 	@echo "make lock        resolve requirements.lock again from pyproject.toml"
 
 # The command `mochi` runs the code of the folder it is called in, as `python -m mochi` does: a copy of the project
@@ -37,8 +39,18 @@ lint: $(VENV)/.ready
 	ruff check .
 	snakefmt --check Snakefile workflow
 	mypy
+	codespell
 	lint-imports
 	snakemake --lint
+	sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+
+docs: $(VENV)/.ready
+	sphinx-build --quiet docs build/docs
+	@echo build/docs/index.html
+
+mutants: $(VENV)/.ready
+	mutmut run
+	mutmut results
 
 lock: $(VENV)/.ready
 	pip --disable-pip-version-check install --quiet uv

@@ -1,6 +1,6 @@
 """MoCHi: hard negative mixing for contrastive learning, from raw images to the paper's tables."""
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -144,6 +144,16 @@ def explain(
         typer.echo(line)
 
 
+@app.command(rich_help_panel=_INSPECT)
+def schema() -> None:
+    """Print the keys of an experiment file as a JSON Schema, for editors."""
+    import json
+
+    from mochi.config.schema import schema as experiment_schema
+
+    typer.echo(json.dumps(experiment_schema(), indent=2))
+
+
 @app.command(rich_help_panel=_STAGE)
 def prepare(
     config: ConfigFile = DEFAULT_CONFIG,

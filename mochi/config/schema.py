@@ -1,0 +1,51 @@
+"""The keys of an experiment file as a JSON Schema, for editors and for the documentation."""
+
+from typing import Any
+
+from pydantic import BaseModel, create_model
+
+from mochi.config.experiment import Experiment
+from mochi.config.sections import CountOrZero, Section
+from mochi.config.training import Augmentation, SharedRecipe
+
+
+def _optional(name: str, about: str, *models: type[BaseModel], **more: Any) -> type[Section]:
+    """A section with the keys of `models`, none of them mandatory."""
+    fields: dict[str, Any] = {
+        key: (field.rebuild_annotation(), field.get_default() if not field.is_required() else None)
+        for model in models
+        for key, field in model.model_fields.items()
+    }
+    section: type[Section] = create_model(name, __base__=Section, __doc__=about, **(fields | more))
+    for model in models:
+        for key, field in model.model_fields.items():
+            section.model_fields[key].description = field.description
+    return section
+
+
+PRETRAIN_KEYS = _optional("Pretrain", "The recipe that every method shares.", SharedRecipe)
+METHOD_KEYS = _optional(
+    "Method",
+    "A row of the table: what differs from `pretrain`.",
+    SharedRecipe,
+    objective=(str, "contrastive"),
+    seeds=(list[CountOrZero], None),
+    augmentation=(_optional("MethodAugmentation", "What differs from `augmentation`.", Augmentation), None),
+)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of an experiment file."""
+    whole = Experiment.model_json_schema()
+    for key, model in (("pretrain", PRETRAIN_KEYS), ("methods", METHOD_KEYS)):
+        keys = model.model_json_schema()
+        for each in keys["properties"].values():
+            if each.get("default", ...) is None:
+                del each["default"]  # not a default: the shared recipe or the section has the value
+        whole["$defs"] |= keys.pop("$defs", {}) | {model.__name__: keys}
+        reference = {"$ref": f"#/$defs/{model.__name__}"}
+        about = whole["properties"][key].get("description")
+        whole["properties"][key] = (
+            reference if key == "pretrain" else {"type": "object", "additionalProperties": reference}
+        ) | ({"description": about} if about else {})
+    return whole

@@ -1,0 +1,52 @@
+"""The JSON Schema of experiment files: valid, and true for the files that are there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+from typer.testing import CliRunner
+
+from mochi.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def schema() -> Any:
+    done = CliRunner().invoke(app, ["schema"])
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    Draft202012Validator.check_schema(found)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_experiment_fits_the_schema(schema: Any, path: Path) -> None:
+    Draft202012Validator(schema).validate(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["dataset", "pach_size"], 3),
+        (["pretrain", "temprature"], 0.1),
+        (["methods", "moco-v2", "epochs"], "many"),
+        (["encoder", "width"], 0),
+    ],
+)
+def test_mistakes_do_not_fit(schema: Any, keys: list[str], value: object) -> None:
+    experiment = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    section = experiment
+    for key in keys[:-1]:
+        section = section[key]
+    section[keys[-1]] = value
+    assert list(Draft202012Validator(schema).iter_errors(experiment))
+
+
+def test_keys_are_described(schema: Any) -> None:
+    """Editors show the docstrings of the fields."""
+    assert "Side of a view" in schema["$defs"]["Augmentation"]["properties"]["image_size"]["description"]
+    assert "key_momentum" in schema["$defs"]["Pretrain"]["properties"]

@@ -103,11 +103,14 @@ def plan(
     config: ConfigArgument = DEFAULT_CONFIG,
     measure: Annotated[bool, typer.Option(help="Time a few steps to estimate the hours.")] = True,
 ) -> None:
-    """Estimate the runs, steps and pretraining hours of an experiment on this machine."""
-    from mochi import preflight
+    """Estimate the runs, steps, hours, memory and disk of an experiment on this machine.
+
+    Measures for a minute at most, with the threads and workers that the workflow gives each run.
+    """
+    from mochi import plan as planning
     from mochi.config import load_experiment
 
-    for line in preflight.plan(load_experiment(config), measure=measure):
+    for line in planning.plan(load_experiment(config), measure=measure):
         typer.echo(line)
 
 

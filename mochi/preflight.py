@@ -1,17 +1,12 @@
-"""What can be known about an experiment before anything is computed.
-
-Does it fit its data and this machine, how much work is it, and how long does it take here?
-"""
+"""Everything that a later stage would refuse, found before anything is computed."""
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from mochi import layout
 from mochi.config import (
@@ -26,13 +21,12 @@ from mochi.config import (
 )
 from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.ingest.sources.folder import current_listing
-from mochi.data.views.loading import Loading, steps_per_epoch
+from mochi.data.views.loading import steps_per_epoch
 from mochi.errors import DataError
 from mochi.pretraining.objectives import make_objective
 from mochi.pretraining.stage import queue_warning
 from mochi.provenance.wanted import prepared
 from mochi.runtime.distributed import pick_device
-from mochi.runtime.precision import autocast
 
 _MEASURED_STEPS = 5
 _SMALL_SHARED_MEMORY = 1 << 30
@@ -57,39 +51,6 @@ def check(experiment: Experiment, *, verify: bool = False) -> list[Finding]:
         verify: read the prepared files whole and compare their sha256 with the manifest's.
     """
     return [*_machine(), *_detection(experiment), *_data(experiment, verify)]
-
-
-def plan(experiment: Experiment, *, measure: bool) -> list[str]:
-    """Runs, steps, disk and, with `measure`, hours from a few timed steps of each method.
-
-    Raises:
-        DataError: the data set is not prepared: the number of steps depends on it.
-    """
-    folder = layout.dataset(experiment.dataset.name)
-    dataset = open_dataset(folder)
-    lines, total_hours, num_runs = [], 0.0, 0
-    for method in experiment.methods:
-        seeds = method_seeds(experiment, method)
-        run = pretrain_run(experiment, method, seeds[0])
-        num_runs += len(seeds)
-        if not isinstance(run.recipe, Training):
-            lines.append(f"{method}: {len(seeds)} runs, nothing to train")
-            continue
-        steps = run.recipe.epochs * steps_per_epoch(
-            make_objective(run, dataset).num_images, run.recipe.batch_size
-        )
-        text = f"{method}: {len(seeds)} runs of {steps} steps"
-        if measure:
-            seconds = _seconds_per_step(run, run.recipe, dataset)
-            hours = len(seeds) * steps * seconds / 3600
-            total_hours += hours
-            text += f", {seconds:.3f} s a step, {hours:.2f} h"
-        lines.append(text)
-    gigabytes = shutil.disk_usage(folder).free / 1e9
-    lines.append(f"{num_runs} runs; {gigabytes:.0f} GB of disk are free under {folder}")
-    if measure:
-        lines.append(f"pretraining: {total_hours:.2f} h if the runs go one after another on this device")
-    return lines
 
 
 def _machine() -> Iterator[Finding]:
@@ -194,26 +155,3 @@ def _sizes(experiment: Experiment, dataset: StoredDataset) -> Iterator[Finding]:
             f"augmentation.image_size: found {size}; images of train have a median short side of "
             f"{short} px; `mochi inspect` recommends a size",
         )
-
-
-def _seconds_per_step(run: PretrainRun, recipe: Training, dataset: StoredDataset) -> float:
-    """Median time of a few training steps, data loading included."""
-    device = pick_device()
-    objective = make_objective(run, dataset)
-    objective.module.to(device).to(memory_format=torch.channels_last)
-    # The last epoch: past the warm-up without synthesis.
-    batches = objective.batches(Loading(recipe.batch_size, device), recipe.epochs - 1, 0)
-    times = []
-    for _ in range(_MEASURED_STEPS):
-        start = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            break
-        with autocast(device, recipe.precision):
-            loss, _ = objective.loss(batch, recipe.epochs - 1, 0)
-        loss.backward()
-        objective.after_update(last_of_epoch=False)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]

@@ -135,11 +135,22 @@ def test_verify_reads_everything(data: Path) -> None:
     assert re.search(r"error: \S*train-images.npy: missing or corrupt", done.stdout)
 
 
-def test_plan_counts_runs_and_steps(data: Path) -> None:
-    done = run("plan", TINY, "--measure")
+def test_plan_counts_runs_steps_and_evaluations_of_the_experiments_own_data(tmp_path: Path) -> None:
+    assert run("prepare", "--config", TINY).returncode == 0
+    done = run("plan", TINY)
     assert done.returncode == 0, done.stderr
     assert f"{MOCHI}: 2 runs of 10 steps" in done.stdout
-    assert "3 runs;" in done.stdout
+    for line in (
+        "linear: 3 evaluations that encode 224 images each",
+        "3 runs;",
+        "peak memory: ",
+        "at once: ",
+    ):
+        assert line in done.stdout
+    content = yaml.safe_load(Path(TINY).read_text())
+    content["dataset"]["train_per_photo"] = 11
+    said = refused("plan", changed(tmp_path, content))
+    assert "not the data set of this experiment (settings: dataset.train_per_photo 10 -> 11)" in said
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from mochi.layout import Layout
 from mochi.provenance import wanted
 from mochi.runtime import gpus
 from mochi.runtime.locks import hold
+from mochi.runtime.shares import threads_per_run
 
 # One file is one experiment. Two would be merged key by key, so the default is read only if none is given.
 if not workflow.configfiles:
@@ -57,9 +58,7 @@ GPUS = gpus.visible()
 if workflow.is_main_process and "gpu" not in workflow.global_resources:
     workflow.register_resource("gpu", Resource("gpu", len(GPUS)))
 GPUS_PER_RUN = 1 if GPUS else 0
-# Loaders of one GPU need some cores, but no GPU may wait for cores. On a CPU, two runs of one thread each are
-# faster than one run of two threads.
-THREADS_PER_RUN = max(1, min(8, os.cpu_count() // len(GPUS))) if GPUS else 1
+THREADS_PER_RUN = threads_per_run(len(GPUS))
 
 
 # A job runs again when its settings or its code change: they are params of its rule. `mochi adopt` lets

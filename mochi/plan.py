@@ -1,0 +1,410 @@
+"""How much work an experiment is, and how long it takes here: a few real steps of each kind, timed."""
+
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mochi import layout
+from mochi.config import (
+    DetectionRun,
+    Encoder,
+    Experiment,
+    LinearProbe,
+    PretrainRun,
+    ProbeRun,
+    Training,
+    detection_run,
+    detection_runs,
+    method_seeds,
+    pretrain_run,
+    probe_run,
+    probes,
+)
+from mochi.data.format import StoredDataset, open_dataset
+from mochi.data.ingest.sources.folder import current_listing
+from mochi.data.views.loading import Loading, centre_crops, steps_per_epoch
+from mochi.encoders import build_untrained
+from mochi.encoders.files import save_encoder
+from mochi.errors import DataError, UserError
+from mochi.evaluation.features import features_of
+from mochi.pretraining.loop import TrainState, make_optimizer, train
+from mochi.pretraining.objectives import make_objective
+from mochi.provenance.wanted import prepared
+from mochi.runtime import gpus
+from mochi.runtime.distributed import pick_device
+from mochi.runtime.shares import runs_at_once, threads_per_run, workers_of
+
+MEASURING_SECONDS = 60.0
+_STEPS = 12
+_SIDE_BY_SIDE = 1.25
+"""Runs side by side share caches and memory: the upper end of the range allows for so much."""
+
+
+class Seconds(NamedTuple):
+    """A time with its range."""
+
+    low: float
+    high: float
+
+    def times(self, count: float) -> "Seconds":
+        """So many of them."""
+        return Seconds(self.low * count, self.high * count)
+
+    def plus(self, other: "Seconds") -> "Seconds":
+        """Both, one after the other."""
+        return Seconds(self.low + other.low, self.high + other.high)
+
+    def __str__(self) -> str:
+        unit, name = (3600, "h") if self.high >= 3600 else (60, "min") if self.high >= 60 else (1, "s")
+        low, high = (_two_digits(value / unit) for value in self)
+        return f"{low} {name}" if low == high else f"{low} to {high} {name}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+@dataclass
+class _Machine:
+    """What a run gets here."""
+
+    device: torch.device
+    threads: int
+    at_once: int
+
+    @classmethod
+    def this(cls) -> "_Machine":
+        device = pick_device()
+        count = len(gpus.visible()) if device.type == "cuda" else 0
+        return cls(device, threads_per_run(count), runs_at_once(count))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.device}; {self.at_once} runs at once, each {self.threads} threads and "
+            f"{workers_of(self.threads)} loading workers"
+        )
+
+
+class _Budget:
+    """Time for what is still to be measured, shared equally."""
+
+    def __init__(self, seconds: float, items: int) -> None:
+        self._end, self._left = time.monotonic() + seconds, items
+
+    def share(self) -> float:
+        """Seconds for the next item."""
+        seconds = max(self._end - time.monotonic(), 0.0) / max(self._left, 1)
+        self._left -= 1
+        return seconds
+
+
+_START = Seconds(2.0, 8.0)
+"""Of a job: imports and the reading of what was computed before."""
+
+
+def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SECONDS) -> Iterator[str]:
+    """Lines of the plan, each as soon as it is known: runs, steps, hours, memory, disk.
+
+    Args:
+        experiment: what is to be computed.
+        measure: time some steps of every row, of the encoding and of every detection set.
+        seconds: for all measurements together, about.
+
+    Raises:
+        DataError: the data set is not prepared, or is not the one of this experiment: the number of steps
+            depends on it.
+    """
+    folder = layout.dataset(experiment.dataset.name)
+    dataset = open_dataset(folder)
+    stale = prepared(experiment.dataset, folder, current_listing(experiment.dataset, folder)).why_stale()
+    if stale is not None:
+        raise DataError(
+            f"{folder}: not the data set of this experiment ({stale}); prepare it: "
+            "`mochi prepare --config FILE`"
+        )
+    machine = _Machine.this()
+    torch.set_num_threads(machine.threads)
+    trained = [
+        name
+        for name in experiment.methods
+        if isinstance(pretrain_run(experiment, name, method_seeds(experiment, name)[0]).recipe, Training)
+    ]
+    sets = list(experiment.evaluation.detection)
+    budget = _Budget(seconds, len(trained) + bool(probes(experiment)) + len(sets))
+    if measure:
+        yield f"measured on {machine}"
+    jobs: list[Seconds] = []
+    bytes_a_run = _bytes_of(experiment.encoder)
+    num_runs = 0
+    for method in experiment.methods:
+        seeds = method_seeds(experiment, method)
+        run = pretrain_run(experiment, method, seeds[0])
+        num_runs += len(seeds)
+        if not isinstance(run.recipe, Training):
+            yield f"{method}: {len(seeds)} runs, nothing to train"
+            continue
+        steps = run.recipe.epochs * steps_per_epoch(
+            make_objective(run, dataset).num_images, run.recipe.batch_size
+        )
+        text = f"{method}: {len(seeds)} runs of {steps} steps"
+        if measure:
+            step = seconds_per_step(run, dataset, machine.threads, budget.share())
+            jobs += [step.times(steps).plus(_START)] * len(seeds)
+            text += f", {step.low:.3f} to {step.high:.3f} s a step, {step.times(steps)} a run"
+        yield text
+    if probes(experiment):
+        yield from _probes(experiment, dataset, machine, budget, jobs, measure=measure)
+    for name in sets:
+        yield from _detection(experiment, name, machine, budget, jobs, measure=measure)
+    yield from _totals(dataset, machine, jobs, num_runs, bytes_a_run, measure=measure)
+
+
+def _probes(
+    experiment: Experiment,
+    dataset: StoredDataset,
+    machine: _Machine,
+    budget: _Budget,
+    jobs: list[Seconds],
+    *,
+    measure: bool,
+) -> Iterator[str]:
+    """One line for each evaluation on frozen features."""
+    runs = sum(len(method_seeds(experiment, method)) for method in experiment.methods)
+    first = next(iter(experiment.methods))
+    seed = method_seeds(experiment, first)[0]
+    image: Seconds | None = None
+    for task in probes(experiment):
+        run = probe_run(experiment, first, seed, task)
+        encoded = _encoded_images(run, dataset)
+        text = f"{task}: {runs} evaluations that encode {encoded} images each"
+        if measure:
+            image = image or _seconds_per_image(run, dataset, machine, budget.share())
+            jobs += [image.times(encoded).plus(_START)] * runs
+            text += f", {image.times(encoded)} each"
+        yield text
+
+
+def _encoded_images(run: ProbeRun, dataset: StoredDataset) -> int:
+    """Images that pass through the encoder: with random crops all of train in every epoch."""
+    splits = dataset.manifest["splits"]
+    labelled = {name: int(entry["count"] - entry["unlabelled"]) for name, entry in splits.items()}
+    protocol, passes = run.protocol, 1
+    if isinstance(protocol, LinearProbe) and protocol.min_scale is not None:
+        passes = protocol.epochs
+    return passes * labelled.get("train", 0) + labelled.get("val", 0)
+
+
+def _detection(
+    experiment: Experiment,
+    name: str,
+    machine: _Machine,
+    budget: _Budget,
+    jobs: list[Seconds],
+    *,
+    measure: bool,
+) -> Iterator[str]:
+    """One line for a detection set: its fine-tunings, and the search for a learning rate."""
+    runs = detection_runs(experiment, name)
+    run = detection_run(experiment, *runs[0], name)
+    training = run.detection.training
+    iterations = len(training.seeds) * training.iterations
+    if len(training.lr) > 1:
+        iterations += len(training.lr) * (training.search_iterations or 0)
+    steps = round(iterations * training.lr_batch_size / training.batch_size)
+    text = f"detection {name}: {len(runs)} encoders, {steps} iterations each"
+    if measure:
+        share = budget.share()
+        try:
+            step, num_test = _seconds_per_iteration(run, machine, share)
+        except UserError as error:
+            yield f"{text}; its hours are not counted: {str(error).splitlines()[0]}"
+            return
+        # Predicting takes about half of training on as many images.
+        evaluated = len(training.seeds) * num_test / (2 * training.batch_size)
+        each = step.times(steps + evaluated)
+        jobs += [each.plus(_START)] * len(runs)
+        text += f", {step.low:.2f} to {step.high:.2f} s an iteration, {each} each with its evaluation"
+    yield text
+
+
+def _totals(
+    dataset: StoredDataset,
+    machine: _Machine,
+    jobs: Sequence[Seconds],
+    num_runs: int,
+    bytes_a_run: int,
+    *,
+    measure: bool,
+) -> Iterator[str]:
+    needed = num_runs * bytes_a_run + 8 * machine.at_once * bytes_a_run  # results; resume checkpoints
+    free = shutil.disk_usage(dataset.folder).free
+    yield (
+        f"{num_runs} runs; about {_size(needed)} of disk for encoders and resume checkpoints; "
+        f"{_size(free)} are free under {dataset.folder}"
+    )
+    if not measure:
+        return
+    if machine.device.type == "cuda":
+        peak = f"{_size(torch.cuda.max_memory_allocated())} of GPU memory a run"
+    else:
+        peak = (
+            f"{_size(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)} a run, "
+            f"{machine.at_once} at once"
+        )
+    yield f"peak memory: {peak}"
+    total = Seconds(sum(job.low for job in jobs), sum(job.high for job in jobs))
+    yield f"all of it, one after another: {total}"
+    yield f"{machine.at_once} at once: {makespan(jobs, machine.at_once)}"
+
+
+def makespan(jobs: Sequence[Seconds], at_once: int) -> Seconds:
+    """Jobs on so many places: at least their mean load, and at least the longest of them."""
+    if not jobs:
+        return Seconds(0.0, 0.0)
+    low = max(*(job.low for job in jobs), sum(job.low for job in jobs) / at_once)
+    high = max(*(job.high for job in jobs), sum(job.high for job in jobs) / at_once)
+    return Seconds(low, high * (_SIDE_BY_SIDE if at_once > 1 else 1.0))
+
+
+class _EnoughError(Exception):
+    """The time to measure is over."""
+
+
+class _Timer:
+    """An observer of a training that times its steps and ends it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.times: list[float] = []
+        self._last = time.monotonic()
+        self._end = self._last + seconds
+
+    def step_done(self, state: TrainState) -> None:
+        """Take the time; stop after enough steps or seconds, but not before the second step."""
+        del state
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.monotonic()
+        self.times.append(now - self._last)
+        self._last = now
+        if len(self.times) > _STEPS or (len(self.times) > 1 and now > self._end):
+            raise _EnoughError
+
+    def check(self, state: TrainState, step: int, lr: float) -> None:
+        """Nothing: a few steps harm nothing."""
+
+    def epoch_done(self, state: TrainState) -> None:
+        """Nothing."""
+
+
+def seconds_per_step(run: PretrainRun, dataset: StoredDataset, threads: int, seconds: float) -> Seconds:
+    """Time of a training step with its loading, in the training loop itself.
+
+    Args:
+        run: a row that is trained.
+        dataset: its data.
+        threads: of the run, as the workflow gives them.
+        seconds: for the measurement, about; at least two steps are taken.
+    """
+    recipe = run.recipe
+    assert isinstance(recipe, Training)
+    device = pick_device()
+    objective = make_objective(run, dataset)
+    objective.module.to(device).to(memory_format=torch.channels_last)
+    steps = steps_per_epoch(objective.num_images, recipe.batch_size)
+    # The last epochs: past any warm-up.
+    state = TrainState(epoch=max(recipe.epochs - 1 - _STEPS // steps, 0))
+    timer = _Timer(seconds)
+    loading = Loading(recipe.batch_size, device, workers_of(threads))
+    with suppress(_EnoughError):
+        train(objective, recipe, make_optimizer(objective.module, recipe), state, loading, timer)
+    return _range(timer.times)
+
+
+def _range(times: Sequence[float]) -> Seconds:
+    """Low and high of repeated times; the first holds what is done once."""
+    rest = sorted(times[1:]) or [times[0]]
+    middle = rest[len(rest) // 2]
+    return Seconds(rest[0], max(rest[-1] if len(rest) < 4 else rest[-2], 1.1 * middle))
+
+
+def _seconds_per_image(run: ProbeRun, dataset: StoredDataset, machine: _Machine, seconds: float) -> Seconds:
+    """Time to load and encode an image."""
+    encoder = (
+        build_untrained(run.encoder, 0).to(machine.device).to(memory_format=torch.channels_last).eval()
+    )
+    split = dataset.split("train")
+    loading = Loading(run.batch_size, machine.device, workers_of(machine.threads))
+    batches = centre_crops(split, loading, resize=run.resize, image_size=run.image_size)
+    times, start, end = [], time.monotonic(), time.monotonic() + seconds
+    for batch in batches:
+        features_of(encoder, batch.images)
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.monotonic()
+        times.append((now - start) / len(batch.images))
+        start = now
+        if now > end or len(times) > _STEPS:
+            break
+    return _range(times)
+
+
+def _seconds_per_iteration(run: DetectionRun, machine: _Machine, seconds: float) -> tuple[Seconds, int]:
+    """Time of an iteration of a detector's fine-tuning from an untrained encoder; number of test images.
+
+    Raises:
+        UserError: the set cannot be used, or is not there yet.
+    """
+    from mochi.detection.annotations import for_training  # noqa: PLC0415 (an extra)
+    from mochi.detection.batches import Images  # noqa: PLC0415
+    from mochi.detection.stage import read_splits  # noqa: PLC0415
+    from mochi.detection.training import FineTuning, FrozenBackbone, Recipe  # noqa: PLC0415
+
+    chosen = run.detection
+    train_part, test = read_splits(chosen.data, masks=chosen.model.masks)
+    images = Images(for_training(train_part, chosen.data.empty_images))
+    # Statistics are computed once a fine-tuning: not part of an iteration.
+    few = {"precise_bn_batches": min(chosen.training.precise_bn_batches, 1)}
+    settings = chosen.model_copy(update={"training": chosen.training.model_copy(update=few)})
+    times: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "encoder.safetensors")
+        save_encoder(weights, build_untrained(run.encoder, 0))
+        recipe = Recipe(settings, run.encoder, weights, len(train_part.classes), machine.device)
+        frozen = FrozenBackbone(recipe, images) if settings.training.mode == "frozen" else None
+        tuning = FineTuning(
+            recipe, images, settings.training.lr[0], settings.training.iterations, 0,
+            Path(folder, "checkpoint"), {}, frozen,
+        )  # fmt: skip
+        last = time.monotonic()
+        end = last + seconds
+
+        def step_done(row: dict[str, Any]) -> None:
+            nonlocal last
+            del row
+            now = time.monotonic()
+            times.append(now - last)
+            last = now
+            if len(times) > _STEPS or (len(times) > 1 and now > end):
+                raise _EnoughError
+
+        with suppress(_EnoughError):
+            tuning.train("plan", step_done)
+    return _range(times), len(test.images)
+
+
+def _bytes_of(encoder: Encoder) -> int:
+    """Bytes of an encoder file."""
+    tensors = build_untrained(encoder, 0).state_dict().values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 1):.0f} MB"

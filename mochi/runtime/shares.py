@@ -1,0 +1,22 @@
+"""How much of this machine one run gets, and how many runs go side by side."""
+
+import os
+
+
+def threads_per_run(num_gpus: int) -> int:
+    """CPU threads of a run: its share of the cores with GPUs, one without.
+
+    Loaders of one GPU need some cores, but no GPU may wait for cores. On a CPU, two runs of one thread each
+    are faster than one run of two threads.
+    """
+    return max(1, min(8, (os.cpu_count() or 1) // num_gpus)) if num_gpus else 1
+
+
+def workers_of(threads: int) -> int:
+    """Processes that load images for a run of so many threads."""
+    return threads - 1
+
+
+def runs_at_once(num_gpus: int) -> int:
+    """Runs that `snakemake --cores all` starts side by side."""
+    return num_gpus or os.cpu_count() or 1

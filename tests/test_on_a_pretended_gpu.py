@@ -29,6 +29,7 @@ from mochi.pretraining import loop
 from mochi.pretraining import stage as pretraining_stage
 from mochi.pretraining.loop import TrainState
 from mochi.provenance.wanted import evaluated
+from mochi.runtime import monitoring
 from tests.detection.conftest import voc_image  # noqa: F401 - a fixture
 from tests.detection.sets import detection, small_set, voc_object
 from tests.pretend_gpu import MixError, PretendedGpu, pretended_gpu
@@ -134,7 +135,7 @@ def test_a_resumed_training_ends_with_the_same_bytes(
         average(parameters)
 
     monkeypatch.setattr(loop, "average_gradients", killed)
-    monkeypatch.setitem(loop.CHECK_INTERVAL, "cuda", 1)
+    monkeypatch.setitem(monitoring.CHECK_INTERVAL, "cuda", 1)
     with pytest.raises(KeyboardInterrupt):
         pretrain(chosen, data[storage], tmp_path / "killed")
     monkeypatch.undo()

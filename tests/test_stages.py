@@ -41,6 +41,7 @@ NO_NUMBERS = {
     "mochi.runtime.launch": "which processes",
     "mochi.runtime.monitoring": "stops, and tells",
     "mochi.runtime.progress": "tells",
+    "mochi.runtime.shared_memory": "how many processes load",
     "mochi.runtime.tensorboard": "tells",
 }
 

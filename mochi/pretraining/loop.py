@@ -18,14 +18,9 @@ from mochi.config import Training
 from mochi.data.views.loading import Loading, steps_per_epoch
 from mochi.pretraining.objectives import Objective
 from mochi.runtime.distributed import average_gradients, average_statistics, mean_over_ranks
+from mochi.runtime.monitoring import CHECK_INTERVAL
 from mochi.runtime.precision import autocast
 from mochi.runtime.transfer import to_device
-
-CHECK_INTERVAL = {"cpu": 1, "cuda": 20}
-"""Steps between two checks of the loss. A check waits for the device, so a GPU is checked less often.
-
-Only a state that was checked is saved, so every checkpoint is one to continue from.
-"""
 
 
 @dataclass

@@ -7,6 +7,13 @@ from pathlib import Path
 from mochi.errors import UserError
 
 
+CHECK_INTERVAL = {"cpu": 1, "cuda": 20}
+"""Steps between two checks of the loss. A check waits for the device, so a GPU is checked less often.
+
+Only a state that was checked is saved, so every checkpoint is one to continue from.
+"""
+
+
 class NonFiniteError(UserError):
     """NaN or Inf in a loss or in parameters: training cannot continue."""
 

@@ -25,6 +25,7 @@ from mochi.encoders.resnet import ResNet
 from mochi.errors import DataError
 from mochi.pretraining import loop, stage
 from mochi.provenance.fingerprint import file_digest
+from mochi.runtime import monitoring
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.storage import checkpoint
 from mochi.storage.checkpoint import CheckpointError
@@ -131,7 +132,7 @@ def test_a_device_that_is_seldom_checked_gets_the_same_bytes(
         train(experiment, tiny_data, tmp_path)
     monkeypatch.undo()
     assert steps_done(saved_in(tmp_path)) == stop
-    monkeypatch.setitem(loop.CHECK_INTERVAL, "cpu", 3)
+    monkeypatch.setitem(monitoring.CHECK_INTERVAL, "cpu", 3)
     assert train(experiment, tiny_data, tmp_path) == encoder_bytes(uninterrupted)
     assert rows(tmp_path) == rows(uninterrupted)
 
@@ -295,7 +296,7 @@ def test_what_an_update_ruined_is_not_saved(
     """A gradient of NaN, in the middle of an epoch of 5 steps and at its end: the loss before it is fine.
     The checkpoint is of a step before, and without the fault the run goes on from it."""
     experiment = with_recipe(checkpoint_minutes=EVERY_STEP)
-    monkeypatch.setitem(loop.CHECK_INTERVAL, "cpu", interval)
+    monkeypatch.setitem(monitoring.CHECK_INTERVAL, "cpu", interval)
     at_step(fault, lambda parameter: parameter.grad[0, 0].fill_(math.nan), monkeypatch)
     with pytest.raises(NonFiniteError, match=r"Last good checkpoint: .*checkpoint\.safetensors"):
         train(experiment, tiny_data, tmp_path)

@@ -6,15 +6,10 @@ in batch, on an accelerator or, without one, by the workers. Neither the number 
 changes a single value.
 """
 
-import logging
-import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import chain
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,10 +22,8 @@ from mochi.data.format import StoredSplit
 from mochi.data.views import augment, counter_rng
 from mochi.data.views.stored_crops import CentreCrop, Cut, RandomCrops, Rows
 from mochi.errors import DataError
+from mochi.runtime.shared_memory import fitting_workers
 from mochi.runtime.transfer import to_device
-
-logger = logging.getLogger(__name__)
-_SHARED = Path("/dev/shm")  # noqa: S108 - only its free space is read
 
 
 @dataclass(frozen=True)
@@ -270,7 +263,7 @@ def _decoded(
     if first is None:
         return
     batch_bytes = cut.views * len(first[1]) * 3 * cut.size**2 * (4 if on_workers else 1)
-    workers, ahead = _fitting(loading.workers, batch_bytes)
+    workers, ahead = fitting_workers(loading.workers, batch_bytes)
     loader: DataLoader[_Loaded | DataError] = DataLoader(
         _Decoded(split, cut, finish if on_workers else None),
         sampler=chain([first], parts),
@@ -288,38 +281,6 @@ def _decoded(
         if not on_workers:
             views = [finish(images, epoch, rows, view) for view, images in enumerate(views)]
         yield rows, views
-
-
-_AHEAD = 4
-
-
-def _fitting(workers: int, batch_bytes: int) -> tuple[int, int | None]:
-    """(workers, batches each prepares ahead): as many as fit in shared memory with two in use.
-
-    A container has 64 MiB of it by default, and a worker that needs more is killed.
-    """
-    if workers == 0:
-        return 0, None
-    room = max(_free_shared_memory() // batch_bytes - 2, 0)
-    fitting = min(workers, room)
-    ahead = min(_AHEAD, room // fitting) if fitting else None
-    if (fitting, ahead) != (workers, _AHEAD):
-        _warn_once(
-            f"{_SHARED} has room for {fitting} of {workers} loading workers, each {ahead or 0} of {_AHEAD} "
-            "batches ahead; give it more (--ipc=host or --shm-size=16g for a container)"
-        )
-    return fitting, ahead
-
-
-def _free_shared_memory() -> int:
-    """Bytes for this process; the ranks of a host share them."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return shutil.disk_usage(_SHARED).free // ranks if _SHARED.exists() else sys.maxsize
-
-
-@cache
-def _warn_once(text: str) -> None:
-    logger.warning("%s", text)
 
 
 _Loaded = tuple[int, Tensor, list[Tensor]]

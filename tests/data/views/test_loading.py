@@ -25,6 +25,7 @@ from mochi.data.views.loading import (
     two_views,
 )
 from mochi.errors import DataError
+from mochi.runtime import shared_memory
 
 CPU = torch.device("cpu")
 AUGMENTATION = Augmentation(version="v2", image_size=16, min_scale=0.2)
@@ -111,8 +112,8 @@ def test_little_shared_memory_means_fewer_workers(
 ) -> None:
     """Docker gives a container 64 MiB, and workers die with "Bus error" when that is full."""
     batch_bytes = 2 * 4 * 3 * 16 * 16 * 4
-    monkeypatch.setattr(loading, "_free_shared_memory", lambda: batches * batch_bytes + 1)
-    loading._warn_once.cache_clear()
+    monkeypatch.setattr(shared_memory, "_free", lambda: batches * batch_bytes + 1)
+    shared_memory._warn_once.cache_clear()
     given = {}
     real = loading.DataLoader
 

@@ -70,6 +70,7 @@ STAGES = {
             "mochi.encoders.shared_batch_norm",
             "mochi.pretraining.loop",
             "mochi.pretraining.objectives",
+            "mochi.pretraining.optimizers",
             "mochi.runtime.seeding",
             *_ENCODERS,
             *_VIEWS,

@@ -75,13 +75,26 @@ class Training(Section):
     batch_size: Count
     lr: PositiveReal
     momentum: Annotated[Real, Field(ge=0, lt=1)]
+    """Of SGD and LARS; beta1 of AdamW, whose beta2 is 0.999."""
     weight_decay: Annotated[Real, Field(ge=0)]
     schedule: Literal["cosine", "step"]
     """cosine: per epoch, to zero without a minimum. step: times 0.1 at 60% and 80% (MoCo-v1)."""
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
+    """sgd: the paper's. lars: for large batches; biases and batch norm without scaling and decay."""
+    warmup_epochs: CountOrZero = 0
+    """Epochs at the start in which the learning rate rises linearly, step by step."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the device has it in hardware."""
     checkpoint_minutes: PositiveReal = 5.0
     """A resume checkpoint is written this often, and at the end of the training."""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs: found {self.warmup_epochs}; must be smaller than epochs = {self.epochs}"
+            )
+        return self
 
 
 class Supervised(Training):

@@ -4,7 +4,6 @@ Everything random is a function of (seed, step) or (seed, epoch, image), so the 
 and a position: a run killed at any moment ends with the bytes of one that was not.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,11 +11,11 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from mochi.config import Training
 from mochi.data.views.loading import Loading, steps_per_epoch
 from mochi.pretraining.objectives import Objective
+from mochi.pretraining.optimizers import learning_rate
 from mochi.runtime.distributed import average_gradients, average_statistics, mean_over_ranks
 from mochi.runtime.monitoring import CHECK_INTERVAL
 from mochi.runtime.precision import autocast
@@ -83,14 +82,14 @@ def train(
     # One stream through all epochs, so that the workers that load it go on where an epoch ends.
     batches = objective.batches(loading, state.epoch, state.step)
     while state.epoch < recipe.epochs:
-        lr = learning_rate(recipe, state.epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         zeros = [0.0] * len(objective.metric_names)
         sums = to_device(torch.tensor(state.sums or zeros, dtype=torch.float64), device)
         clock = _Clock(recipe.batch_size)
         for batch in clock.timed(islice(batches, num_steps - state.step)):
             step = state.epoch * num_steps + state.step
+            lr = learning_rate(recipe, state.epoch, (state.step + 1) / num_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             with autocast(device, recipe.precision):
                 loss, metrics = objective.loss(batch, state.epoch, step)
             optimizer.zero_grad(set_to_none=True)
@@ -108,19 +107,8 @@ def train(
                 state.sums = sums.tolist()
                 observer.check(state, step, lr)
             observer.step_done(state)
-        _close_epoch(objective, state, num_steps, lr, clock.speed())
+        _close_epoch(objective, state, num_steps, optimizer.param_groups[0]["lr"], clock.speed())
         observer.epoch_done(state)
-
-
-def make_optimizer(module: nn.Module, recipe: Training) -> torch.optim.Optimizer:
-    """MoCo's SGD over the parameters that are trained."""
-    return torch.optim.SGD(
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        foreach=True,
-    )
 
 
 def _close_epoch(
@@ -163,11 +151,3 @@ class _Clock:
             "images_per_second": round(self._batches * self._batch_size / elapsed, 1),
             "data_wait": round(self._waited / elapsed, 4),
         }
-
-
-def learning_rate(recipe: Training, epoch: int) -> float:
-    """The epoch's learning rate (facebookresearch/moco main_moco.py, `adjust_learning_rate`)."""
-    if recipe.schedule == "cosine":
-        return recipe.lr * 0.5 * (1 + math.cos(math.pi * epoch / recipe.epochs))
-    drops = sum(epoch >= share * recipe.epochs for share in (0.6, 0.8))
-    return recipe.lr * 0.1**drops

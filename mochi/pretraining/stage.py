@@ -16,8 +16,9 @@ from mochi.data.views.loading import Loading, steps_per_epoch
 from mochi.encoders import build_untrained
 from mochi.encoders.files import save_encoder
 from mochi.encoders.resnet import ResNet
-from mochi.pretraining.loop import TrainState, make_optimizer, train
+from mochi.pretraining.loop import TrainState, train
 from mochi.pretraining.objectives import Objective, make_objective
+from mochi.pretraining.optimizers import make_optimizer
 from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.record import Stopwatch, write_record
 from mochi.provenance.wanted import Result

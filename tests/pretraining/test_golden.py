@@ -25,8 +25,9 @@ from mochi.config.datasets import Folder
 from mochi.data.format import open_dataset
 from mochi.data.ingest.prepare import prepare
 from mochi.data.views.loading import Loading
-from mochi.pretraining.loop import TrainState, make_optimizer, train
+from mochi.pretraining.loop import TrainState, train
 from mochi.pretraining.objectives import make_objective
+from mochi.pretraining.optimizers import make_optimizer
 from tests.tiny import MOCHI, changed
 
 GOLDEN = Path(__file__).with_name("golden.json")

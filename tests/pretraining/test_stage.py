@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mochi.config import Experiment, Training, parse_experiment, pretrain_run
+from mochi.config import Experiment, parse_experiment, pretrain_run
 from mochi.contrast import moco as moco_module
 from mochi.encoders.heads import projection_head
 from mochi.encoders.resnet import ResNet
@@ -323,18 +323,3 @@ def test_the_encoder_computes_in_the_precision_of_the_recipe(
     train(with_recipe(precision=precision), tiny_data, tmp_path)
     assert found == {getattr(torch, precision)}
     assert record(tmp_path)["precision"] == precision
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [("cosine", [1.0, 0.5 * (1 + math.cos(0.1 * math.pi))]), ("step", [1.0, 1.0])],
-)
-def test_learning_rates(schedule: str, expected: list[float]) -> None:
-    recipe = pretrain_run(with_recipe(schedule=schedule, epochs=10, lr=1.0), MOCHI, 0).recipe
-    assert isinstance(recipe, Training)
-    rates = [loop.learning_rate(recipe, epoch) for epoch in range(10)]
-    assert rates[:2] == pytest.approx(expected)
-    last = 0.5 * (1 + math.cos(0.9 * math.pi)) if schedule == "cosine" else 0.01
-    assert rates[9] == pytest.approx(last)
-    if schedule == "step":
-        assert rates[5:9] == pytest.approx([1.0, 0.1, 0.1, 0.01])

@@ -35,8 +35,9 @@ from mochi.encoders import build_untrained
 from mochi.encoders.files import save_encoder
 from mochi.errors import DataError, UserError
 from mochi.evaluation.features import features_of
-from mochi.pretraining.loop import TrainState, make_optimizer, train
+from mochi.pretraining.loop import TrainState, train
 from mochi.pretraining.objectives import make_objective
+from mochi.pretraining.optimizers import make_optimizer
 from mochi.provenance.wanted import prepared
 from mochi.runtime import gpus
 from mochi.runtime.distributed import pick_device

@@ -317,7 +317,7 @@ def detect(
 
     _use_threads(local_share(threads))
     with _work(experiment.name, method, seed, task, result) as (work, events):
-        stage.run(run, result, work, events)
+        stage.run(run, result, work, events=events)
 
 
 @app.command(rich_help_panel=_STAGE)

@@ -5,7 +5,7 @@ needs to be kept.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from mochi.data.ingest.decode import UnreadableError, open_image, to_rgb
@@ -23,10 +22,14 @@ from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotat
 from mochi.detection.check_images import misfit
 from mochi.detection.coco import decode_masks
 from mochi.runtime.seeding import numpy_generator
+from mochi.runtime.shared_memory import fitting_workers
+from mochi.runtime.transfer import arrays_to, to_device
+
+Target = dict[str, Tensor]
 
 # On the scale of bytes; MoCo's configurations give detectron2 the same.
-_MEAN = torch.tensor([255 * mean for mean in IMAGENET_MEAN])[:, None, None]
-_STD = torch.tensor([255 * std for std in IMAGENET_STD])[:, None, None]
+_MEAN = 255 * np.array(IMAGENET_MEAN, np.float32)
+_STD = 255 * np.array(IMAGENET_STD, np.float32)
 
 # Below this many pixels a side no anchor or region can match a box.
 _SMALLEST_SIDE = 1e-2
@@ -40,33 +43,51 @@ class Item:
 
     index: int
     flipped: bool
-    image: Tensor  # (3, h, w) uint8
+    image: Tensor  # (h, w, 3) uint8
     boxes: Tensor  # (n, 4)
     labels: Tensor  # (n,)
-    masks: Tensor | None  # (n, h, w) uint8
+    masks: Tensor | None
+    """(n, H, W) uint8, of the original image's size: to resize them would move their edges."""
     vanished: int
     """Objects whose boxes the resizing left without an area; they are not among the n."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images side by side, padded with zeros after normalisation."""
+    """Images side by side as bytes, padded with zeros to the largest height and width among them.
 
-    images: Tensor  # (B, 3, H, W) float32
+    Source: detectron2's C4 backbone, which asks for no multiple of its stride.
+    """
+
+    pixels: Tensor  # (B, H, W, 3) uint8
     sizes: list[tuple[int, int]]
-    items: Sequence[Item]
+    """(height, width) of each image without its padding."""
+    indices: list[int]
+    flipped: list[bool]
+    objects: list[Target]
+    """For each image boxes, labels and, with masks, masks, as in `Item`."""
+    vanished: int
 
-    def targets(self, device: torch.device) -> list[dict[str, Tensor]]:
-        """Ground truth on `device`, masks padded like the images."""
-        height, width = self.images.shape[-2:]
-        targets = []
-        for item in self.items:
-            target = {"boxes": item.boxes.to(device), "labels": item.labels.to(device)}
-            if item.masks is not None:
-                padding = (0, width - item.masks.shape[-1], 0, height - item.masks.shape[-2])
-                target["masks"] = F.pad(item.masks, padding).to(device)
-            targets.append(target)
-        return targets
+    def images(self, device: torch.device, places: Sequence[int] | None = None) -> Tensor:
+        """(B, 3, H, W) float32 on `device`, normalised; padding is zero after that. `places`: of these."""
+        chosen = range(len(self.sizes)) if places is None else places
+        pixels = self.pixels if places is None else self.pixels[list(places)]
+        mean, std = arrays_to(device, _MEAN, _STD)
+        images = (to_device(pixels, device) - mean) / std
+        for image, place in zip(images, chosen, strict=True):
+            height, width = self.sizes[place]
+            image[height:] = 0
+            image[:, width:] = 0
+        return images.permute(0, 3, 1, 2)  # channels last in memory
+
+    def targets(self, device: torch.device) -> list[Target]:
+        """Ground truth on `device`."""
+        return [{name: to_device(tensor, device) for name, tensor in each.items()} for each in self.objects]
+
+    def pin_memory(self) -> "Batch":
+        """In pinned memory, from which a GPU copies without waiting; called by DataLoader."""
+        objects = [{name: tensor.pin_memory() for name, tensor in each.items()} for each in self.objects]
+        return replace(self, pixels=self.pixels.pin_memory(), objects=objects)
 
 
 def resized(height: int, width: int, short_side: int, longest: int) -> tuple[int, int]:
@@ -100,22 +121,28 @@ class Images:
         if (height, width) != pixels.shape[:2]:
             small = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
             pixels = np.asarray(small)
-        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)  # (3, h, w)
+        image = torch.from_numpy(pixels.copy())  # (h, w, 3)
         ratio = torch.tensor([width / annotated.width, height / annotated.height]).repeat(2)
         boxes = torch.from_numpy(annotated.boxes) * ratio
         masks = None
         if annotated.masks is not None:
-            full = torch.from_numpy(decode_masks(annotated.masks, annotated.height, annotated.width))
-            masks = F.interpolate(full[None], (height, width), mode="nearest")[0] if len(full) else full
-            masks = masks.reshape(-1, height, width)
+            masks = torch.from_numpy(decode_masks(annotated.masks, annotated.height, annotated.width))
         if flipped:
-            image = image.flip(-1)
+            image = image.flip(1)
             boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
             masks = None if masks is None else masks.flip(-1)
         kept = ((boxes[:, 2:] - boxes[:, :2]) >= _SMALLEST_SIDE).all(dim=1)
         labels = torch.from_numpy(annotated.labels)[kept]
         masks = None if masks is None else masks[kept]
         return Item(index, flipped, image, boxes[kept], labels, masks, int((~kept).sum()))
+
+    def largest(self, short_side: int, longest: int) -> int:
+        """Bytes of the largest item, masks included."""
+        sizes = [0]
+        for image in self.annotations.images:
+            height, width = resized(image.height, image.width, short_side, longest)
+            sizes.append(3 * height * width + len(image.masks or ()) * image.height * image.width)
+        return max(sizes)
 
     def _pixels(self, index: int, annotated: AnnotatedImage) -> NDArray[np.uint8]:
         if self._cache is not None and index in self._cache:
@@ -140,21 +167,29 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
         raise AnnotationError(f"{path}: cannot be read as an image: {error}") from None
 
 
-def collate(items: Sequence[Item], stride: int) -> Batch:
-    """Normalise, pad to a common multiple of the stride."""
-    height, width = (
-        -(-max(item.image.shape[axis] for item in items) // stride) * stride for axis in (1, 2)
+def collate(items: Sequence[Item]) -> Batch:
+    """Put images side by side."""
+    sizes = [(item.image.shape[0], item.image.shape[1]) for item in items]
+    pixels = torch.zeros(
+        len(items), *(max(sides) for sides in zip(*sizes, strict=True)), 3, dtype=torch.uint8
     )
-    images = torch.zeros(len(items), 3, height, width)
-    sizes = []
-    for slot, item in zip(images, items, strict=True):
-        h, w = item.image.shape[1:]
-        slot[:, :h, :w] = (item.image - _MEAN) / _STD
-        sizes.append((h, w))
-    return Batch(images.contiguous(memory_format=torch.channels_last), sizes, items)
+    for slot, item, (height, width) in zip(pixels, items, sizes, strict=True):
+        slot[:height, :width] = item.image
+    return Batch(
+        pixels,
+        sizes,
+        [item.index for item in items],
+        [item.flipped for item in items],
+        [
+            {"boxes": item.boxes, "labels": item.labels}
+            | ({} if item.masks is None else {"masks": item.masks})
+            for item in items
+        ],
+        sum(item.vanished for item in items),
+    )
 
 
-class TrainingItems(Dataset[list[Item]]):
+class TrainingItems:
     """Micro-batch number -> its items: shuffled, wide and tall apart, resized and mirrored at random.
 
     Every image is seen once an epoch; an epoch's last micro-batch is filled up from its beginning. Wide
@@ -166,6 +201,7 @@ class TrainingItems(Dataset[list[Item]]):
     ) -> None:
         self._images, self._micro_batch, self._seed = images, micro_batch, seed
         self._sizes, self._longest, self._flip = sizes, longest, flip
+        self.batch_bytes = micro_batch * images.largest(max(sizes), longest)
         self._wide = np.array([image.width > image.height for image in images.annotations.images])
         self.per_epoch = -(-len(self._wide) // micro_batch)
         self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.zeros((0, 0), np.int64))
@@ -206,15 +242,57 @@ class TrainingItems(Dataset[list[Item]]):
         ]
 
 
-def stream(dataset: TrainingItems, numbers: Sequence[int], workers: int) -> Iterator[list[Item]]:
-    """The micro-batches of `numbers` in order, read ahead by `workers` processes."""
-    if workers == 0:
-        return (dataset[number] for number in numbers)
-    loader: Any = DataLoader(
-        dataset, batch_size=None, sampler=numbers, num_workers=workers, collate_fn=_unchanged
+@dataclass(frozen=True)
+class PlainItems:
+    """Places of images in a split -> its items, of one size and not mirrored."""
+
+    images: Images
+    short_side: int
+    longest: int
+
+    def __getitem__(self, indices: Sequence[int]) -> list[Item]:
+        return [self.images.item(index, self.short_side, self.longest, flipped=False) for index in indices]
+
+
+class _Collated(Dataset[Batch | AnnotationError]):
+    """On a worker. An error is returned: DataLoader would hide a raised one under a worker's traceback."""
+
+    def __init__(self, items: Any) -> None:
+        self._items = items
+
+    def __getitem__(self, key: Any) -> Batch | AnnotationError:
+        try:
+            return collate(self._items[key])
+        except AnnotationError as error:
+            return error
+
+
+def stream(
+    items: Any, keys: Sequence[Any], workers: int, device: torch.device, batch_bytes: int
+) -> Iterator[Batch]:
+    """The batch of `items[key]` for each of `keys`, in order, read ahead by `workers` processes.
+
+    Args:
+        items: TrainingItems with numbers of micro-batches as keys, or PlainItems with places of images.
+        keys: what to load.
+        workers: processes; fewer where shared memory has no room for batches of `batch_bytes`.
+        device: where the batches go; for a GPU they are pinned.
+        batch_bytes: of the largest batch.
+
+    Raises:
+        AnnotationError: an image cannot be used.
+    """
+    workers, ahead = fitting_workers(workers, batch_bytes)
+    loader: DataLoader[Batch | AnnotationError] = DataLoader(
+        _Collated(items),
+        batch_size=None,
+        sampler=keys,
+        num_workers=workers,
+        prefetch_factor=ahead,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the default one samples anchors and regions
     )
-    return iter(loader)
-
-
-def _unchanged(items: list[Item]) -> list[Item]:
-    return items
+    for batch in loader:
+        if isinstance(batch, AnnotationError):
+            raise batch
+        yield batch

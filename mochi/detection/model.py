@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import RoIAlign
+from torchvision.ops import RoIAlign, roi_align
 
 from mochi import encoders
 from mochi.config import DetectionModel, Encoder
@@ -37,7 +37,7 @@ class Backbone(nn.Module):
         self.layer1, self.layer2, self.layer3 = encoder.layer1, encoder.layer2, encoder.layer3
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, H / stride, W / stride), float32 even under autocast."""
+        """(B, 3, H, W) -> (B, C, H / stride, W / stride) rounded up, float32 even under autocast."""
         x: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer3(self.layer2(self.layer1(x)))
         return x.float()
@@ -166,7 +166,9 @@ class Res5RoIHeads(RoIHeads):  # type: ignore[misc]
             losses = box_losses(logits, deltas, torch.cat(labels), torch.cat(box_targets))
             if self.mask_predictor is not None:
                 assert targets is not None
-                losses["loss_mask"] = self._mask_loss(regions, proposals, matched, labels, targets)
+                losses["loss_mask"] = self._mask_loss(
+                    regions, proposals, matched, labels, targets, image_shapes
+                )
             return [], losses
         regions = self._regions(features, proposals)
         logits, deltas = self.box_predictor(regions.mean((2, 3)))
@@ -192,16 +194,20 @@ class Res5RoIHeads(RoIHeads):  # type: ignore[misc]
         matched: list[Tensor],
         labels: list[Tensor],
         targets: list[Target],
+        image_shapes: list[tuple[int, int]],
     ) -> Tensor:
-        positive = [label > 0 for label in labels]
-        mask_logits = self.mask_predictor(regions[torch.cat(positive)]).float()
-        loss: Tensor = maskrcnn_loss(
-            mask_logits,
-            [boxes[kept] for boxes, kept in zip(proposals, positive, strict=True)],
-            [target["masks"] for target in targets],
-            [target["labels"] - 1 for target in targets],
-            [index[kept] for index, kept in zip(matched, positive, strict=True)],
-        )
+        every = torch.cat(labels)
+        rows = torch.where(every > 0)[0]
+        logits = self.mask_predictor(regions[rows]).float()
+        wanted = []
+        for boxes, match, label, target, size in zip(
+            proposals, matched, labels, targets, image_shapes, strict=True
+        ):
+            own = torch.where(label > 0)[0]
+            wanted.append(mask_targets(boxes[own], target["masks"], match[own], size, logits.shape[-1]))
+        chosen = logits[torch.arange(len(rows), device=rows.device), every[rows] - 1]
+        total = F.binary_cross_entropy_with_logits(chosen, torch.cat(wanted), reduction="sum")
+        loss: Tensor = total / max(chosen.numel(), 1)
         return loss
 
     def _add_masks(self, features: Tensor, detections: list[Target]) -> None:
@@ -215,6 +221,29 @@ class Res5RoIHeads(RoIHeads):  # type: ignore[misc]
         masks = maskrcnn_inference(mask_logits, [detection["labels"] - 1 for detection in detections])
         for detection, mask in zip(detections, masks, strict=True):
             detection["masks"] = mask
+
+
+def mask_targets(
+    boxes: Tensor, masks: Tensor, matched: Tensor, image_size: tuple[int, int], side: int
+) -> Tensor:
+    """(R, side, side) of 0 and 1: the part of a region's object that lies in the region.
+
+    Args:
+        boxes: (R, 4) regions of one image.
+        masks: (n, h, w) of its objects; they cover the image at any resolution.
+        matched: (R,) the object of each region.
+        image_size: (height, width) of the image that the boxes are in.
+        side: cells of the result.
+
+    Source: detectron2 structures/masks.py BitMasks.crop_and_resize: aligned to half-pixel centres, as many
+    samples as pixels, at least .5. Deviation: its polygons are cut at the region without being drawn first;
+    here they are drawn at the size of the original image, never resized.
+    """
+    scale_y, scale_x = masks.shape[-2] / image_size[0], masks.shape[-1] / image_size[1]
+    x0, y0, x1, y1 = boxes.unbind(1)
+    regions = torch.stack([matched, x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y], dim=1)
+    covered: Tensor = roi_align(masks[:, None].float(), regions, side, sampling_ratio=-1, aligned=True)
+    return (covered[:, 0] >= 0.5).float()
 
 
 def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, box_targets: Tensor) -> dict[str, Tensor]:
@@ -236,7 +265,7 @@ def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, box_targets: Tens
 
 
 class Detector(nn.Module):
-    """(B, 3, H, W) images, resized, normalised and padded to the stride -> losses or detections.
+    """(B, 3, H, W) images, resized, normalised and padded to one size -> losses or detections.
 
     torchvision's GeneralizedRCNN resizes images by itself, in evaluation too; here sizes are what the
     caller made them, and boxes are in the coordinates of the images given.
@@ -244,7 +273,6 @@ class Detector(nn.Module):
 
     def __init__(self, encoder: ResNet, stride: int, num_classes: int, config: DetectionModel) -> None:
         super().__init__()
-        self.stride = stride
         self.backbone = Backbone(encoder)
         # res4 has half as many channels as res5 in every ResNet.
         channels = encoder.num_features // 2
@@ -283,9 +311,10 @@ class Detector(nn.Module):
         """Losses by name (training) or, for each image, boxes, scores, labels and masks (evaluation).
 
         Args:
-            images: (B, 3, H, W), H and W multiples of the stride.
+            images: (B, 3, H, W).
             sizes: (height, width) of each image without its padding.
-            targets: for each image boxes (n, 4), labels (n,) from 1 and, with masks, masks (n, H, W).
+            targets: for each image boxes (n, 4), labels (n,) from 1 and, with masks, masks (n, h, w), which
+                cover the image at any resolution.
         """
         return self.from_features(self.backbone(images), sizes, targets)
 

@@ -21,7 +21,9 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], run: Any) -> 
     Returns:
         The number of batches.
 
-    Source: fvcore nn/precise_bn.py, as detectron2's PRECISE_BN uses it.
+    Source: fvcore nn/precise_bn.py as of 2020, which the paper's detectron2 called (PRECISE_BN). Since
+    d3b3b12 (2021-05-17) fvcore takes the variance over the images of all batches together and weights
+    batches by their size, which gives slightly larger variances.
     """
     layers = [
         layer

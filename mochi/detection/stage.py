@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 _HEADLINE = ("AP", "AP50", "AP75")
 
 
-def run(run: DetectionRun, result: Result, work: Path, events: Path | None = None) -> None:
+def run(
+    run: DetectionRun, result: Result, work: Path, *, workers: int = 0, events: Path | None = None
+) -> None:
     """Fine-tune an encoder on a detection set and publish metrics, pictures and provenance.
 
     Args:
@@ -46,6 +48,7 @@ def run(run: DetectionRun, result: Result, work: Path, events: Path | None = Non
         result: receives metrics.json, detections.png, precision_recall.{csv,png} and provenance.json; its
             input `encoder` is the encoder file.
         work: holds resume checkpoints and finished fine-tunings; emptied at the end.
+        workers: processes of this rank that read images.
         events: folder for TensorBoard events; None: none.
 
     Raises:
@@ -61,7 +64,7 @@ def run(run: DetectionRun, result: Result, work: Path, events: Path | None = Non
     with distributed.process_group(device):
         train, test = read_splits(chosen.data, masks=chosen.model.masks)
         check_images([train, test], jobs=torch.get_num_threads())
-        recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device)
+        recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device, workers)
         train_images = Images(for_training(train, chosen.data.empty_images))
         frozen = FrozenBackbone(recipe, train_images) if chosen.training.mode == "frozen" else None
         digests = {"train": annotations_digest(train), "test": annotations_digest(test)}
@@ -248,6 +251,7 @@ class _FineTunings:
             lambda: autocast(self.recipe.device, training.precision),
             self.work,
             None if frozen is None else lambda batch: frozen.features(images, batch),
+            self.recipe.workers,
         )
 
     def _load(self, name: str) -> dict[str, Any] | None:

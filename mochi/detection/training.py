@@ -8,7 +8,7 @@ adds up in no fixed order; torch's deterministic mode would replace RoIAlign by 
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from mochi.config import ConfigError, DetectionSet, DetectionTraining, Encoder
-from mochi.detection.batches import Batch, Images, TrainingItems, collate, stream
+from mochi.detection.batches import Batch, Images, TrainingItems, stream
 from mochi.detection.load_backbone import load_backbone
 from mochi.detection.model import Detector, build
 from mochi.detection.normalization import recompute_statistics
 from mochi.runtime import distributed
-from mochi.runtime.monitoring import check_finite
+from mochi.runtime.monitoring import CHECK_INTERVAL, check_finite
 from mochi.runtime.precision import autocast
 from mochi.runtime.progress import Progress
 from mochi.runtime.seeding import seed_of
@@ -43,6 +43,8 @@ class Recipe:
     weights: Path
     num_classes: int
     device: torch.device
+    workers: int = 0
+    """Processes of this rank that read images."""
 
     def detector(self) -> tuple[Detector, dict[str, dict[str, str]]]:
         """A new detector with the encoder in it, and the checksums of both."""
@@ -88,6 +90,10 @@ class Schedule:
         return rate * 0.1 ** sum(step >= drop for drop in self.drops)
 
 
+_Shown = tuple[str | int, str, bool, tuple[int, int]]
+"""An image as it is shown: id, path, mirrored or not, and size."""
+
+
 class FrozenBackbone:
     """conv1 to res4 with the encoder's weights, shared by all fine-tunings of mode `frozen`.
 
@@ -105,33 +111,31 @@ class FrozenBackbone:
         training = recipe.settings.training
         dataset = _training_items(training, images, seed=0)
         rank, world = distributed.rank(), distributed.world_size()
-        batches = (
-            collate(dataset[number], detector.stride).images.to(self._device)
-            for number in range(rank, training.precise_bn_batches * world, world)
-        )
+        numbers = range(rank, training.precise_bn_batches * world, world)
+        loaded = stream(dataset, numbers, recipe.workers, self._device, dataset.batch_bytes)
+        batches = (batch.images(self._device) for batch in loaded)
         with autocast(self._device, training.precision):
             recompute_statistics(self.module.train(), batches, self.module)
         self.module.eval()
-        self._kept: dict[tuple[str | int, str, bool], Tensor] = {}
+        self._kept: dict[_Shown, Tensor] = {}
         self._bytes = 0
 
     @torch.no_grad()
     def features(self, images: Images, batch: Batch) -> Tensor:
         """(B, C, h, w) of a batch of `images`."""
         annotated = images.annotations.images
-        padded = any(size != tuple(batch.images.shape[-2:]) for size in batch.sizes)
+        padded = any(size != tuple(batch.pixels.shape[1:3]) for size in batch.sizes)
         if padded or not images.of_one_size or self._bytes > _FEATURE_BYTES:
-            result: Tensor = self.module(batch.images.to(self._device))
+            result: Tensor = self.module(batch.images(self._device))
             return result
         keys = [
-            (annotated[item.index].image_id, str(annotated[item.index].path), item.flipped)
-            for item in batch.items
+            (annotated[index].image_id, str(annotated[index].path), flipped, size)
+            for index, flipped, size in zip(batch.indices, batch.flipped, batch.sizes, strict=True)
         ]
         missing = [place for place, key in enumerate(keys) if key not in self._kept]
         if missing:
-            for place, feature in zip(
-                missing, self.module(batch.images[missing].to(self._device)), strict=True
-            ):
+            computed = self.module(batch.images(self._device, missing))
+            for place, feature in zip(missing, computed, strict=True):
                 self._kept[keys[place]] = feature
                 self._bytes += feature.numel() * feature.element_size()
         return torch.stack([self._kept[key] for key in keys])
@@ -197,21 +201,26 @@ class FineTuning:
             NonFiniteError: NaN or Inf in the loss, or in the weights after a step.
         """
         training, steps = self._recipe.settings.training, self._schedule.steps
+        interval = CHECK_INTERVAL[self._recipe.device.type]
         self._set_modes()
-        numbers = self._numbers(self.step * self._accumulate, steps * self._accumulate)
-        batches = stream(self._dataset, numbers, training.workers)
-        last_save = time.monotonic()
+        batches = self._remaining()
+        last_save, checked, sums = time.monotonic(), self.step, dict[str, Tensor]()
         with Progress(label, steps, self.step) as progress:
             while self.step < steps:
-                losses = self._advance(batches)
-                note = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-                if log is not None:
-                    log({"step": self.step, "lr": self._schedule.lr_at(self.step - 1), **losses})
+                for name, loss in self._advance(batches).items():
+                    sums[name] = sums[name] + loss if name in sums else loss
+                note = ""
+                if self.step % interval == 0 or self.step == steps:
+                    losses = self._check(sums, self.step - checked)
+                    checked, sums = self.step, {}
+                    note = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+                    if log is not None:
+                        log({"step": self.step, "lr": self._schedule.lr_at(self.step - 1), **losses})
+                    if time.monotonic() - last_save > 60 * training.checkpoint_minutes:
+                        self.save()
+                        last_save = time.monotonic()
                 progress.advance(note)
-                if time.monotonic() - last_save > 60 * training.checkpoint_minutes:
-                    self.save()
-                    last_save = time.monotonic()
-        self._recompute_statistics()
+        self._recompute_statistics(batches)
         return self.detector
 
     def save(self) -> None:
@@ -222,43 +231,66 @@ class FineTuning:
                 self._saved, checkpoint.pack(self.detector, self._optimizer), state, self._identity
             )
 
-    def _advance(self, batches: Any) -> dict[str, float]:
-        """One optimizer step over `accumulate` micro-batches of every process; returns the mean losses."""
+    def _advance(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """One optimizer step over `accumulate` micro-batches of every process; returns the mean losses.
+
+        They stay on the device: to read them would make the host wait for it.
+        """
         lr = self._schedule.lr_at(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         seed_step(self._seed, self.step)
         self._optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, float] = {}
+        means: dict[str, Tensor] = {}
         for _ in range(self._accumulate):
             losses = self._losses(next(batches))
             total = sum(losses.values(), torch.zeros((), device=self._recipe.device))
             (total / self._accumulate).backward()
             for name, loss in {"loss": total, **losses}.items():
-                sums[name] = sums.get(name, 0.0) + loss.item() / self._accumulate
-        # The mean, so that all processes stop together where one of them would leave the others waiting.
-        mean = distributed.mean_over_ranks(torch.tensor(sums["loss"], device=self._recipe.device))
+                part = loss.detach() / self._accumulate
+                means[name] = means[name] + part if name in means else part
         distributed.average_gradients(self.detector.parameters())
         self._optimizer.step()
-        # The loss was computed before the step; the weights after it are what is saved and evaluated.
-        check_finite(
-            float(mean), step=self.step, lr=lr, last_good=self._saved, norm=_largest(self.detector)
-        )
         self.step += 1
-        return sums
+        return means
 
-    def _losses(self, items: Any) -> dict[str, Tensor]:
-        batch = collate(items, self.detector.stride)
-        self.vanished += sum(item.vanished for item in items)
+    def _check(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
+        """The mean losses of the last `steps` steps and of all processes, which thus stop together.
+
+        Raises:
+            NonFiniteError: NaN or Inf in a loss, or in the weights after the last step.
+        """
+        means = distributed.mean_over_ranks(torch.stack(list(sums.values())) / steps).tolist()
+        losses = dict(zip(sums, means, strict=True))
+        # A loss was computed before its step; the weights after the last are what is saved and evaluated.
+        check_finite(
+            losses["loss"],
+            step=self.step - 1,
+            lr=self._schedule.lr_at(self.step - 1),
+            last_good=self._saved,
+            norm=_largest(self.detector),
+        )
+        return losses
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        self.vanished += batch.vanished
         device = self._recipe.device
         targets = batch.targets(device)
         with autocast(device, self._recipe.settings.training.precision):
             if self._frozen is None:
-                losses = self.detector(batch.images.to(device), batch.sizes, targets)
+                losses = self.detector(batch.images(device), batch.sizes, targets)
             else:
                 features = self._frozen.features(self._images, batch)
                 losses = self.detector.from_features(features, batch.sizes, targets)
         return dict(losses)
+
+    def _remaining(self) -> Iterator[Batch]:
+        """The batches of the steps that are left, and after them those of the statistics."""
+        first, last = (step * self._accumulate for step in (self.step, self._schedule.steps))
+        numbers = self._numbers(first, last + self._recipe.settings.training.precise_bn_batches)
+        return stream(
+            self._dataset, numbers, self._recipe.workers, self._recipe.device, self._dataset.batch_bytes
+        )
 
     def _numbers(self, first: int, last: int) -> range:
         """Micro-batches first .. last - 1 of this process: they are dealt out in turn."""
@@ -270,14 +302,11 @@ class FineTuning:
         if self._frozen is not None:
             self.detector.backbone.eval()
 
-    def _recompute_statistics(self) -> None:
-        """Precise batch-norm statistics, over the batches that would come next."""
-        batches = self._recipe.settings.training.precise_bn_batches
-        first = self._schedule.steps * self._accumulate
+    def _recompute_statistics(self, batches: Iterator[Batch]) -> None:
+        """Precise batch-norm statistics over the rest of `batches`."""
         self._set_modes()
         seed_step(self._seed, self._schedule.steps)
-        numbers = self._numbers(first, first + batches)
-        recompute_statistics(self.detector, (self._dataset[number] for number in numbers), self._losses)
+        recompute_statistics(self.detector, batches, self._losses)
 
 
 def _largest(module: nn.Module) -> float:

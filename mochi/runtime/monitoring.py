@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mochi.errors import UserError
 
-
 CHECK_INTERVAL = {"cpu": 1, "cuda": 20}
 """Steps between two checks of the loss. A check waits for the device, so a GPU is checked less often.
 

@@ -15,6 +15,8 @@ from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotat
 from mochi.detection.batches import Images, TrainingItems, collate, read_rgb, resized, stream
 from mochi.detection.coco import encode_masks
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize(
     ("height", "width", "short_side", "expected"),
@@ -51,16 +53,17 @@ def picture(path: Path, width: int, height: int, boxes: list[list[float]]) -> An
 def test_boxes_and_masks_follow_the_image(tmp_path: Path) -> None:
     images = Images(Annotations(("a",), (picture(tmp_path / "x.png", 40, 20, [[4, 2, 12, 10]]),)))
     plain = images.item(0, 40, 999, flipped=False)
-    assert plain.image.shape == (3, 40, 80)
+    assert plain.image.shape == (40, 80, 3)
     assert plain.boxes.tolist() == [[8, 4, 24, 20]]
     flipped = images.item(0, 40, 999, flipped=True)
-    assert torch.equal(flipped.image, plain.image.flip(-1))
+    assert torch.equal(flipped.image, plain.image.flip(1))
     assert flipped.boxes.tolist() == [[56, 4, 72, 20]]
     for item in (plain, flipped):
         assert item.masks is not None
         rows, columns = torch.where(item.masks[0])
         around = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        assert [float(value) for value in around] == item.boxes[0].tolist()
+        assert item.masks.shape == (1, 20, 40)  # as it was annotated: the image alone is resized
+        assert [2 * float(value) for value in around] == item.boxes[0].tolist()
 
 
 def test_boxes_that_vanish_in_resizing_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -78,23 +81,28 @@ def test_an_image_without_boxes(tmp_path: Path) -> None:
     )
     assert item.boxes.shape == (0, 4)
     assert item.masks is not None
-    assert item.masks.shape == (0, 30, 60)
+    assert item.masks.shape == (0, 20, 40)
 
 
 def test_padding_is_zero_after_normalisation(tmp_path: Path) -> None:
     images = Images(
         Annotations(("a",), (picture(tmp_path / "x.png", 40, 20, [[0, 0, 5, 5]]),
                              picture(tmp_path / "y.png", 21, 33, []))))  # fmt: skip
-    batch = collate([images.item(0, 20, 99, flipped=False), images.item(1, 21, 99, flipped=False)], 8)
-    assert batch.images.shape == (2, 3, 40, 40)
+    batch = collate([images.item(0, 20, 99, flipped=False), images.item(1, 21, 99, flipped=False)])
+    shown = batch.images(CPU)
+    # The largest of the batch, no multiple of the stride (detectron2's C4).
+    assert shown.shape == (2, 3, 33, 40)
+    assert shown.is_contiguous(memory_format=torch.channels_last)
+    assert batch.pixels.dtype == torch.uint8
     assert batch.sizes == [(20, 40), (33, 21)]
-    assert not batch.images[0, :, 20:].any()
-    assert not batch.images[1, :, :, 21:].any()
+    assert not shown[0, :, 20:].any()
+    assert not shown[1, :, :, 21:].any()
     pixels = torch.from_numpy(read_rgb(tmp_path / "x.png").copy()).permute(2, 0, 1)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
-    torch.testing.assert_close(batch.images[0, :, :20], expected, rtol=1e-4, atol=1e-4)
-    assert batch.targets(torch.device("cpu"))[0]["masks"].shape == (1, 40, 40)
+    torch.testing.assert_close(shown[0, :, :20], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(batch.images(CPU, [1])[0], shown[1])
+    assert [each["masks"].shape for each in batch.targets(CPU)] == [(1, 20, 40), (0, 33, 21)]
 
 
 @pytest.fixture
@@ -141,13 +149,21 @@ def test_a_batch_is_a_function_of_its_number(many: Images) -> None:
     dataset, again = items(many, 2), items(many, 2)
     late = again[9]
     straight = [dataset[number] for number in range(10)]
-    read_ahead = list(stream(items(many, 2), range(7, 10), workers=1))
-    for one, other in ((straight[9], late), (straight[9], read_ahead[2])):
-        for a, b in zip(one, other, strict=True):
-            assert (a.index, a.flipped) == (b.index, b.flipped)
-            assert torch.equal(a.image, b.image)
-            assert torch.equal(a.boxes, b.boxes)
-    drawn = {(item.image.shape[1], item.flipped) for batch in straight for item in batch}
+    for a, b in zip(straight[9], late, strict=True):
+        assert (a.index, a.flipped) == (b.index, b.flipped)
+        assert torch.equal(a.image, b.image)
+        assert torch.equal(a.boxes, b.boxes)
+    for workers in (0, 2):
+        before = torch.get_rng_state()
+        for number, batch in zip(
+            range(7, 10), stream(items(many, 2), range(7, 10), workers, CPU, 1), strict=True
+        ):
+            expected = collate(straight[number])
+            assert (batch.indices, batch.flipped) == (expected.indices, expected.flipped)
+            assert torch.equal(batch.pixels, expected.pixels)
+        # The default generator samples anchors and regions.
+        assert torch.equal(torch.get_rng_state(), before)
+    drawn = {(item.image.shape[0], item.flipped) for batch in straight for item in batch}
     assert {flipped for _, flipped in drawn} == {False, True}
     assert {side for side, _ in drawn} >= {20, 24}
 
@@ -157,6 +173,9 @@ def test_unreadable_and_exchanged_images_are_named(many: Images) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(AnnotationError, match=r"0\.png: cannot be read as an image"):
         many.item(0, 20, 99, flipped=False)
+    for workers in (0, 1):
+        with pytest.raises(AnnotationError, match=r"^\S+0\.png: cannot be read as an image: [^\n]*$"):
+            list(stream(items(many, 7), [0], workers, CPU, 1))
     Image.new("RGB", (30, 20)).save(path)
     with pytest.raises(AnnotationError, match=r"0\.png: the image is 30 x 20 .* says 40 x 20"):
         many.item(0, 20, 99, flipped=False)
@@ -171,5 +190,5 @@ def test_grey_photographs_become_three_channels(real_data: Callable[[str], Path]
             grey += [number] if file.mode == "L" else []
     assert len(grey) == 3
     item = Images(annotations).item(grey[0], 100, 200, flipped=False)
-    assert item.image.shape[0] == 3
-    assert torch.equal(item.image[0], item.image[2])
+    assert item.image.shape[-1] == 3
+    assert torch.equal(item.image[..., 0], item.image[..., 2])

@@ -64,8 +64,6 @@ def test_detections_are_in_the_original_images_coordinates(voc_set: Path, tmp_pa
     images = Images(split(voc_set))
 
     class Corners(torch.nn.Module):
-        stride = 8
-
         def __init__(self) -> None:
             super().__init__()
             self.unused = torch.nn.Parameter(torch.zeros(1))
@@ -110,10 +108,10 @@ def test_the_batch_does_not_matter(voc_set: Path, tmp_path: Path) -> None:
 
 
 def test_mirrored_images_and_their_boxes_are_mirrored_by_one_rule(voc_set: Path) -> None:
-    images = Images(split(voc_set))
-    plain, mirrored = (images.item(1, 32, 99, flipped=flag) for flag in (False, True))
-    width = plain.image.shape[-1]
-    batch = collate([plain, mirrored], 8)
+    split_images = Images(split(voc_set))
+    plain, mirrored = (split_images.item(1, 32, 99, flipped=flag) for flag in (False, True))
+    width = plain.image.shape[1]
+    images = collate([plain, mirrored]).images(CPU)
     (a, b), (c, d) = mirrored.boxes[0, [0, 2]].tolist(), plain.boxes[0, [0, 2]].tolist()
     np.testing.assert_allclose([a, b], [width - d, width - c], rtol=1e-6)
-    assert torch.equal(batch.images[0, :, :, :width], batch.images[1, :, :, :width].flip(-1))
+    assert torch.equal(images[0], images[1].flip(-1))

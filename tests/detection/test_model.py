@@ -85,7 +85,7 @@ def test_r50_c4_has_the_published_layers(num_classes: int, masks: bool, total: i
 @pytest.mark.parametrize(("stem", "stride"), [("imagenet", 16), ("half", 8), ("full", 4)])
 def test_the_stride_is_that_of_res4(stem: str, stride: int) -> None:
     model = build(Encoder(architecture="resnet10", stem=stem, width=4), 2, small_model())
-    assert model.stride == stride
+    assert model.proposals.anchor_generator.stride == stride
     assert model.backbone(torch.zeros(1, 3, 64, 96)).shape[-2:] == (64 // stride, 96 // stride)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mochi import encoders
 from mochi.config import DetectionRun, DetectionSet, Experiment
@@ -82,7 +83,7 @@ def test_a_killed_run_ends_with_the_same_numbers(
     stage.run(*ask("straight", **training), tmp_path / "work")
     advance, steps = FineTuning._advance, iter(range(100))
 
-    def killed(self: FineTuning, batches: object) -> dict[str, float]:
+    def killed(self: FineTuning, batches: Any) -> dict[str, torch.Tensor]:
         if next(steps) == 6:  # in the middle of the second fine-tuning
             raise KeyboardInterrupt
         return advance(self, batches)
@@ -112,7 +113,7 @@ def test_checkpoints_of_another_encoder_are_not_used(
     asked = ask(seeds=[0], checkpoint_minutes=1e-9)
     advance = FineTuning._advance
 
-    def killed(self: FineTuning, batches: object) -> dict[str, float]:
+    def killed(self: FineTuning, batches: Any) -> dict[str, torch.Tensor]:
         if self.step == 2:
             raise KeyboardInterrupt
         return advance(self, batches)
@@ -133,7 +134,7 @@ def test_what_was_finished_on_other_annotations_is_not_used(
     asked = ask(seeds=[0, 1], checkpoint_minutes=1e-9)
     advance, taken, kill = FineTuning._advance, [], [True]
 
-    def watched(self: FineTuning, batches: object) -> dict[str, float]:
+    def watched(self: FineTuning, batches: Any) -> dict[str, torch.Tensor]:
         if (self._seed, self.step) == (1, 2) and kill.pop():
             raise KeyboardInterrupt
         taken.append((self._seed, self.step))

@@ -71,10 +71,10 @@ def test_statistics_are_recomputed_on_the_batch_that_comes_next(
     }
     for layer in layers.values():
         layer.momentum = 1.0
-    batch = collate(run._dataset[4], again.stride)
+    batch = collate(run._dataset[4])
     seed_step(0, 4)
     with torch.no_grad():
-        again(batch.images, batch.sizes, batch.targets(CPU))
+        again(batch.images(CPU), batch.sizes, batch.targets(CPU))
     for name, layer in layers.items():
         recomputed = run.detector.get_submodule(name)
         torch.testing.assert_close(recomputed.running_mean, layer.running_mean)
@@ -137,7 +137,7 @@ def test_a_frozen_backbone_is_normalised_on_the_set(
     training = {"mode": "frozen", "precise_bn_batches": 12, "train_sizes": [32], "flip": False}
     run = tuning(small_set(voc_set, training=training), encoder_file, tmp_path / "x")
     assert run._frozen is not None
-    images = torch.cat([collate(run._dataset[number], 8).images for number in range(3)])
+    images = torch.cat([collate(run._dataset[number]).images(CPU) for number in range(3)])
     seen: list[torch.Tensor] = []
     run._frozen.module.layer2[0].bn2.register_forward_hook(
         lambda _, __, output: seen.append(output.clone())
@@ -148,20 +148,23 @@ def test_a_frozen_backbone_is_normalised_on_the_set(
     assert seen[0].mean((0, 2, 3)).abs().mean() < 0.15
 
 
-def test_kept_features_are_those_computed(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
-    """All images have one size, so features are kept; with two sizes in a batch nothing is."""
-    chosen = small_set(voc_set, training={"mode": "frozen", "train_sizes": [40], "micro_batch": 1})
-    one_size = tuning(chosen, encoder_file, tmp_path / "a")
-    one_size.train("kept")
-    assert one_size._frozen is not None
-    assert 0 < len(one_size._frozen._kept) <= 12  # six images, each of two sides
+@pytest.mark.parametrize("sizes", [[40], [32, 40]], ids=["one size", "two sizes"])
+def test_kept_features_are_those_computed(
+    voc_set: Path, encoder_file: Path, tmp_path: Path, sizes: list[int]
+) -> None:
+    """Features are kept of images that nothing pads, each at the sizes it was shown at."""
+    chosen = small_set(voc_set, training={"mode": "frozen", "train_sizes": sizes, "micro_batch": 1})
+    kept = tuning(chosen, encoder_file, tmp_path / "a")
+    kept.train("kept")
+    assert kept._frozen is not None
+    assert 0 < len(kept._frozen._kept) <= 12 * len(sizes)  # six images, each of two sides
     again = tuning(chosen, encoder_file, tmp_path / "b")
     assert again._frozen is not None
     again._images.of_one_size = False
     again.train("computed")
     assert len(again._frozen._kept) == 0
     for name, value in state(again).items():
-        torch.testing.assert_close(value, state(one_size)[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, state(kept)[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_it(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
@@ -240,7 +243,7 @@ def _gradients(run: FineTuning) -> dict[str, torch.Tensor]:
     for module in run.detector.modules():
         if not isinstance(module, torch.nn.BatchNorm2d):
             module.training = True
-    run._advance(iter([run._dataset[n] for n in run._numbers(0, run._accumulate)]))
+    run._advance(iter([collate(run._dataset[n]) for n in run._numbers(0, run._accumulate)]))
     return {name: p.grad.clone() for name, p in run.detector.named_parameters() if p.grad is not None}
 
 

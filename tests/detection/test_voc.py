@@ -113,7 +113,7 @@ def test_a_rotated_file_is_read_upright(voc_image: Writer) -> None:
     annotations = read(root)
     assert (annotations.images[0].width, annotations.images[0].height) == (40, 48)
     item = Images(annotations).item(0, 40, 99, flipped=False)
-    assert item.image.shape == (3, 48, 40)
+    assert item.image.shape == (48, 40, 3)
     assert item.boxes.tolist() == [[0, 0, 40, 48]]
 
 

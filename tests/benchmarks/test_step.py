@@ -15,7 +15,13 @@ def test_a_plain_method_is_the_baseline(tiny: Experiment, tiny_data: Path) -> No
     methods = {**tiny.methods, "moco-v2": {"mixing": None}}
     experiment = tiny.model_copy(update={"methods": methods})
     rows = step.run(experiment, open_dataset(tiny_data), rounds=1, device=torch.device("cpu"))
-    assert [row.name for row in rows] == ["moco-v2", MOCHI, "encoders alone (lower bound)", "data alone"]
+    assert [row.name for row in rows] == [
+        "moco-v2",
+        MOCHI,
+        "encoders alone",
+        "encoders alone, plain batch norm (lower bound)",
+        "data alone",
+    ]
     assert rows[0].ratios == [1]
     assert all(row.seconds[0] > 0 for row in rows)
 

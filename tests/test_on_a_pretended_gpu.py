@@ -30,6 +30,7 @@ from mochi.pretraining import stage as pretraining_stage
 from mochi.pretraining.loop import TrainState
 from mochi.provenance.wanted import evaluated
 from mochi.runtime import monitoring
+from mochi.runtime.distributed import AveragedGradients
 from tests.detection.conftest import voc_image  # noqa: F401 - a fixture
 from tests.detection.sets import detection, small_set, voc_object
 from tests.pretend_gpu import MixError, PretendedGpu, pretended_gpu
@@ -127,14 +128,14 @@ def test_a_resumed_training_ends_with_the_same_bytes(
 ) -> None:
     chosen = experiment(storage, checkpoint_minutes=1e-9)
     expected = pretrain(chosen, data[storage], tmp_path / "whole")
-    average, steps = loop.average_gradients, iter(range(100))
+    wait, steps = AveragedGradients.wait, iter(range(100))
 
-    def killed(parameters: Any) -> None:
+    def killed(gradients: AveragedGradients) -> None:
         if next(steps) == 3:
             raise KeyboardInterrupt
-        average(parameters)
+        wait(gradients)
 
-    monkeypatch.setattr(loop, "average_gradients", killed)
+    monkeypatch.setattr(AveragedGradients, "wait", killed)
     monkeypatch.setitem(monitoring.CHECK_INTERVAL, "cuda", 1)
     with pytest.raises(KeyboardInterrupt):
         pretrain(chosen, data[storage], tmp_path / "killed")

@@ -19,9 +19,8 @@ from mochi.contrast.negatives import Rule, Synthetics, hardest, mix_pairs, mix_w
 from mochi.encoders.batch_norm import GroupedBatchNorm2d
 from mochi.encoders.heads import projection_head
 from mochi.encoders.resnet import ResNet
-from mochi.runtime.distributed import gather, own_slice, rank, world_size
+from mochi.runtime.distributed import exchange, gather, rank, world_size
 from mochi.runtime.seeding import generator
-from mochi.runtime.transfer import to_device
 
 
 class Step(NamedTuple):
@@ -112,11 +111,11 @@ class MoCo(nn.Module):
         The positive of a query would otherwise be betrayed by the statistics that both share (MoCo
         section 3.3). On one device the groups stand for GPUs: a permutation alone would change nothing.
         """
-        everything = gather(images)
         shuffle = generator("shuffle keys", self.seed, step)  # the same on every rank
-        order = to_device(torch.randperm(len(everything), generator=shuffle), images.device)
-        shuffled = unit(self.momentum_encoder(own_slice(everything[order])))
-        return own_slice(gather(shuffled)[order.argsort()])
+        order = torch.randperm(world_size() * len(images), generator=shuffle)
+        rows = images.permute(0, 2, 3, 1)  # channels last, as they lie in memory
+        shuffled = unit(self.momentum_encoder(exchange(rows, order).permute(0, 3, 1, 2)))
+        return exchange(shuffled, order.argsort())
 
     def _of_own_class(self, labels: Tensor) -> Tensor:
         """(B, K) negatives of the query's class, by label; a query without a label has none."""

@@ -16,7 +16,7 @@ from mochi.config import Training
 from mochi.data.views.loading import Loading, steps_per_epoch
 from mochi.pretraining.objectives import Objective
 from mochi.pretraining.optimizers import learning_rate
-from mochi.runtime.distributed import average_gradients, average_statistics, mean_over_ranks
+from mochi.runtime.distributed import AveragedGradients, average_statistics, mean_over_ranks
 from mochi.runtime.monitoring import CHECK_INTERVAL
 from mochi.runtime.precision import autocast
 from mochi.runtime.transfer import to_device
@@ -79,6 +79,7 @@ def train(
     device = loading.device
     num_steps = steps_per_epoch(objective.num_images, recipe.batch_size)
     objective.module.train()
+    gradients = AveragedGradients(objective.module.parameters())
     # One stream through all epochs, so that the workers that load it go on where an epoch ends.
     batches = objective.batches(loading, state.epoch, state.step)
     while state.epoch < recipe.epochs:
@@ -94,7 +95,7 @@ def train(
                 loss, metrics = objective.loss(batch, state.epoch, step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            average_gradients(objective.module.parameters())
+            gradients.wait()
             optimizer.step()
             state.step += 1
             is_last = state.step == num_steps

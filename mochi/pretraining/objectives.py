@@ -16,6 +16,7 @@ from mochi.data.views.loading import Images, Loading, Views, one_view, two_views
 from mochi.encoders import build
 from mochi.encoders.resnet import ResNet
 from mochi.encoders.shared_batch_norm import SharedBatchNorm2d
+from mochi.runtime.distributed import gather, mean_over_ranks, world_size
 
 
 class Objective(Protocol):
@@ -108,7 +109,7 @@ class ContrastiveObjective:
             loss.detach(),
             (positive > hardest_negative).float().mean(),
             (positive > torch.maximum(hardest_negative, hardest_synthetic)).float().mean(),
-            self._step.query.std(0).mean(),
+            gather(self._step.query).std(0).mean(),
         )
         return loss, torch.stack(metrics)
 
@@ -117,8 +118,9 @@ class ContrastiveObjective:
         assert self._step is not None
         if last_of_epoch:
             # Before the enqueue: the measurements are of the queue that the loss saw.
-            self._diagnosis = false_negatives(self._step, self._labels)
-            self._matching = matching_probabilities(self._step, self._recipe.temperature).tolist()
+            self._diagnosis = _of_all_ranks(false_negatives(self._step, self._labels), self._labels)
+            matching = matching_probabilities(self._step, self._recipe.temperature)
+            self._matching = mean_over_ranks(matching).tolist()
         self._moco.enqueue(self._step.key, self._labels)
 
     def describe_epoch(self, epoch: int) -> dict[str, Any]:
@@ -135,6 +137,18 @@ class ContrastiveObjective:
     def matching(self, epoch: int) -> list[float]:
         """Figure 2a's curve at the epochs that the recipe names."""
         return self._matching if epoch in self._recipe.matching_epochs else []
+
+
+def _of_all_ranks(shares: dict[str, float], labels: Tensor) -> dict[str, float]:
+    """Shares among this rank's labelled queries -> among those of all ranks."""
+    if world_size() == 1:
+        return shares
+    names = ("false_negatives", "false_parents_any", "false_parents_all")
+    known = int((labels >= 0).sum())
+    counted = [known * (name in shares) for name in names]
+    false = [known * shares.get(name, 0.0) for name in names]
+    sums = mean_over_ranks(torch.tensor([counted, false], dtype=torch.float64, device=labels.device))
+    return {name: part / whole for name, whole, part in zip(names, *sums.tolist(), strict=True) if whole}
 
 
 class SupervisedObjective:

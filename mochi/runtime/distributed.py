@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mochi.errors import UserError
 from mochi.runtime.launch import REQUESTED_GPUS
+from mochi.runtime.transfer import to_device
 
 
 @contextmanager
@@ -93,8 +94,89 @@ def own_slice(rows: Tensor) -> Tensor:
     return rows[rank() * size : (rank() + 1) * size]
 
 
+def exchange(rows: Tensor, order: Tensor) -> Tensor:
+    """`own_slice(gather(rows)[order])`, for which each rank sends only the rows that another one wants.
+
+    Args:
+        rows: (B, ...) of this rank; no gradient.
+        order: (world * B,) a permutation of the rows of all ranks, the same on every rank, on the CPU.
+    """
+    if world_size() == 1:
+        return rows[to_device(order, rows.device)]
+    wanted = order.view(world_size(), -1)  # (world, B): the rows that each rank wants
+    holder = wanted // len(rows)
+    sent = wanted[holder == rank()] - rank() * len(rows)  # by rank that wants them
+    mine = holder[rank()]
+    outgoing = rows[to_device(sent, rows.device)].contiguous()
+    received = torch.empty_like(outgoing)
+    dist.all_to_all_single(
+        received,
+        outgoing,
+        torch.bincount(mine, minlength=world_size()).tolist(),
+        (holder == rank()).sum(1).tolist(),
+    )
+    # They come by rank that held them, and of one rank in the order in which they are wanted.
+    return received[to_device(mine.argsort(stable=True).argsort(), rows.device)]
+
+
+class AveragedGradients:
+    """Means of gradients over ranks, computed while the backward pass goes on.
+
+    Gradients are summed in buckets, the last layers' first, as soon as all of a bucket are there.
+    `wait` must follow each backward pass. With one process nothing happens.
+
+    As torch's DistributedDataParallel, but with buckets that stay as they are: it fills them anew after its
+    first step, and then sums in another order, so a resumed run would differ from an uninterrupted one.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], bucket_bytes: int = 25 << 20) -> None:
+        self._buckets: list[list[nn.Parameter]] = []
+        self._running: list[tuple[dist.Work, Tensor, list[nn.Parameter], list[Tensor]]] = []
+        if world_size() == 1:
+            return
+        room = 0
+        for parameter in reversed([each for each in parameters if each.requires_grad]):
+            if parameter.nbytes > room or self._buckets[-1][0].dtype != parameter.dtype:
+                self._buckets.append([])
+                room = max(bucket_bytes, parameter.nbytes)
+            self._buckets[-1].append(parameter)
+            room -= parameter.nbytes
+            parameter.register_post_accumulate_grad_hook(self._ready)
+
+    def _ready(self, _: Tensor) -> None:
+        """Start the sums of all buckets that are next and complete: in the same order on every rank."""
+        while len(self._running) < len(self._buckets):
+            bucket = self._buckets[len(self._running)]
+            if any(parameter.grad is None for parameter in bucket):
+                return
+            self._start(bucket)
+
+    def _start(self, bucket: list[nn.Parameter]) -> None:
+        """Sum a bucket over ranks; what has no gradient on this one counts as zero."""
+        flat = bucket[0].new_empty(sum(parameter.numel() for parameter in bucket))
+        parts = [
+            # With the parameter's strides, as the optimizer wants them.
+            part.as_strided(parameter.shape, parameter.stride())
+            for part, parameter in zip(flat.split([each.numel() for each in bucket]), bucket, strict=True)
+        ]
+        for part, parameter in zip(parts, bucket, strict=True):
+            part.zero_() if parameter.grad is None else part.copy_(parameter.grad)
+        self._running.append((dist.all_reduce(flat, async_op=True), flat, bucket, parts))
+
+    def wait(self) -> None:
+        """Once this has returned, each gradient is its mean over ranks."""
+        for bucket in self._buckets[len(self._running) :]:
+            self._start(bucket)
+        for work, flat, bucket, parts in self._running:
+            work.wait()
+            flat /= world_size()
+            for parameter, part in zip(bucket, parts, strict=True):
+                parameter.grad = part
+        self._running.clear()
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over ranks, in one flat reduction."""
+    """The same after the backward pass, for one that adds to gradients that are there."""
     _average([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 

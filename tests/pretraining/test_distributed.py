@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from mochi import cli
 from mochi.config import Contrastive, Experiment, load_experiment, parse_experiment, pretrain_run
 from mochi.contrast.moco import MoCo
-from mochi.pretraining import loop
 from mochi.runtime import distributed
+from mochi.runtime.distributed import AveragedGradients
 from tests.pretraining.runs import rows, train
 from tests.tiny import MOCHI, changed, with_recipe
 
@@ -65,14 +64,14 @@ def queue_of_this_rank(config: str, out: str) -> None:
 
 def killed_at_step_7(*arguments: str) -> None:
     """What each of two ranks runs below: a command, and a death in the second epoch."""
-    average, steps = loop.average_gradients, itertools.count()
+    wait, steps = AveragedGradients.wait, itertools.count()
 
-    def deadly(parameters: Iterable[torch.nn.Parameter]) -> None:
+    def deadly(gradients: AveragedGradients) -> None:
         if next(steps) == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        average(parameters)
+        wait(gradients)
 
-    loop.average_gradients = deadly
+    AveragedGradients.wait = deadly
     sys.argv = ["mochi", *arguments]
     cli.main()
 

@@ -9,7 +9,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,15 +139,14 @@ def test_a_device_that_is_seldom_checked_gets_the_same_bytes(
 
 def at_step(step: int, do: Callable[[torch.nn.Parameter], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do something to the first parameter after the gradients of this step of the next run."""
-    average, steps = loop.average_gradients, itertools.count()
+    update, steps = torch.optim.SGD.step, itertools.count()
 
-    def faulty(parameters: Iterable[torch.nn.Parameter]) -> None:
-        parameters = list(parameters)
-        average(parameters)
+    def faulty(optimizer: torch.optim.SGD, *arguments: Any) -> None:
         if next(steps) == step:
-            do(parameters[0])
+            do(optimizer.param_groups[0]["params"][0])
+        update(optimizer, *arguments)
 
-    monkeypatch.setattr(loop, "average_gradients", faulty)
+    monkeypatch.setattr(torch.optim.SGD, "step", faulty)
 
 
 def interrupt(_: torch.nn.Parameter) -> None:

@@ -412,6 +412,13 @@ def main() -> NoReturn:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         sys.exit(1)
+    except RuntimeError as error:
+        from mochi.runtime.watchdog import reason
+
+        if (text := reason(error)) is None:
+            raise
+        typer.echo(f"error: {text}", err=True)
+        sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise

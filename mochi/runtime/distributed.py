@@ -11,23 +11,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mochi.errors import UserError
+from mochi.runtime import watchdog
 from mochi.runtime.launch import REQUESTED_GPUS
 from mochi.runtime.transfer import to_device
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that torchrun describes in the environment; nothing where there is none."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    """Join the group that torchrun describes in the environment; nothing where there is none.
+
+    Raises:
+        UserError: another process did not start.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    try:
+    store, number, size = watchdog.meet()
+    with watchdog.watching(store, number, size):
+        backend, where = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, device_id=where)
         yield
-    finally:
+        # Not after an error: it may wait for processes that wait for this one.
         dist.destroy_process_group()
 
 
@@ -169,7 +173,7 @@ class AveragedGradients:
             self._start(bucket)
         for work, flat, bucket, parts in self._running:
             work.wait()
-            flat /= world_size()
+            flat.div_(world_size())
             for parameter, part in zip(bucket, parts, strict=True):
                 parameter.grad = part
         self._running.clear()

@@ -23,7 +23,7 @@ from mochi.contrast import moco as moco_module
 from mochi.encoders.heads import projection_head
 from mochi.encoders.resnet import ResNet
 from mochi.errors import DataError
-from mochi.pretraining import loop, stage
+from mochi.pretraining import stage
 from mochi.provenance.fingerprint import file_digest
 from mochi.runtime import monitoring
 from mochi.runtime.monitoring import NonFiniteError

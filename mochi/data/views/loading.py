@@ -22,8 +22,10 @@ from mochi.data.format import StoredSplit
 from mochi.data.views import augment, counter_rng
 from mochi.data.views.stored_crops import CentreCrop, Cut, RandomCrops, Rows
 from mochi.errors import DataError
+from mochi.runtime.limits import make_room_for_workers
 from mochi.runtime.shared_memory import fitting_workers
 from mochi.runtime.transfer import to_device
+from mochi.runtime.watchdog import LOOK_SECONDS, Pulse, end_worker_that_cannot_send, watched
 
 
 @dataclass(frozen=True)
@@ -264,15 +266,20 @@ def _decoded(
         return
     batch_bytes = cut.views * len(first[1]) * 3 * cut.size**2 * (4 if on_workers else 1)
     workers, ahead = fitting_workers(loading.workers, batch_bytes)
+    if workers:
+        make_room_for_workers()
+    pulse = Pulse()
     loader: DataLoader[_Loaded | DataError] = DataLoader(
-        _Decoded(split, cut, finish if on_workers else None),
+        _Decoded(split, cut, finish if on_workers else None, pulse),
         sampler=chain([first], parts),
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=ahead,
+        timeout=LOOK_SECONDS if workers else 0,
+        worker_init_fn=end_worker_that_cannot_send,
     )
-    for loaded in loader:
+    for loaded in watched(loader, pulse):
         if isinstance(loaded, DataError):
             raise loaded
         epoch, index, views = loaded
@@ -293,13 +300,13 @@ class _Decoded(Dataset[_Loaded | DataError]):
     A DataError is returned: DataLoader would hide a raised one under a worker's traceback.
     """
 
-    def __init__(self, split: StoredSplit, cut: Cut, finish: _Finish | None) -> None:
-        self.split, self.cut, self.finish = split, cut, finish
+    def __init__(self, split: StoredSplit, cut: Cut, finish: _Finish | None, pulse: Pulse) -> None:
+        self.split, self.cut, self.finish, self.pulse = split, cut, finish, pulse
 
     def __getitem__(self, part: _Part) -> _Loaded | DataError:
         epoch, rows = part
         try:
-            views = list(self.cut.of_split(self.split, epoch, rows))
+            views = list(self.cut.of_split(self.split, epoch, rows, self.pulse.beat))
         except DataError as error:
             return error
         if self.finish is not None:

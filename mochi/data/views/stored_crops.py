@@ -1,5 +1,6 @@
 """Crops of stored images: from pixels on a device, or from encoded images on a worker."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,10 @@ Rows = NDArray[np.int64]
 """(B,) rows of a split."""
 
 
+def nothing() -> None:
+    """Called after an image, where nobody waits."""
+
+
 class RandomCrops:
     """`views` random-resized crops and flips of each image."""
 
@@ -30,8 +35,13 @@ class RandomCrops:
         placed = (self._draw(rows, *sides, epoch=epoch, view=view) for view in range(self.views))
         return [crops.crop_resize(pixels, windows, flip, self.size) for windows, flip in placed]
 
-    def of_split(self, split: StoredSplit, epoch: int, rows: Rows) -> Tensor:
-        """Rows of an encoded split, each decoded once -> (views, B, 3, S, S) uint8."""
+    def of_split(
+        self, split: StoredSplit, epoch: int, rows: Rows, done: Callable[[], None] = nothing
+    ) -> Tensor:
+        """Rows of an encoded split, each decoded once -> (views, B, 3, S, S) uint8.
+
+        `done` is called after each image.
+        """
         sides = split.heights[rows].astype(np.int64), split.widths[rows].astype(np.int64)
         placed = [self._draw(rows, *sides, epoch=epoch, view=view) for view in range(self.views)]
         output = torch.empty(self.views, len(rows), 3, self.size, self.size, dtype=torch.uint8)
@@ -39,6 +49,7 @@ class RandomCrops:
             image = decode_rgb(split, row)
             for view, (windows, flips) in enumerate(placed):
                 output[view, number] = crops.crop_image(image, windows[number], flips[number], self.size)
+            done()
         return output
 
 
@@ -55,10 +66,19 @@ class CentreCrop:
         assert len(rows) == len(pixels)
         return [crops.centre_resize(pixels, self.resize, self.size)]
 
-    def of_split(self, split: StoredSplit, epoch: int, rows: Rows) -> Tensor:  # noqa: ARG002
-        """Rows of an encoded split -> (1, B, 3, S, S) uint8."""
-        images = (decode_rgb(split, row) for row in rows.tolist())
-        return torch.stack([crops.centre_image(image, self.resize, self.size) for image in images])[None]
+    def of_split(
+        self,
+        split: StoredSplit,
+        epoch: int,
+        rows: Rows,
+        done: Callable[[], None] = nothing,  # noqa: ARG002
+    ) -> Tensor:
+        """Rows of an encoded split -> (1, B, 3, S, S) uint8; `done` as above."""
+        output = torch.empty(1, len(rows), 3, self.size, self.size, dtype=torch.uint8)
+        for number, row in enumerate(rows.tolist()):
+            output[0, number] = crops.centre_image(decode_rgb(split, row), self.resize, self.size)
+            done()
+        return output
 
 
 Cut = RandomCrops | CentreCrop

@@ -1,0 +1,182 @@
+"""What dies, hangs or never starts beside this process ends the run within a minute, with its reason.
+
+Ranks send signs of life through the store at which they met; loading workers by a number in shared memory.
+"""
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.queues import Queue
+from typing import NoReturn, TypeVar
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from mochi.errors import UserError
+
+SILENCE_SECONDS = 45.0
+"""Without a sign of life for so long, a rank or a worker counts as dead."""
+LOOK_SECONDS = 5
+"""`timeout` of a loader that is `watched`: between two looks at its workers while a batch is waited for."""
+_BEAT_SECONDS = 5.0
+_GONE = b"gone"
+
+Batch_co = TypeVar("Batch_co", covariant=True)
+
+
+def reason(error: RuntimeError) -> str | None:
+    """What an error of torch says about a process that died, for the user; None for any other error."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if "DataLoader worker" in text:
+        return (
+            f"a loading worker ended: {text}; it may have printed why; else give the run more memory "
+            "(Killed), more /dev/shm (Bus error), or fewer --workers; the same command continues"
+        )
+    if "Connection closed by peer" in text or "Connection reset by peer" in text:
+        return f"another process of this run ended, and its own message says why: {text}"
+    return None
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def meet() -> tuple[dist.Store, int, int]:
+    """Wait for all ranks that the environment announces; the store they met at, this rank, their number.
+
+    Raises:
+        UserError: some did not come.
+    """
+    limit = timedelta(seconds=SILENCE_SECONDS)
+    own, number = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {own} of {number}: the other processes cannot be reached in "
+            f"{SILENCE_SECONDS:.0f} s: {str(error).splitlines()[0]}"
+        ) from None
+    store.set(f"beat/{rank}", "0")
+    try:
+        store.wait([f"beat/{other}" for other in range(world_size)], limit)
+    except RuntimeError:
+        missing = [str(other) for other in range(world_size) if not store.check([f"beat/{other}"])]
+        raise UserError(
+            f"rank {rank} of {world_size}: rank {', '.join(missing)} did not start within "
+            f"{SILENCE_SECONDS:.0f} s; look for its message, and whether its host has memory and GPUs left"
+        ) from None
+    return store, rank, world_size
+
+
+@contextmanager
+def watching(store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
+    """End this process if another rank falls silent before it has left this context.
+
+    The main thread may be waiting for that rank in a collective, so a thread watches, and ends the process.
+    """
+    # Its own connection: on the other one a wait would hold it up.
+    own, done = store.clone(), threading.Event()
+    watch = threading.Thread(target=_watch, args=(own, rank, world_size, done), daemon=True)
+    watch.start()
+    try:
+        yield
+    except BaseException:
+        done.set()  # and fall silent
+        raise
+    done.set()
+    watch.join()
+    own.set(f"beat/{rank}", _GONE.decode())
+
+
+def _watch(store: dist.Store, rank: int, world_size: int, done: threading.Event) -> None:
+    others = [other for other in range(world_size) if other != rank]
+    beats, heard = dict.fromkeys(others, b""), dict.fromkeys(others, time.monotonic())
+    last, count = time.monotonic(), 0
+    while not done.wait(_BEAT_SECONDS):
+        count += 1
+        try:
+            store.set(f"beat/{rank}", str(count))
+            found = store.multi_get([f"beat/{other}" for other in others])
+        except RuntimeError as error:
+            _end(
+                rank,
+                world_size,
+                f"the process that started this one is gone ({str(error).splitlines()[0]})",
+            )
+        now = time.monotonic()
+        slept, last = now - last > 2 * _BEAT_SECONDS, now  # suspended, and the others perhaps as well
+        for other, beat in zip(others, found, strict=True):
+            if slept or beat == _GONE or beat != beats[other]:
+                beats[other], heard[other] = beat, now
+            elif now - heard[other] > SILENCE_SECONDS:
+                _end(rank, world_size, f"rank {other} gave no sign of life for {SILENCE_SECONDS:.0f} s")
+
+
+def _end(rank: int, world_size: int, why: str) -> NoReturn:
+    sys.stderr.write(f"error: rank {rank} of {world_size}: {why}; the same command continues\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+# ---------------------------------------------------------------- loading workers
+
+
+class Pulse:
+    """When the workers of a loader last did something; every process has the same one."""
+
+    def __init__(self) -> None:
+        # CLOCK_MONOTONIC is the same in all processes of a host.
+        self._last = multiprocessing.RawValue("d", time.monotonic())
+
+    def beat(self) -> None:
+        """Something was done."""
+        self._last.value = time.monotonic()
+
+    def silent_since(self, moment: float) -> float:
+        """Seconds since the last beat, or since `moment` if that was later."""
+        return time.monotonic() - max(moment, float(self._last.value))
+
+
+def watched(loader: DataLoader[Batch_co], pulse: Pulse) -> Iterator[Batch_co]:
+    """The batches of a loader with a `timeout`, whose workers let `pulse` beat.
+
+    Workers may take any time for a batch as long as they work on it.
+
+    Raises:
+        UserError: for `SILENCE_SECONDS` none did anything.
+    """
+    batches = iter(loader)
+    while True:
+        asked = time.monotonic()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                if pulse.silent_since(asked) > SILENCE_SECONDS:
+                    raise UserError(
+                        f"{loader.num_workers} loading workers did nothing for {SILENCE_SECONDS:.0f} s; "
+                        "look for their messages and at the disk that holds the images, or use "
+                        "--workers 0; the same command continues"
+                    ) from None
+            else:
+                yield batch
+                break
+
+
+def end_worker_that_cannot_send(worker: int) -> None:
+    """On a worker: end it when a batch cannot be sent, where Python would print that and drop the batch."""
+
+    def end(error: Exception, _: object) -> NoReturn:
+        sys.stderr.write(f"error: loading worker {worker} cannot send images: {error!r}\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+    Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]

@@ -14,8 +14,9 @@ from mochi.config import Training, parse_experiment, pretrain_run
 from mochi.data.format import open_dataset
 from mochi.data.ingest.prepare import prepare
 from mochi.data.views.loading import Loading
-from mochi.pretraining.loop import TrainState, make_optimizer, train
+from mochi.pretraining.loop import TrainState, train
 from mochi.pretraining.objectives import make_objective
+from mochi.pretraining.optimizers import make_optimizer
 from mochi.runtime.distributed import average_statistics, process_group, rank, world_size
 from tests.tiny import changed
 

@@ -25,7 +25,6 @@ from mochi.data.views import loading
 from mochi.detection import stage as detection_stage
 from mochi.encoders.files import save_encoder
 from mochi.evaluation import stage as evaluation_stage
-from mochi.pretraining import loop
 from mochi.pretraining import stage as pretraining_stage
 from mochi.pretraining.loop import TrainState
 from mochi.provenance.wanted import evaluated

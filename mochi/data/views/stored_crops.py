@@ -69,9 +69,9 @@ class CentreCrop:
     def of_split(
         self,
         split: StoredSplit,
-        epoch: int,
+        epoch: int,  # noqa: ARG002
         rows: Rows,
-        done: Callable[[], None] = nothing,  # noqa: ARG002
+        done: Callable[[], None] = nothing,
     ) -> Tensor:
         """Rows of an encoded split -> (1, B, 3, S, S) uint8; `done` as above."""
         output = torch.empty(1, len(rows), 3, self.size, self.size, dtype=torch.uint8)

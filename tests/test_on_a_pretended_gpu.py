@@ -290,5 +290,6 @@ def test_a_training_step_waits_for_nothing(
     pretrain(chosen, data[storage], tmp_path)
     assert len(waits) == 2 * (steps - 2)
     assert not sum(waits, Counter())
-    # For each view its crop's windows and its parameters or pixels; the rows, the labels, the shuffle.
-    assert max(copies) <= (4 if row == "supervised" else 7)
+    # For each view its crop's windows and its parameters or pixels; the rows, the labels, the shuffle and
+    # its inverse.
+    assert max(copies) <= (4 if row == "supervised" else 8)

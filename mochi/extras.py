@@ -7,6 +7,7 @@ EXTRAS = {
     "scipy": "imagenet",
     "skimage": "demo",
     "sklearn": "demo",
+    "timm": "timm",
 }
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from mochi import layout
 from mochi.config import (
     Contrastive,
     Experiment,
+    FromFile,
     PretrainRun,
     Supervised,
     Training,
@@ -22,6 +24,7 @@ from mochi.config import (
 from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.ingest.sources.folder import current_listing
 from mochi.data.views.loading import steps_per_epoch
+from mochi.encoders.files import EncoderError, load_encoder
 from mochi.errors import DataError
 from mochi.pretraining.objectives import make_objective
 from mochi.pretraining.stage import queue_warning
@@ -50,7 +53,12 @@ def check(experiment: Experiment, *, verify: bool = False) -> list[Finding]:
         experiment: what is to be computed.
         verify: read the prepared files whole and compare their sha256 with the manifest's.
     """
-    return [*_machine(), *_detection(experiment), *_data(experiment, verify)]
+    return [
+        *_machine(),
+        *_encoder_files(experiment),
+        *_detection(experiment),
+        *_data(experiment, verify),
+    ]
 
 
 def _machine() -> Iterator[Finding]:
@@ -63,6 +71,17 @@ def _machine() -> Iterator[Finding]:
             f"{shared} has {size / 1e6:.0f} MB; loading workers of large images need more; "
             "run the container with --ipc=host or --shm-size=16g",
         )
+
+
+def _encoder_files(experiment: Experiment) -> Iterator[Finding]:
+    """Encoders that are not trained here must be there and fit."""
+    for method in experiment.methods:
+        run = pretrain_run(experiment, method, method_seeds(experiment, method)[0])
+        if isinstance(run.recipe, FromFile):
+            try:
+                load_encoder(Path(run.recipe.path), run.encoder, torch.device("cpu"))
+            except EncoderError as error:
+                yield Finding("error", f"methods.{method}.path: {error}")
 
 
 def _detection(experiment: Experiment) -> Iterator[Finding]:

@@ -20,8 +20,8 @@ class Stage:
     """
 
 
-_ENCODERS = ("mochi.encoders.__init__", "mochi.encoders.resnet")
-_VIEWS = ("mochi.data.format", "mochi.data.ingest.decode", "mochi.data.views")
+_ENCODERS = tuple(f"mochi.encoders.{name}" for name in ("__init__", "backbone", "resnet", "timm_encoder"))
+_VIEWS = ("mochi.data.format", "mochi.data.ingest.decode", "mochi.data.views", "mochi.pixels")
 _RUNTIME = ("mochi.runtime.distributed", "mochi.runtime.precision", "mochi.runtime.transfer")
 _FEATURES = ("mochi.evaluation.confusion", "mochi.evaluation.features", *_ENCODERS, *_VIEWS, *_RUNTIME)
 _PHOTOGRAPHS = ("mochi.data.photographs", "mochi.data.ingest.decode", "mochi.data.views.counter_rng")
@@ -90,7 +90,7 @@ STAGES = {
             *_DETECTION,
             "mochi.data.ingest.decode",
             "mochi.encoders.shared_batch_norm",
-            "mochi.data.views.augment",  # the mean and standard deviation of pixels
+            "mochi.pixels",
             "mochi.runtime.seeding",
             *_ENCODERS,
             *_RUNTIME,

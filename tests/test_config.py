@@ -76,7 +76,7 @@ def test_every_shipped_experiment_is_valid(path: Path) -> None:
         ("dataset/source", "fodler", "dataset.source: found 'fodler'; did you mean 'folder'?"),
         ("dataset/patchsize", 8, "dataset.patchsize: unknown key 'patchsize'; did you mean 'patch_size'?"),
         ("encoder/stem", "tiny", "encoder.stem: found 'tiny'; allowed: 'imagenet', 'half' or 'full'"),
-        (f"methods/{MOCHI}/objective", "contrst", "objective: found 'contrst'; did you mean 'contrastive'? allowed: contrastive, none, supervised"),
+        (f"methods/{MOCHI}/objective", "contrst", "objective: found 'contrst'; did you mean 'contrastive'? allowed: contrastive, file, none, supervised"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named(path: str, value: Any, message: str) -> None:
@@ -314,6 +314,8 @@ def test_an_optional_key_that_nobody_sets_changes_no_settings(
 
 
 DEFAULTS = {
+    "Encoder.stem": None,
+    "Encoder.width": None,
     "Augmentation.blur": True,
     "Mixing.through_query": False,
     "Contrastive.optimizer": "sgd",

@@ -52,9 +52,6 @@ NO_NUMBERS_OF_ONE_STAGE = {
         "mochi.data.format": "the mark of images without a label",
         "mochi.data.ingest.raw": "paths of the images that are checked",
         "mochi.data.ingest.validate": "checks images",
-        # Imported by the views, of whose code a detector takes two constants.
-        "mochi.data.views.counter_rng": "random views",
-        "mochi.data.views.crops": "random views",
     },
 }
 

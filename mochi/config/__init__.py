@@ -35,6 +35,7 @@ from mochi.config.training import (
     Augmentation,
     Contrastive,
     Encoder,
+    FromFile,
     Mixing,
     Objective,
     Supervised,

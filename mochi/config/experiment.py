@@ -16,6 +16,7 @@ from mochi.config.training import (
     Augmentation,
     Contrastive,
     Encoder,
+    FromFile,
     SharedRecipe,
     Supervised,
     Untrained,
@@ -65,6 +66,11 @@ def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
             pretrain_run(experiment, method, seed, origin)
     for name, chosen in experiment.evaluation.detection.items():
         where = f"{origin}: evaluation.detection.{name}"
+        if not experiment.encoder.is_resnet:
+            raise ConfigError(
+                f"{where}: found with encoder.architecture {experiment.encoder.architecture}; a detector "
+                "needs the stages of a ResNet; remove the set or choose a ResNet"
+            )
         for method in chosen.methods or []:
             if method not in experiment.methods:
                 raise ConfigError(f"{where}.methods: {unknown_key(method, list(experiment.methods))}")
@@ -142,11 +148,11 @@ def pretrain_run(experiment: Experiment, method: str, seed: int, origin: str = "
     _require_seed(experiment, method, seed, origin)
     own = {key: value for key, value in experiment.methods[method].items() if key not in _METHOD_ONLY}
     objective = own.get("objective", "contrastive")
-    models: dict[str, type[Section]] = {"none": Untrained, "supervised": Supervised}
+    models: dict[str, type[Section]] = {"none": Untrained, "file": FromFile, "supervised": Supervised}
     model = models.get(str(objective), Contrastive)
     for key in own:
-        if key not in Contrastive.model_fields:
-            allowed = sorted({*Contrastive.model_fields, *_METHOD_ONLY})
+        if key not in (known := {*Contrastive.model_fields, *model.model_fields}):
+            allowed = sorted({*known, *_METHOD_ONLY})
             raise ConfigError(f"{origin}: methods.{method}.{key}: {unknown_key(key, allowed)}")
     merged = {**experiment.pretrain, **own, "objective": objective}
     recipe = {key: value for key, value in merged.items() if key in model.model_fields or key in own}

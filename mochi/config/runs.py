@@ -6,7 +6,7 @@ from mochi.config.datasets import Dataset
 from mochi.config.detection import DetectionSet
 from mochi.config.evaluation import LinearProbe, NearestNeighbours
 from mochi.config.sections import Count, CountOrZero, Name, Section
-from mochi.config.training import Augmentation, Encoder, Objective, Untrained
+from mochi.config.training import Augmentation, Encoder, FromFile, Objective, Untrained
 
 
 class Run(Section):
@@ -38,15 +38,15 @@ class PretrainRun(Run):
     augmentation: Augmentation
     recipe: Objective
 
-    _ignored: ClassVar[dict[str, Any]] = {"dataset": True, "recipe": {"checkpoint_minutes"}}
+    _ignored: ClassVar[dict[str, Any]] = {"dataset": True, "recipe": {"checkpoint_minutes", "path"}}
 
     @property
     def is_trained(self) -> bool:
-        """False for `random-init`, which needs no data."""
-        return not isinstance(self.recipe, Untrained)
+        """False for `random-init` and for an encoder from a file, which need no data."""
+        return not isinstance(self.recipe, Untrained | FromFile)
 
     def settings(self) -> dict[str, Any]:
-        """See `Run.settings`; an untrained encoder does not depend on the views."""
+        """See `Run.settings`; without a training, the encoder does not depend on the views."""
         settings = super().settings()
         if not self.is_trained:
             del settings["augmentation"]

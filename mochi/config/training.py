@@ -1,8 +1,10 @@
 """Views, encoders and how they learn."""
 
+import difflib
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from mochi.config.sections import Count, CountOrZero, PositiveReal, Real, Section
 
@@ -25,15 +27,66 @@ class Augmentation(Section):
         return self
 
 
-class Encoder(Section):
-    """A ResNet."""
+RESNETS = (
+    "resnet10",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+)
+"""Architectures by torchvision's names; resnet10 has one basic block a stage, and torchvision has none."""
 
-    architecture: Literal["resnet10", "resnet18", "resnet50"]
-    """resnet10 has one basic block a stage; the others are torchvision's."""
-    stem: Literal["imagenet", "half", "full"]
+
+class Encoder(Section):
+    """A ResNet, or a model of timm."""
+
+    architecture: Annotated[
+        str, Field(json_schema_extra={"anyOf": [{"enum": list(RESNETS)}, {"pattern": "^timm:"}]})
+    ]
+    """One of `RESNETS`, or timm:NAME, which has no detector."""
+    stem: Literal["imagenet", "half", "full"] | None = None
     """imagenet: 7x7 stride 2 and max-pool; half: 3x3 stride 2; full: 3x3 stride 1 (CIFAR)."""
-    width: Count
+    width: Count | None = None
     """Channels of the first stage (64 in the paper's ResNet-50)."""
+
+    @property
+    def is_resnet(self) -> bool:
+        """Whether it is one of `RESNETS`, with a stem and a width."""
+        return self.architecture in RESNETS
+
+    def __str__(self) -> str:
+        if not self.is_resnet:
+            return self.architecture
+        return f"{self.architecture} with stem {self.stem} and width {self.width}"
+
+    @field_validator("architecture")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name in RESNETS or re.fullmatch(r"timm:[\w.-]+", name):
+            return name
+        close = difflib.get_close_matches(name, RESNETS, n=1)
+        guess = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"found {name!r}; {guess}allowed: {', '.join(RESNETS)}, or timm:NAME")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.is_resnet:
+            if self.stem is not None or self.width is not None:
+                raise ValueError(
+                    f"stem, width: found {self.stem}, {self.width}; {self.architecture} has its own; "
+                    "leave both out"
+                )
+        elif self.stem is None or self.width is None:
+            missing = "stem" if self.stem is None else "width"
+            raise ValueError(f"{missing}: missing; {self.architecture} needs a stem and a width")
+        elif self.architecture.startswith("resnext") and self.width % 16:
+            raise ValueError(
+                f"width: found {self.width}; {self.architecture} needs a multiple of 16, or its 32 groups "
+                "have no whole number of channels"
+            )
+        return self
 
 
 class Mixing(Section):
@@ -66,6 +119,14 @@ class Untrained(Section):
     """`random-init`: the baseline without training."""
 
     objective: Literal["none"]
+
+
+class FromFile(Section):
+    """An encoder that was not trained here: a file that `mochi import` or another experiment wrote."""
+
+    objective: Literal["file"]
+    path: Annotated[str, Field(min_length=1)]
+    """Of the safetensors file. Its sha256 counts, wherever it lies."""
 
 
 class Training(Section):
@@ -155,4 +216,4 @@ _SHARED: dict[str, Any] = {
 SharedRecipe = create_model("SharedRecipe", __base__=Section, **_SHARED)
 """Keys of `Contrastive`, validated individually; cross-field rules apply only to a complete recipe."""
 
-Objective = Annotated[Untrained | Supervised | Contrastive, Field(discriminator="objective")]
+Objective = Annotated[Untrained | FromFile | Supervised | Contrastive, Field(discriminator="objective")]

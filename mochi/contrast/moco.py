@@ -16,9 +16,9 @@ from mochi.config import ConfigError, Contrastive, Encoder
 from mochi.contrast.key_queue import KeyQueue
 from mochi.contrast.loss import ContrastiveLoss, contrastive_loss
 from mochi.contrast.negatives import Rule, Synthetics, hardest, mix_pairs, mix_with_query
+from mochi.encoders.backbone import Backbone
 from mochi.encoders.batch_norm import GroupedBatchNorm2d
 from mochi.encoders.heads import projection_head
-from mochi.encoders.resnet import ResNet
 from mochi.runtime.distributed import exchange, gather, rank, world_size
 from mochi.runtime.seeding import generator
 
@@ -63,10 +63,10 @@ class MoCo(nn.Module):
         self.momentum_encoder = copy.deepcopy(self.query_encoder).requires_grad_(requires_grad=False)
 
     @property
-    def backbone(self) -> ResNet:
+    def backbone(self) -> Backbone:
         """The encoder that the other stages use."""
         backbone = self.query_encoder.get_submodule("backbone")
-        assert isinstance(backbone, ResNet)
+        assert isinstance(backbone, Backbone)
         return backbone
 
     def training_step(

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mochi.data.ingest.decode import UnreadableError, open_image, to_rgb
-from mochi.data.views.augment import IMAGENET_MEAN, IMAGENET_STD
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
 from mochi.detection.check_images import misfit
 from mochi.detection.coco import decode_masks
+from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mochi.runtime.seeding import numpy_generator
 from mochi.runtime.shared_memory import fitting_workers
 from mochi.runtime.transfer import arrays_to, to_device

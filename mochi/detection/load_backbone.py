@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mochi.config import Encoder
 from mochi.detection.model import Detector
-from mochi.encoders.files import check_fit, digest, read_tensors
+from mochi.encoders.files import digest, read_tensors
 
 
 def load_backbone(detector: Detector, path: Path, config: Encoder) -> dict[str, dict[str, str]]:
@@ -24,9 +24,8 @@ def load_backbone(detector: Detector, path: Path, config: Encoder) -> dict[str, 
     Raises:
         EncoderError: the file cannot be read, or does not fit the detector's encoder.
     """
-    tensors = read_tensors(path)
     slots = encoder_tensors(detector)
-    check_fit(path, tensors, slots, config)
+    tensors = read_tensors(path, config, slots)
     with torch.no_grad():
         for name, slot in slots.items():
             slot.copy_(tensors[name])

@@ -334,5 +334,5 @@ def build(encoder_config: Encoder, num_classes: int, config: DetectionModel) -> 
     The feature stride is that of res4: 16 with the imagenet stem, 8 and 4 with the small ones.
     """
     encoder = encoders.build(encoder_config, norm_layer=SharedBatchNorm2d)
-    stride = {"imagenet": 16, "half": 8, "full": 4}[encoder_config.stem]
-    return Detector(encoder, stride, num_classes, config)
+    assert isinstance(encoder, ResNet)
+    return Detector(encoder, encoder.stride, num_classes, config)

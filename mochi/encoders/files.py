@@ -1,69 +1,221 @@
-"""Encoder files: safetensors with the names of `ResNet.state_dict()`, which are torchvision's.
+"""Encoder files: safetensors with the names of the encoder's `state_dict()`, which say what they hold.
 
-A backbone loaded with mismatched names fails silently and lowers the scores. Here every tensor must match
-by name and shape and be finite, or the file is refused.
+A backbone loaded with mismatched names, or fed with pixels it was not trained on, fails silently and
+lowers the scores. Here every tensor must match by name and shape and be finite, the description must be
+that of the encoder asked for, and its pixels must be normalised as here, or the file is refused.
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from mochi.config import Encoder
 from mochi.encoders import build
-from mochi.encoders.resnet import ResNet
+from mochi.encoders.backbone import Backbone
 from mochi.errors import UserError
+from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mochi.storage.atomic import replacing
+
+logger = logging.getLogger(__name__)
+
+METADATA_KEY = "mochi"
+"""The only key of the metadata; its value is an `EncoderInfo` as JSON.
+
+One key, because safetensors writes several in an order that differs from process to process.
+"""
 
 _MAX_LISTED = 10
 
 
 class EncoderError(UserError):
-    """An encoder file that is missing, unreadable, or of another architecture."""
+    """An encoder file that is missing, unreadable, or not the encoder that was asked for."""
 
 
-def save_encoder(path: Path, encoder: nn.Module) -> None:
-    """Write all parameters and buffers of an encoder; equal tensors give equal files.
+class EncoderInfo(BaseModel):
+    """What an encoder file says of itself."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+    architecture: str
+    stem: str | None
+    width: int | None
+    image_size: int | None = None
+    """Side of the images in training, pixels; None: not known."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Of each channel, in `channel_order`, on the scale from 0 to 1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    channel_order: Literal["RGB", "BGR"] = "RGB"
+    method: str | None = None
+    """Row of the experiment, or the kind of checkpoint that it was imported from."""
+    experiment: str | None = None
+    seed: int | None = None
+    settings_digest: str | None = None
+    """Of the run that trained it, as in its provenance.json."""
+    code_digest: str | None = None
+    source: str | None = None
+    """Name and sha256 of the file that it was imported from."""
+
+    @classmethod
+    def of(cls, config: Encoder, **about: object) -> Self:
+        """The description of an encoder of `config`; `about` are more fields."""
+        return cls.model_validate({**config.model_dump(), **about})
+
+    def config(self, path: Path) -> Encoder:
+        """The architecture.
+
+        Raises:
+            EncoderError: there is no such architecture; `path` is named.
+        """
+        try:
+            return Encoder.model_validate(
+                {"architecture": self.architecture, "stem": self.stem, "width": self.width}
+            )
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise EncoderError(
+                f"{path}: its metadata names an encoder that is not known: {reason}"
+            ) from None
+
+
+class EncoderFile(NamedTuple):
+    """What is in an encoder file."""
+
+    info: EncoderInfo | None
+    """None in files of before there was metadata."""
+    tensors: dict[str, Tensor]
+
+
+def save_encoder(path: Path, encoder: Backbone, info: EncoderInfo | None = None) -> None:
+    """Write all parameters and buffers of an encoder; equal tensors and info give equal files.
+
+    Args:
+        path: the file.
+        encoder: what to write.
+        info: what the file says of itself; None: the architecture and the pixels.
 
     Raises:
         OSError: the disk is full or the folder read-only; an existing file is as it was.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    write_tensors(path, encoder.state_dict(), info or EncoderInfo.of(encoder.config))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: EncoderInfo | None) -> None:
+    """Write the tensors of an encoder, or without `info` of something else; see `save_encoder`."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {METADATA_KEY: info.model_dump_json()} if info else {"format": "pt"}
     with replacing(path) as temporary:
-        # One metadata key only: the order of several differs from process to process.
-        save_file(tensors, temporary, {"format": "pt"})
+        save_file(tensors, temporary, metadata)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor, on the CPU.
+def read_info(path: Path) -> EncoderInfo | None:
+    """The description alone; see `read_encoder`."""
+    return _read(path, tensors=False).info
+
+
+def read_encoder(path: Path) -> EncoderFile:
+    """Description and tensors, on the CPU.
 
     Raises:
-        EncoderError: no such file, or not safetensors.
+        EncoderError: no such file, not safetensors, or metadata that cannot be read.
     """
+    return _read(path, tensors=True)
+
+
+def _read(path: Path, *, tensors: bool) -> EncoderFile:
     if not path.exists():
-        raise EncoderError(f"{path}: no such encoder; run the pretraining of this run first")
+        raise EncoderError(
+            f"{path}: no such encoder; first run the pretraining of this run, or `mochi import`"
+        )
     try:
-        return dict(load_file(path))
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
     except (OSError, SafetensorError) as error:
         raise EncoderError(
-            f"{path}: cannot be read as safetensors: {error}; expected an encoder that pretraining wrote"
+            f"{path}: cannot be read as safetensors: {error}; expected an encoder that pretraining wrote; "
+            "`mochi import` makes one of a checkpoint of another kind"
+        ) from None
+    return EncoderFile(_info(path, metadata), found)
+
+
+def _info(path: Path, metadata: Mapping[str, str]) -> EncoderInfo | None:
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        return EncoderInfo.model_validate_json(metadata[METADATA_KEY])
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"])) or "the whole"
+        raise EncoderError(
+            f"{path}: its metadata cannot be read: {where}: {wrong['msg']}; expected what pretraining or "
+            "`mochi import` writes"
         ) from None
 
 
-def load_encoder(path: Path, config: Encoder, device: torch.device) -> ResNet:
+def read_tensors(path: Path, config: Encoder, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> tensor of the file of an encoder of `config`, on the CPU; every reader goes through here.
+
+    Args:
+        path: the file.
+        config: the architecture that is wanted.
+        expected: its tensors, by name.
+
+    Raises:
+        EncoderError: the file cannot be read, its tensors do not fit, or it says that it is another encoder
+            or was trained on pixels that are normalised otherwise.
+    """
+    info, tensors = read_encoder(path)
+    check_fit(path, tensors, expected, config)
+    if info is None:
+        logger.warning(
+            "%s: has no metadata: taken for an encoder of RGB images with ImageNet's mean and standard "
+            "deviation; `mochi import` writes a file that says so",
+            path,
+        )
+        return tensors
+    if (found := info.config(path)) != config:
+        raise EncoderError(
+            f"{path} is not a {config}: its metadata says {found}; use an encoder of this `encoder` section"
+        )
+    check_pixels(path, info)
+    logger.info("%s: %s, method %s, experiment %s", path, found, info.method, info.experiment)
+    return tensors
+
+
+def check_pixels(path: Path, info: EncoderInfo) -> None:
+    """Compare the pixels an encoder was trained on with those of this project.
+
+    Raises:
+        EncoderError: another channel order, mean or standard deviation.
+    """
+    found = (info.channel_order, info.mean, info.std)
+    if found != (expected := ("RGB", IMAGENET_MEAN, IMAGENET_STD)):
+        raise EncoderError(
+            f"{path}: trained on {_pixels(*found)}; images here are {_pixels(*expected)}; convert it: "
+            f"mochi import {path} --out NEW.safetensors"
+        )
+
+
+def _pixels(order: str, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+    return f"{order} with mean {list(mean)} and standard deviation {list(std)}"
+
+
+def load_encoder(path: Path, config: Encoder, device: torch.device) -> Backbone:
     """The encoder in `path` on `device`, frozen, in evaluation mode and channels-last.
 
     Raises:
-        EncoderError: the file cannot be read or does not fit `config`.
+        EncoderError: the file cannot be read or is not an encoder of `config`.
     """
     encoder = build(config)
-    tensors = read_tensors(path)
-    check_fit(path, tensors, encoder.state_dict(), config)
-    encoder.load_state_dict(tensors)
+    encoder.load_state_dict(read_tensors(path, config, encoder.state_dict()))
     encoder.requires_grad_(requires_grad=False)
     return encoder.to(device).to(memory_format=torch.channels_last).eval()
 
@@ -83,7 +235,7 @@ def check_fit(
     if wrong:
         more = [f"  ... and {len(wrong) - _MAX_LISTED} more"] if len(wrong) > _MAX_LISTED else []
         raise EncoderError(
-            f"{path} is not a {config.architecture} with stem {config.stem} and width {config.width}; "
+            f"{path} is not a {config}; "
             f"{len(wrong)} of {len(lines)} tensors do not fit:\n"
             + "\n".join(wrong[:_MAX_LISTED] + more)
             + "\nUse an encoder that was trained with this `encoder` section"

@@ -1,4 +1,4 @@
-"""Encoders that pretraining wrote, for code outside this project: `from mochi import load_encoder`."""
+"""Encoder files for code outside this project: `from mochi import load_encoder`."""
 
 from pathlib import Path
 
@@ -7,21 +7,25 @@ import torch
 from mochi.config import Encoder
 from mochi.config.reading import validate
 from mochi.encoders import files
-from mochi.encoders.resnet import ResNet
+from mochi.encoders.backbone import Backbone
+from mochi.encoders.files import EncoderError
 
 
 def load_encoder(
-    path: Path | str, *, architecture: str, stem: str, width: int, device: torch.device | str = "cpu"
-) -> ResNet:
-    """A pretrained backbone, frozen, in evaluation mode and channels-last.
-
-    An encoder file holds tensors alone, so the caller names the architecture: the `encoder` section of the
-    experiment that trained it. A file of another architecture is refused.
+    path: Path | str,
+    *,
+    architecture: str | None = None,
+    stem: str | None = None,
+    width: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Backbone:
+    """A pretrained encoder, frozen, in evaluation mode and channels-last.
 
     Args:
-        path: encoder.safetensors.
-        architecture: resnet10, resnet18 or resnet50.
-        stem: imagenet, half or full; `mochi.config.Encoder` explains them.
+        path: encoder.safetensors, or what `mochi import` wrote.
+        architecture: only for files without metadata, with `stem` and `width`: what the file holds, as in
+            `mochi.config.Encoder`. Given for another file, it must be what the file says.
+        stem: imagenet, half or full.
         width: channels of the first stage, 64 in torchvision's ResNets.
         device: where the encoder goes.
 
@@ -29,9 +33,18 @@ def load_encoder(
         (B, 3, H, W) normalised images -> (B, num_features) features.
 
     Raises:
-        EncoderError: the file cannot be read or does not fit (a ValueError).
+        EncoderError: the file cannot be read or is not that encoder (a ValueError).
         ConfigError: there is no such architecture, stem or width (a ValueError).
     """
-    settings = {"architecture": architecture, "stem": stem, "width": width}
-    config = validate(Encoder, settings, "load_encoder")
-    return files.load_encoder(Path(path), config, torch.device(device))
+    path = Path(path)
+    if architecture is not None:
+        settings = {"architecture": architecture, "stem": stem, "width": width}
+        config = validate(Encoder, settings, "load_encoder")
+    elif (info := files.read_info(path)) is not None:
+        config = info.config(path)
+    else:
+        raise EncoderError(
+            f"{path}: has no metadata, which names the architecture; give architecture=, stem= and width=, "
+            f"or convert it: mochi import {path} --out NEW.safetensors"
+        )
+    return files.load_encoder(path, config, torch.device(device))

@@ -1,19 +1,41 @@
-"""ResNets with torchvision's blocks and parameter names."""
+"""ResNets with torchvision's blocks, names and parameter names."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from mochi.config import Encoder
+from mochi.encoders.backbone import Backbone
 
-# Architecture -> (block, blocks in each of the four stages).
-_LAYOUTS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet10": (BasicBlock, (1, 1, 1, 1)),
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+
+class Layout(NamedTuple):
+    """What tells one ResNet from another."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, int, int, int]
+    """Blocks in each of the four stages."""
+    groups: int = 1
+    """Of the 3x3 convolutions (ResNeXt)."""
+    base_width: int = 64
+    """Channels of a group where the stage has 64 (torchvision's `width_per_group`)."""
+
+
+LAYOUTS = {
+    "resnet10": Layout(BasicBlock, (1, 1, 1, 1)),
+    "resnet18": Layout(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Layout(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Layout(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Layout(Bottleneck, (3, 4, 23, 3)),
+    "resnext50_32x4d": Layout(Bottleneck, (3, 4, 6, 3), groups=32, base_width=4),
+    "wide_resnet50_2": Layout(Bottleneck, (3, 4, 6, 3), base_width=128),
 }
+"""Architecture -> layout; the names of `mochi.config.Encoder`."""
+
+STRIDES = {"imagenet": 16, "half": 8, "full": 4}
+"""Stem -> pixels of a cell of layer3's features (res4), which a detector works on."""
 
 _SAFE_CHANNELS = 16
 
@@ -36,45 +58,48 @@ class Shortcut(nn.Conv2d):
         return F.conv2d(input[:, :, ::down, ::across], self.weight)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """torchvision's ResNet with a choice of stem and width; parameters carry torchvision's names.
 
     `forward` gives pooled features (B, D); there is no `fc`. With the `imagenet` stem and width 64 it
-    computes exactly what torchvision's does before `fc` (a test holds it to that).
+    computes exactly what torchvision's does before `fc` (a test holds it to that). A detector takes its
+    stages: conv1, bn1, relu, maxpool and layer1 to layer3 see the image, layer4 each region.
     """
 
     def __init__(self, config: Encoder, norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
-        block, depths = _LAYOUTS[config.architecture]
+        assert config.stem is not None
+        assert config.width is not None
+        self.config, self._layout, self._norm_layer = config, LAYOUTS[config.architecture], norm_layer
         width = config.width
-        self._norm_layer = norm_layer
         kernel, stride = {"imagenet": (7, 2), "half": (3, 2), "full": (3, 1)}[config.stem]
+        self.stride = STRIDES[config.stem]
         self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = norm_layer(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if config.stem == "imagenet" else nn.Identity()
         self._channels = width
-        self.layer1 = self._stage(block, width, depths[0], stride=1)
-        self.layer2 = self._stage(block, 2 * width, depths[1], stride=2)
-        self.layer3 = self._stage(block, 4 * width, depths[2], stride=2)
-        self.layer4 = self._stage(block, 8 * width, depths[3], stride=2)
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            self._stage(width * 2**stage, depth, stride=2 if stage else 1)
+            for stage, depth in enumerate(self._layout.depths)
+        )
         self.num_features = self._channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _stage(
-        self, block: type[BasicBlock] | type[Bottleneck], planes: int, depth: int, stride: int
-    ) -> nn.Sequential:
-        """One stage of `depth` blocks; Bottleneck blocks keep 64 as their base width."""
+    def _stage(self, planes: int, depth: int, stride: int) -> nn.Sequential:
+        """One stage of `depth` blocks of `planes` channels, times the block's expansion at its end."""
+        block, _, groups, base_width = self._layout
         channels = planes * block.expansion
         downsample = None
         if stride != 1 or self._channels != channels:
             downsample = nn.Sequential(
                 Shortcut(self._channels, channels, stride), self._norm_layer(channels)
             )
-        blocks = [block(self._channels, planes, stride, downsample, norm_layer=self._norm_layer)]
-        blocks += [block(channels, planes, norm_layer=self._norm_layer) for _ in range(depth - 1)]
+        kind = {"groups": groups, "base_width": base_width, "norm_layer": self._norm_layer}
+        blocks = [block(self._channels, planes, stride, downsample, **kind)]
+        blocks += [block(channels, planes, **kind) for _ in range(depth - 1)]
         self._channels = channels
         return nn.Sequential(*blocks)
 

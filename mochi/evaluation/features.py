@@ -10,7 +10,7 @@ from mochi.config import ProbeRun
 from mochi.data.format import StoredDataset, StoredSplit
 from mochi.data.views.loading import Images, Loading, centre_crops
 from mochi.data.views.stored_crops import Rows
-from mochi.encoders.resnet import ResNet
+from mochi.encoders.backbone import Backbone
 from mochi.errors import DataError
 from mochi.evaluation.resume import ResumePoint
 from mochi.runtime.precision import autocast, use_bfloat16
@@ -22,7 +22,7 @@ class Frozen(NamedTuple):
     """What a task works on."""
 
     run: ProbeRun
-    encoder: ResNet
+    encoder: Backbone
     """In evaluation mode, without gradients."""
     dataset: StoredDataset
     device: torch.device
@@ -64,7 +64,7 @@ def extract_split(frozen: Frozen, name: str, rows: Rows | None = None) -> tuple[
     return extract(frozen.encoder, crops, len(rows))
 
 
-def extract(encoder: ResNet, batches: Iterable[Images], count: int) -> tuple[Tensor, Tensor]:
+def extract(encoder: Backbone, batches: Iterable[Images], count: int) -> tuple[Tensor, Tensor]:
     """Features (count, D) float32 and labels (count,) of all images of `batches`, on their device."""
     features = labels = torch.empty(0)
     done = 0
@@ -81,7 +81,7 @@ def extract(encoder: ResNet, batches: Iterable[Images], count: int) -> tuple[Ten
 
 
 @torch.no_grad()
-def features_of(encoder: ResNet, images: Tensor) -> Tensor:
+def features_of(encoder: Backbone, images: Tensor) -> Tensor:
     """(B, 3, S, S) images -> (B, D) float32 features."""
     with autocast(images.device, _PRECISION):
         features: Tensor = encoder(images)

@@ -14,7 +14,7 @@ from mochi.contrast.moco import MoCo, Step
 from mochi.data.format import StoredDataset, StoredSplit
 from mochi.data.views.loading import Images, Loading, Views, one_view, two_views
 from mochi.encoders import build
-from mochi.encoders.resnet import ResNet
+from mochi.encoders.backbone import Backbone
 from mochi.encoders.shared_batch_norm import SharedBatchNorm2d
 from mochi.runtime.distributed import gather, mean_over_ranks, world_size
 
@@ -27,7 +27,7 @@ class Objective(Protocol):
     num_images: int
 
     @property
-    def backbone(self) -> ResNet:
+    def backbone(self) -> Backbone:
         """The encoder to publish, without its head."""
 
     @property
@@ -75,7 +75,7 @@ class ContrastiveObjective:
         self._matching: list[float] = []
 
     @property
-    def backbone(self) -> ResNet:
+    def backbone(self) -> Backbone:
         """The query encoder without its head."""
         return self._moco.backbone
 
@@ -169,7 +169,7 @@ class SupervisedObjective:
         self._seed = run.seed
 
     @property
-    def backbone(self) -> ResNet:
+    def backbone(self) -> Backbone:
         """The classifier without its last layer."""
         return self._backbone
 

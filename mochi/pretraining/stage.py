@@ -1,6 +1,7 @@
 """The pretraining stage: from a data set to an encoder, its metrics and its provenance."""
 
 import logging
+import shutil
 import time
 from dataclasses import asdict
 from itertools import pairwise
@@ -10,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from mochi.config import Contrastive, PretrainRun, Training
+from mochi.config import Contrastive, FromFile, PretrainRun, Training
 from mochi.data.format import open_dataset
 from mochi.data.views.loading import Loading, steps_per_epoch
 from mochi.encoders import build_untrained
-from mochi.encoders.files import save_encoder
-from mochi.encoders.resnet import ResNet
+from mochi.encoders.backbone import Backbone
+from mochi.encoders.files import EncoderInfo, load_encoder, save_encoder, write_tensors
 from mochi.pretraining.loop import TrainState, train
 from mochi.pretraining.objectives import Objective, make_objective
 from mochi.pretraining.optimizers import make_optimizer
@@ -36,19 +37,20 @@ logger = logging.getLogger(__name__)
 def run(
     run: PretrainRun, result: Result, work: Path, *, workers: int = 0, events: Path | None = None
 ) -> None:
-    """Train the encoder and publish it with its metrics and provenance.
+    """Train the encoder, or take it from a file, and publish it with its metrics and provenance.
 
     Args:
         run: what to train.
         result: receives encoder.safetensors, head.safetensors (no tensors without a contrastive loss),
             metrics.csv, matching.csv and provenance.json; its input `data` is the manifest of the prepared
-            data set.
+            data set, its input `encoder` the file of a row that is not trained here.
         work: folder of the resume checkpoint; removed at the end.
         workers: processes that load images.
         events: folder for TensorBoard events; None: none.
 
     Raises:
         DataError: no data, or a batch larger than the data set.
+        EncoderError: the file of a row that is not trained here cannot be read, or is another encoder.
         CheckpointError: the checkpoint in `work` is of another run or other data, or the disk is full.
         NonFiniteError: the loss or the parameters are NaN or Inf.
     """
@@ -57,8 +59,12 @@ def run(
     make_deterministic()
     with process_group(device):
         if not isinstance(run.recipe, Training):
-            state, encoder = TrainState(code=[result.code_digest]), build_untrained(run.encoder, run.seed)
-            head = None
+            state, head = TrainState(code=[result.code_digest]), None
+            encoder = (
+                load_encoder(result.inputs["encoder"], run.encoder, torch.device("cpu"))
+                if isinstance(run.recipe, FromFile)
+                else build_untrained(run.encoder, run.seed)
+            )
         else:
             objective = make_objective(run, open_dataset(result.inputs["data"].parent))
             if isinstance(run.recipe, Contrastive) and (
@@ -193,9 +199,22 @@ class _Session:
         return state
 
 
+def _info(run: PretrainRun, result: Result) -> EncoderInfo:
+    """What the encoder file says of itself."""
+    return EncoderInfo.of(
+        run.encoder,
+        image_size=run.augmentation.image_size if run.is_trained else None,
+        method=run.method,
+        experiment=run.experiment,
+        seed=run.seed,
+        settings_digest=result.settings_digest,
+        code_digest=result.code_digest,
+    )
+
+
 def _publish(
     run: PretrainRun,
-    encoder: ResNet,
+    encoder: Backbone,
     head: nn.Module | None,
     state: TrainState,
     result: Result,
@@ -204,8 +223,11 @@ def _publish(
     """Write the results; all of them move into their folder at the end."""
     bfloat16 = isinstance(run.recipe, Training) and use_bfloat16(pick_device(), run.recipe.precision)
     with publishing(result.folder) as new:
-        save_encoder(new / "encoder.safetensors", encoder)
-        save_encoder(new / "head.safetensors", head or nn.Module())
+        if isinstance(run.recipe, FromFile):
+            shutil.copyfile(result.inputs["encoder"], new / "encoder.safetensors")
+        else:
+            save_encoder(new / "encoder.safetensors", encoder, _info(run, result))
+        write_tensors(new / "head.safetensors", head.state_dict() if head else {}, None)
         write_rows(new / "metrics.csv", ["epoch"], state.rows)
         write_rows(new / "matching.csv", ["epoch", "rank", "probability"], state.matching)
         write_record(

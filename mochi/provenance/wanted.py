@@ -16,6 +16,7 @@ from mochi.config import (
     Contrastive,
     Dataset,
     Experiment,
+    FromFile,
     Training,
     all_runs,
     detection_run,
@@ -165,14 +166,18 @@ def pretrained(experiment: Experiment, method: str, seed: int) -> Result:
     """The encoder of one run."""
     run = pretrain_run(experiment, method, seed)
     stage = STAGES["pretrain"]
-    manifest = layout.dataset(experiment.dataset.name) / "manifest.json"
+    inputs = {}
+    if run.is_trained:
+        inputs["data"] = layout.dataset(experiment.dataset.name) / "manifest.json"
+    if isinstance(run.recipe, FromFile):
+        inputs["encoder"] = Path(run.recipe.path)
     return Result(
         stage="pretrain",
         label=f"{method} seed {seed} pretrain",
         folder=Layout(experiment.name).pretrain(method, seed),
         outputs=stage.outputs,
         settings=run.settings(),
-        inputs={"data": manifest} if run.is_trained else {},
+        inputs=inputs,
         modules=stage.numbers if run.is_trained else UNTRAINED,
     )
 

@@ -1,15 +1,30 @@
 """Encoder files: what is loaded is what was saved, and a file that does not fit is refused by name."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mochi import encoders
 from mochi.config import Encoder
-from mochi.encoders.files import EncoderError, digest, load_encoder, read_tensors, save_encoder
+from mochi.encoders.files import (
+    METADATA_KEY,
+    EncoderError,
+    EncoderInfo,
+    digest,
+    load_encoder,
+    read_encoder,
+    read_info,
+    save_encoder,
+)
+from tests.project import ROOT
 
 CONFIG = Encoder(architecture="resnet10", stem="half", width=4)
 CPU = torch.device("cpu")
@@ -65,15 +80,15 @@ def test_what_does_not_fit_is_refused_by_name(
 
 
 def test_a_missing_file_and_one_of_another_format_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match=r"none: no such encoder; run the pretraining"):
-        read_tensors(tmp_path / "none")
+    with pytest.raises(EncoderError, match=r"none: no such encoder; first run"):
+        read_encoder(tmp_path / "none")
     (tmp_path / "x.safetensors").write_bytes(b"pickle")
     with pytest.raises(EncoderError, match="cannot be read as safetensors"):
-        read_tensors(tmp_path / "x.safetensors")
+        read_encoder(tmp_path / "x.safetensors")
 
 
 def test_the_digest_counts_names_and_bytes_and_nothing_else(path: Path) -> None:
-    tensors = read_tensors(path)
+    tensors = read_encoder(path).tensors
     whole = digest(tensors)
     assert digest(dict(reversed(tensors.items()))) == whole
     moved = {
@@ -86,3 +101,74 @@ def test_the_digest_counts_names_and_bytes_and_nothing_else(path: Path) -> None:
     assert digest(changed, "bn1") != digest(tensors, "bn1")
     renamed = {("bn1.shift" if name == "bn1.bias" else name): value for name, value in tensors.items()}
     assert digest(renamed) != whole
+
+
+def with_metadata(path: Path, text: str | None) -> None:
+    save_file(load_file(path), path, None if text is None else {METADATA_KEY: text})
+
+
+def test_a_file_says_what_it_is(path: Path) -> None:
+    info = EncoderInfo.of(CONFIG, image_size=32, method="moco-v2", experiment="x", seed=3)
+    save_encoder(path, encoders.build(CONFIG, seed=5), info)
+    assert read_info(path) == info
+    with safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()[METADATA_KEY])
+    assert list(content) == list(EncoderInfo.model_fields)
+    assert content["architecture"] == "resnet10"
+    assert content["channel_order"] == "RGB"
+    assert content["mean"] == [0.485, 0.456, 0.406]
+    assert (content["image_size"], content["method"], content["seed"]) == (32, "moco-v2", 3)
+
+
+def test_the_same_encoder_is_the_same_file_in_every_process(path: Path, tmp_path: Path) -> None:
+    """The order of metadata must not depend on how a process hashes text."""
+    program = (
+        "from pathlib import Path; from mochi import encoders; from mochi.config import Encoder\n"
+        "from mochi.encoders.files import save_encoder\n"
+        "config = Encoder(architecture='resnet10', stem='half', width=4)\n"
+        f"save_encoder(Path({str(tmp_path / 'again')!r}), encoders.build(config, seed=5))\n"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=env)
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"channel_order": "BGR"}, r"trained on BGR with mean .*; images here are RGB .* mochi import"),
+        ({"mean": (0.5, 0.5, 0.5)}, r"trained on RGB with mean \[0.5, 0.5, 0.5\] and"),
+        ({"std": (1 / 255,) * 3}, "and standard deviation"),
+        ({"stem": "full"}, "its metadata says resnet10 with stem full and width 4"),
+        ({"architecture": "resnet11"}, "metadata names an encoder that is not known: found 'resnet11'"),
+    ],
+)
+def test_a_file_of_other_pixels_or_another_encoder_is_refused(
+    path: Path, about: dict[str, object], message: str
+) -> None:
+    info = EncoderInfo.model_validate(CONFIG.model_dump() | about)
+    save_encoder(path, encoders.build(CONFIG, seed=5), info)
+    with pytest.raises(EncoderError, match=message):
+        load_encoder(path, CONFIG, CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "its metadata cannot be read: the whole: Invalid JSON"),
+        ("{}", "architecture: Field required"),
+        ('{"architecture": 5, "stem": "half", "width": 4}', "architecture: Input should be a valid string"),
+    ],
+)
+def test_metadata_that_cannot_be_read_is_refused(path: Path, text: str, message: str) -> None:
+    with_metadata(path, text)
+    with pytest.raises(EncoderError, match=message):
+        load_encoder(path, CONFIG, CPU)
+
+
+def test_an_older_file_without_metadata_is_read_with_a_note(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_metadata(path, None)
+    load_encoder(path, CONFIG, CPU)
+    assert "has no metadata: taken for an encoder of RGB images" in caplog.text

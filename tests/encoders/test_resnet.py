@@ -5,21 +5,61 @@ import torch
 import torchvision
 
 from mochi.config import Encoder
+from mochi.config.training import RESNETS
+from mochi.encoders import build
 from mochi.encoders.heads import projection_head
-from mochi.encoders.resnet import ResNet, Shortcut
+from mochi.encoders.resnet import LAYOUTS, ResNet, Shortcut
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("architecture", sorted({*RESNETS} - {"resnet10"}))
 def test_equals_torchvision(architecture: str) -> None:
-    ours = ResNet(Encoder(architecture=architecture, stem="imagenet", width=64)).eval()
-    theirs = getattr(torchvision.models, architecture)().eval()
-    weights = {name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")}
-    ours.load_state_dict(weights)  # strict: the names and shapes are torchvision's
+    with torch.device("meta"):  # no weights are drawn that would be replaced
+        ours = build(Encoder(architecture=architecture, stem="imagenet", width=64)).eval()
+        theirs = getattr(torchvision.models, architecture)().eval()
+    drawn = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.rand(value.shape, generator=drawn) * 0.02 + (0.5 if value.ndim == 1 else -0.01)
+        if value.is_floating_point()
+        else torch.tensor(0)
+        for name, value in theirs.state_dict().items()
+    }
+    theirs.load_state_dict(weights, assign=True)
+    del weights["fc.weight"], weights["fc.bias"]
+    ours.load_state_dict(weights, assign=True)  # strict: the names and shapes are torchvision's
     theirs.fc = torch.nn.Identity()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
-    assert ours.num_features == {"resnet18": 512, "resnet50": 2048}[architecture]
+        expected = theirs(images)
+        torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.01
+    assert ours.num_features == expected.shape[1]
+
+
+def test_the_registry_has_the_names_of_the_settings() -> None:
+    assert tuple(LAYOUTS) == RESNETS
+
+
+@pytest.mark.parametrize(("architecture", "width"), [("resnext50_32x4d", 32), ("wide_resnet50_2", 8)])
+def test_narrow_variants_of_wide_networks(architecture: str, width: int) -> None:
+    encoder = build(Encoder(architecture=architecture, stem="full", width=width))
+    assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 32 * width) == (2, encoder.num_features)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architecture": "resnet19", "stem": "half", "width": 8}, "found 'resnet19'; did you mean"),
+        ({"architecture": "resnet18", "stem": "half"}, "width: missing; resnet18 needs a stem and a width"),
+        (
+            {"architecture": "resnext50_32x4d", "stem": "half", "width": 24},
+            "width: found 24; .* of 16",
+        ),
+        ({"architecture": "timm:x", "stem": "half"}, "stem, width: found half, None; timm:x has its own"),
+    ],
+)
+def test_an_encoder_that_cannot_be_built_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Encoder.model_validate(settings)
 
 
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 2), ("half", 4), ("full", 8)])

@@ -23,10 +23,8 @@ from torch.nn import functional as F
 from mochi.config import Augmentation
 from mochi.data.views import counter_rng
 from mochi.data.views.crops import parts
+from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mochi.runtime.transfer import arrays_to, to_device
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _GREY = (0.2989, 0.587, 0.114)  # torchvision's weights
 _BLUR_RADIUS = 6  # three standard deviations of the widest blur

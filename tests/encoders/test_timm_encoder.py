@@ -1,0 +1,50 @@
+"""Encoders of timm: its features with this project's batch normalisation, and files like any other's."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from mochi.config import ConfigError, Encoder, parse_experiment
+from mochi.encoders import build
+from mochi.encoders.batch_norm import GroupedBatchNorm2d
+from mochi.encoders.files import load_encoder, save_encoder
+from tests.project import ROOT
+
+timm = pytest.importorskip("timm")
+CONFIG = Encoder(architecture="timm:mobilenetv3_small_050")
+
+
+def test_the_features_are_timms_whatever_normalises(tmp_path: Path) -> None:
+    encoder = build(CONFIG, partial(GroupedBatchNorm2d, num_groups=2), seed=1)
+    images = torch.randn(4, 3, 48, 48)
+    encoder(images)  # statistics that are not those of the beginning
+    save_encoder(tmp_path / "encoder.safetensors", encoder)
+    loaded = load_encoder(tmp_path / "encoder.safetensors", CONFIG, torch.device("cpu"))
+    theirs = timm.create_model("mobilenetv3_small_050", num_classes=0).eval()
+    theirs.load_state_dict({k.removeprefix("model."): v for k, v in encoder.state_dict().items()})
+    with torch.no_grad():
+        for ours in (encoder.eval(), loaded):
+            torch.testing.assert_close(ours(images), theirs(images))
+    assert loaded(images).shape == (4, loaded.num_features)
+
+
+def test_every_batch_norm_is_replaced_and_keeps_its_activation() -> None:
+    grouped, plain = build(CONFIG, partial(GroupedBatchNorm2d, num_groups=2), seed=1), build(CONFIG, seed=1)
+    kinds = {type(module) for module in grouped.modules() if isinstance(module, nn.BatchNorm2d)}
+    assert kinds == {GroupedBatchNorm2d}
+    half = torch.randn(2, 3, 48, 48)
+    images = torch.cat([half, half])  # each group has the statistics of the whole
+    torch.testing.assert_close(grouped(images), plain(images), rtol=1e-3, atol=1e-3)
+
+
+def test_an_unknown_model_and_a_detector_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"found timm:resnet51; timm .* has no such model"):
+        build(Encoder(architecture="timm:resnet51"))
+    settings = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    settings["encoder"] = {"architecture": "timm:resnet18"}
+    with pytest.raises(ConfigError, match=r"detection.photo-scenes-frozen: found with .* timm:resnet18"):
+        parse_experiment(settings, "x")

@@ -25,8 +25,8 @@ from mochi.config import Contrastive, Encoder, PretrainRun, load_experiment, pre
 from mochi.data.format import StoredSplit
 from mochi.data.views.loading import Loading
 from mochi.encoders.heads import projection_head
-from mochi.pretraining.loop import make_optimizer
 from mochi.pretraining.objectives import ContrastiveObjective
+from mochi.pretraining.optimizers import make_optimizer
 from mochi.runtime.precision import autocast
 
 _BATCH, _QUEUE, _DIM, _SIZE = 256, 4096, 128, 32

@@ -193,9 +193,10 @@ def prepare(
 
     require_writable(folder)
     watch = Stopwatch()
-    result.record.unlink(missing_ok=True)
-    manifest = stage.prepare(dataset, folder, jobs=jobs, progress=counter(f"prepare {folder.name}"))
-    write_record(folder, result, watch)
+    manifest = stage.prepare(
+        dataset, folder, jobs=jobs, progress=counter(f"prepare {folder.name}"),
+        finish=lambda new: write_record(new, result, watch),
+    )  # fmt: skip
     for name, split in manifest["splits"].items():
         typer.echo(f"{name}: {split['count']} images, {split['unlabelled']} of them without a label")
     typer.echo(f"{len(manifest['classes'])} classes; ignored: {manifest['ignored'] or 'nothing'}")

@@ -40,6 +40,7 @@ _DETECTION = tuple(
         "load_backbone",
         "model",
         "normalization",
+        "sets",
         "stage",
         "training",
         "voc",

@@ -32,6 +32,8 @@ NO_NUMBERS = {
     "mochi.layout": "places of files",
     "mochi.stages": "this table",
     "mochi.provenance": "what made a result",
+    "mochi.data.ingest.sniff": "refuses files",
+    "mochi.text": "values of files, which are inputs, unchanged",
     "mochi.storage": "how files are written, and where a killed run goes on",
     "mochi.encoders.files": "tensors of a file, which is an input, unchanged",
     "mochi.evaluation.resume": "where a killed run goes on",
@@ -49,6 +51,8 @@ NO_NUMBERS_OF_ONE_STAGE = {
     "detect": {
         "mochi.detection.check_images": "refuses images",
         "mochi.detection.figures": "pictures",
+        "mochi.data.ingest.classes": "warns",
+        "mochi.data.ingest.files": "finds the images that are named",
         "mochi.data.format": "the mark of images without a label",
         "mochi.data.ingest.raw": "paths of the images that are checked",
         "mochi.data.ingest.validate": "checks images",

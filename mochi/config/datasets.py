@@ -24,6 +24,10 @@ MaxUnreadable = Annotated[Real, Field(ge=0, le=1)]
 """Largest share of files that may be quarantined as unreadable before preparation refuses."""
 
 
+MaxSide = Annotated[int, Field(ge=16)]
+"""Longer side of a stored image, pixels; larger images are stored smaller. None: as they are."""
+
+
 class PhotoPatches(Source):
     """Patches of the photographs in the packages scikit-image and scikit-learn."""
 
@@ -49,6 +53,7 @@ class Folder(Source):
     """Text files, relative to `path`, with one image a line, as VOC's image sets: its path, its name, or
     its name without suffix. Other images are left out and counted."""
     max_unreadable: MaxUnreadable = 0.01
+    max_side: MaxSide | None = None
 
 
 class Download(Source):
@@ -78,6 +83,7 @@ class Imagenette(Download):
     source: Literal["imagenette"]
     size: Literal["full", "320px", "160px"]
     max_unreadable: MaxUnreadable = 0.0
+    max_side: MaxSide | None = None
 
 
 class ImageNet(Source):
@@ -89,6 +95,7 @@ class ImageNet(Source):
     subset: Literal["all", "imagenet100"]
     """imagenet100: the 100 classes of CMC's list, which MoCHi cites."""
     max_unreadable: MaxUnreadable = 0.0
+    max_side: MaxSide | None = None
 
 
 Dataset = Annotated[

@@ -5,6 +5,8 @@ and height H is (0, 0, W, H). Labels run from 1 to K; 0 is the background and is
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mochi.errors import UserError
+from mochi.errors import DataError
 
 # A COCO segmentation: run lengths {"size": [H, W], "counts": ...}, compressed.
 RunLengths = dict[str, Any]
 
 
-class AnnotationError(UserError):
-    """Annotations that cannot be used; the text names file and object and says what to do."""
+AnnotationError = DataError
+"""Annotations that cannot be used; the text names file and object and says what to do."""
+
+_SHOWN = 5
+
+
+class Mistakes:
+    """Mistakes of many files, told together, so that a user corrects all of them at once."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep the mistake that ends the block."""
+        try:
+            yield
+        except AnnotationError as error:
+            self._texts.append(str(error))
+
+    def refuse(self) -> None:
+        """Raise the first few, if there are any."""
+        if self._texts:
+            rest = len(self._texts) - _SHOWN
+            more = [f"... and {rest} more mistakes like these"] if rest > 0 else []
+            raise AnnotationError("\n".join([*self._texts[:_SHOWN], *more]))
 
 
 @dataclass(frozen=True)
@@ -46,6 +72,8 @@ class Annotations:
     images: tuple[AnnotatedImage, ...]
     found: Counter[str] = field(default_factory=Counter)
     """What the reader counted, defects included."""
+    numbering: str = ""
+    """From which number pixels (VOC) or categories (COCO) are counted: one decision for the whole set."""
 
     def __post_init__(self) -> None:
         for image in self.images:
@@ -61,6 +89,7 @@ class Annotations:
             "images": len(self.images),
             "objects": int(counts.sum()),
             "classes": {name: int(counts[1 + index]) for index, name in enumerate(self.classes)},
+            **({"numbering": self.numbering} if self.numbering else {}),
             **dict(sorted(self.found.items())),
         }
 
@@ -76,14 +105,14 @@ def _check(image: AnnotatedImage, num_classes: int) -> None:
     sides = image.boxes[:, 2:] - image.boxes[:, :2]
     if not np.isfinite(image.boxes).all() or (sides <= 0).any():
         raise AnnotationError(
-            f"{image.path}: found a box without an area or not finite; readers drop those"
+            f"{image.path}: found a box without an area or not finite in its annotation; remove it"
         )
 
 
-def clip(boxes: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """(n, 4) boxes cut to the image."""
+def clip(boxes: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
+    """(n, 4) boxes cut to the image, in any precision."""
     limits = np.array([width, height, width, height], dtype=np.float32)
-    return np.clip(boxes, 0, limits)
+    return np.clip(boxes, 0, limits).astype(np.float32)
 
 
 def merge(parts: list[Annotations]) -> Annotations:
@@ -94,10 +123,23 @@ def merge(parts: list[Annotations]) -> Annotations:
     """
     classes = parts[0].classes
     for part in parts[1:]:
-        if part.classes != classes:
-            raise AnnotationError(f"splits with different classes: found {classes} and {part.classes}")
+        require_same_classes(classes, part.classes)
     images = tuple(image for part in parts for image in part.images)
-    return Annotations(classes, images, sum((part.found for part in parts), Counter()))
+    return Annotations(classes, images, sum((part.found for part in parts), Counter()), parts[0].numbering)
+
+
+def require_same_classes(first: tuple[str, ...], second: tuple[str, ...]) -> None:
+    """Raise what differs between the classes of two splits."""
+    if first == second:
+        return
+    alone = [", ".join(sorted(set(one) - set(other))) for one, other in ((first, second), (second, first))]
+    if any(alone):
+        parts = [f"{where}: {names}" for where, names in zip(("the first", "the second"), alone, strict=True)]
+        text = f"only in {'; only in '.join(part for part in parts if not part.endswith(': '))}"
+    else:
+        place = next(i for i, (one, other) in enumerate(zip(first, second, strict=True)) if one != other)
+        text = f"number {place + 1} is {first[place]!r} in the first and {second[place]!r} in the second"
+    raise AnnotationError(f"two splits have different classes: {text}; give them one list in one order")
 
 
 def for_training(annotations: Annotations, empty_images: str) -> Annotations:
@@ -122,12 +164,13 @@ def for_training(annotations: Annotations, empty_images: str) -> Annotations:
                 None if image.areas is None else image.areas[keep],
             )
         )  # fmt: skip
-    if not images:
+    if not any(len(image.boxes) for image in images):
+        counts = ", ".join(f"{name}: {count}" for name, count in sorted(found.items()) if count)
         raise AnnotationError(
-            "no training image has a usable box; look at the counts: "
-            + ", ".join(f"{name}: {count}" for name, count in sorted(found.items()))
+            f"found no object to train on in {len(annotations.images)} training images "
+            f"({counts or 'nothing counted'}); nothing can be trained or measured without one"
         )
-    return Annotations(annotations.classes, tuple(images), found)
+    return Annotations(annotations.classes, tuple(images), found, annotations.numbering)
 
 
 def split_off(

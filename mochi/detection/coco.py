@@ -1,23 +1,39 @@
 """Read COCO's instances JSON with all its oddities, and write it."""
 
-import json
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from faster_coco_eval.core import mask as mask_api
 
-from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations, RunLengths, clip
+from mochi.data.ingest.decode import MAX_PIXELS
+from mochi.data.ingest.files import Names
+from mochi.detection.annotations import (
+    AnnotatedImage,
+    AnnotationError,
+    Annotations,
+    Mistakes,
+    RunLengths,
+    clip,
+)
 from mochi.storage.atomic import write_json
+from mochi.text import Fields, as_number, nfc, read_json
+
+logger = logging.getLogger(__name__)
+
+_Id = int | str
+_FAR = 1e9
+"""Pixels; beyond any image."""
 
 
 def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotations:
     """Read `root/annotations/instances_<split>.json`; images lie in `root/<split>`.
 
     Categories become labels 1 to K in the order of their ids, gaps closed. Crowds are kept for evaluation
-    (ignored there) and never trained on. Image ids may be numbers or strings.
+    (ignored there) and never trained on. Ids may be numbers, their texts, or other texts.
 
     Args:
         root: the data set's folder.
@@ -27,113 +43,268 @@ def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotation
         masks: read segmentations (polygons, compressed and uncompressed run lengths).
 
     Raises:
-        AnnotationError: the file is missing or not COCO's, an object names an unknown image or category,
-            or an object is broken and `broken_objects` is "fail".
+        AnnotationError: the file is missing or not COCO's, an id stands for two things, an object names an
+            unknown image or category, a field is malformed, or an object is broken and `broken_objects` is
+            "fail". The first few mistakes are told together.
     """
     path = root / "annotations" / f"instances_{split}.json"
-    data = _load(path)
-    categories = sorted(data["categories"], key=lambda category: int(category["id"]))
-    labels = {category["id"]: 1 + index for index, category in enumerate(categories)}
-    found: Counter[str] = Counter()
-    objects: dict[str | int, list[dict[str, Any]]] = {image["id"]: [] for image in data["images"]}
-    for item in data["annotations"]:
-        where = f"{path}: annotation {item.get('id')}"
-        if item.get("image_id") not in objects:
-            raise AnnotationError(f"{where}: image_id {item.get('image_id')!r} is not among the images")
-        if item.get("category_id") not in labels:
+    data = Fields.of(read_json(path, "COCO's instances format"), str(path))
+    if missing := [key for key in ("images", "annotations", "categories") if key not in data.values]:
+        raise AnnotationError(f"{path}: found no {', '.join(missing)}; expected COCO's instances format")
+    classes = _categories(data)
+    labels = {identity: 1 + index for index, identity in enumerate(classes)}
+    mistakes, found = Mistakes(), Counter[str]()
+    images = _images(data, root / split, mistakes)
+    mistakes.refuse()
+    objects: dict[_Id, list[_Object]] = {identity: [] for identity in images}
+    seen: set[_Id] = set()
+    for index, value in enumerate(data.items("annotations")):
+        with mistakes.collected():
+            item = _Object(path, index, value)
+            if item.identity in seen:
+                raise AnnotationError(f"{item.where}: found this id twice; expected ids that are unique")
+            seen.add(item.identity)
+            image_id = item.reference("image_id", images, "among the images")
+            item.reference("category_id", labels, f"a category: {_some(labels)}")
+            objects[image_id].append(item)
+    mistakes.refuse()
+    annotated = []
+    for identity, image in images.items():
+        with mistakes.collected():
+            annotated.append(image.annotated(objects[identity], labels, masks, broken_objects, found))
+    mistakes.refuse()
+    ids = list(labels)
+    numbering = f"category ids {ids[0]!r} to {ids[-1]!r}"
+    return Annotations(tuple(classes.values()), tuple(annotated), found, numbering)
+
+
+def _categories(data: Fields) -> dict[_Id, str]:
+    """Id -> name, in the order of the ids: numbers first."""
+    names: dict[_Id, str] = {}
+    for category in data.objects("categories"):
+        identity, name = category.identity("id"), nfc(category.text("name").strip())
+        if identity in names:
             raise AnnotationError(
-                f"{where}: category_id {item.get('category_id')!r} is not a category: {list(labels)}"
+                f"{category.where}: id: found {identity!r} twice, for {names[identity]!r} and {name!r}"
             )
-        objects[item["image_id"]].append(item)
-    images = []
-    for image in data["images"]:
-        kept = []
-        for item in objects[image["id"]]:
-            defect = _defect(item, image, masks)
+        if name in names.values():
+            raise AnnotationError(f"{category.where}: name: found {name!r} twice; expected names that differ")
+        names[identity] = name
+    if not names:
+        raise AnnotationError(f"{data.where}: categories: found none; expected the classes of the objects")
+    return dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+
+
+class _Image:
+    """An entry of `images`."""
+
+    def __init__(self, fields: Fields, names: Names) -> None:
+        self.identity = fields.identity("id")
+        stated = fields.text("file_name")
+        found = names.find(stated) or names.find(stated.replace("\\", "/"))
+        self.path = found or names.folder / stated
+        self.height, self.width = (fields.integer(key, at_least=1) for key in ("height", "width"))
+        if self.height * self.width > MAX_PIXELS:
+            raise AnnotationError(
+                f"{fields.where}: found {self.width} x {self.height} pixels; at most {MAX_PIXELS} are read"
+            )
+
+    def annotated(
+        self,
+        objects: Sequence["_Object"],
+        labels: Mapping[_Id, int],
+        masks: bool,
+        broken_objects: str,
+        found: Counter[str],
+    ) -> AnnotatedImage:
+        """The image with its usable objects."""
+        kept, shapes = [], []
+        for item in objects:
+            shape, defect = item.usable(self.height, self.width, masks)
             if defect and broken_objects == "fail":
                 raise AnnotationError(
-                    f"{path}: annotation {item.get('id')} of image {image['id']!r}: {defect}; "
+                    f"{item.where} of image {self.identity!r}: {defect}; "
                     "correct the file, or set broken_objects: drop"
                 )
             if defect:
                 found[f"objects dropped: {defect}"] += 1
-            else:
-                kept.append(item)
-        images.append(_image(root / split, image, kept, labels, masks, found))
-    return Annotations(tuple(str(category["name"]) for category in categories), tuple(images), found)
+                logger.debug("%s of image %r: dropped: %s", item.where, self.identity, defect)
+                continue
+            kept.append(item)
+            shapes.append(shape)
+        boxes = np.array([item.box for item in kept], np.float64).reshape(-1, 4)
+        areas = [item.area() for item in kept]
+        crowd = np.array([item.fields.flag("iscrowd") for item in kept], bool)
+        boxes[:, 2:] += boxes[:, :2]
+        found["crowds"] += int(crowd.sum())
+        found["images without boxes"] += int(not kept)
+        found["images with crowds alone"] += int(len(kept) > 0 and bool(crowd.all()))
+        return AnnotatedImage(
+            self.identity,
+            self.path,
+            self.height,
+            self.width,
+            clip(boxes, self.height, self.width),
+            np.array([labels[item.category] for item in kept], np.int64),
+            crowd,
+            ~crowd,
+            tuple(shape for shape in shapes if shape is not None) if masks else None,
+            np.array(areas, np.float64),
+        )
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AnnotationError(f"{path}: no such file; COCO keeps a split's objects there") from None
-    except json.JSONDecodeError as error:
-        raise AnnotationError(f"{path}: is not valid JSON: {error}") from None
-    missing = [key for key in ("images", "annotations", "categories") if key not in data]
-    if missing:
-        raise AnnotationError(f"{path}: found no {', '.join(missing)}; expected COCO's instances format")
-    return dict(data)
+def _images(data: Fields, folder: Path, mistakes: Mistakes) -> dict[_Id, _Image]:
+    """Id -> image; each id and each file once."""
+    names, images, files = Names(folder), dict[_Id, _Image](), dict[Path, _Id]()
+    for index, value in enumerate(data.items("images")):
+        with mistakes.collected():
+            where = f"{data.where}: images[{index}]"
+            image = _Image(Fields.of(value, where), names)
+            if other := images.get(image.identity):
+                raise AnnotationError(
+                    f"{where}: id {image.identity!r} stands for both {other.path.name} and {image.path.name}; "
+                    "expected ids that are unique"
+                )
+            if image.path in files:
+                raise AnnotationError(
+                    f"{where}: file_name: {image.path.name} is also image {files[image.path]!r}; "
+                    "expected each file once, with all its objects"
+                )
+            images[image.identity], files[image.path] = image, image.identity
+    return images
 
 
-def _defect(item: dict[str, Any], image: dict[str, Any], masks: bool) -> str:
-    """What makes an object unusable, or nothing."""
-    box = item.get("bbox")
-    if not isinstance(box, list) or len(box) != 4:
-        return "no bbox"
-    if not np.isfinite(box).all() or box[2] <= 0 or box[3] <= 0:
-        return "a box without area"
-    corners = np.array([[box[0], box[1], box[0] + box[2], box[1] + box[3]]], np.float32)
-    inside = clip(corners, image["height"], image["width"])[0]
-    if (inside[2:] <= inside[:2]).any():
-        return "a box outside the image"
-    if masks and not item.get("segmentation"):
+class _Object:
+    """An entry of `annotations`."""
+
+    def __init__(self, path: Path, index: int, value: object) -> None:
+        self.fields = Fields.of(value, f"{path}: annotations[{index}]")
+        # Some programs write no ids of annotations, and nothing refers to them.
+        self.identity: _Id = self.fields.identity("id") if "id" in self.fields.values else f"[{index}]"
+        self.where = f"{path}: annotation {self.identity}"
+        self.fields = Fields(self.where, self.fields.values)
+        self.box: list[float] = []
+        self.category: _Id = 0
+
+    def reference(self, key: str, known: Mapping[_Id, object], expected: str) -> _Id:
+        """An id that stands elsewhere in the file."""
+        identity = self.fields.identity(key)
+        if identity not in known:
+            raise AnnotationError(f"{self.where}: {key} {identity!r} is not {expected}")
+        if key == "category_id":
+            self.category = identity
+        return identity
+
+    def usable(self, height: int, width: int, masks: bool) -> tuple[RunLengths | None, str]:
+        """The mask, where it is asked for, and what makes the object unusable, or nothing."""
+        box = self.fields.values.get("bbox")
+        numbers = [as_number(value) for value in box] if isinstance(box, list) and len(box) == 4 else []
+        self.box = [number for number in numbers if number is not None]
+        if len(self.box) != 4:
+            return None, "no bbox" if not numbers else "a bbox without four numbers"
+        x, y, w, h = self.box
+        if w <= 0 or h <= 0:
+            return None, "a box without area"
+        if max(abs(x), abs(y), w, h) > _FAR:
+            return None, "a box outside the image"
+        inside = clip(np.array([[x, y, x + w, y + h]], np.float64), height, width)[0]
+        if (inside[2:] <= inside[:2]).any():
+            return None, "a box outside the image"
+        if not masks:
+            return None, ""
+        shape = usable_mask(self.fields.values.get("segmentation"), height, width)
+        return (None, shape) if isinstance(shape, str) else (shape, "")
+
+    def area(self) -> float:
+        """COCO's area; that of the box where it is missing."""
+        if "area" not in self.fields.values:
+            return self.box[2] * self.box[3]
+        return self.fields.number("area", at_least=0)
+
+
+def _some(ids: Mapping[_Id, object]) -> str:
+    shown_ids = ", ".join(str(identity) for identity in list(ids)[:10])
+    return f"{shown_ids}{', ...' if len(ids) > 10 else ''}"
+
+
+def usable_mask(segmentation: object, height: int, width: int) -> RunLengths | str:
+    """A segmentation as compressed run lengths, or why it cannot be used.
+
+    Polygons [[x, y, ...], ...] of at least 3 points each, those with fewer left out; run lengths,
+    compressed or not, of the image's size.
+
+    Source: pycocotools mask; detectron2 data/datasets/coco.py leaves out polygons in the same way.
+    """
+    if not segmentation:
         return "no segmentation"
-    return ""
+    if isinstance(segmentation, dict) and "counts" in segmentation:
+        return _usable_run_lengths(segmentation, height, width)
+    if not isinstance(segmentation, list):
+        return "a segmentation that is neither polygons nor run lengths"
+    reach = max(height, width)
+    parts, defect = [], "no polygon"
+    for part in segmentation:
+        try:
+            points = np.asarray(part, np.float64)
+        except (TypeError, ValueError, OverflowError):
+            points = np.array(np.nan)
+        if points.ndim != 1:
+            defect = "a segmentation that is neither polygons nor run lengths"
+        elif len(points) < 6 or len(points) % 2:
+            defect = "a polygon of fewer than 3 points"
+        elif not np.isfinite(points).all():
+            defect = "a polygon with a point that is no number"
+        elif points.min() < -reach or points.max() > 2 * reach:
+            defect = "a polygon outside the image"
+        else:
+            parts.append(points)
+    if not parts:
+        return defect
+    x, y = (np.concatenate([part[axis::2] for part in parts]) for axis in (0, 1))
+    if x.max() <= 0 or y.max() <= 0 or x.min() >= width or y.min() >= height:
+        return "a polygon outside the image"
+    return run_lengths([part.tolist() for part in parts], height, width)
 
 
-def _image(
-    folder: Path,
-    image: dict[str, Any],
-    objects: Sequence[dict[str, Any]],
-    labels: dict[Any, int],
-    masks: bool,
-    found: Counter[str],
-) -> AnnotatedImage:
-    height, width = int(image["height"]), int(image["width"])
-    boxes = np.array([item["bbox"] for item in objects], np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    crowd = np.array([bool(item.get("iscrowd", 0)) for item in objects], bool)
-    found["crowds"] += int(crowd.sum())
-    found["images without boxes"] += int(not objects)
-    found["images with crowds alone"] += int(len(objects) > 0 and bool(crowd.all()))
-    areas = [item.get("area", item["bbox"][2] * item["bbox"][3]) for item in objects]
-    return AnnotatedImage(
-        image["id"],
-        folder / image["file_name"],
-        height,
-        width,
-        clip(boxes.astype(np.float32), height, width),
-        np.array([labels[item["category_id"]] for item in objects], np.int64),
-        crowd,
-        ~crowd,
-        tuple(run_lengths(item["segmentation"], height, width) for item in objects) if masks else None,
-        np.array(areas, np.float64),
-    )
+def run_lengths(polygons: list[list[float]], height: int, width: int) -> RunLengths:
+    """Polygons [[x, y, ...], ...] of at least 3 points each -> compressed run lengths."""
+    return dict(mask_api.merge(mask_api.frPyObjects(polygons, height, width)))
 
 
-def run_lengths(segmentation: Any, height: int, width: int) -> RunLengths:
-    """Polygons [[x, y, ...], ...], compressed or uncompressed run lengths -> compressed run lengths."""
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        counts = segmentation["counts"]
-        return {
-            "size": segmentation["size"],
-            "counts": counts.encode() if isinstance(counts, str) else counts,
-        }
-    if isinstance(segmentation, list):
-        parts = mask_api.frPyObjects(segmentation, height, width)
-        return dict(mask_api.merge(parts))
-    return dict(mask_api.frPyObjects([segmentation], height, width)[0])
+def _usable_run_lengths(shape: Mapping[str, Any], height: int, width: int) -> RunLengths | str:
+    size, counts = shape.get("size"), shape["counts"]
+    sides = [as_number(side) for side in size] if isinstance(size, list) else []
+    if sides != [height, width]:
+        return "run lengths of another size than the image"
+    lengths = _lengths(counts) if isinstance(counts, str) else counts
+    numbers = [as_number(length) for length in lengths] if isinstance(lengths, list) else [None]
+    whole = [int(number) for number in numbers if number is not None and number >= 0 and number == int(number)]
+    if len(whole) != len(numbers) or sum(whole) != height * width:
+        return "run lengths that do not fill the image"
+    if not sum(whole[1::2]):
+        return "a mask without a pixel"
+    if isinstance(counts, str):
+        return {"size": [height, width], "counts": counts.encode()}
+    return dict(mask_api.frPyObjects([{"size": [height, width], "counts": whole}], height, width)[0])
+
+
+def _lengths(text: str) -> list[int] | None:
+    """The run lengths of COCO's compressed form, or None. Source: pycocotools maskApi.c rleFrString."""
+    lengths: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or shift > 30:
+            return None
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+        value = shift = 0
+    return None if shift else lengths
 
 
 def decode_masks(masks: Sequence[RunLengths], height: int, width: int) -> np.ndarray:

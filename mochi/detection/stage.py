@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from mochi.config import ConfigError, DetectionData, DetectionRun, DetectionSet
-from mochi.detection import coco, figures, voc
-from mochi.detection.annotations import Annotations, for_training, merge, split_off
+from mochi.config import DetectionData, DetectionRun, DetectionSet
+from mochi.detection import figures
+from mochi.detection.annotations import Annotations, for_training, split_off
 from mochi.detection.average_precision import Detections, coco_metrics, voc_curves, voc_metrics
 from mochi.detection.batches import Images
 from mochi.detection.check_images import check_images
 from mochi.detection.inference import detect
 from mochi.detection.model import Detector
+from mochi.detection.sets import read_splits
 from mochi.detection.training import FineTuning, FrozenBackbone, Recipe
 from mochi.provenance.fingerprint import digest, file_digest
 from mochi.provenance.record import Stopwatch, write_record
@@ -53,7 +54,7 @@ def run(
 
     Raises:
         ConfigError: the processes cannot share a batch.
-        AnnotationError: annotations or images that cannot be used.
+        AnnotationError: annotations or images that cannot be used, or nothing to train on or measure.
         EncoderError: the encoder file does not fit.
         CheckpointError: a checkpoint in `work` is of another run.
         NonFiniteError: NaN or Inf in a loss or in the weights.
@@ -93,31 +94,6 @@ def run(
                     world_size=distributed.world_size(),
                 )  # fmt: skip
             tunings.clear()
-
-
-def read_splits(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations]:
-    """Training and test annotations, of one or several folders each.
-
-    Raises:
-        AnnotationError: see the readers.
-    """
-    parts = []
-    for names in (data.train, data.test):
-        if data.format == "coco":
-            read = [coco.read(Path(data.path), name, data.broken_objects, masks) for name in names]
-        else:
-            assert data.classes is not None
-            read = []
-            for name in names:
-                folder, _, image_set = name.rpartition("/")
-                read.append(
-                    voc.read(Path(data.path) / folder, image_set, data.classes, data.broken_objects)
-                )
-        parts.append(merge(read))
-        logger.info("%s: %s", " + ".join(names), json.dumps(parts[-1].report()))
-    if parts[0].classes != parts[1].classes:
-        raise ConfigError(f"{data.path}: train has classes {parts[0].classes}, test has {parts[1].classes}")
-    return parts[0], parts[1]
 
 
 def annotations_digest(annotations: Annotations) -> str:

@@ -1,103 +1,267 @@
 """Read PASCAL VOC files with all their oddities, and write them.
 
 VOC counts pixels from 1 and its boxes include their last pixel: xmin and ymin lose 1, xmax and ymax stay,
-so that (1, 1, W, H) covers the image. A file in which a box starts below 1 counts from 0 and is read so.
+so that (1, 1, W, H) covers the image. A set in which a box starts at 0 counts from 0, in all its files.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
-from PIL import Image
 
-from mochi.data.ingest.decode import upright_size
-from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations, clip
+from mochi.data.ingest.decode import UnreadableError, image_size
+from mochi.data.ingest.files import IMAGE_SUFFIXES, Names, read_list
+from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations, Mistakes, clip
 from mochi.storage.atomic import replacing, write_text
+from mochi.text import as_number, nfc, read_xml, shown
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+logger = logging.getLogger(__name__)
+
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read(root: Path, image_set: str, classes: Sequence[str], broken_objects: str) -> Annotations:
-    """Read one image set of a VOC folder.
+    """Read one image set of a VOC folder, as a data set of its own. Raises as `read_sets`."""
+    return read_sets([(root, image_set)], classes, broken_objects)[0]
+
+
+def read_sets(
+    sets: Sequence[tuple[Path, str]], classes: Sequence[str], broken_objects: str
+) -> list[Annotations]:
+    """Read the image sets of one data set. Whether it counts from 0 or 1 is decided for all of them.
 
     Args:
-        root: holds Annotations, JPEGImages and ImageSets/Main.
-        image_set: for example "trainval".
+        sets: folders that hold Annotations, JPEGImages and ImageSets/Main, and names such as "trainval".
         classes: names in the order of their labels.
         broken_objects: "drop" (counted) or "fail", for objects without a usable box.
 
     Raises:
-        AnnotationError: a file is missing or unreadable, a class is unknown, or an object is broken and
-            `broken_objects` is "fail"; file and object are named.
+        AnnotationError: a file is missing or unreadable or contradicts its image, a class is unknown, or an
+            object is broken and `broken_objects` is "fail"; files and objects are named, the first few of
+            them together.
 
     Source: VOC2007 and VOC2012 development kits; detectron2 data/datasets/pascal_voc.py for the 1.
-    Deviation: a file with a box that starts at 0 loses no 1; broken boxes do not end up in training.
+    Deviation: a set with a box that starts at 0 loses no 1; broken boxes do not end up in training.
     """
-    listing = root / "ImageSets" / "Main" / f"{image_set}.txt"
-    try:
-        lines = listing.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise AnnotationError(
-            f"{listing}: no such file; a VOC folder lists its images there, one name a line"
-        ) from None
-    # Class-wise lists carry a second column, -1 where the class is absent.
-    names = [line.split()[0] for line in lines if line.strip() and line.split()[1:] != ["-1"]]
-    if not names:
-        raise AnnotationError(f"{listing}: found no image name in it; write one name a line")
-    found: Counter[str] = Counter()
-    labels = {name: 1 + index for index, name in enumerate(classes)}
-    images = tuple(_read_image(root, name, labels, broken_objects, found) for name in names)
-    return Annotations(tuple(classes), images, found)
+    labels = {nfc(name): 1 + index for index, name in enumerate(classes)}
+    mistakes, founds = Mistakes(), [Counter[str]() for _ in sets]
+    files: list[list[_File]] = []
+    for (root, image_set), found in zip(sets, founds, strict=True):
+        reader = _Reader(root, labels, broken_objects, found, mistakes)
+        files.append(reader.files(image_set))
+    mistakes.refuse()
+    boxes = [each.box for part in files for file in part for each in file.objects]
+    low = sum(0 <= min(box[:2]) < 1 for box in boxes)
+    first = 0 if low else 1
+    numbering = f"pixels counted from {first}: {low} of {len(boxes)} boxes start at 0"
+    logger.info("%s: %s", sets[0][0], numbering)
+    splits = []
+    for part, found in zip(files, founds, strict=True):
+        images = []
+        for file in part:
+            with mistakes.collected():
+                images.append(file.annotated(first, broken_objects, found))
+        if first == 0:
+            found["files counted from 0"] += len(part)
+        splits.append((images, found))
+    mistakes.refuse()
+    return [Annotations(tuple(classes), tuple(images), found, numbering) for images, found in splits]
 
 
-def _read_image(
-    root: Path, name: str, class_labels: dict[str, int], broken_objects: str, found: Counter[str]
-) -> AnnotatedImage:
-    path = root / "Annotations" / f"{name}.xml"
-    try:
-        tree = ET.parse(path).getroot()  # noqa: S314
-    except FileNotFoundError:
-        raise AnnotationError(f"{path}: no such file, though an image set lists {name}") from None
-    except ET.ParseError as error:
-        raise AnnotationError(f"{path}: is not valid XML: {error}") from None
-    image_path = _image_path(root, name, tree.findtext("filename"))
-    boxes, labels, difficult = [], [], []
-    for number, item in enumerate(tree.findall("object"), start=1):
-        where = f"{path}: object {number} ({(item.findtext('name') or '').strip()!r})"
-        label = class_labels.get((item.findtext("name") or "").strip())
-        if label is None:
+def class_names(root: Path, image_set: str) -> Counter[str]:
+    """How many objects of each name an image set has.
+
+    Raises:
+        AnnotationError: a file is missing or not XML, or an object has no name.
+    """
+    names: Counter[str] = Counter()
+    annotations = Names(root / "Annotations")
+    for name in _listed(root, image_set, annotations):
+        path, _, items = _objects(annotations, name)
+        names.update(_name(item, f"{path}: object {number}") for number, item in enumerate(items, start=1))
+    return names
+
+
+@dataclass(frozen=True)
+class _Object:
+    where: str
+    label: int
+    box: list[float]
+    """As written."""
+    difficult: bool
+
+
+@dataclass(frozen=True)
+class _File:
+    """One XML file with its image."""
+
+    name: str
+    image: Path
+    width: int
+    height: int
+    objects: list[_Object]
+
+    def annotated(self, first: int, broken_objects: str, found: Counter[str]) -> AnnotatedImage:
+        """The boxes of the file in continuous coordinates, where pixels are counted from `first`."""
+        written = np.array([each.box for each in self.objects], np.float64).reshape(-1, 4)
+        boxes = written - np.array([first, first, 0, 0])
+        inside = clip(boxes, self.height, self.width)
+        cut = ((boxes < 0) | (boxes > [self.width, self.height] * 2)).any(axis=1)
+        usable = (inside[:, 2:] > inside[:, :2]).all(axis=1)
+        for each, fine in zip(self.objects, usable, strict=True):
+            if not fine:
+                _broken(each.where, "a box outside the image", broken_objects, found)
+        found["boxes cut to the image"] += int(cut[usable].sum())
+        kept = [each for each, fine in zip(self.objects, usable, strict=True) if fine]
+        return AnnotatedImage(
+            self.name,
+            self.image,
+            self.height,
+            self.width,
+            inside[usable],
+            np.array([each.label for each in kept], np.int64),
+            np.array([each.difficult for each in kept], bool),
+            np.ones(len(kept), bool),
+        )
+
+
+class _Reader:
+    """Reads the XML files of one folder."""
+
+    def __init__(
+        self, root: Path, labels: dict[str, int], broken_objects: str, found: Counter[str], mistakes: Mistakes
+    ) -> None:
+        self._root, self._labels, self._broken_objects = root, labels, broken_objects
+        self._found, self._mistakes = found, mistakes
+        self._annotations, self._images = Names(root / "Annotations"), Names(root / "JPEGImages")
+
+    def files(self, image_set: str) -> list[_File]:
+        """The files that an image set lists; mistakes are collected."""
+        listed = _listed(self._root, image_set, self._annotations)
+        names = list(dict.fromkeys(listed))
+        if len(names) < len(listed):
+            self._found["names listed twice"] += len(listed) - len(names)
+        files = []
+        for name in names:
+            with self._mistakes.collected():
+                files.append(self._file(name))
+        return files
+
+    def _file(self, name: str) -> _File:
+        path, tree, items = _objects(self._annotations, name)
+        image = self._image(name, tree.findtext("filename"))
+        try:
+            width, height = image_size(image)
+        except UnreadableError as error:
+            raise AnnotationError(f"{image}: cannot be read as an image: {error}") from None
+        self._check_size(path, tree, image, width, height)
+        objects = [
+            item
+            for number, element in enumerate(items, start=1)
+            if (item := self._object(element, f"{path}: object {number}"))
+        ]
+        return _File(name, image, width, height, objects)
+
+    def _image(self, name: str, stated: str | None) -> Path:
+        """The image of an XML file: by the image set's name, or else by the file's own `filename`."""
+        stated = (stated or "").strip().replace("\\", "/").rpartition("/")[2]
+        found = self._images.image(name) or (self._images.find(stated) if stated else None)
+        if found is None or not found.is_file():
             raise AnnotationError(
-                f"{where}: unknown class; allowed: {', '.join(class_labels)}; add it to `classes`"
+                f"{self._images.folder / name}: no image of that name{self._images.alike(name)}; expected one of "
+                f"{', '.join(IMAGE_SUFFIXES)}"
+            )
+        return found
+
+    def _check_size(self, path: Path, tree: ET.Element, image: Path, width: int, height: int) -> None:
+        """Boxes of another frame, such as that before a resize or a turn, would be misplaced."""
+        stated = []
+        for tag in ("width", "height"):
+            text = (tree.findtext(f"size/{tag}") or "").strip()
+            number = as_number(text or "0")
+            if number is None or number < 0 or number != int(number):
+                raise AnnotationError(f"{path}: size/{tag}: found {shown(text)}; expected a number of pixels")
+            stated.append(int(number))
+        if 0 in stated:
+            self._found["files whose size is missing"] += 1
+        elif stated != [width, height]:
+            turned = " (it is stored so, and its EXIF orientation turns it)" if stated == [height, width] else ""
+            raise AnnotationError(
+                f"{path}: size: found {stated[0]} x {stated[1]}{turned}; {image.name} is {width} x {height} "
+                "pixels upright; its boxes would be misplaced: correct the size and the boxes, or replace the "
+                "image"
+            )
+
+    def _object(self, item: ET.Element, where: str) -> _Object | None:
+        name = _name(item, where)
+        where = f"{where} ({name!r})"
+        label = self._labels.get(name)
+        if label is None:
+            alike = [known for known in self._labels if known.casefold() == name.casefold()]
+            hint = f"; {alike[0]!r} differs by case alone" if alike else ""
+            raise AnnotationError(
+                f"{where}: unknown class{hint}; allowed: {', '.join(self._labels)}; add it to `classes`"
             )
         box, defect = _read_box(item)
         if defect or box is None:
-            if broken_objects == "fail":
-                raise AnnotationError(f"{where}: {defect}; correct the file, or set broken_objects: drop")
-            found[f"objects dropped: {defect}"] += 1
-            continue
+            _broken(where, defect, self._broken_objects, self._found)
+            return None
         for tag in ("difficult", "truncated", "pose"):
-            found[f"objects without {tag}"] += int(item.find(tag) is None)
-        boxes.append(box)
-        labels.append(label)
-        difficult.append(float(item.findtext("difficult") or 0) != 0)
-    width, height = _image_size(image_path)
-    stated = (tree.findtext("size/width"), tree.findtext("size/height"))
-    if stated != (str(width), str(height)):
-        found["files whose size is missing or not the image's"] += 1
-    return AnnotatedImage(
-        name,
-        image_path,
-        height,
-        width,
-        _from_pixels(np.array(boxes, np.float32).reshape(-1, 4), height, width, found),
-        np.array(labels, np.int64),
-        np.array(difficult, bool),
-        np.ones(len(labels), bool),
-    )
+            self._found[f"objects without {tag}"] += int(item.find(tag) is None)
+        difficult = (item.findtext("difficult") or "").strip().lower() or "0"
+        number = {"true": 1.0, "false": 0.0}.get(difficult, as_number(difficult))
+        if number is None:
+            raise AnnotationError(f"{where}: difficult: found {shown(difficult)}; expected 0 or 1")
+        return _Object(where, label, box, number != 0)
+
+
+def _listed(root: Path, image_set: str, annotations: Names) -> list[str]:
+    listing = root / "ImageSets" / "Main" / f"{image_set}.txt"
+    names = read_list(listing, lambda line: annotations.find(f"{line}.xml") is not None)
+    if not names:
+        raise AnnotationError(f"{listing}: found no image name in it; write one name a line")
+    return names
+
+
+def _objects(annotations: Names, name: str) -> tuple[Path, ET.Element, list[ET.Element]]:
+    """The XML file of a name, its root and its objects; parts of persons are none."""
+    path = annotations.find(f"{name}.xml")
+    if path is None:
+        raise AnnotationError(
+            f"{annotations.folder / name}.xml: no such file{annotations.alike(name)}, though an image set "
+            f"lists {name}"
+        )
+    tree = read_xml(path, "the objects of an image")
+    if tree.tag != "annotation":
+        raise AnnotationError(f"{path}: found <{tree.tag}> as its root; expected <annotation>")
+    items = tree.findall("object")
+    elsewhere = sum(1 for _ in tree.iter("object")) - len(items)
+    if elsewhere:
+        raise AnnotationError(
+            f"{path}: found {elsewhere} objects that are not objects of the image (looked for <object> "
+            "directly below <annotation>); move them there"
+        )
+    return path, tree, items
+
+
+def _name(item: ET.Element, where: str) -> str:
+    name = nfc((item.findtext("name") or "").strip())
+    if not name:
+        raise AnnotationError(f"{where}: found no name; expected the class of the object")
+    return name
+
+
+def _broken(where: str, defect: str, broken_objects: str, found: Counter[str]) -> None:
+    """Count an object that cannot be used, or refuse it."""
+    if broken_objects == "fail":
+        raise AnnotationError(f"{where}: {defect}; correct the file, or set broken_objects: drop")
+    found[f"objects dropped: {defect}"] += 1
+    logger.debug("%s: dropped: %s", where, defect)
 
 
 def _read_box(item: ET.Element) -> tuple[list[float] | None, str]:
@@ -105,51 +269,16 @@ def _read_box(item: ET.Element) -> tuple[list[float] | None, str]:
     bounds = item.find("bndbox")
     if bounds is None:
         return None, "no bndbox"
-    try:
-        # VOC2012 itself has fractions: 45.70000076293945 in 2011_003353.
-        box = [float(bounds.findtext(side) or "") for side in _SIDES]
-    except ValueError:
-        return None, "a bndbox without four numbers"
-    if not all(math.isfinite(value) for value in box):
+    # VOC2012 itself has fractions: 45.70000076293945 in 2011_003353.
+    numbers = [as_number(bounds.findtext(side)) for side in _SIDES]
+    box = [number for number in numbers if number is not None]
+    if len(box) != len(_SIDES):
         return None, "a bndbox without four numbers"
     if box[2] < box[0] or box[3] < box[1]:
         return None, "a reversed box"
     if box[2] == box[0] or box[3] == box[1]:
         return None, "a box without area"
     return box, ""
-
-
-def _from_pixels(
-    boxes: np.ndarray, height: int, width: int, found: Counter[str]
-) -> np.ndarray:  # (n, 4) as written -> continuous
-    if len(boxes) and boxes[:, :2].min() < 1:
-        found["files counted from 0"] += 1
-    else:
-        boxes = boxes - np.array([1, 1, 0, 0], np.float32)
-    inside = clip(boxes, height, width)
-    found["boxes cut to the image"] += int((inside != boxes).any(axis=1).sum())
-    return inside
-
-
-def _image_path(root: Path, name: str, stated: str | None) -> Path:
-    """The image of an XML file: by the image set's name, or else by the file's own `filename`."""
-    folder = root / "JPEGImages"
-    candidates = [folder / f"{name}{suffix}" for suffix in _SUFFIXES]
-    if stated:
-        candidates.append(folder / Path(stated.strip()).name)
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise AnnotationError(f"{folder / name}: no image of that name; expected one of {', '.join(_SUFFIXES)}")
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of the upright image, from the header alone."""
-    try:
-        with Image.open(path) as image:
-            return upright_size(image)
-    except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read as an image: {error}") from None
 
 
 def write(

@@ -12,7 +12,7 @@ from mochi.data.ingest import decode
 from mochi.detection import stage
 from mochi.detection.annotations import AnnotationError, Annotations
 from mochi.detection.check_images import check_images
-from mochi.detection.stage import read_splits
+from mochi.detection.sets import read_splits
 from mochi.encoders.files import save_encoder
 from tests.detection.sets import detection, small_set
 
@@ -57,6 +57,8 @@ def test_sizes_that_differ_and_missing_files_are_reported_too(root: Path) -> Non
 def test_the_check_and_the_reader_agree_on_orientation(root: Path, tag: int) -> None:
     """An invalid tag, such as 9, turned the reader's image but not the stored one."""
     path = splits(root)[0].images[0].path
+    annotation = root / "Annotations" / f"{path.stem}.xml"
+    annotation.write_text(annotation.read_text().replace("<width>48<", "<width>0<"))  # says nothing
     exif = Image.Exif()
     exif[0x0112] = tag
     with Image.open(path) as image:
@@ -69,7 +71,7 @@ def test_ranks_share_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     total = sum(len(split.images) for split in annotated)
     checked: list[int] = []
     real = decode.check
-    monkeypatch.setattr(decode, "check", lambda data: checked.append(len(data)) or real(data))
+    monkeypatch.setattr(decode, "check", lambda data, _: checked.append(len(data)) or real(data))
     monkeypatch.setattr("mochi.runtime.distributed.world_size", lambda: 3)
     for rank in range(3):
         monkeypatch.setattr("mochi.runtime.distributed.rank", lambda rank=rank: rank)

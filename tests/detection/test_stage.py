@@ -15,7 +15,7 @@ from mochi import encoders
 from mochi.config import DetectionRun, DetectionSet, Experiment
 from mochi.detection import scenes, stage
 from mochi.detection.annotations import AnnotatedImage, Annotations, split_off
-from mochi.detection.stage import read_splits
+from mochi.detection.sets import read_splits
 from mochi.detection.training import FineTuning
 from mochi.encoders.files import save_encoder
 from mochi.provenance.wanted import Result

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mochi.config import ConfigError, DetectionSet, DetectionTraining
 from mochi.detection.annotations import for_training
 from mochi.detection.batches import Images, collate
-from mochi.detection.stage import read_splits
+from mochi.detection.sets import read_splits
 from mochi.detection.training import FineTuning, FrozenBackbone, Recipe, Schedule, accumulation, seed_step
 from mochi.runtime import distributed
 from mochi.runtime.monitoring import NonFiniteError

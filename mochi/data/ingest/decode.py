@@ -1,30 +1,48 @@
 """From any image file to one kind of picture: upright, 8-bit RGB; or the reason why not.
 
-The content decides, never the extension. Orientation tags are applied, transparency becomes white,
+The content decides, never the extension, and only the decoders of FORMATS are ever run. Orientation tags are applied, transparency becomes white,
 16 bits are scaled to 8, animations give their first frame, CMYK, YCCK and palettes are converted. A JPEG
 or PNG that already is upright 8-bit RGB or grey keeps its bytes; all others are re-encoded as PNG,
-without loss. Embedded colour profiles are not applied.
+without loss. An image larger than a given side is stored smaller, a JPEG as JPEG. Embedded colour profiles
+are not applied.
 """
 
 import io
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mochi.data.ingest.sniff import ADVICE, raw_kind, sniff
+
 logger = logging.getLogger(__name__)
 
-RULES = 2
+RULES = 3
 """Version of the rules above, for the manifest."""
+
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
+"""Pillow's names of the formats that are decoded. Others, PostScript among them, are never tried."""
+
+JPEG_QUALITY = 95
+"""Of a JPEG that is stored smaller."""
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb (twice MAX_IMAGE_PIXELS)."""
 
 MAX_BYTES = 1 << 30
 """MAX_PIXELS in three channels of 16 bits, not compressed. A longer file is not even read."""
+
+# The JPEG reader gives MPO; AVIF came with Pillow 11.3.
+_DECODERS = tuple(
+    name for name in FORMATS if name != "MPO" and (name != "AVIF" or find_spec("PIL.AvifImagePlugin"))
+)
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 2 to 8 flip or turn, 5 to 8 exchange width and height
 
@@ -42,57 +60,106 @@ class CheckResult:
     mode: str
     """Pillow's names, of the file as it is."""
     reencoded: bytes | None
-    """A PNG to store instead of the file's own bytes; None where those can be stored."""
+    """A PNG or JPEG to store instead of the file's own bytes; None where those can be stored."""
+    shrunk: bool = False
+    """Whether it is stored with fewer pixels than the file has."""
 
 
 class UnreadableError(ValueError):
     """Not a usable image; the text is the reason for quarantine.csv."""
 
 
-def check(data: bytes) -> CheckResult:
-    """Decode one file completely and decide what to store.
+def check(data: bytes, max_side: int | None = None) -> CheckResult:
+    """Decode one file completely and decide what to store; no side longer than `max_side`.
 
     A JPEG that keeps its bytes is decoded to an eighth of its width and height: that reads all its data and
-    finds the same faults in two thirds of the time.
+    finds the same faults in two thirds of the time. A larger one is decoded to about what is kept of it.
     """
     try:
         image = open_image(data)
         kind, mode, size = str(image.format), image.mode, image.size
+        smaller = None if max_side is None or max(size) <= max_side else _scaled(size, max_side)
         # Not for PNGs: their metadata may follow the pixels.
         plain_jpeg = kind == "JPEG" and _is_plain(image, data)
-        if plain_jpeg:
+        if smaller is not None:
+            image.draft(None, (2 * smaller[0], 2 * smaller[1]))  # JPEG alone has one
+        elif plain_jpeg:
             image.draft(None, (1, 1))
         _load(image)
-        if plain_jpeg or _is_plain(image, data):
+        if smaller is None and (plain_jpeg or _is_plain(image, data)):
             return CheckResult("", *size, kind, mode, None)
         picture = to_rgb(image)
     except UnreadableError as error:
         return CheckResult(str(error), 0, 0, "", "", None)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
-    return CheckResult("", *picture.size, kind, mode, buffer.getvalue())
+    if smaller is not None:
+        assert max_side is not None
+        picture = picture.resize(_scaled(picture.size, max_side), Image.Resampling.LANCZOS)
+    if smaller is not None and kind in {"JPEG", "MPO"}:
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    else:
+        picture.save(buffer, "PNG", compress_level=1)
+    return CheckResult("", *picture.size, kind, mode, buffer.getvalue(), smaller is not None)
+
+
+def _scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """A size with the same ratio whose longer side is `longest`."""
+    scale = longest / max(size)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a file's upright image, from its header alone.
+
+    Raises:
+        UnreadableError: as `open_image`, or the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise UnreadableError("empty file (0 bytes)")
+            file.seek(0)
+            return upright_size(_opened(file, lambda: _head(file)))
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnreadableError):
+            raise
+        raise UnreadableError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def open_image(data: bytes | pa.Buffer) -> Image.Image:
     """Read the header of an image.
 
     Raises:
-        UnreadableError: empty, not an image, or more than MAX_PIXELS.
+        UnreadableError: empty, not an image of FORMATS, a camera's raw file, or more than MAX_PIXELS.
     """
     if len(data) == 0:
         raise UnreadableError("empty file (0 bytes)")
+    return _opened(io.BytesIO(data), lambda: bytes(data[:_HEAD]))
+
+
+_HEAD = 4096  # bytes that tell what a file is
+
+
+def _head(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read(_HEAD)
+
+
+def _opened(file: BinaryIO, head: Callable[[], bytes]) -> Image.Image:
     try:
         with warnings.catch_warnings(action="ignore"):  # size and metadata are checked below
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(file, formats=_DECODERS)
     except Image.DecompressionBombError:
         raise UnreadableError(f"decompression bomb: more than {MAX_PIXELS} pixels") from None
     except UnidentifiedImageError:
-        raise UnreadableError(_sniff(data)) from None
+        raise UnreadableError(sniff(head())) from None
     except Exception as error:
         # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error ... on other files.
-        raise UnreadableError(f"{_sniff(data)}: {_short(error)}") from None
+        raise UnreadableError(f"{sniff(head())}: {_short(error)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableError(f"decompression bomb: claims {image.width} x {image.height} pixels")
+    if image.format == "TIFF" and (kind := raw_kind(image, head())):
+        raise UnreadableError(f"{kind}: only a preview of {image.width} x {image.height} pixels can be read; {ADVICE}")
     return image
 
 
@@ -161,6 +228,9 @@ def _png_depth(data: bytes) -> int:
     return data[24]
 
 
+_ROWS = 256
+
+
 def _from_deep(image: Image.Image) -> Image.Image:
     """16-bit and 32-bit grey to 8 bits by scaling, where Pillow's `convert` would clip at 255.
 
@@ -171,33 +241,23 @@ def _from_deep(image: Image.Image) -> Image.Image:
     Raises:
         UnreadableError: no finite value.
     """
-    values = np.asarray(image, dtype=np.float64)
-    finite = values[np.isfinite(values)]
-    if not len(finite):
+    values = np.asarray(image)
+    blocks = [values[first : first + _ROWS] for first in range(0, len(values), _ROWS)]  # float64 is 8 bytes
+    limits = [(block[good].min(), block[good].max()) for block in blocks if (good := np.isfinite(block)).any()]
+    if not limits:
         raise UnreadableError(f"{image.format} has no finite value")
-    low, high = float(finite.min()), float(finite.max())
+    low, high = float(min(low for low, _ in limits)), float(max(high for _, high in limits))
     usual = 1.0 if image.mode == "F" else 65535.0
     if low >= 0 and high <= usual:
         low, high = 0.0, usual
-    scaled = (values - low) / max(high - low, 1e-12) * 255
-    scaled[~np.isfinite(values)] = 0
-    if "transparency" in image.info:
-        scaled[values == image.info["transparency"]] = 255
-    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
-
-
-def _sniff(data: bytes) -> str:
-    """What the content is, for users who trust the extension."""
-    head = data[:512].lstrip()
-    if data[:2] == b"\x1f\x8b":
-        return "gzip data, not an image"
-    if data[:4] == b"PK\x03\x04":
-        return "zip data, not an image"
-    if head[:1] == b"<":
-        return "HTML or XML text, not an image"
-    if all(byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in head):
-        return "text, not an image"
-    return "not an image Pillow can read"
+    scaled = np.empty(values.shape, np.uint8)
+    for block, out in zip(blocks, np.split(scaled, range(_ROWS, len(values), _ROWS)), strict=True):
+        levels = (block.astype(np.float64) - low) / max(high - low, 1e-12) * 255
+        levels[~np.isfinite(block)] = 0
+        if "transparency" in image.info:
+            levels[block == image.info["transparency"]] = 255
+        out[:] = np.rint(levels)
+    return Image.fromarray(scaled).convert("RGB")
 
 
 def _short(error: Exception) -> str:

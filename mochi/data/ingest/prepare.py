@@ -1,7 +1,9 @@
-"""From any source to a folder of shards, as `mochi.data.format` describes it; the manifest comes last."""
+"""From any source to a folder of shards, as `mochi.data.format` describes it."""
 
 import csv
-from collections.abc import Iterator
+import errno
+import shutil
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from mochi.data.ingest import decode, duplicates, write
 from mochi.data.ingest.raw import ArraySplit, Progress, RawDataset, as_text
 from mochi.data.ingest.validate import ValidatedFile, Validator
 from mochi.errors import DataError
-from mochi.storage.atomic import replacing, write_json
+from mochi.storage.atomic import publishing, replacing, write_json
 
 SHARD_BYTES = 512 << 20
 """Size at which a shard of encoded images is closed."""
@@ -26,18 +28,44 @@ def prepare(
     progress: Progress | None = None,
     cache: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    finish: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
-    """Store `dataset` in the folder `out`; returns the manifest, which is written last.
+    """Store `dataset` in the folder `out`; returns the manifest.
 
-    The same source, options and program give the same bytes, whatever `jobs` is. `cache` (by default
-    `.cache` in the folder of `out`) keeps downloads.
+    The same source, options and program give the same bytes, whatever `jobs` is. What was prepared in `out`
+    before is replaced once everything is complete on disk; until then, and after any error, it is intact.
+    `cache` (by default `.cache` in the folder of `out`) keeps downloads; `finish` may add files to the new
+    folder that it is given.
 
     Raises:
-        DataError: the source is missing, another one or empty, or more of it unreadable than allowed.
+        DataError: the source is missing, another one, empty or contradicts itself, more of it is unreadable
+            than allowed, or `out` cannot be written.
     """
     raw = collect(dataset, cache or out.parent / ".cache")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "manifest.json").unlink(missing_ok=True)
+    try:
+        with publishing(out) as new:
+            manifest = _write(raw, dataset, new, out, jobs, progress, shard_bytes)
+            if finish is not None:
+                finish(new)
+    except OSError as error:  # every read of the source has its own message
+        raise DataError(_not_written(out, error)) from None
+    listed = {file["file"] for entry in manifest["splits"].values() for file in entry["shards"]}
+    for path in (*out.glob("*-images*"), *out.glob("*-index.arrow")):
+        if path.name not in listed:  # of an earlier preparation
+            path.unlink()
+    return manifest
+
+
+def _write(
+    raw: RawDataset,
+    dataset: Dataset,
+    new: Path,
+    out: Path,
+    jobs: int,
+    progress: Progress | None,
+    shard_bytes: int,
+) -> dict[str, Any]:
+    """Fill the folder `new`, which will become `out`."""
     total = sum(len(split.paths) for split in raw.splits.values())
     entries: dict[str, dict[str, Any]] = {}
     unreadable: list[tuple[str, int, str]] = []
@@ -45,15 +73,16 @@ def prepare(
     with Validator(jobs) as validator:
         for name, split in raw.splits.items():
             if isinstance(split, ArraySplit):
-                written = write.write_arrays(out, name, split)
+                written = write.write_arrays(new, name, split)
             else:
-                files = _counted(validator.validate(split), progress, done, total)
-                written = write.write_files(out, name, split, files, shard_bytes)
+                checked = validator.validate(split, max_side=raw.max_side)
+                files = _counted(checked, progress, done, total)
+                written = write.write_files(new, name, split, files, shard_bytes)
             unreadable += written.unreadable
-            entries[name] = write.finish(out, name, split, written, raw.classes)
+            entries[name] = write.finish(new, name, split, written, raw.classes)
             done += len(split.paths)
-    _write_csv(out / "quarantine.csv", ("path", "bytes", "reason"), unreadable)
     _refuse_unreadable(raw, out, total, unreadable)
+    _write_quarantine(new, unreadable)
     manifest = {
         "version": MANIFEST_VERSION,
         "name": dataset.name,
@@ -69,14 +98,28 @@ def prepare(
         "splits": entries,
         "ignored": dict(sorted(raw.ignored.items())),
         "quarantined": len(unreadable),
-        "duplicates": _report_duplicates(out, entries, raw.classes),
+        "duplicates": _report_duplicates(new, entries, raw.classes),
     }
-    write_json(out / "manifest.json", manifest)
-    listed = {file["file"] for entry in entries.values() for file in entry["shards"]}
-    for path in (*out.glob("*-images*"), *out.glob("*-index.arrow")):
-        if path.name not in listed:  # of an earlier preparation
-            path.unlink()
+    write_json(new / "manifest.json", manifest)
     return manifest
+
+
+def _not_written(out: Path, error: OSError) -> str:
+    """The message on an error of writing."""
+    try:
+        free = f"; {shutil.disk_usage(out).free / 1e9:.1f} GB are free there"
+    except OSError:
+        free = ""
+    place = f" ({error.filename})" if error.filename else ""
+    advice = (
+        "free some space or quota, or prepare elsewhere"
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}
+        else "check the folder and its file system"
+    )
+    return (
+        f"{out}: cannot be written{place}: {error.strerror or error}{free}; {advice}; "
+        "what was prepared there before is unchanged"
+    )
 
 
 def collect(dataset: Dataset, cache: Path) -> RawDataset:
@@ -122,11 +165,16 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: Any) -> None:
         writer.writerows([as_text(str(value)) for value in row] for row in rows)
 
 
+def _write_quarantine(folder: Path, unreadable: list[tuple[str, int, str]]) -> None:
+    _write_csv(folder / "quarantine.csv", ("path", "bytes", "reason"), unreadable)
+
+
 def _refuse_unreadable(
     raw: RawDataset, out: Path, total: int, unreadable: list[tuple[str, int, str]]
 ) -> None:
     count = len(unreadable)
     if count and (count == total or count > raw.max_unreadable * total):
+        _write_quarantine(out, unreadable)
         path, size, reason = unreadable[0]
         raise DataError(
             f"{count} of {total} files are unreadable, more than max_unreadable = "

@@ -52,6 +52,12 @@ class RawDataset:
     """Digest of the names of the user's own files, to notice when the folder changes."""
     max_unreadable: float = 0.0
     """Largest share of files that may be quarantined as unreadable."""
+    max_side: int | None = None
+    """Larger images are stored with this longer side; None: as they are."""
+
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """Split -> class name -> number of images."""
+        return {name: class_counts(split.labels, self.classes) for name, split in self.splits.items()}
 
 
 Progress = Callable[[int, int], None]

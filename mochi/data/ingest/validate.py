@@ -51,8 +51,10 @@ class Validator:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def validate(self, split: FileSplit, *, keep_reencoded: bool = True) -> Iterator[ValidatedFile]:
-        """Check the files of a split.
+    def validate(
+        self, split: FileSplit, *, keep_reencoded: bool = True, max_side: int | None = None
+    ) -> Iterator[ValidatedFile]:
+        """Check the files of a split; larger images are re-encoded with a longer side of `max_side`.
 
         Without `keep_reencoded`, re-encoded images are only marked, by empty bytes.
 
@@ -60,7 +62,7 @@ class Validator:
             DataError: a worker process was killed, most often because memory ran out.
         """
         tasks = (
-            (rows.start, [split.ranges[row] for row in rows], keep_reencoded)
+            (rows.start, [split.ranges[row] for row in rows], keep_reencoded, max_side)
             for rows in in_batches(len(split.ranges), _FILES_PER_TASK)
         )
         if self._pool is None or len(split.ranges) <= _SERIAL_LIMIT:
@@ -83,11 +85,17 @@ class Validator:
             ) from None
 
 
-def _validate_files(first: int, ranges: list[ByteRange], keep_reencoded: bool) -> list[ValidatedFile]:
-    return [_validate_file(first + offset, part, keep_reencoded) for offset, part in enumerate(ranges)]
+def _validate_files(
+    first: int, ranges: list[ByteRange], keep_reencoded: bool, max_side: int | None
+) -> list[ValidatedFile]:
+    return [
+        _validate_file(first + offset, part, keep_reencoded, max_side) for offset, part in enumerate(ranges)
+    ]
 
 
-def _validate_file(row: int, part: ByteRange, keep_reencoded: bool) -> ValidatedFile:
+def _validate_file(
+    row: int, part: ByteRange, keep_reencoded: bool, max_side: int | None
+) -> ValidatedFile:
     try:
         size = os.stat(part.file).st_size if part.size is None else part.size  # noqa: PTH116 - as in `_read`
         if size > decode.MAX_BYTES:
@@ -99,7 +107,7 @@ def _validate_file(row: int, part: ByteRange, keep_reencoded: bool) -> Validated
         return _unread(row, size, "cannot be read: not enough memory")
     except decode.UnreadableError as error:
         return _unread(row, size, str(error))
-    result = decode.check(data)
+    result = decode.check(data, max_side)
     if result.reencoded is not None and not keep_reencoded:
         result = replace(result, reencoded=b"")
     return ValidatedFile(row, len(data), hashlib.sha256(data).digest(), result)
@@ -115,12 +123,15 @@ def bytes_to_store(split: FileSplit, file: ValidatedFile) -> bytes:
     The latter are read again, from the system's cache: cheaper than sending them between processes.
 
     Raises:
-        DataError: the content changed since it was validated.
+        DataError: the file vanished or its content changed since it was validated.
     """
     if file.result.reencoded is not None:
         return file.result.reencoded
     part = split.ranges[file.row]
-    data = _read(part)
+    try:
+        data = _read(part)
+    except OSError as error:
+        raise DataError(f"{part.file}: vanished while it was read ({error.strerror}); prepare again") from None
     if hashlib.sha256(data).digest() != file.sha256:
         raise DataError(f"{part.file}: changed while it was read; prepare again once nobody writes there")
     return data

@@ -38,6 +38,8 @@ class WrittenSplit:
     """Height and width of each kept row, one after the other."""
     reencoded: int = 0
     """Images that do not keep their bytes."""
+    shrunk: int = 0
+    """Those of them that were larger than `max_side`."""
     unreadable: list[tuple[str, int, str]] = field(default_factory=list)
     """(path, bytes, reason)."""
 
@@ -99,6 +101,7 @@ def finish(
         "classes": class_counts(labels, classes),
         "storage": written.storage,
         "reencoded": written.reencoded,
+        "shrunk": written.shrunk,
         "quarantined": len(written.unreadable),
         "shards": [*written.files, description],
     }
@@ -117,6 +120,7 @@ def _readable(
         written.hashes += file.sha256
         written.sizes.extend((result.height, result.width))
         written.reencoded += result.reencoded is not None
+        written.shrunk += result.shrunk
         yield file
 
 

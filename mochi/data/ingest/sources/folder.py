@@ -5,15 +5,18 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from mochi.config.datasets import Dataset, Folder
 from mochi.data.format import UNLABELLED
+from mochi.data.ingest import classes
+from mochi.data.ingest.files import read_list, subfolders, walk
 from mochi.data.ingest.raw import ByteRange, FileSplit, RawDataset, as_text
 from mochi.errors import DataError
+from mochi.text import nfc
 
 logger = logging.getLogger(__name__)
 
@@ -21,17 +24,21 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 """Folder name, in any case -> split; without a `val` the `test` images are `val`, for evaluations."""
 UNLABELLED_FOLDERS = ("unlabeled", "unlabelled")
 
-_JUNK_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}
-_OTHER_SUFFIXES = (
-    ".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".py", ".ipynb",
-    ".mat", ".npy", ".npz", ".zip", ".tar", ".tgz", ".log", ".mp4", ".mov", ".avi", ".mkv", ".webm",
-)  # fmt: skip
-
 
 def collect(config: Folder, cache: Path) -> RawDataset:
-    """List the images below `config.path`. Raises as `list_images`."""
+    """List the images below `config.path`.
+
+    Raises:
+        DataError: as `list_images`, or the classes of train and val contradict each other.
+    """
     del cache  # nothing is downloaded
-    return list_images(config)
+    raw = list_images(config)
+    counts = raw.class_counts()
+    for fault in classes.faults(counts):
+        raise DataError(f"{as_text(config.path)}: {fault}")
+    for oddity in classes.oddities(counts):
+        logger.warning("%s: %s", as_text(config.path), oddity)
+    return raw
 
 
 def list_images(config: Folder) -> RawDataset:
@@ -50,7 +57,7 @@ def list_images(config: Folder) -> RawDataset:
         raise DataError(f"{root}: no such folder; set dataset.path to the folder of your images")
     ignored: Counter[str] = Counter()
     paths = walk(root, ignored)
-    top = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _is_junk(entry.name))
+    top = subfolders(root)
     found = {SPLITS[name.lower()] for name in top if name.lower() in SPLITS}
     if found and "train" not in found:
         raise DataError(
@@ -85,16 +92,17 @@ def list_images(config: Folder) -> RawDataset:
             f"{root}: found 0 images; expected files of any image type in train/<class>/, val/<class>/ or "
             f"anywhere below; ignored: {dict(ignored) or 'nothing'}"
         )
-    classes = _classes(root, top, splits, has_splits=has_splits)
-    number = {name: label for label, name in enumerate(classes)}
+    names = _classes(root, top, splits, has_splits=has_splits)
+    number = {name: label for label, name in enumerate(names)}
     return RawDataset(
         source=f"folder {as_text(root.name)}",
         licence="unknown: your own images",
-        classes=[as_text(name) for name in classes],
+        classes=[as_text(name) for name in names],
         splits={split: _file_split(root, rows, number) for split, rows in splits.items()},
         ignored=dict(ignored),
         listing=listing(config),
         max_unreadable=config.max_unreadable,
+        max_side=config.max_side,
     )
 
 
@@ -103,35 +111,29 @@ def listing(config: Folder) -> str:
     root = Path(config.path)
     digest = hashlib.sha256(os.fsencode("\n".join(walk(root))))
     for file in config.only_listed:
-        digest.update((root / file).read_bytes())
+        with suppress(OSError):  # `list_images` tells
+            digest.update((root / file).read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _listed(root: Path, paths: list[str], lists: list[str], ignored: Counter[str]) -> list[str]:
     """The paths that the lists name."""
-    names: set[str] = set()
-    for file in lists:
-        try:
-            lines = (root / file).read_bytes().splitlines()
-        except OSError as error:
-            raise DataError(
-                f"dataset.only_listed: {root / file}: cannot be read: {error.strerror}; expected a text "
-                "file with one image a line"
-            ) from None
-        for line in map(os.fsdecode, lines):
-            # Class-wise lists of VOC carry a second column, -1 where the class is absent.
-            name, _, mark = line.strip().rpartition(" ")
-            if mark not in {"-1", "0", "1"} or not name:
-                names.add(line.strip())
-            elif mark != "-1":
-                names.add(name.strip())
-    kept = []
-    for path in paths:
-        base = path.rpartition("/")[2]
-        if not names.isdisjoint({path, base, base.rpartition(".")[0]} - {""}):
-            kept.append(path)
+    forms = [{nfc(form) for form in (path, *_base_and_stem(path))} for path in paths]
+    known = set().union(*forms)
+    names = {name for file in lists for name in read_list(root / file, known.__contains__)}
+    kept = [path for path, own in zip(paths, forms, strict=True) if not names.isdisjoint(own)]
+    if missing := sorted(names - known):
+        logger.warning(
+            "%s: %d names of dataset.only_listed have no image, such as %s",
+            as_text(str(root)), len(missing), as_text(repr(missing[0])),
+        )  # fmt: skip
     ignored["not in the lists of dataset.only_listed"] += len(paths) - len(kept)
     return kept
+
+
+def _base_and_stem(path: str) -> tuple[str, str]:
+    base = path.rpartition("/")[2]
+    return base, base.rpartition(".")[0] or base
 
 
 def _split_off(
@@ -158,12 +160,12 @@ def _place(path: str, *, has_splits: bool, class_folders: bool) -> tuple[str | N
     """(split, class or None) of a path such as `train/daisy/1.jpg`."""
     parts = path.split("/")
     if not has_splits:
-        labelled = class_folders and len(parts) > 1 and parts[0] not in UNLABELLED_FOLDERS
+        labelled = class_folders and len(parts) > 1 and not _no_class(parts[0])
         return "train", parts[0] if labelled else None
-    if parts[0] in UNLABELLED_FOLDERS:
+    if _no_class(parts[0]):
         return "train", None
     split = SPLITS.get(parts[0].lower()) if len(parts) > 1 else None
-    labelled = len(parts) > 2 and parts[1] not in UNLABELLED_FOLDERS
+    labelled = len(parts) > 2 and not _no_class(parts[1])
     return split, parts[1] if labelled else None
 
 
@@ -173,20 +175,22 @@ def _classes(
     """Names of the class folders of every split, the empty ones too, so that numbers stay stable."""
     if not any(name for rows in splits.values() for _, name in rows):
         return []
-    if not has_splits:
-        return [name for name in top if name not in UNLABELLED_FOLDERS]
-    names = {
-        entry.name
-        for folder in top
-        if folder.lower() in SPLITS
-        for entry in os.scandir(root / folder)
-        if entry.is_dir() and not _is_junk(entry.name) and entry.name not in UNLABELLED_FOLDERS
-    }
-    return sorted(names)
+    below = [root / folder for folder in top if folder.lower() in SPLITS] if has_splits else [root]
+    spelled = {name for folder in below for name in subfolders(folder) if not _no_class(name)}
+    if twice := sorted(name for name in spelled if nfc(name) != name and nfc(name) in spelled):
+        logger.warning(
+            "%s: one class each, though its folders are spelled in two Unicode forms: %s",
+            as_text(str(root)), as_text(", ".join(twice)),
+        )  # fmt: skip
+    return sorted({nfc(name) for name in spelled})
+
+
+def _no_class(name: str) -> bool:
+    return name.lower() in UNLABELLED_FOLDERS
 
 
 def _file_split(root: Path, rows: list[tuple[str, str | None]], number: dict[str, int]) -> FileSplit:
-    labels = [UNLABELLED if name is None else number[name] for _, name in rows]
+    labels = [UNLABELLED if name is None else number[nfc(name)] for _, name in rows]
     ranges = [ByteRange(f"{root}{os.sep}{path}") for path, _ in rows]  # a Path takes ten times as long
     return FileSplit(ranges, [path for path, _ in rows], np.array(labels, dtype=np.int64))
 
@@ -206,40 +210,3 @@ def current_listing(dataset: Dataset, prepared: Path) -> str:
         return str(record["settings"]["listing"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _is_junk(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _JUNK_NAMES
-
-
-def walk(root: Path, ignored: Counter[str] | None = None) -> list[str]:
-    """Sorted paths, relative to `root`, of every file below it that may be an image.
-
-    Hidden and system files, other types, broken links and loops are left out and counted in `ignored`.
-    """
-    return sorted(_walk(root, "", (), Counter() if ignored is None else ignored))
-
-
-def _walk(
-    root: Path, below: str, parents: tuple[tuple[int, int], ...], ignored: Counter[str]
-) -> Iterator[str]:
-    """Paths of candidate images, relative to `root`; `parents` are the folders above, to detect loops."""
-    folder = root / below
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in parents:
-        ignored["link back to a folder above"] += 1
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            path = f"{below}/{entry.name}" if below else entry.name
-            if _is_junk(entry.name):
-                ignored["hidden or system file"] += 1
-            elif entry.is_dir():
-                yield from _walk(root, path, (*parents, identity), ignored)
-            elif not entry.is_file():
-                ignored["broken link or not a regular file"] += 1
-            elif entry.name.lower().endswith(_OTHER_SUFFIXES):
-                ignored["not an image by its suffix"] += 1
-            else:
-                yield path

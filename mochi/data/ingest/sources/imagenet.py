@@ -17,8 +17,8 @@ import numpy as np
 
 from mochi.config.datasets import ImageNet
 from mochi.data.ingest.fetch import opened
+from mochi.data.ingest.files import walk
 from mochi.data.ingest.raw import ByteRange, FileSplit, RawDataset
-from mochi.data.ingest.sources.folder import walk
 from mochi.errors import DataError
 
 _LIST_SHA256 = "79f3f1552ccc478ce24bd934b4573625db584ddc1f4643ae23c994a94cb11397"
@@ -75,6 +75,7 @@ def collect(config: ImageNet, cache: Path) -> RawDataset:
         splits={name: _split(images, wanted) for name, images in splits.items()},
         ignored=dict(ignored),
         max_unreadable=config.max_unreadable,
+        max_side=config.max_side,
     )
 
 

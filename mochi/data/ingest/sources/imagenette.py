@@ -42,7 +42,13 @@ def collect(config: Imagenette, cache: Path) -> RawDataset:
     archive = ARCHIVES[config.size]
     root = unpacked(fetch(archive, config, cache), cache) / archive.file.removesuffix(".tgz")
     raw = folder.list_images(
-        Folder(source="folder", name=config.name, path=str(root), max_unreadable=config.max_unreadable)
+        Folder(
+            source="folder",
+            name=config.name,
+            path=str(root),
+            max_unreadable=config.max_unreadable,
+            max_side=config.max_side,
+        )
     )
     missing = sorted(set(NAMES) ^ set(raw.classes))
     if missing:

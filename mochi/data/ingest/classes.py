@@ -1,0 +1,54 @@
+"""What the classes of train and val say about each other, before and after preparation.
+
+Names are in Unicode's composed form already: é as one character and as two are one name.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+Counts = Mapping[str, Mapping[str, int]]
+"""Split -> class name -> number of images."""
+
+
+def faults(counts: Counts) -> list[str]:
+    """What makes every score of a classifier 0: no class has images in both splits."""
+    train, val = (_filled(counts, split) for split in ("train", "val"))
+    if not train or not val or train & val:
+        return []
+    text = f"no class has images in both train ({_some(train)}) and val ({_some(val)})"
+    for split, names in (("train", train), ("val", val)):
+        if len(names) == 1 and next(iter(names)).lower() in {"train", "val", "valid", "validation", "test"}:
+            text += (
+                f"; the only class of {split} is called {next(iter(names))!r}: a folder too many was "
+                "unpacked, move its folders up"
+            )
+            return [text]
+    similar = alike(train | val)
+    return [f"{text}; {similar[0]}" if similar else f"{text}; the folders below each split are the classes"]
+
+
+def oddities(counts: Counts) -> list[str]:
+    """What is probably a mistake: names that hardly differ, classes to test on without training images."""
+    train, val = (_filled(counts, split) for split in ("train", "val"))
+    found = alike({name for split in counts.values() for name in split})
+    if train and (missing := val - train):
+        found.append(f"{len(missing)} classes of val have no image in train: {_some(missing)}")
+    return found
+
+
+def _filled(counts: Counts, split: str) -> set[str]:
+    return {name for name, count in counts.get(split, {}).items() if count}
+
+
+def alike(names: set[str]) -> list[str]:
+    """Pairs of names that differ by case or blanks alone."""
+    by_form = sorted((" ".join(name.casefold().split()), name) for name in names)
+    return [
+        f"the classes {first!r} and {second!r} differ by case or blanks alone: rename one if they are the same"
+        for (form, first), (other, second) in pairwise(by_form)
+        if form == other
+    ]
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,164 @@
+"""Which files of a folder are images, for preparation, inspection and detection alike.
+
+What systems, editors and this program leave in folders is ignored and counted; the content of the rest
+decides, in `decode`.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mochi.text import nfc, read_lines
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif")
+"""In the order in which the image of a name is looked for, in either case."""
+
+_OTHER_SUFFIXES = (
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".py", ".ipynb",
+    ".sh", ".ini", ".mat", ".npy", ".npz", ".pkl", ".h5", ".parquet", ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar",
+    ".log", ".out", ".err", ".mp4", ".mov", ".avi", ".mkv", ".webm",
+    ".arrow", ".safetensors", ".pt", ".pth", ".ckpt", ".onnx", ".lock",
+)  # fmt: skip
+
+_SYSTEM = {
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+    "$recycle.bin", "system volume information", "found.000",  # Windows
+    "__macosx", "network trash folder", "temporary items",  # macOS
+    "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp",  # Synology, QNAP
+    "lost+found", "__pycache__",
+}  # fmt: skip
+_STREAM = re.compile(r".*:(zone\.identifier|com\.dropbox\.attributes|afp_afpinfo|afp_resource)(:\$data)?", re.S)
+_BACKUP = re.compile(r".*(~|\.(bak|swp|swo|swn|orig|rej|old|tmp|part|crdownload))|#.*#", re.S)
+_RECORD = "provenance.json"
+
+
+def left_behind(name: str) -> str | None:
+    """Why a file or folder of this name holds nothing for the user; None for all others."""
+    lower = name.lower()
+    if name.startswith(".") or lower in _SYSTEM or _STREAM.fullmatch(lower):
+        return "hidden or system file"
+    if _BACKUP.fullmatch(lower):
+        return "editor backup or unfinished copy"
+    return None
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether this program wrote a folder: prepared data, results."""
+    try:
+        record = json.loads((folder / _RECORD).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"settings", "code_digest", "outputs"} <= record.keys()
+
+
+def walk(root: Path, ignored: Counter[str] | None = None) -> list[str]:
+    """Sorted paths, relative to `root`, of every file below it that may be an image.
+
+    What `left_behind` names, folders that this program wrote, other types, broken links and loops are left
+    out and counted in `ignored`. `root` itself may hold its own preparation.
+    """
+    return sorted(_walk(root, "", (), Counter() if ignored is None else ignored))
+
+
+def _walk(
+    root: Path, below: str, parents: tuple[tuple[int, int], ...], ignored: Counter[str]
+) -> Iterator[str]:
+    """Paths of candidate images, relative to `root`; `parents` are the folders above, to detect loops."""
+    folder = root / below
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in parents:
+        ignored["link back to a folder above"] += 1
+        return
+    with os.scandir(folder) as scan:
+        entries = list(scan)
+    if below and any(entry.name == _RECORD for entry in entries) and is_ours(folder):
+        ignored["folder of results or prepared data"] += 1
+        return
+    for entry in entries:
+        path = f"{below}/{entry.name}" if below else entry.name
+        if reason := left_behind(entry.name):
+            ignored[reason] += 1
+        elif entry.is_dir():
+            yield from _walk(root, path, (*parents, identity), ignored)
+        elif not entry.is_file():
+            ignored["broken link or not a regular file"] += 1
+        elif entry.name.lower().endswith(_OTHER_SUFFIXES):
+            ignored["not an image by its suffix"] += 1
+        else:
+            yield path
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Sorted names of the folders in a folder that may hold images."""
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if not left_behind(entry.name) and entry.is_dir() and not is_ours(entry)
+    )
+
+
+_MARKED = re.compile(r"(.*\S)\s+(-1|0|1)", re.S)
+
+
+def read_list(path: Path, exists: Callable[[str], bool]) -> list[str]:
+    """The names in a text file with one image a line: VOC's image sets, and lists that look like them.
+
+    A name may have blanks. In VOC's class-wise lists a last column of -1, 0 or 1 says whether the class is
+    in the image; -1 leaves it out. Where both readings are possible, `exists` decides.
+
+    Raises:
+        DataError: as `read_lines`.
+    """
+    names = []
+    for line in map(nfc, read_lines(path, "a list of images, one name a line")):
+        marked = _MARKED.fullmatch(line)
+        if marked is None or exists(line):
+            names.append(line)
+        elif marked[2] != "-1":
+            names.append(marked[1])
+    return names
+
+
+class Names:
+    """The files of a folder by name, in whichever Unicode form and with whichever suffix they have."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._listed: dict[str, dict[str, str]] = {}
+        """Subfolder -> composed name -> name."""
+
+    def find(self, name: str) -> Path | None:
+        """The file of this name, which may be in a subfolder; None where there is none."""
+        below, _, base = name.rpartition("/")
+        found = self._names(below).get(nfc(base))
+        return None if found is None else self.folder / below / found
+
+    def image(self, stem: str) -> Path | None:
+        """The image of this name without suffix."""
+        for suffix in IMAGE_SUFFIXES:
+            for spelled in (suffix, suffix.upper(), suffix.title()):
+                if found := self.find(f"{stem}{spelled}"):
+                    return found
+        return None
+
+    def alike(self, name: str) -> str:
+        """For a message: the file whose name, with or without suffix, differs from this one by case alone."""
+        below, _, base = name.rpartition("/")
+        wanted = nfc(base).casefold()
+        for entry, own in self._names(below).items():
+            if wanted in {entry.casefold(), os.path.splitext(entry)[0].casefold()}:
+                return f"; found {own!r}, which differs by case"
+        return ""
+
+    def _names(self, below: str) -> dict[str, str]:
+        if below not in self._listed:
+            try:
+                names = sorted(os.listdir(self.folder / below))
+            except (OSError, ValueError):  # no such folder, or none that can exist
+                names = []
+            self._listed[below] = {nfc(name): name for name in names if left_behind(name) is None}
+        return self._listed[below]

@@ -1,0 +1,85 @@
+"""A detection set from its files: both splits read, and compared with each other and with the images.
+
+The stage reads a set so before it trains, and `mochi check` before anything is computed.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from mochi.config import DetectionData
+from mochi.data.ingest.classes import alike
+from mochi.detection import coco, voc
+from mochi.detection.annotations import (
+    AnnotationError,
+    Annotations,
+    for_training,
+    merge,
+    require_same_classes,
+)
+from mochi.detection.check_images import check_images
+from mochi.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def read_splits(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations]:
+    """Training and test annotations, of one or several folders each; oddities are logged.
+
+    Raises:
+        AnnotationError: see the readers; or the classes of the splits differ, or one of them has no object.
+    """
+    train, test = _read(data, masks=masks)
+    for names, split in ((data.train, train), (data.test, test)):
+        logger.info("%s: %s", " + ".join(names), json.dumps(split.report()))
+    for oddity in oddities(train, test):
+        logger.warning("%s: %s", data.path, oddity)
+    return train, test
+
+
+def problems(data: DetectionData, *, masks: bool, jobs: int) -> tuple[list[str], list[str]]:
+    """(errors, warnings): everything about the files of a set that a training would stop at or suffer from."""
+    try:
+        train, test = _read(data, masks=masks)
+        check_images([train, test], jobs)
+    except DataError as error:
+        return [str(error)], []
+    return [], oddities(train, test)
+
+
+def _read(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations]:
+    names = [*data.train, *data.test]
+    if data.format == "coco":
+        parts = [coco.read(Path(data.path), name, data.broken_objects, masks) for name in names]
+    else:
+        assert data.classes is not None
+        halves = [name.rpartition("/") for name in names]
+        places = [(Path(data.path) / folder, image_set) for folder, _, image_set in halves]
+        parts = voc.read_sets(places, data.classes, data.broken_objects)
+    train, test = merge(parts[: len(data.train)]), merge(parts[len(data.train) :])
+    require_same_classes(train.classes, test.classes)
+    for_training(train, data.empty_images)  # refuses a set without a box
+    if all(image.ignored.all() for image in test.images):
+        counts = ", ".join(f"{name}: {count}" for name, count in sorted(test.found.items()) if count)
+        raise AnnotationError(
+            f"{data.path}: found no object in {len(test.images)} test images ({' + '.join(data.test)}; "
+            f"{counts or 'nothing counted'}): there is nothing to measure, so nothing is trained"
+        )
+    return train, test
+
+
+def oddities(train: Annotations, test: Annotations) -> list[str]:
+    """What is probably a mistake, though it can be trained on."""
+    found = alike(set(train.classes))
+    for place, split, consequence in (
+        ("train", train, "cannot be learnt"),
+        ("test", test, "have no average precision"),
+    ):
+        missing = [name for name, count in split.report()["classes"].items() if not count]
+        if missing:
+            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            found.append(f"{len(missing)} classes have no object in {place} and {consequence}: {some}")
+    shared = {image.path for image in train.images} & {image.path for image in test.images}
+    if shared:
+        found.append(f"{len(shared)} images are in both train and test, such as {min(shared)}")
+    return found

@@ -186,6 +186,7 @@ def prepare(
     result = prepared(dataset, folder, current_listing(dataset, folder))
     if _is_current(result):
         return
+    from mochi.data.format import open_dataset
     from mochi.data.ingest import prepare as stage
     from mochi.provenance.record import Stopwatch, write_record
     from mochi.runtime.progress import counter
@@ -200,6 +201,11 @@ def prepare(
     for name, split in manifest["splits"].items():
         typer.echo(f"{name}: {split['count']} images, {split['unlabelled']} of them without a label")
     typer.echo(f"{len(manifest['classes'])} classes; ignored: {manifest['ignored'] or 'nothing'}")
+    for name, split in manifest["splits"].items():
+        if split["shrunk"]:
+            typer.echo(f"{name}: {split['shrunk']} images were larger than max_side and are stored smaller")
+        if said := open_dataset(folder).split(name).oversized():
+            typer.echo(f"note: {said}")
     if manifest["quarantined"]:
         typer.echo(f"{manifest['quarantined']} unreadable files are listed in {folder / 'quarantine.csv'}")
 

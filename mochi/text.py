@@ -121,8 +121,8 @@ def _decode(data: bytes, path: Path) -> str:
         line = data[: error.start].count(b"\n") + 1
         found = data[error.start : error.start + 4].hex(" ")
     raise DataError(
-        f"{path}: line {line}: found the bytes {found}, which are not UTF-8, and the file does not say which "
-        "encoding it has (GBK? Latin-1?); save it as UTF-8"
+        f"{path}: line {line}: found the bytes {found}, which are not UTF-8, and the file does not say "
+        "which encoding it has (GBK? Latin-1?); save it as UTF-8"
     )
 
 
@@ -203,7 +203,9 @@ class Fields:
         """A finite number; as text too."""
         number = as_number(self.values.get(key))
         if number is None or number < at_least:
-            raise self.error(key, "a number" + (f" of at least {at_least:g}" if at_least > -math.inf else ""))
+            raise self.error(
+                key, "a number" + (f" of at least {at_least:g}" if at_least > -math.inf else "")
+            )
         return number
 
     def integer(self, key: str, *, at_least: int) -> int:

@@ -48,6 +48,7 @@ NO_NUMBERS = {
 }
 
 NO_NUMBERS_OF_ONE_STAGE = {
+    "scenes": {"mochi.data.ingest.files": "finds the images that are named"},
     "detect": {
         "mochi.detection.check_images": "refuses images",
         "mochi.detection.figures": "pictures",

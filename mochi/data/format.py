@@ -25,6 +25,9 @@ from mochi.errors import DataError
 MANIFEST_VERSION = 2
 UNLABELLED = -1
 
+_LARGE_SIDE = 2048
+"""Pixels; nine times the side of the usual view."""
+
 
 class StoredSplit:
     """The images of one split. Cheap to send to a worker: files are opened where they are read."""
@@ -75,6 +78,19 @@ class StoredSplit:
     def labelled(self) -> NDArray[np.int64]:
         """Rows that carry a label."""
         return np.flatnonzero(self.labels != UNLABELLED)
+
+    def oversized(self) -> str:
+        """Which images are far larger than any view, in words; empty where there is none."""
+        longest = np.maximum(self.heights, self.widths)
+        count = int((longest > _LARGE_SIDE).sum())
+        if not count:
+            return ""
+        row = int(longest.argmax())
+        return (
+            f"{count} images of {self.name} have a side of more than {_LARGE_SIDE} px, such as {self.path(row)} "
+            f"({self.widths[row]} x {self.heights[row]}), and are decoded whole each time they are read; "
+            f"dataset.max_side: {_LARGE_SIDE // 2} stores them smaller"
+        )
 
     def path(self, row: int) -> str:
         """Path of the image in its source."""

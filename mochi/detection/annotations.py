@@ -74,6 +74,8 @@ class Annotations:
     """What the reader counted, defects included."""
     numbering: str = ""
     """From which number pixels (VOC) or categories (COCO) are counted: one decision for the whole set."""
+    dropped: tuple[str, ...] = ()
+    """Objects that cannot be used, each with its place and the reason."""
 
     def __post_init__(self) -> None:
         for image in self.images:
@@ -112,7 +114,8 @@ def _check(image: AnnotatedImage, num_classes: int) -> None:
 def clip(boxes: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
     """(n, 4) boxes cut to the image, in any precision."""
     limits = np.array([width, height, width, height], dtype=np.float32)
-    return np.clip(boxes, 0, limits).astype(np.float32)
+    inside: NDArray[np.float32] = np.clip(boxes, 0, limits).astype(np.float32)
+    return inside
 
 
 def merge(parts: list[Annotations]) -> Annotations:
@@ -125,7 +128,8 @@ def merge(parts: list[Annotations]) -> Annotations:
     for part in parts[1:]:
         require_same_classes(classes, part.classes)
     images = tuple(image for part in parts for image in part.images)
-    return Annotations(classes, images, sum((part.found for part in parts), Counter()), parts[0].numbering)
+    return Annotations(classes, images, sum((part.found for part in parts), Counter()), parts[0].numbering,
+                       tuple(each for part in parts for each in part.dropped))  # fmt: skip
 
 
 def require_same_classes(first: tuple[str, ...], second: tuple[str, ...]) -> None:
@@ -134,7 +138,9 @@ def require_same_classes(first: tuple[str, ...], second: tuple[str, ...]) -> Non
         return
     alone = [", ".join(sorted(set(one) - set(other))) for one, other in ((first, second), (second, first))]
     if any(alone):
-        parts = [f"{where}: {names}" for where, names in zip(("the first", "the second"), alone, strict=True)]
+        parts = [
+            f"{where}: {names}" for where, names in zip(("the first", "the second"), alone, strict=True)
+        ]
         text = f"only in {'; only in '.join(part for part in parts if not part.endswith(': '))}"
     else:
         place = next(i for i, (one, other) in enumerate(zip(first, second, strict=True)) if one != other)

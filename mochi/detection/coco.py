@@ -1,6 +1,5 @@
 """Read COCO's instances JSON with all its oddities, and write it."""
 
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,6 @@ from mochi.detection.annotations import (
 )
 from mochi.storage.atomic import write_json
 from mochi.text import Fields, as_number, nfc, read_json
-
-logger = logging.getLogger(__name__)
 
 _Id = int | str
 _FAR = 1e9
@@ -68,14 +65,16 @@ def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotation
             item.reference("category_id", labels, f"a category: {_some(labels)}")
             objects[image_id].append(item)
     mistakes.refuse()
-    annotated = []
+    annotated, dropped = [], list[str]()
     for identity, image in images.items():
         with mistakes.collected():
-            annotated.append(image.annotated(objects[identity], labels, masks, broken_objects, found))
+            annotated.append(
+                image.annotated(objects[identity], labels, masks, broken_objects, found, dropped)
+            )
     mistakes.refuse()
     ids = list(labels)
     numbering = f"category ids {ids[0]!r} to {ids[-1]!r}"
-    return Annotations(tuple(classes.values()), tuple(annotated), found, numbering)
+    return Annotations(tuple(classes.values()), tuple(annotated), found, numbering, tuple(dropped))
 
 
 def _categories(data: Fields) -> dict[_Id, str]:
@@ -88,7 +87,9 @@ def _categories(data: Fields) -> dict[_Id, str]:
                 f"{category.where}: id: found {identity!r} twice, for {names[identity]!r} and {name!r}"
             )
         if name in names.values():
-            raise AnnotationError(f"{category.where}: name: found {name!r} twice; expected names that differ")
+            raise AnnotationError(
+                f"{category.where}: name: found {name!r} twice; expected names that differ"
+            )
         names[identity] = name
     if not names:
         raise AnnotationError(f"{data.where}: categories: found none; expected the classes of the objects")
@@ -116,6 +117,7 @@ class _Image:
         masks: bool,
         broken_objects: str,
         found: Counter[str],
+        dropped: list[str],
     ) -> AnnotatedImage:
         """The image with its usable objects."""
         kept, shapes = [], []
@@ -128,7 +130,7 @@ class _Image:
                 )
             if defect:
                 found[f"objects dropped: {defect}"] += 1
-                logger.debug("%s of image %r: dropped: %s", item.where, self.identity, defect)
+                dropped.append(f"{item.where} of image {self.identity!r}: {defect}")
                 continue
             kept.append(item)
             shapes.append(shape)
@@ -162,8 +164,8 @@ def _images(data: Fields, folder: Path, mistakes: Mistakes) -> dict[_Id, _Image]
             image = _Image(Fields.of(value, where), names)
             if other := images.get(image.identity):
                 raise AnnotationError(
-                    f"{where}: id {image.identity!r} stands for both {other.path.name} and {image.path.name}; "
-                    "expected ids that are unique"
+                    f"{where}: id {image.identity!r} stands for both {other.path.name} and "
+                    f"{image.path.name}; expected ids that are unique"
                 )
             if image.path in files:
                 raise AnnotationError(
@@ -278,7 +280,9 @@ def _usable_run_lengths(shape: Mapping[str, Any], height: int, width: int) -> Ru
         return "run lengths of another size than the image"
     lengths = _lengths(counts) if isinstance(counts, str) else counts
     numbers = [as_number(length) for length in lengths] if isinstance(lengths, list) else [None]
-    whole = [int(number) for number in numbers if number is not None and number >= 0 and number == int(number)]
+    whole = [
+        int(number) for number in numbers if number is not None and number >= 0 and number == int(number)
+    ]
     if len(whole) != len(numbers) or sum(whole) != height * width:
         return "run lengths that do not fill the image"
     if not sum(whole[1::2]):

@@ -38,7 +38,7 @@ def read_splits(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annot
 
 
 def problems(data: DetectionData, *, masks: bool, jobs: int) -> tuple[list[str], list[str]]:
-    """(errors, warnings): everything about the files of a set that a training would stop at or suffer from."""
+    """(errors, warnings) about the files of a set: what a training would stop at or suffer from."""
     try:
         train, test = _read(data, masks=masks)
         check_images([train, test], jobs)
@@ -75,6 +75,9 @@ def oddities(train: Annotations, test: Annotations) -> list[str]:
         ("train", train, "cannot be learnt"),
         ("test", test, "have no average precision"),
     ):
+        if split.dropped:
+            examples = "; ".join(split.dropped[:3]) + ("; ..." if len(split.dropped) > 3 else "")
+            found.append(f"{len(split.dropped)} objects of {place} are dropped: {examples}")
         missing = [name for name, count in split.report()["classes"].items() if not count]
         if missing:
             some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")

@@ -13,6 +13,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mochi.data.ingest.decode import UnreadableError, image_size
 from mochi.data.ingest.files import IMAGE_SUFFIXES, Names, read_list
@@ -49,10 +50,10 @@ def read_sets(
     Deviation: a set with a box that starts at 0 loses no 1; broken boxes do not end up in training.
     """
     labels = {nfc(name): 1 + index for index, name in enumerate(classes)}
-    mistakes, founds = Mistakes(), [Counter[str]() for _ in sets]
+    mistakes, founds, drops = Mistakes(), [Counter[str]() for _ in sets], [list[str]() for _ in sets]
     files: list[list[_File]] = []
-    for (root, image_set), found in zip(sets, founds, strict=True):
-        reader = _Reader(root, labels, broken_objects, found, mistakes)
+    for (root, image_set), found, dropped in zip(sets, founds, drops, strict=True):
+        reader = _Reader(root, labels, broken_objects, found, dropped, mistakes)
         files.append(reader.files(image_set))
     mistakes.refuse()
     boxes = [each.box for part in files for file in part for each in file.objects]
@@ -61,16 +62,19 @@ def read_sets(
     numbering = f"pixels counted from {first}: {low} of {len(boxes)} boxes start at 0"
     logger.info("%s: %s", sets[0][0], numbering)
     splits = []
-    for part, found in zip(files, founds, strict=True):
+    for part, found, dropped in zip(files, founds, drops, strict=True):
         images = []
         for file in part:
             with mistakes.collected():
-                images.append(file.annotated(first, broken_objects, found))
+                images.append(file.annotated(first, broken_objects, found, dropped))
         if first == 0:
             found["files counted from 0"] += len(part)
-        splits.append((images, found))
+        splits.append((images, found, dropped))
     mistakes.refuse()
-    return [Annotations(tuple(classes), tuple(images), found, numbering) for images, found in splits]
+    return [
+        Annotations(tuple(classes), tuple(images), found, numbering, tuple(dropped))
+        for images, found, dropped in splits
+    ]
 
 
 def class_names(root: Path, image_set: str) -> Counter[str]:
@@ -106,16 +110,18 @@ class _File:
     height: int
     objects: list[_Object]
 
-    def annotated(self, first: int, broken_objects: str, found: Counter[str]) -> AnnotatedImage:
+    def annotated(
+        self, first: int, broken_objects: str, found: Counter[str], dropped: list[str]
+    ) -> AnnotatedImage:
         """The boxes of the file in continuous coordinates, where pixels are counted from `first`."""
         written = np.array([each.box for each in self.objects], np.float64).reshape(-1, 4)
         boxes = written - np.array([first, first, 0, 0])
         inside = clip(boxes, self.height, self.width)
         cut = ((boxes < 0) | (boxes > [self.width, self.height] * 2)).any(axis=1)
-        usable = (inside[:, 2:] > inside[:, :2]).all(axis=1)
+        usable: NDArray[np.bool_] = np.all(inside[:, 2:] > inside[:, :2], axis=1)
         for each, fine in zip(self.objects, usable, strict=True):
             if not fine:
-                _broken(each.where, "a box outside the image", broken_objects, found)
+                _broken(each.where, "a box outside the image", broken_objects, found, dropped)
         found["boxes cut to the image"] += int(cut[usable].sum())
         kept = [each for each, fine in zip(self.objects, usable, strict=True) if fine]
         return AnnotatedImage(
@@ -134,10 +140,16 @@ class _Reader:
     """Reads the XML files of one folder."""
 
     def __init__(
-        self, root: Path, labels: dict[str, int], broken_objects: str, found: Counter[str], mistakes: Mistakes
+        self,
+        root: Path,
+        labels: dict[str, int],
+        broken_objects: str,
+        found: Counter[str],
+        dropped: list[str],
+        mistakes: Mistakes,
     ) -> None:
         self._root, self._labels, self._broken_objects = root, labels, broken_objects
-        self._found, self._mistakes = found, mistakes
+        self._found, self._dropped, self._mistakes = found, dropped, mistakes
         self._annotations, self._images = Names(root / "Annotations"), Names(root / "JPEGImages")
 
     def files(self, image_set: str) -> list[_File]:
@@ -173,8 +185,8 @@ class _Reader:
         found = self._images.image(name) or (self._images.find(stated) if stated else None)
         if found is None or not found.is_file():
             raise AnnotationError(
-                f"{self._images.folder / name}: no image of that name{self._images.alike(name)}; expected one of "
-                f"{', '.join(IMAGE_SUFFIXES)}"
+                f"{self._images.folder / name}: no image of that name{self._images.alike(name)}; "
+                f"expected one of {', '.join(IMAGE_SUFFIXES)}"
             )
         return found
 
@@ -185,16 +197,20 @@ class _Reader:
             text = (tree.findtext(f"size/{tag}") or "").strip()
             number = as_number(text or "0")
             if number is None or number < 0 or number != int(number):
-                raise AnnotationError(f"{path}: size/{tag}: found {shown(text)}; expected a number of pixels")
+                raise AnnotationError(
+                    f"{path}: size/{tag}: found {shown(text)}; expected a number of pixels"
+                )
             stated.append(int(number))
         if 0 in stated:
             self._found["files whose size is missing"] += 1
         elif stated != [width, height]:
-            turned = " (it is stored so, and its EXIF orientation turns it)" if stated == [height, width] else ""
+            turned = (
+                " (it is stored so, and its EXIF orientation turns it)" if stated == [height, width] else ""
+            )
             raise AnnotationError(
-                f"{path}: size: found {stated[0]} x {stated[1]}{turned}; {image.name} is {width} x {height} "
-                "pixels upright; its boxes would be misplaced: correct the size and the boxes, or replace the "
-                "image"
+                f"{path}: size: found {stated[0]} x {stated[1]}{turned}; {image.name} is {width} x "
+                f"{height} pixels upright; its boxes would be misplaced: correct the size and the boxes, "
+                "or replace the image"
             )
 
     def _object(self, item: ET.Element, where: str) -> _Object | None:
@@ -209,7 +225,7 @@ class _Reader:
             )
         box, defect = _read_box(item)
         if defect or box is None:
-            _broken(where, defect, self._broken_objects, self._found)
+            _broken(where, defect, self._broken_objects, self._found, self._dropped)
             return None
         for tag in ("difficult", "truncated", "pose"):
             self._found[f"objects without {tag}"] += int(item.find(tag) is None)
@@ -256,12 +272,14 @@ def _name(item: ET.Element, where: str) -> str:
     return name
 
 
-def _broken(where: str, defect: str, broken_objects: str, found: Counter[str]) -> None:
-    """Count an object that cannot be used, or refuse it."""
+def _broken(
+    where: str, defect: str, broken_objects: str, found: Counter[str], dropped: list[str]
+) -> None:
+    """Drop an object that cannot be used, or refuse it."""
     if broken_objects == "fail":
         raise AnnotationError(f"{where}: {defect}; correct the file, or set broken_objects: drop")
     found[f"objects dropped: {defect}"] += 1
-    logger.debug("%s: dropped: %s", where, defect)
+    dropped.append(f"{where}: {defect}")
 
 
 def _read_box(item: ET.Element) -> tuple[list[float] | None, str]:

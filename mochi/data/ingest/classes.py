@@ -44,7 +44,7 @@ def alike(names: set[str]) -> list[str]:
     """Pairs of names that differ by case or blanks alone."""
     by_form = sorted((" ".join(name.casefold().split()), name) for name in names)
     return [
-        f"the classes {first!r} and {second!r} differ by case or blanks alone: rename one if they are the same"
+        f"classes {first!r} and {second!r} differ by case or blanks alone: rename one"
         for (form, first), (other, second) in pairwise(by_form)
         if form == other
     ]

@@ -1,10 +1,10 @@
 """From any image file to one kind of picture: upright, 8-bit RGB; or the reason why not.
 
-The content decides, never the extension, and only the decoders of FORMATS are ever run. Orientation tags are applied, transparency becomes white,
-16 bits are scaled to 8, animations give their first frame, CMYK, YCCK and palettes are converted. A JPEG
-or PNG that already is upright 8-bit RGB or grey keeps its bytes; all others are re-encoded as PNG,
-without loss. An image larger than a given side is stored smaller, a JPEG as JPEG. Embedded colour profiles
-are not applied.
+The content decides, never the extension, and only the decoders of FORMATS are ever run. Orientation tags
+are applied, transparency becomes white, 16 bits are scaled to 8, animations give their first frame, CMYK,
+YCCK and palettes are converted. A JPEG or PNG that already is upright 8-bit RGB or grey keeps its bytes; all
+others are re-encoded as PNG, without loss. An image larger than a given side is stored smaller, a JPEG as
+JPEG. Embedded colour profiles are not applied.
 """
 
 import io
@@ -159,7 +159,9 @@ def _opened(file: BinaryIO, head: Callable[[], bytes]) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableError(f"decompression bomb: claims {image.width} x {image.height} pixels")
     if image.format == "TIFF" and (kind := raw_kind(image, head())):
-        raise UnreadableError(f"{kind}: only a preview of {image.width} x {image.height} pixels can be read; {ADVICE}")
+        raise UnreadableError(
+            f"{kind}: only a preview of {image.width} x {image.height} pixels can be read; {ADVICE}"
+        )
     return image
 
 
@@ -243,7 +245,9 @@ def _from_deep(image: Image.Image) -> Image.Image:
     """
     values = np.asarray(image)
     blocks = [values[first : first + _ROWS] for first in range(0, len(values), _ROWS)]  # float64 is 8 bytes
-    limits = [(block[good].min(), block[good].max()) for block in blocks if (good := np.isfinite(block)).any()]
+    limits = [
+        (block[good].min(), block[good].max()) for block in blocks if (good := np.isfinite(block)).any()
+    ]
     if not limits:
         raise UnreadableError(f"{image.format} has no finite value")
     low, high = float(min(low for low, _ in limits)), float(max(high for _, high in limits))

@@ -17,9 +17,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".g
 """In the order in which the image of a name is looked for, in either case."""
 
 _OTHER_SUFFIXES = (
-    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".py", ".ipynb",
-    ".sh", ".ini", ".mat", ".npy", ".npz", ".pkl", ".h5", ".parquet", ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar",
-    ".log", ".out", ".err", ".mp4", ".mov", ".avi", ".mkv", ".webm",
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".py",
+    ".ipynb", ".sh", ".ini", ".mat", ".npy", ".npz", ".pkl", ".h5", ".parquet", ".zip", ".tar", ".gz",
+    ".tgz", ".7z", ".rar", ".log", ".out", ".err", ".mp4", ".mov", ".avi", ".mkv", ".webm",
     ".arrow", ".safetensors", ".pt", ".pth", ".ckpt", ".onnx", ".lock",
 )  # fmt: skip
 
@@ -30,7 +30,9 @@ _SYSTEM = {
     "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp",  # Synology, QNAP
     "lost+found", "__pycache__",
 }  # fmt: skip
-_STREAM = re.compile(r".*:(zone\.identifier|com\.dropbox\.attributes|afp_afpinfo|afp_resource)(:\$data)?", re.S)
+_STREAM = re.compile(
+    r".*:(zone\.identifier|com\.dropbox\.attributes|afp_afpinfo|afp_resource)(:\$data)?", re.S
+)
 _BACKUP = re.compile(r".*(~|\.(bak|swp|swo|swn|orig|rej|old|tmp|part|crdownload))|#.*#", re.S)
 _RECORD = "provenance.json"
 
@@ -146,18 +148,18 @@ class Names:
         return None
 
     def alike(self, name: str) -> str:
-        """For a message: the file whose name, with or without suffix, differs from this one by case alone."""
+        """For a message: the file whose name, suffix or not, differs from this one by case alone."""
         below, _, base = name.rpartition("/")
         wanted = nfc(base).casefold()
         for entry, own in self._names(below).items():
-            if wanted in {entry.casefold(), os.path.splitext(entry)[0].casefold()}:
+            if wanted in {entry.casefold(), entry.rpartition(".")[0].casefold()}:
                 return f"; found {own!r}, which differs by case"
         return ""
 
     def _names(self, below: str) -> dict[str, str]:
         if below not in self._listed:
             try:
-                names = sorted(os.listdir(self.folder / below))
+                names = sorted(entry.name for entry in (self.folder / below).iterdir())
             except (OSError, ValueError):  # no such folder, or none that can exist
                 names = []
             self._listed[below] = {nfc(name): name for name in names if left_behind(name) is None}

@@ -42,7 +42,7 @@ _SIGNATURES = (
     (4, b"moov", "video, not an image"),
 )
 _BRANDS = (  # of ISO media files: bytes 4 to 8 are "ftyp", then come the brands
-    ({b"avif", b"avis"}, "AVIF, which this build of Pillow does not decode"),
+    ({b"avif", b"avis"}, "AVIF"),
     ({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}, "HEIC"),
     ({b"crx "}, "camera raw (Canon CR3)"),
 )
@@ -50,7 +50,7 @@ _TIFF_DNG_VERSION, _TIFF_SUBFILE_TYPE, _TIFF_PHOTOMETRIC = 50706, 254, 262
 _TIFF_SENSOR = {32803, 34892}  # photometric: colour filter array, linear raw
 
 
-def sniff(head: bytes) -> str:
+def sniff(head: bytes) -> str:  # noqa: PLR0911 (a list of cases)
     """What a file is that no decoder takes; `head` is its first bytes."""
     for offset, signature, name in _SIGNATURES:
         if head.startswith(signature, offset):
@@ -60,7 +60,11 @@ def sniff(head: bytes) -> str:
         brands = {head[at : at + 4] for at in range(8, min(max(length, 16), len(head)), 4)}
         for known, name in _BRANDS:
             if brands & known:
-                return f"{name}, which is not decoded here: {ADVICE}" if "," not in name else f"{name}: {ADVICE}"
+                return (
+                    f"{name}, which is not decoded here: {ADVICE}"
+                    if "," not in name
+                    else f"{name}: {ADVICE}"
+                )
         return "video, not an image"
     text = head[:512].lstrip()
     if b"<svg" in head[:1024]:
@@ -73,7 +77,7 @@ def sniff(head: bytes) -> str:
 
 
 def raw_kind(image: Image.Image, head: bytes) -> str | None:
-    """Why a TIFF's first picture is not the photograph: it is a camera's raw file, or a copy of reduced size.
+    """Why a TIFF's first picture is not the photograph: a camera's raw file, or a copy of reduced size.
 
     NEF, DNG, ARW, SRW and others begin with a thumbnail, CR2 with a preview.
     """

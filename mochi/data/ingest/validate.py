@@ -93,9 +93,7 @@ def _validate_files(
     ]
 
 
-def _validate_file(
-    row: int, part: ByteRange, keep_reencoded: bool, max_side: int | None
-) -> ValidatedFile:
+def _validate_file(row: int, part: ByteRange, keep_reencoded: bool, max_side: int | None) -> ValidatedFile:
     try:
         size = os.stat(part.file).st_size if part.size is None else part.size  # noqa: PTH116 - as in `_read`
         if size > decode.MAX_BYTES:
@@ -131,7 +129,9 @@ def bytes_to_store(split: FileSplit, file: ValidatedFile) -> bytes:
     try:
         data = _read(part)
     except OSError as error:
-        raise DataError(f"{part.file}: vanished while it was read ({error.strerror}); prepare again") from None
+        raise DataError(
+            f"{part.file}: vanished while it was read ({error.strerror}); prepare again"
+        ) from None
     if hashlib.sha256(data).digest() != file.sha256:
         raise DataError(f"{part.file}: changed while it was read; prepare again once nobody writes there")
     return data

@@ -99,6 +99,22 @@ def inspect(
 
 
 @app.command(rich_help_panel=_INSPECT)
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, a VOC or a COCO tree.")],
+    out: Annotated[Path, typer.Option(help="Experiment file to write; its name is the experiment's.")],
+    hours: Annotated[
+        float | None, typer.Option(help="Fit epochs and image size to so many hours on this machine.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a complete experiment file for a folder of images."""
+    from mochi.new_experiment import new_experiment
+
+    for line in new_experiment(folder, out, hours=hours, force=force):
+        typer.echo(line)
+
+
+@app.command(rich_help_panel=_INSPECT)
 def plan(
     config: ConfigArgument = DEFAULT_CONFIG,
     measure: Annotated[bool, typer.Option(help="Time a few steps to estimate the hours.")] = True,

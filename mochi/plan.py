@@ -74,7 +74,7 @@ def _two_digits(value: float) -> str:
 
 
 @dataclass
-class _Machine:
+class Machine:
     """What a run gets here."""
 
     device: torch.device
@@ -82,7 +82,8 @@ class _Machine:
     at_once: int
 
     @classmethod
-    def this(cls) -> "_Machine":
+    def here(cls) -> "Machine":
+        """This machine, shared as the workflow shares it."""
         device = pick_device()
         count = len(gpus.visible()) if device.type == "cuda" else 0
         return cls(device, threads_per_run(count), runs_at_once(count))
@@ -131,7 +132,7 @@ def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SE
             f"{folder}: not the data set of this experiment ({stale}); prepare it: "
             "`mochi prepare --config FILE`"
         )
-    machine = _Machine.this()
+    machine = Machine.here()
     torch.set_num_threads(machine.threads)
     trained = [
         name
@@ -171,7 +172,7 @@ def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SE
 def _probes(
     experiment: Experiment,
     dataset: StoredDataset,
-    machine: _Machine,
+    machine: Machine,
     budget: _Budget,
     jobs: list[Seconds],
     *,
@@ -206,7 +207,7 @@ def _encoded_images(run: ProbeRun, dataset: StoredDataset) -> int:
 def _detection(
     experiment: Experiment,
     name: str,
-    machine: _Machine,
+    machine: Machine,
     budget: _Budget,
     jobs: list[Seconds],
     *,
@@ -224,7 +225,7 @@ def _detection(
     if measure:
         share = budget.share()
         try:
-            step, num_test = _seconds_per_iteration(run, machine, share)
+            step, num_test = seconds_per_iteration(run, machine, share)
         except UserError as error:
             yield f"{text}; its hours are not counted: {str(error).splitlines()[0]}"
             return
@@ -238,7 +239,7 @@ def _detection(
 
 def _totals(
     dataset: StoredDataset,
-    machine: _Machine,
+    machine: Machine,
     jobs: Sequence[Seconds],
     num_runs: int,
     bytes_a_run: int,
@@ -336,7 +337,7 @@ def _range(times: Sequence[float]) -> Seconds:
     return Seconds(rest[0], max(rest[-1] if len(rest) < 4 else rest[-2], 1.1 * middle))
 
 
-def _seconds_per_image(run: ProbeRun, dataset: StoredDataset, machine: _Machine, seconds: float) -> Seconds:
+def _seconds_per_image(run: ProbeRun, dataset: StoredDataset, machine: Machine, seconds: float) -> Seconds:
     """Time to load and encode an image."""
     encoder = (
         build_untrained(run.encoder, 0).to(machine.device).to(memory_format=torch.channels_last).eval()
@@ -357,7 +358,7 @@ def _seconds_per_image(run: ProbeRun, dataset: StoredDataset, machine: _Machine,
     return _range(times)
 
 
-def _seconds_per_iteration(run: DetectionRun, machine: _Machine, seconds: float) -> tuple[Seconds, int]:
+def seconds_per_iteration(run: DetectionRun, machine: Machine, seconds: float) -> tuple[Seconds, int]:
     """Time of an iteration of a detector's fine-tuning from an untrained encoder; number of test images.
 
     Raises:

@@ -3,6 +3,13 @@
 from dataclasses import dataclass
 
 
+FEWEST = 64
+"""Training images; with fewer nothing is recommended for pretraining."""
+
+FEWEST_TO_TRAIN = 16
+"""Training images; with fewer there are hardly any negatives, and nothing is trained."""
+
+
 @dataclass(frozen=True)
 class Advice:
     """One key of an experiment file."""
@@ -24,12 +31,17 @@ class Facts:
     train_classes: dict[str, int]
     """Labelled training images of each class; empty without labels."""
     has_val: bool
+    largest: int = 224
+    """Side of the largest view that the machine can train on in a bearable time, pixels."""
 
 
-def advise(facts: Facts) -> list[Advice]:
-    """Settings for images of this number and size, in the order of an experiment file."""
-    size = _image_size(facts.short_side)
-    if facts.num_train < FEWEST:
+def advise(facts: Facts, fewest: int = FEWEST) -> list[Advice]:
+    """Settings for images of this number and size, in the order of an experiment file.
+
+    Those of pretraining are left out where there are fewer than `fewest` images.
+    """
+    size = min(view_size(facts.short_side), facts.largest)
+    if facts.num_train < fewest:
         return _evaluation(facts, size)
     batch = _batch_size(facts.num_train)
     steps = facts.num_train // batch
@@ -40,19 +52,25 @@ def advise(facts: Facts) -> list[Advice]:
             size >= 64,
             "version 2 blurs half of the views with sigma up to 2 px, too much for small images",
         ),
-        Advice("encoder.stem", "imagenet" if size >= 128 else "half" if size >= 64 else "full", _STEM),
+        Advice("encoder.stem", stem(size), STEM),
         *_recipe(facts.num_train, batch, steps),
         *_evaluation(facts, size),
     ]
 
 
-FEWEST = 64
-"""Training images; with fewer nothing is recommended for pretraining."""
-
-_STEM = "imagenet divides the sides by 4 before the first stage, half by 2, full keeps them"
+SIZES = (32, 64, 96, 128, 224)
+"""Sides of views, pixels."""
 
 
-def _image_size(short_side: int) -> int:
+def stem(size: int) -> str:
+    """The stem of an encoder for views of this size."""
+    return "imagenet" if size >= 128 else "half" if size >= 64 else "full"
+
+
+STEM = "imagenet divides the sides by 4 before the first stage, half by 2, full keeps them"
+
+
+def view_size(short_side: int) -> int:
     """The size of views in CIFAR, STL-10, Imagenette or ImageNet, whichever fits."""
     return next(
         (size for size, up_to in ((32, 48), (64, 80), (96, 112), (128, 160)) if short_side < up_to), 224

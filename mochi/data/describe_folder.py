@@ -1,0 +1,192 @@
+"""What a folder of images is: classes with or without splits, unlabelled photos, a VOC or a COCO tree."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mochi.config.datasets import Folder
+from mochi.data.ingest import decode
+from mochi.data.ingest.raw import FileSplit, RawDataset, as_text, class_counts
+from mochi.data.ingest.sources.folder import SPLITS, UNLABELLED_FOLDERS, list_images, walk
+from mochi.errors import DataError
+
+VAL_SHARE = 0.2
+_DATE = re.compile(r"(19|20)\d\d([-_.]?\d\d){0,2}")  # as cameras and people name albums
+_SAMPLE = 400  # images whose headers are read
+
+
+@dataclass(frozen=True)
+class Description:
+    """A folder, as an experiment needs to know it."""
+
+    kind: Literal["classes", "photos", "voc", "coco"]
+    dataset: dict[str, Any]
+    """The images to pretrain on: keys of `dataset` besides source and name."""
+    files: list[str]
+    """Of the training images."""
+    train_classes: dict[str, int] = field(default_factory=dict)
+    """Labelled training images of each class."""
+    val_classes: dict[str, int] = field(default_factory=dict)
+    detection: dict[str, Any] = field(default_factory=dict)
+    """Keys of a detection set's `data`; empty where there are no boxes."""
+
+
+def describe(folder: Path) -> Description:
+    """Look at names only, except for the lists of a VOC tree.
+
+    Raises:
+        DataError: no such folder, no image, a VOC or COCO tree without a part to test on, or a path that an
+            experiment file cannot hold.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{as_text(str(folder))}: no such folder; give the folder of your images")
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{as_text(str(folder))}: the path is not UTF-8, so no experiment file can hold it; "
+            "rename the folder or give a link to it"
+        ) from None
+    return _coco(folder) or _voc(folder) or _images(folder)
+
+
+def sides(files: Sequence[str]) -> NDArray[np.int64]:
+    """(n, 2) height and width, upright, of a sample spread over the files, without unreadable ones."""
+    chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, _SAMPLE).astype(int))]
+    found = []
+    for file in chosen:
+        try:
+            with open(file, "rb") as content:  # noqa: PTH123 - names that are not UTF-8
+                width, height = decode.upright_size(decode.open_image(content.read()))
+            found.append((height, width))
+        except (OSError, decode.UnreadableError):
+            continue
+    if not found:
+        raise DataError(
+            f"{files[0]}: not an image, and neither are {len(chosen) - 1} others; expected images"
+        )
+    return np.array(found, dtype=np.int64)
+
+
+def _images(folder: Path) -> Description:
+    """Classes below train and val, classes without splits, or photos without labels."""
+    top = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    has_splits = any(name.lower() in SPLITS for name in top)
+    options: dict[str, Any] = {"path": str(folder)}
+    if not has_splits and _are_classes(folder, top):
+        options["class_folders"] = True
+    raw = _listed(options)
+    if "val" not in raw.splits and (raw.splits["train"].labels >= 0).any():
+        raw = _listed(options := {**options, "val_share": VAL_SHARE})
+    train = _files(raw)
+    counts = {
+        name: {label: count for label, count in class_counts(split.labels, raw.classes).items() if count}
+        for name, split in raw.splits.items()
+    }
+    return Description(
+        "classes" if counts["train"] else "photos", options, train, counts["train"], counts.get("val", {})
+    )
+
+
+def _listed(options: dict[str, Any]) -> RawDataset:
+    return list_images(Folder(source="folder", name="x", **options))
+
+
+def _files(raw: RawDataset) -> list[str]:
+    """Of the training images."""
+    train = raw.splits["train"]
+    assert isinstance(train, FileSplit)
+    return [part.file for part in train.ranges]
+
+
+def _are_classes(folder: Path, top: list[str]) -> bool:
+    """Folders of images alone, nothing beside them, are classes; dates or one folder are not."""
+    classes = [name for name in top if name not in UNLABELLED_FOLDERS]
+    if all(_DATE.fullmatch(name) for name in classes):
+        return False
+    loose = [path for path in walk(folder) if "/" not in path]
+    nested = [path for path in walk(folder) if path.count("/") > 1]
+    return len(classes) >= 2 and not loose and not nested
+
+
+def _coco(folder: Path) -> Description | None:
+    """`annotations/instances_<split>.json` and `<split>/`."""
+    splits = sorted(
+        file.stem.removeprefix("instances_") for file in folder.glob("annotations/instances_*.json")
+    )
+    splits = [split for split in splits if (folder / split).is_dir()]
+    if not splits:
+        return None
+    train, test = _train_and_test(folder, splits)
+    options = {"path": str(folder / train[0])}
+    detection = {"format": "coco", "path": str(folder), "train": train, "test": test}
+    return Description("coco", options, _files(_listed(options)), detection=detection)
+
+
+def _voc(folder: Path) -> Description | None:
+    """`Annotations/` and `JPEGImages/`, in the folder itself or one below."""
+    below = sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir())
+    homes = [home for home in (folder, *below) if _is_voc(home)]
+    if not homes:
+        return None
+    train: list[str] = []
+    test: list[str] = []
+    root = Path(os.path.abspath(folder)).parent if homes[0] == folder else folder  # noqa: PTH100 (keeps links)
+    if homes[0] == folder and not folder.is_absolute():
+        root = Path(os.path.relpath(root))
+    name_of = {home: Path(os.path.abspath(home)).name for home in homes}  # noqa: PTH100
+    for home in homes:
+        names = sorted(file.stem for file in home.glob("ImageSets/Main/*.txt"))
+        own_train, own_test = _train_and_test(home, [name for name in names if "_" not in name])
+        train += [f"{name_of[home]}/{name}" for name in own_train]
+        test += [f"{name_of[home]}/{name}" for name in own_test]
+    largest = max(homes, key=lambda home: sum(1 for _ in os.scandir(home / "JPEGImages")))
+    lists = [
+        f"../ImageSets/Main/{name.rpartition('/')[2]}.txt"
+        for name in train
+        if name.rpartition("/")[0] == name_of[largest]
+    ]
+    options: dict[str, Any] = {"path": str(largest / "JPEGImages"), "only_listed": lists}
+    detection = {"format": "voc", "path": str(root), "train": train, "test": test}
+    return Description("voc", options, _files(_listed(options)), detection=detection)
+
+
+def _is_voc(home: Path) -> bool:
+    return (home / "Annotations").is_dir() and (home / "JPEGImages").is_dir()
+
+
+def _train_and_test(place: Path, names: list[str]) -> tuple[list[str], list[str]]:
+    """The splits to train on and to test on: test on `test`, else on `val`.
+
+    Raises:
+        DataError: there is no such pair.
+    """
+
+    def like(kind: str) -> list[str]:
+        return [name for name in names if name.rstrip("0123456789").lower() in SPLITS_OF[kind]]
+
+    both, train, val, test = (like(kind) for kind in ("trainval", "train", "val", "test"))
+    if test and (both or train):
+        return (both[:1] or [train[0], *val[:1]]), test[:1]
+    if train and val:
+        return train[:1], val[:1]
+    raise DataError(
+        f"{place}: found the splits {', '.join(names) or 'none'}; expected one to train on and one to test "
+        "on: for VOC ImageSets/Main/train.txt and val.txt, one image name a line; for COCO "
+        "annotations/instances_train.json with train/ and instances_val.json with val/"
+    )
+
+
+SPLITS_OF = {
+    "trainval": {"trainval"},
+    "train": {"train"},
+    "val": {"val", "valid", "validation"},
+    "test": {"test"},
+}
+"""Names, years left out, of a detection set's splits."""

@@ -1,0 +1,174 @@
+"""`mochi init`: any folder becomes an experiment that `mochi check` passes, or one line says why not."""
+
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from mochi.config import load_experiment, probes
+from mochi.data.describe_folder import describe
+from mochi.new_experiment import _anchors, _is_square
+from tests.commands import refused, run
+
+REAL = os.environ.get("MOCHI_REAL_DATA")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOCHI_CONFIG", raising=False)
+
+
+def images(folder: Path, count: int, width: int = 40, height: int = 36) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", (width, height), (number % 256, count % 256, 0)).save(folder / f"{number}.png")
+
+
+def made(folder: Path) -> dict[str, Any]:
+    """The experiment of a folder, which `mochi check` must pass."""
+    done = run("init", str(folder), "--out", "config/mine.yaml", "--force")
+    assert done.returncode == 0, done.stderr
+    checked = run("check", "config/mine.yaml")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    experiment = load_experiment(Path("config/mine.yaml"))
+    assert probes(experiment) == ([] if "supervised" not in experiment.methods else ["linear", "knn"])
+    content = yaml.safe_load(Path("config/mine.yaml").read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content
+
+
+def test_classes_with_a_val_folder(tmp_path: Path) -> None:
+    for split, count in (("train", 20), ("val", 4)):
+        for label in ("cat", "dog"):
+            images(tmp_path / "pets" / split / label, count)
+    content = made(tmp_path / "pets")
+    assert "val_share" not in content["dataset"]
+    assert content["evaluation"]["knn"]["k"] == 20
+    assert content["evaluation"]["linear"]["batch_size"] <= 40
+    assert content["augmentation"] == {"version": "v2", "image_size": 32, "min_scale": 0.2, "blur": False}
+    text = Path("config/mine.yaml").read_text()
+    assert "batch_size: 8 # 5 steps per epoch" in text, "every setting says why"
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_classes_without_a_val_folder_give_a_share_of_each(tmp_path: Path, splits: bool) -> None:
+    for label in "abcdefgh":
+        images(tmp_path / "few" / ("train" if splits else "") / label, 3)
+    content = made(tmp_path / "few")
+    assert content["dataset"].get("class_folders", False) is not splits
+    assert content["dataset"]["val_share"] == 0.2
+    assert content["evaluation"]["knn"]["k"] == 2, "of three images one is for validation"
+
+
+def test_photos_without_labels_and_one_class_have_nothing_to_classify(tmp_path: Path) -> None:
+    images(tmp_path / "photos/2021", 20)
+    images(tmp_path / "photos/2022-06", 20)
+    content = made(tmp_path / "photos")
+    assert set(content["evaluation"]) == {"image_size", "resize"}
+    assert "supervised" not in content["methods"]
+    images(tmp_path / "one/train/cat", 30)
+    assert set(made(tmp_path / "one")["evaluation"]) == {"image_size", "resize"}
+
+
+def test_names_of_every_kind(tmp_path: Path) -> None:
+    root = tmp_path / 'a "b"\n<script>alert(1)<\\script> é # no: {comment}'
+    for label in ("my cat", "it's", "new\nline", "#hash: x", "ключ"):
+        images(root / label, 8)
+    content = made(root)
+    assert content["dataset"]["path"] == str(root)
+    assert "\n" not in content["title"]
+
+
+def test_images_on_a_read_only_disk(tmp_path: Path) -> None:
+    images(tmp_path / "disk/train/a", 20)
+    images(tmp_path / "disk/train/b", 20)
+    before = sorted(tmp_path.joinpath("disk").rglob("*"))
+    (tmp_path / "disk").chmod(0o555)
+    made(tmp_path / "disk")
+    assert sorted(tmp_path.joinpath("disk").rglob("*")) == before
+
+
+def test_hours_are_fitted_by_a_measurement(tmp_path: Path) -> None:
+    images(tmp_path / "photos", 32)
+    done = run("init", "photos", "--out", "config/mine.yaml", "--hours", "0.01")
+    assert done.returncode == 0, done.stderr
+    assert "images/s a run" in done.stdout
+    content = yaml.safe_load(Path("config/mine.yaml").read_text())
+    assert content["pretrain"]["epochs"] < 200
+    assert run("check", "config/mine.yaml").returncode == 0
+    for hours in ("0", "-1", "nan"):
+        assert "expected a number above 0" in refused("init", "photos", "--out", "x.yaml", "--hours", hours)
+
+
+def test_what_cannot_be_an_experiment(tmp_path: Path) -> None:
+    images(tmp_path / "one", 1)
+    assert "one: images to train on: 1; contrastive" in refused("init", "one", "--out", "mine.yaml")
+    assert "no such folder" in refused("init", "nowhere", "--out", "mine.yaml")
+    (tmp_path / "text").mkdir()
+    for number in range(20):
+        (tmp_path / "text" / f"{number}.jpg").write_text("no image")
+    assert "not an image, and neither are 19 others" in refused("init", "text", "--out", "mine.yaml")
+    images(tmp_path / "photos", 20)
+    assert "expected a name such as" in refused("init", "photos", "--out", "mine.txt")
+    (tmp_path / "mine.yaml").write_text("kept")
+    assert "exists already" in refused("init", "photos", "--out", "mine.yaml")
+    assert (tmp_path / "mine.yaml").read_text() == "kept"
+
+
+def voc(root: Path, train: int, val: int) -> None:
+    images(root / "JPEGImages", train + val, 120, 90)
+    (root / "Annotations").mkdir()
+    (root / "ImageSets/Main").mkdir(parents=True)
+    for number in range(train + val):
+        (root / "Annotations" / f"{number}.xml").write_text(
+            "<annotation><size><width>120</width><height>90</height></size><object><name>thing</name><bndbox>"
+            "<xmin>11</xmin><ymin>11</ymin><xmax>40</xmax><ymax>40</ymax></bndbox></object></annotation>"
+        )
+    for name, rows in (("train", range(train)), ("val", range(train, train + val))):
+        (root / f"ImageSets/Main/{name}.txt").write_text("".join(f"{row}\n" for row in rows))
+
+
+def test_boxes_all_of_one_size_in_a_voc_tree_given_from_inside_or_above(tmp_path: Path) -> None:
+    voc(tmp_path / "set/things", 18, 6)
+    for folder in ("set", "set/things"):
+        content = made(Path(folder))
+        (detection,) = content["evaluation"]["detection"].values()
+        assert detection["data"]["path"] == "set"
+        assert detection["data"]["train"] == ["things/train"]
+        assert detection["data"]["classes"] == ["thing"]
+        assert detection["model"]["anchor_sizes"] == [32], "30 of 90 pixels, resized to a short side of 96"
+        assert detection["model"]["anchor_ratios"] == [1.0]
+    found = describe(tmp_path / "set")
+    assert len(found.files) == 18, "images to test on are not pretrained on"
+    (tmp_path / "set/things/ImageSets/Main/val.txt").unlink()
+    assert "expected one to train on and one to test on" in refused("init", "set", "--out", "x.yaml")
+
+
+def test_anchors_are_quantiles_of_the_boxes_and_none_is_there_twice() -> None:
+    assert _anchors(np.full(50, 33.0)) == [33]
+    sizes = np.exp(np.random.default_rng(0).uniform(np.log(8), np.log(256), 20_000))
+    expected = [8 * 32**quantile for quantile in (0.1, 0.37, 0.63, 0.9)]
+    assert _anchors(sizes) == pytest.approx(expected, rel=0.1)
+    assert _is_square(np.array([0.9, 1.0, 1.1]))
+    assert not _is_square(np.array([0.5, 1.0, 2.0]))
+
+
+@pytest.mark.skipif(REAL is None, reason="MOCHI_REAL_DATA is not set")
+@pytest.mark.parametrize(
+    ("archive", "folder", "evaluations"),
+    [
+        ("flowers-128.tar", "flowers", {"image_size", "resize", "linear", "knn"}),
+        ("voc-raccoon.tar", "raccoon", {"image_size", "resize", "detection"}),
+        ("coco-tiny.tar", "coco-tiny", {"image_size", "resize", "detection"}),
+    ],
+)
+def test_real_folders(tmp_path: Path, archive: str, folder: str, evaluations: set[str]) -> None:
+    with tarfile.open(Path(REAL or "", archive)) as content:
+        content.extractall(tmp_path, filter="data")
+    assert set(made(Path(folder))["evaluation"]) == evaluations

@@ -80,8 +80,8 @@ def new_experiment(folder: Path, out: Path, *, hours: float | None, force: bool)
     found = describe(folder)
     if len(found.files) < FEWEST_TO_TRAIN:
         raise DataError(
-            f"{_plain(folder)}: images to train on: {len(found.files)}; contrastive learning needs negatives: "
-            f"at least {FEWEST_TO_TRAIN} images, better thousands; add images"
+            f"{_plain(folder)}: images to train on: {len(found.files)}; expected at least "
+            f"{FEWEST_TO_TRAIN}, better thousands: contrastive learning needs negatives; add images"
         )
     draft = _Draft(folder, name, found)
     said = [] if hours is None else draft.fit(hours)

@@ -108,7 +108,7 @@ def test_hours_are_fitted_by_a_measurement(tmp_path: Path) -> None:
 
 def test_what_cannot_be_an_experiment(tmp_path: Path) -> None:
     images(tmp_path / "one", 1)
-    assert "one: images to train on: 1; contrastive" in refused("init", "one", "--out", "mine.yaml")
+    assert "one: images to train on: 1; expected" in refused("init", "one", "--out", "mine.yaml")
     assert "no such folder" in refused("init", "nowhere", "--out", "mine.yaml")
     (tmp_path / "text").mkdir()
     for number in range(20):

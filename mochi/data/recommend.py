@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-
 FEWEST = 64
 """Training images; with fewer nothing is recommended for pretraining."""
 

@@ -12,6 +12,7 @@ import torch
 from mochi import layout
 from mochi.config import (
     Contrastive,
+    Dataset,
     Experiment,
     FromFile,
     PretrainRun,
@@ -21,11 +22,13 @@ from mochi.config import (
     pretrain_run,
     probes,
 )
+from mochi.config.datasets import Folder
 from mochi.data.format import StoredDataset, open_dataset
-from mochi.data.ingest.sources.folder import current_listing
+from mochi.data.ingest import classes
+from mochi.data.ingest.sources.folder import collect, current_listing
 from mochi.data.views.loading import steps_per_epoch
 from mochi.encoders.files import EncoderError, load_encoder
-from mochi.errors import DataError
+from mochi.errors import DataError, UserError
 from mochi.pretraining.objectives import make_objective
 from mochi.pretraining.stage import queue_warning
 from mochi.provenance.wanted import prepared
@@ -85,13 +88,21 @@ def _encoder_files(experiment: Experiment) -> Iterator[Finding]:
 
 
 def _detection(experiment: Experiment) -> Iterator[Finding]:
-    """Detection sets that are not generated must exist."""
+    """Detection sets that are not generated: their files, contents and images."""
     for name, chosen in experiment.evaluation.detection.items():
-        if chosen.data.scenes is None:
-            for file in chosen.data.annotation_files():
-                if not Path(file).exists():
-                    text = f"evaluation.detection.{name}: {file}: not found; put the set there"
-                    yield Finding("error", text)
+        if chosen.data.scenes is not None:
+            continue
+        where = f"evaluation.detection.{name}"
+        missing = [file for file in chosen.data.annotation_files() if not Path(file).exists()]
+        for file in missing:
+            yield Finding("error", f"{where}: {file}: not found; put the set there")
+        if not missing:
+            from mochi.detection import sets  # noqa: PLC0415 (detection is an extra)
+
+            jobs = os.cpu_count() or 1
+            errors, warnings = sets.problems(chosen.data, masks=chosen.model.masks, jobs=jobs)
+            yield from (Finding("error", f"{where}: {text}") for text in errors)
+            yield from (Finding("warning", f"{where}: {text}") for text in warnings)
 
 
 def _data(experiment: Experiment, verify: bool) -> Iterator[Finding]:
@@ -102,10 +113,13 @@ def _data(experiment: Experiment, verify: bool) -> Iterator[Finding]:
         place = getattr(experiment.dataset, "path", None)
         if place is not None and not Path(place).exists():
             yield Finding("error", f"dataset.path: {place}: not found, and nothing is prepared in {folder}")
+        else:
+            yield from _source(experiment.dataset)
         yield Finding("note", f"data not prepared yet ({error})")
         return
     stale = prepared(experiment.dataset, folder, current_listing(experiment.dataset, folder)).why_stale()
     if stale is not None:
+        yield from _source(experiment.dataset)
         yield Finding(
             "warning",
             f"{folder}: not the data set of this experiment ({stale}); the workflow prepares it again, and "
@@ -114,10 +128,22 @@ def _data(experiment: Experiment, verify: bool) -> Iterator[Finding]:
     for path in dataset.damaged() if verify else ():
         text = f"{path}: missing or corrupt: its sha256 is not the manifest's; prepare the data again"
         yield Finding("error", text)
+    counts = {name: entry["classes"] for name, entry in dataset.manifest["splits"].items()}
+    yield from (Finding("error", text) for text in classes.faults(counts))
+    yield from (Finding("warning", text) for text in classes.oddities(counts))
     yield from _sizes(experiment, dataset)
     yield from _labels(experiment, dataset)
     for method in experiment.methods:
         yield from _recipe(pretrain_run(experiment, method, method_seeds(experiment, method)[0]), dataset)
+
+
+def _source(dataset: Dataset) -> Iterator[Finding]:
+    """What preparing the user's own images would stop at, as far as their names tell."""
+    try:
+        if isinstance(dataset, Folder):
+            collect(dataset, Path())
+    except UserError as error:
+        yield Finding("error", str(error))
 
 
 def _recipe(run: PretrainRun, dataset: StoredDataset) -> Iterator[Finding]:
@@ -167,6 +193,8 @@ def _sizes(experiment: Experiment, dataset: StoredDataset) -> Iterator[Finding]:
     if not dataset.manifest["splits"].get("train", {}).get("count"):
         return
     train, size = dataset.split("train"), experiment.augmentation.image_size
+    if said := train.oversized():
+        yield Finding("warning", said)
     short = int(np.median(np.minimum(train.heights, train.widths)))
     if short >= 2 * size and size < _USUAL_SIZE:
         yield Finding(

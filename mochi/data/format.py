@@ -87,9 +87,9 @@ class StoredSplit:
             return ""
         row = int(longest.argmax())
         return (
-            f"{count} images of {self.name} have a side of more than {_LARGE_SIDE} px, such as {self.path(row)} "
-            f"({self.widths[row]} x {self.heights[row]}), and are decoded whole each time they are read; "
-            f"dataset.max_side: {_LARGE_SIDE // 2} stores them smaller"
+            f"{count} images of {self.name} have a side of more than {_LARGE_SIDE} px, such as "
+            f"{self.path(row)} ({self.widths[row]} x {self.heights[row]}), and are decoded whole each time "
+            f"they are read; dataset.max_side: {_LARGE_SIDE // 2} stores them smaller"
         )
 
     def path(self, row: int) -> str:

@@ -272,9 +272,7 @@ def _name(item: ET.Element, where: str) -> str:
     return name
 
 
-def _broken(
-    where: str, defect: str, broken_objects: str, found: Counter[str], dropped: list[str]
-) -> None:
+def _broken(where: str, defect: str, broken_objects: str, found: Counter[str], dropped: list[str]) -> None:
     """Drop an object that cannot be used, or refuse it."""
     if broken_objects == "fail":
         raise AnnotationError(f"{where}: {defect}; correct the file, or set broken_objects: drop")

@@ -2,9 +2,9 @@
 
 The content decides, never the extension, and only the decoders of FORMATS are ever run. Orientation tags
 are applied, transparency becomes white, 16 bits are scaled to 8, animations give their first frame, CMYK,
-YCCK and palettes are converted. A JPEG or PNG that already is upright 8-bit RGB or grey keeps its bytes; all
-others are re-encoded as PNG, without loss. An image larger than a given side is stored smaller, a JPEG as
-JPEG. Embedded colour profiles are not applied.
+YCCK and palettes are converted. A JPEG or PNG that already is upright 8-bit RGB or grey keeps its bytes;
+all others are re-encoded as PNG, without loss. An image larger than a given side is stored smaller, a JPEG
+as JPEG. Embedded colour profiles are not applied.
 """
 
 import io

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mochi.config import Experiment
+from mochi.config import Experiment, datasets
 from mochi.data.ingest.sources.folder import current_listing
 from mochi.errors import UserError
 from mochi.layout import dataset
@@ -40,7 +40,8 @@ def adopt(
     """
     if importlib.util.find_spec("snakemake") is None:
         raise UserError('snakemake: not installed; run `pip install "mochi-pipeline[workflow]"`')
-    found = results(experiment, current_listing(experiment.dataset, dataset(experiment.dataset.name)))
+    listings = {name: current_listing(each, dataset(name)) for name, each in datasets(experiment).items()}
+    found = results(experiment, listings)
     lines, stale = [], set[Path]()
     cache = DvcCache() if restore else None
     for result in found:

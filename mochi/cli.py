@@ -43,10 +43,6 @@ EncoderFile = Annotated[
     Path | None, typer.Option("--encoder", help="Encoder file. Default: the one that this run trained.")
 ]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Results folder. Default: in results/.")]
-OneGpu = Annotated[
-    int | None,
-    typer.Option("--gpus", min=0, max=1, help="0 or 1. Default: the first visible, not claimed."),
-]
 Gpus = Annotated[
     int | None, typer.Option(min=0, help="GPUs in all, one torchrun rank each. Default: the first visible.")
 ]
@@ -175,6 +171,10 @@ def schema() -> None:
 
 @app.command(rich_help_panel=_STAGE)
 def prepare(
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATASET]", help="Name of a data set of the experiment. Default: its own."),
+    ] = None,
     config: ConfigFile = DEFAULT_CONFIG,
     source: Annotated[
         str | None, typer.Option(help="Source of the images, instead of an experiment file.")
@@ -188,12 +188,18 @@ def prepare(
 ) -> None:
     """Decode and check images; write shards and a manifest."""
     from mochi import layout
-    from mochi.config import load_experiment, parse_dataset
+    from mochi.config import datasets, load_experiment, parse_dataset
     from mochi.data.ingest.sources.folder import current_listing
     from mochi.provenance.wanted import prepared
 
     if source is None:
-        dataset = load_experiment(config).dataset
+        experiment = load_experiment(config)
+        known = datasets(experiment)
+        if data is not None and data not in known:
+            raise UserError(f"DATASET: found {data!r}; {experiment.name} has: {', '.join(known)}")
+        dataset = experiment.dataset if data is None else known[data]
+    elif data is not None:
+        raise UserError(f"DATASET: found {data!r} with --source; --out names the data set")
     elif out is None:
         raise UserError("--out: missing; give the folder to prepare, for example data/mine")
     else:
@@ -286,7 +292,7 @@ def pretrain(
 
 @app.command(rich_help_panel=_STAGE)
 def evaluate(
-    task: Annotated[str, typer.Argument(help="An evaluation of the experiment: linear, knn.")],
+    task: Annotated[str, typer.Argument(help="Name of an evaluation of the experiment, such as linear.")],
     method: Method,
     seed: Seed,
     config: ConfigFile = DEFAULT_CONFIG,
@@ -294,23 +300,26 @@ def evaluate(
     out: OutFolder = None,
     threads: Threads = 1,
     workers: Workers = 0,
-    gpus: OneGpu = None,
+    gpus: Gpus = None,
 ) -> None:
     """Evaluate a frozen encoder."""
     from mochi.config import load_experiment, probe_run
-    from mochi.provenance.wanted import evaluated
+    from mochi.provenance.wanted import evaluated, same_features
 
     experiment = load_experiment(config)
     run = probe_run(experiment, method, seed, task)
-    result = _redirected(evaluated(experiment, method, seed, task), encoder, out)
+    wanted = evaluated(experiment, method, seed, task)
+    result = _redirected(wanted, encoder, out)
     if _is_current(result):
         return
     _take_gpus(gpus)
     from mochi.evaluation import stage
+    from mochi.runtime.launch import local_share
 
-    _use_threads(threads)
+    _use_threads(local_share(threads))
+    others = same_features(experiment, method, seed, task) if result == wanted else []
     with _work(experiment.name, method, seed, task, result) as (work, _):
-        stage.run(run, result, work, workers=workers)
+        stage.run(run, result, work, workers=local_share(workers, at_least=0), others=others)
 
 
 @app.command(rich_help_panel=_STAGE)

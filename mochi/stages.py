@@ -23,7 +23,6 @@ class Stage:
 _ENCODERS = tuple(f"mochi.encoders.{name}" for name in ("__init__", "backbone", "resnet", "timm_encoder"))
 _VIEWS = ("mochi.data.format", "mochi.data.ingest.decode", "mochi.data.views", "mochi.pixels")
 _RUNTIME = ("mochi.runtime.distributed", "mochi.runtime.precision", "mochi.runtime.transfer")
-_FEATURES = ("mochi.evaluation.confusion", "mochi.evaluation.features", *_ENCODERS, *_VIEWS, *_RUNTIME)
 _PHOTOGRAPHS = ("mochi.data.photographs", "mochi.data.ingest.decode", "mochi.data.views.counter_rng")
 
 _CONTRAST = tuple(
@@ -63,7 +62,7 @@ STAGES = {
         ),
     ),
     "pretrain": Stage(
-        outputs=("encoder.safetensors", "head.safetensors", "metrics.csv", "matching.csv"),
+        outputs=("encoder.safetensors", "metrics.csv", "matching.csv"),
         numbers=(
             *_CONTRAST,
             "mochi.encoders.batch_norm",
@@ -71,19 +70,23 @@ STAGES = {
             "mochi.encoders.shared_batch_norm",
             "mochi.pretraining.loop",
             "mochi.pretraining.objectives",
-            "mochi.pretraining.optimizers",
             "mochi.runtime.seeding",
             *_ENCODERS,
             *_VIEWS,
             *_RUNTIME,
         ),
     ),
-    "linear": Stage(
+    # And the module or package of the task: `numbers_of_task`.
+    "evaluate": Stage(
         outputs=("metrics.json", "confusion.csv"),
-        numbers=("mochi.evaluation.tasks.linear", "mochi.runtime.seeding", *_FEATURES),
-    ),
-    "knn": Stage(
-        outputs=("metrics.json", "confusion.csv"), numbers=("mochi.evaluation.tasks.knn", *_FEATURES)
+        numbers=(
+            "mochi.evaluation.confusion",
+            "mochi.evaluation.features",
+            "mochi.runtime.seeding",
+            *_ENCODERS,
+            *_VIEWS,
+            *_RUNTIME,
+        ),
     ),
     "detect": Stage(
         outputs=("metrics.json", "detections.png", "precision_recall.csv", "precision_recall.png"),
@@ -118,6 +121,11 @@ DETECTION = "detection-"
 """Prefix of the evaluations that fine-tune a detector; the rest of the name is the detection set's."""
 
 
-def stage_of(task: str) -> str:
-    """The stage that computes an evaluation: `linear`, `knn`, or `detect` for `detection-<set>`."""
-    return "detect" if task.startswith(DETECTION) else task
+def stage_of(evaluation: str) -> str:
+    """The stage that computes an evaluation: `detect` for `detection-<set>`, else `evaluate`."""
+    return "detect" if evaluation.startswith(DETECTION) else "evaluate"
+
+
+def numbers_of_task(task: str) -> tuple[str, ...]:
+    """Modules and packages whose code decides the numbers of a task on frozen features."""
+    return (f"mochi.evaluation.tasks.{task}", *STAGES["evaluate"].numbers)

@@ -14,10 +14,11 @@ from mochi.config.detection import (
     DetectionTraining,
     PhotoScenes,
 )
-from mochi.config.evaluation import EVALUATIONS, Evaluation, LinearProbe, NearestNeighbours
+from mochi.config.evaluation import Column, Evaluation, Task, task_names
 from mochi.config.experiment import (
     Experiment,
     all_runs,
+    datasets,
     detection_run,
     detection_runs,
     load_experiment,
@@ -30,7 +31,7 @@ from mochi.config.experiment import (
 )
 from mochi.config.reading import ConfigError
 from mochi.config.runs import DetectionRun, PretrainRun, ProbeRun, Run
-from mochi.config.sections import Section
+from mochi.config.sections import Count, Name, PositiveReal, Real, Section
 from mochi.config.training import (
     Augmentation,
     Contrastive,

@@ -1,74 +1,156 @@
-"""Evaluation of encoders."""
+"""Evaluation of encoders: named tasks on frozen features, and detection sets.
 
+A task is a module, or a package, of its name in `mochi/evaluation/tasks/`: its settings, derived from
+`Task`, and its mathematics. It is imported by its name when an experiment uses it: there is no list.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, PlainValidator, model_validator
+from pydantic_core import PydanticKnownError
 
+from mochi.config.datasets import Dataset
 from mochi.config.detection import DetectionSet
-from mochi.config.sections import Count, Name, PositiveReal, Real, Section
+from mochi.config.reading import guess
+from mochi.config.sections import NAME, Count, Name, Section
 
-EVALUATIONS = ("linear", "knn")
-"""Evaluations of frozen features; each has a section in `Evaluation`."""
+if TYPE_CHECKING:
+    from mochi.evaluation.features import Frozen
 
-
-class LinearProbe(Section):
-    """Linear classification on the frozen encoder."""
-
-    protocol: Name
-    """Name of the protocol, printed in every table."""
-    epochs: Count
-    batch_size: Count
-    lr: PositiveReal
-    lr_candidates: list[PositiveReal] = []
-    """Trained on the same features as `lr`; the best on held-out training images is reported in addition
-    to `lr`, never instead."""
-    momentum: Annotated[Real, Field(ge=0, lt=1)]
-    weight_decay: Annotated[Real, Field(ge=0)]
-    lr_drops: list[Count]
-    """Epochs at whose start the learning rate is multiplied by lr_drop_factor."""
-    lr_drop_factor: Annotated[Real, Field(gt=0, lt=1)]
-    min_scale: Annotated[Real, Field(gt=0, le=1)] | None
-    """Random-resized-crop training of the probe; null: one pass over uncropped images, cached."""
-    held_out: Annotated[Real, Field(gt=0, lt=1)] = 0.1
-    """Share of train on which the candidates are compared."""
-    standardize: bool = False
-    """Scale each feature to unit variance on train, so that one lr fits every encoder."""
-
-    @model_validator(mode="after")
-    def _drops_in_range(self) -> Self:
-        late = [epoch for epoch in self.lr_drops if epoch >= self.epochs]
-        if late:
-            raise ValueError(f"lr_drops: found {late}; the probe trains for {self.epochs} epochs only")
-        return self
+_TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"
+_TAKEN = ("pretrain", "detection-")
+"""What names of tasks must not begin with: their results and logs would share folders."""
 
 
-class NearestNeighbours(Section):
-    """Weighted k-nearest-neighbour classification (Wu et al. 2018, arXiv:1805.01978)."""
+class Column(NamedTuple):
+    """How tables show one number of a task's metrics.json."""
 
-    k: Count
-    temperature: PositiveReal
+    name: str
+    unit: str = "%"
+    higher_is_better: bool = True
+
+
+class Task(Section):
+    """One evaluation of frozen features. Its settings are read by commands that must not wait for torch:
+    a task imports torch where it computes.
+    """
+
+    task: Name
+    """Module in `mochi/evaluation/tasks/`. Default: the name of the entry."""
+    dataset: Dataset | None = None
+    """Another data set than the experiment's: transfer."""
+    image_size: Count | None = None
+    """Instead of `evaluation.image_size`."""
+    resize: Count | None = None
+    """Instead of `evaluation.resize`."""
+
+    @property
+    def encodings_of_train(self) -> int:
+        """How often all of train passes through the encoder, for estimates of the time."""
+        return 1
+
+    def columns(self) -> dict[str, Column]:
+        """The numbers of metrics.json that tables show, in order; the first one is drawn."""
+        return {"top1": Column("top-1")}
+
+    def evaluate(self, frozen: "Frozen") -> dict[str, Any]:
+        """Compute metrics.json from the frozen encoder and its data.
+
+        Every rank of several runs it, with the same features; the first one's result is written. What is
+        under `predicted`, the (V,) classes of the images of val, becomes confusion.csv instead.
+        """
+        raise NotImplementedError
+
+
+def task_names() -> list[str]:
+    """The tasks that exist."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(_TASKS)]))
+
+
+def settings_of(task: str) -> type[Task]:
+    """The settings of a task: the class in its module that is derived from `Task`.
+
+    Raises:
+        ValueError: no such task.
+    """
+    if task not in (known := task_names()):
+        raise ValueError(f"task: {guess(task, known)}")
+    module = importlib.import_module(f"mochi.evaluation.tasks.{task}")
+    own = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Task)]
+    (settings,) = (each for each in own if each.__module__ == module.__name__)
+    return settings
+
+
+def _read_task(value: object) -> Task:
+    if isinstance(value, Task):
+        return value
+    if not isinstance(value, Mapping):
+        raise PydanticKnownError("extra_forbidden")
+    return settings_of(str(value["task"])).model_validate(dict(value))
 
 
 class Evaluation(Section):
-    """Evaluation of encoders."""
+    """Evaluation of encoders. Every other key than these is the name of a task."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[Any, PlainValidator(_read_task)]]
 
     image_size: Count
     """Side of the centre crop, pixels."""
     resize: Count
     """Short side before the centre crop, pixels."""
     batch_size: Count = 256
-    linear: LinearProbe | None = None
-    knn: NearestNeighbours | None = None
+    """Images that are encoded at once, on each GPU."""
+    features_on: Literal["auto", "device", "host"] = "auto"
+    """Where features are kept. auto: on the device, unless they fill more than half of its free memory."""
     detection: dict[Name, DetectionSet] = {}
     """Detection sets by name; a set's results are in `detection-<name>`."""
 
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks by name, in the order of the file."""
+        return {name: task for name, task in (self.__pydantic_extra__ or {}).items() if task is not None}
+
+    @classmethod
+    def section_of(cls, key: str, value: object) -> type[Section] | None:
+        """The settings of the task that an entry asks for."""
+        try:
+            return settings_of(str(value.get("task", key))) if isinstance(value, Mapping) else None
+        except ValueError:
+            return None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _entries_name_their_task(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        read = {}
+        for key, value in data.items():
+            if key in cls.model_fields:
+                read[key] = value
+            elif value is not None:  # `linear: null` is no entry
+                if isinstance(value, Mapping) and (
+                    not NAME.fullmatch(str(key)) or str(key).startswith(_TAKEN)
+                ):
+                    raise ValueError(
+                        f"found a task named {key!r}; allowed: letters, digits, '.', '_' and '-', and no "
+                        f"name that begins with {' or '.join(_TAKEN)}"
+                    )
+                read[key] = {"task": key, **value} if isinstance(value, Mapping) else value
+        return read
+
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
-        if self.resize < self.image_size:
-            raise ValueError(
-                f"resize: found {self.resize}; must be at least image_size = {self.image_size}"
-            )
+        for name, task in {"": None, **self.tasks}.items():
+            size = (task and task.image_size) or self.image_size
+            resize = (task and task.resize) or self.resize
+            if resize < size:
+                key = f"{name}.resize" if name else "resize"
+                raise ValueError(f"{key}: found {resize}; must be at least image_size = {size}")
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from mochi.config.datasets import Dataset
-from mochi.config.evaluation import EVALUATIONS, Evaluation
+from mochi.config.evaluation import Evaluation
 from mochi.config.reading import ConfigError, read_value, read_yaml, unknown_key, validate
 from mochi.config.runs import DetectionRun, PretrainRun, ProbeRun
 from mochi.config.sections import CountOrZero, Name, Section, distinct_seeds
@@ -64,6 +64,7 @@ def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
     for method in experiment.methods:
         for seed in method_seeds(experiment, method, origin):
             pretrain_run(experiment, method, seed, origin)
+    datasets(experiment, origin)
     for name, chosen in experiment.evaluation.detection.items():
         where = f"{origin}: evaluation.detection.{name}"
         if not experiment.encoder.is_resnet:
@@ -124,8 +125,24 @@ def all_runs(experiment: Experiment) -> list[tuple[str, int]]:
 
 
 def probes(experiment: Experiment) -> list[str]:
-    """The evaluations on frozen features, in the order of the table."""
-    return [task for task in EVALUATIONS if getattr(experiment.evaluation, task) is not None]
+    """The names of the evaluations on frozen features, in the order of the file."""
+    return list(experiment.evaluation.tasks)
+
+
+def datasets(experiment: Experiment, origin: str = "experiment") -> dict[str, Dataset]:
+    """Name -> every data set that is prepared: the experiment's, then those of evaluations.
+
+    Raises:
+        ConfigError: two of them have the same name, which is a folder's.
+    """
+    found = {experiment.dataset.name: experiment.dataset}
+    for name, task in experiment.evaluation.tasks.items():
+        if task.dataset is not None and found.setdefault(task.dataset.name, task.dataset) != task.dataset:
+            raise ConfigError(
+                f"{origin}: evaluation.{name}.dataset.name: found {task.dataset.name!r}, the name of "
+                "another data set; a name is a folder in data/: make them equal, or choose another name"
+            )
+    return found
 
 
 def detection_runs(experiment: Experiment, name: str) -> list[tuple[str, int]]:
@@ -187,20 +204,23 @@ def probe_run(experiment: Experiment, method: str, seed: int, task: str) -> Prob
         ConfigError: no such method, seed or task.
     """
     _require_seed(experiment, method, seed)
-    if task not in (known := probes(experiment)):
-        raise ConfigError(f"task: found {task!r}; {experiment.name} has: {', '.join(known) or 'none'}")
     evaluation = experiment.evaluation
+    if task not in evaluation.tasks:
+        known = ", ".join(evaluation.tasks) or "none"
+        raise ConfigError(f"task: found {task!r}; {experiment.name} has: {known}")
+    chosen = evaluation.tasks[task]
     return ProbeRun(
         experiment=experiment.name,
         method=method,
         seed=seed,
-        task=task,
+        name=task,
         encoder=experiment.encoder,
-        dataset=experiment.dataset,
-        image_size=evaluation.image_size,
-        resize=evaluation.resize,
+        dataset=chosen.dataset or experiment.dataset,
+        image_size=chosen.image_size or evaluation.image_size,
+        resize=chosen.resize or evaluation.resize,
         batch_size=evaluation.batch_size,
-        protocol=getattr(evaluation, task),
+        features_on=evaluation.features_on,
+        protocol=chosen,
     )
 
 

@@ -76,15 +76,15 @@ def validate(
     except ValidationError as error:
         lines = []
         for mistake in error.errors():
-            keys, body = _explain(dict(mistake), _sections(kind))
+            keys, body = _explain(dict(mistake), _sections(kind), data)
             where = ".".join([(rename or {}).get(keys[0], keys[0]), *keys[1:]]) if keys else "(top level)"
             lines.append(f"{origin}: {where}: {body}")
         raise ConfigError("\n".join(lines)) from None
 
 
-def _explain(mistake: dict[str, Any], roots: list[type[Section]]) -> tuple[list[str], str]:
+def _explain(mistake: dict[str, Any], roots: list[type[Section]], data: object) -> tuple[list[str], str]:
     """The key path of a mistake, and what was found and what is allowed there."""
-    keys, siblings = _place(mistake["loc"], roots)
+    keys, siblings = _place(mistake["loc"], roots, data)
     found, text = mistake["input"], mistake["msg"].removeprefix("Value error, ")
     match mistake["type"]:
         case "extra_forbidden":
@@ -96,7 +96,7 @@ def _explain(mistake: dict[str, Any], roots: list[type[Section]]) -> tuple[list[
         case "union_tag_invalid":
             context = mistake["ctx"]
             allowed = re.findall(r"'([^']+)'", context["expected_tags"])
-            return [*keys, context["discriminator"].strip("'")], _guess(context["tag"], allowed)
+            return [*keys, context["discriminator"].strip("'")], guess(context["tag"], allowed)
         case "value_error":
             # Cross-field rules name the key and the values themselves.
             return keys, text
@@ -105,11 +105,14 @@ def _explain(mistake: dict[str, Any], roots: list[type[Section]]) -> tuple[list[
             return keys, f"found {shown}; allowed: {text.removeprefix('Input should be ')}"
 
 
-def _place(location: tuple[int | str, ...], roots: list[type[Section]]) -> tuple[list[str], list[str]]:
-    """The keys of a location without the names of union members, and the keys allowed beside it."""
+def _place(
+    location: tuple[int | str, ...], roots: list[type[Section]], data: object
+) -> tuple[list[str], list[str]]:
+    """The keys of a location in `data` without the names of union members, and the keys allowed there."""
     keys: list[str] = []
     models = beside = roots
-    for part in map(str, location):
+    for step in location:
+        part = str(step)
         inside = [
             section
             for model in models
@@ -121,9 +124,11 @@ def _place(location: tuple[int | str, ...], roots: list[type[Section]]) -> tuple
             models = chosen
             continue
         keys.append(part)
+        data = data.get(step) if isinstance(data, Mapping) else None
         known = any(part in model.model_fields for model in models)
         # What is no field is a name of the user's own, such as a detection set's, or the mistake itself.
-        beside, models = models, inside if known else models
+        own = [section for model in models if (section := model.section_of(part, data))]
+        beside, models = models, inside if known else own or models
     return keys, sorted({name for model in beside for name in model.model_fields})
 
 
@@ -142,10 +147,11 @@ def _tags(model: type[Section]) -> set[str]:
 
 def unknown_key(key: str, allowed: list[str]) -> str:
     """The message on a key that does not exist, with a guess at the one that was meant."""
-    return f"unknown key {_guess(key, allowed).removeprefix('found ')}"
+    return f"unknown key {guess(key, allowed).removeprefix('found ')}"
 
 
-def _guess(found: str, allowed: list[str]) -> str:
+def guess(found: str, allowed: list[str]) -> str:
+    """What was found, the allowed value that was perhaps meant, and all that are allowed."""
     close = difflib.get_close_matches(found, allowed, n=1)
     guess = f"did you mean {close[0]!r}? " if close else ""
     return f"found {found!r}; {guess}allowed: {', '.join(sorted(allowed))}"

@@ -1,10 +1,12 @@
 """What one job is asked to compute: a type for each kind of stage, complete in itself."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from pydantic import SerializeAsAny
 
 from mochi.config.datasets import Dataset
 from mochi.config.detection import DetectionSet
-from mochi.config.evaluation import LinearProbe, NearestNeighbours
+from mochi.config.evaluation import Task
 from mochi.config.sections import Count, CountOrZero, Name, Section
 from mochi.config.training import Augmentation, Encoder, FromFile, Objective, Untrained
 
@@ -56,14 +58,29 @@ class PretrainRun(Run):
 class ProbeRun(Run):
     """Classify on the features of one frozen encoder."""
 
-    task: Name
+    name: Name
+    """Of the entry in the experiment."""
     dataset: Dataset
     image_size: Count
     resize: Count
     batch_size: Count
-    protocol: LinearProbe | NearestNeighbours
+    features_on: Literal["auto", "device", "host"]
+    protocol: SerializeAsAny[Task]
 
-    _ignored: ClassVar[dict[str, Any]] = {"task": True, "dataset": True, "batch_size": True}
+    _ignored: ClassVar[dict[str, Any]] = {
+        "name": True,
+        "dataset": True,
+        "batch_size": True,
+        "features_on": True,
+        "protocol": {"dataset", "image_size", "resize"},
+    }
+
+    def settings(self) -> dict[str, Any]:
+        """See `Run.settings`; a task is left out where it is the default, the name of the entry."""
+        settings = super().settings()
+        if self.protocol.task == self.name:
+            del settings["protocol"]["task"]
+        return settings
 
 
 class DetectionRun(Run):

@@ -1,5 +1,6 @@
 """What every section of an experiment file is made of."""
 
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -19,13 +20,20 @@ Real = Annotated[float, BeforeValidator(_read_number), Field(allow_inf_nan=False
 PositiveReal = Annotated[Real, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+Name = Annotated[str, Field(pattern=NAME.pattern)]
 
 
 class Section(BaseModel):
     """Frozen, strict, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def section_of(cls, key: str, value: object) -> "type[Section] | None":
+        """The section of an entry whose key is a name of the user's own, for messages; None: no section."""
+        del key, value
+        return None
 
 
 def distinct_seeds(seeds: list[int]) -> list[int]:

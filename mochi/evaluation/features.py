@@ -1,6 +1,8 @@
-"""Features of a frozen encoder."""
+"""Features of a frozen encoder, and all else that a task works with."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,80 +10,184 @@ from torch import Tensor
 
 from mochi.config import ProbeRun
 from mochi.data.format import StoredDataset, StoredSplit
-from mochi.data.views.loading import Images, Loading, centre_crops
+from mochi.data.views.loading import Images, Loading, centre_crops, random_crops
 from mochi.data.views.stored_crops import Rows
 from mochi.encoders.backbone import Backbone
 from mochi.errors import DataError
+from mochi.evaluation.feature_files import FeatureFiles
 from mochi.evaluation.resume import ResumePoint
+from mochi.runtime import distributed
 from mochi.runtime.precision import autocast, use_bfloat16
+from mochi.runtime.progress import Progress
+from mochi.runtime.seeding import generator
+
+logger = logging.getLogger(__name__)
 
 _PRECISION = "auto"
 
 
-class Frozen(NamedTuple):
-    """What a task works on."""
+class Features(NamedTuple):
+    """Of images, in the order of their rows in the split. The receiver may change them in place."""
+
+    values: Tensor
+    """(M, D) float32, on the device or on the host (`features_on`)."""
+    labels: Tensor
+    """(M,) int64, on the same device as `values`."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a task works on: an encoder in evaluation mode, without gradients, and a labelled data set.
+
+    Several ranks share the encoding of images. Every rank gets all features, so that a task needs no code
+    for them.
+    """
 
     run: ProbeRun
     encoder: Backbone
-    """In evaluation mode, without gradients."""
     dataset: StoredDataset
     device: torch.device
+    """Where to compute."""
     workers: int
-    """Processes that load images."""
+    """Processes of this rank that load images."""
     resume_point: ResumePoint
+    files: FeatureFiles | None = None
+    """Features that other evaluations of the encoder share; None: not kept."""
 
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data set, those without images included."""
+        return len(self.dataset.classes)
 
-def labelled_split(dataset: StoredDataset, name: str) -> StoredSplit:
-    """A split that has labels.
+    def generator(self, purpose: str, *key: int) -> torch.Generator:
+        """A generator of random numbers that depends on its purpose and key alone."""
+        return generator(purpose, *key)
 
-    Raises:
-        DataError: the split is missing, or has no labelled image.
-    """
-    split = dataset.split(name)
-    if not len(split.labelled):
-        raise DataError(
-            f"{dataset.folder}: found 0 labelled images in {name}; a probe needs labels; "
-            "provide some, or remove linear and knn from the experiment"
+    def split(self, name: str) -> StoredSplit:
+        """A split that has labels.
+
+        Raises:
+            DataError: the split is missing, or has no labelled image.
+        """
+        split = self.dataset.split(name)
+        if not len(split.labelled):
+            raise DataError(
+                f"{self.dataset.folder}: found 0 labelled images in {name}; a probe needs labels; "
+                f"provide some, or remove evaluation.{self.run.name} from the experiment"
+            )
+        return split
+
+    def features(self, name: str) -> Features:
+        """Of all labelled images of a split, uncropped: short side `resize`, centre crop.
+
+        Computed once for all evaluations of the experiment that need them. Memory: these and one batch.
+
+        Raises:
+            DataError: the split is missing, or has no labelled image.
+        """
+        split = self.split(name)
+        if self.files is None:
+            return self.features_of(split, split.labelled)
+        with self.files.of_split(name) as file:
+            shape = len(split.labelled), self.encoder.num_features
+            stored = file.read(shape)
+            # Either every rank reads or every rank encodes its share.
+            if distributed.mean_over_ranks(torch.tensor(float(stored is None), device=self.device)) == 0:
+                assert stored is not None
+                place = self._place(*shape)
+                return Features(stored.to(place), self._labels(split, split.labelled).to(place))
+            found = self.features_of(split, split.labelled)
+            file.write(found.values)
+            return found
+
+    def features_of(self, split: StoredSplit, rows: Rows) -> Features:
+        """As `features`, of some rows of a split, all labelled; computed for this call alone."""
+        run, world = self.run, distributed.world_size()
+        batch_size = run.batch_size * world  # so a rank's batch is one that a single process would have
+        loading = Loading(batch_size, self.device, self.workers, distributed.rank(), world)
+        crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size, rows=rows)
+        place = self._place(len(rows), self.encoder.num_features)
+        # One allocation: at ImageNet's size a list and its concatenation are too much.
+        values = torch.empty(len(rows), self.encoder.num_features, device=place)
+        label = f"{run.method} seed {run.seed}, features of {split.name}"
+        done = 0
+        with Progress(label, -(-len(rows) // batch_size)) as progress:
+            for found, _ in self._encoded(crops, len(rows), batch_size):
+                values[done : done + len(found)] = found.to(place)
+                done += len(found)
+                progress.advance()
+        return Features(values, self._labels(split, rows).to(place))
+
+    def random_crops(
+        self, split: StoredSplit, *, batch_size: int, min_scale: float, epoch: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch over the labelled images, random-resized crops and flips; the short last batch too.
+
+        Args:
+            split: the images.
+            batch_size: over all ranks.
+            min_scale: smallest share of an image's area that a crop may cover.
+            epoch: decides order and crops, together with the run's seed.
+
+        Yields:
+            (B, D) features on the device and (B,) rows of the split on the CPU, of the whole batch.
+        """
+        rank, world = distributed.rank(), distributed.world_size()
+        loading = Loading(batch_size, self.device, self.workers, rank, world)
+        crops = random_crops(
+            split,
+            loading,
+            image_size=self.run.image_size,
+            min_scale=min_scale,
+            seed=self.run.seed,
+            epoch=epoch,
         )
-    return split
+        return self._encoded(crops, len(split.labelled), batch_size)
+
+    def _encoded(
+        self, batches: Iterator[Images], total: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(B, D) features on the device and (B,) rows on the CPU of every batch over all ranks."""
+        for first in range(0, total, batch_size):
+            count = min(batch_size, total - first)
+            if _share(count, distributed.rank()):
+                batch = next(batches)
+                own, rows = encode(self.encoder, batch.images), batch.indices
+            else:
+                own = torch.empty(0, self.encoder.num_features, device=self.device)
+                rows = torch.empty(0, dtype=torch.int64)
+            yield _joined(own, count, self.device), _joined(rows, count, self.device)
+
+    def _labels(self, split: StoredSplit, rows: Rows) -> Tensor:
+        return torch.from_numpy(split.labels[rows])
+
+    def _place(self, count: int, width: int) -> torch.device:
+        """Where so many features go."""
+        where = self.run.features_on
+        if where == "auto" and self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+            where = "device" if 4 * count * width <= free // 2 else "host"
+        return torch.device("cpu") if where == "host" else self.device
 
 
-def extract_split(frozen: Frozen, name: str, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
-    """Features under the evaluation's transform and labels of a split's images, on the encoder's device.
-
-    Args:
-        frozen: the encoder, the data and the transform.
-        name: of the split.
-        rows: of the split, all labelled; None: all that are labelled.
-
-    Returns:
-        (M, D) float32 features and (M,) labels, in the order of `rows`. Memory: these and one batch.
-    """
-    run, split = frozen.run, labelled_split(frozen.dataset, name)
-    rows = split.labelled if rows is None else rows
-    loading = Loading(run.batch_size, frozen.device, frozen.workers)
-    crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size, rows=rows)
-    return extract(frozen.encoder, crops, len(rows))
+def _share(count: int, rank: int) -> int:
+    """Rows of a batch of `count` that a rank loads, as numpy's `array_split` gives them."""
+    world = distributed.world_size()
+    return count // world + (rank < count % world)
 
 
-def extract(encoder: Backbone, batches: Iterable[Images], count: int) -> tuple[Tensor, Tensor]:
-    """Features (count, D) float32 and labels (count,) of all images of `batches`, on their device."""
-    features = labels = torch.empty(0)
-    done = 0
-    for batch in batches:
-        found = features_of(encoder, batch.images)
-        if not done:  # one allocation: at ImageNet's size a list and its concatenation are too much
-            features = found.new_empty(count, found.shape[1])
-            labels = batch.labels.new_empty(count)
-        rows = slice(done, done + len(found))
-        features[rows], labels[rows] = found, batch.labels
-        done += len(found)
-    assert done == count, f"{done} images instead of {count}"
-    return features, labels
+def _joined(own: Tensor, count: int, device: torch.device) -> Tensor:
+    """The `_share` of every rank, gathered by way of `device` -> (count, ...), where `own` is."""
+    if distributed.world_size() == 1:
+        return own
+    most = _share(count, 0)
+    padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
+    parts = distributed.gather(padded.to(device)).split(most)
+    return torch.cat([part[: _share(count, rank)] for rank, part in enumerate(parts)]).to(own.device)
 
 
 @torch.no_grad()
-def features_of(encoder: Backbone, images: Tensor) -> Tensor:
+def encode(encoder: Backbone, images: Tensor) -> Tensor:
     """(B, 3, S, S) images -> (B, D) float32 features."""
     with autocast(images.device, _PRECISION):
         features: Tensor = encoder(images)
@@ -89,5 +195,5 @@ def features_of(encoder: Backbone, images: Tensor) -> Tensor:
 
 
 def precision_on(device: torch.device) -> str:
-    """The number format in which `features_of` runs an encoder there, for provenance."""
+    """The number format in which `encode` runs an encoder there, for provenance."""
     return "bfloat16" if use_bfloat16(device, _PRECISION) else "float32"

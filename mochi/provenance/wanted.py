@@ -19,6 +19,7 @@ from mochi.config import (
     FromFile,
     Training,
     all_runs,
+    datasets,
     detection_run,
     detection_runs,
     pretrain_run,
@@ -27,7 +28,7 @@ from mochi.config import (
 )
 from mochi.layout import Layout
 from mochi.provenance.fingerprint import code_digest, digest, file_digest
-from mochi.stages import DETECTION, STAGES, UNTRAINED, stage_of
+from mochi.stages import DETECTION, STAGES, UNTRAINED, numbers_of_task, stage_of
 
 RECORD = "provenance.json"
 
@@ -187,14 +188,15 @@ def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Resu
     places = Layout(experiment.name)
     inputs = {"encoder": places.encoder(method, seed)}
     settings: dict[str, Any]
-    name = stage_of(task)
+    name, modules = stage_of(task), STAGES[stage_of(task)].numbers
     if name == "detect":
         run = detection_run(experiment, method, seed, task.removeprefix(DETECTION))
         settings = run.settings()
         inputs |= {file: Path(file) for file in run.detection.data.annotation_files()}
     else:
-        settings = probe_run(experiment, method, seed, task).settings()
-        inputs["data"] = layout.dataset(experiment.dataset.name) / "manifest.json"
+        probe = probe_run(experiment, method, seed, task)
+        settings, modules = probe.settings(), numbers_of_task(probe.protocol.task)
+        inputs["data"] = layout.dataset(probe.dataset.name) / "manifest.json"
     return Result(
         stage=name,
         label=f"{method} seed {seed} {task}",
@@ -202,8 +204,19 @@ def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Resu
         outputs=STAGES[name].outputs,
         settings=settings,
         inputs=inputs,
-        modules=STAGES[name].numbers,
+        modules=modules,
     )
+
+
+def same_features(experiment: Experiment, method: str, seed: int, task: str) -> list[Result]:
+    """The other evaluations of an encoder that see the same images at the same size."""
+
+    def images(name: str) -> tuple[str, int, int]:
+        run = probe_run(experiment, method, seed, name)
+        return run.dataset.name, run.image_size, run.resize
+
+    others = [name for name in probes(experiment) if name != task and images(name) == images(task)]
+    return [evaluated(experiment, method, seed, name) for name in others]
 
 
 def evaluations(experiment: Experiment) -> list[tuple[str, int, str]]:
@@ -252,10 +265,18 @@ def reported(experiment: Experiment) -> Result:
     )
 
 
-def results(experiment: Experiment, listing: str = "") -> list[Result]:
-    """Every result, each after those that it depends on."""
+def results(experiment: Experiment, listings: Mapping[str, str] | None = None) -> list[Result]:
+    """Every result, each after those that it depends on.
+
+    Args:
+        experiment: what is wanted.
+        listings: name of a data set -> its `listing`, see `prepared`.
+    """
     return [
-        prepared(experiment.dataset, layout.dataset(experiment.dataset.name), listing),
+        *(
+            prepared(dataset, layout.dataset(name), (listings or {}).get(name, ""))
+            for name, dataset in datasets(experiment).items()
+        ),
         *scenes(experiment).values(),
         *(pretrained(experiment, *run) for run in all_runs(experiment)),
         *(evaluated(experiment, *one) for one in evaluations(experiment)),

@@ -35,8 +35,8 @@ def test_equals_a_vote_in_loops(sizes: tuple[int, int], chunks: tuple[int, int],
     labels = torch.randint(3, (sizes[0],), generator=generator)
     k = min(5, sizes[0])
     expected = [vote(train.double(), labels.tolist(), row.double(), k, 0.07) for row in val]
-    predicted = knn.classify(train, labels, val, num_classes=3, k=k, temperature=0.07, chunks=chunks)
-    assert predicted.tolist() == expected
+    predicted = knn.classify(train, labels, val, num_classes=3, pairs=[(k, 0.07)], chunks=chunks)
+    assert predicted.tolist() == [expected]
 
 
 @given(SIZES, CHUNKS, st.integers(1, 30), st.integers(0, 100))
@@ -85,8 +85,8 @@ def test_the_stage_classifies_val_by_train_at_the_runs_temperature(
 
 def test_a_small_temperature_does_not_overflow() -> None:
     train = torch.eye(3)
-    predicted = knn.classify(train, torch.arange(3), train, num_classes=3, k=3, temperature=1e-3)
-    assert predicted.tolist() == [0, 1, 2]
+    predicted = knn.classify(train, torch.arange(3), train, num_classes=3, pairs=[(3, 1e-3)])
+    assert predicted.tolist() == [[0, 1, 2]]
 
 
 def test_k_is_clamped_with_a_warning(

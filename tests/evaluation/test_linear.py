@@ -10,18 +10,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mochi.config import Experiment, LinearProbe, probe_run
+from mochi.config import Experiment, probe_run
 from mochi.data.format import open_dataset
-from mochi.data.views.loading import Images
 from mochi.encoders.resnet import ResNet
-from mochi.evaluation.tasks import linear
+from mochi.evaluation.features import Frozen
+from mochi.evaluation.tasks.linear import LinearProbe
+from mochi.evaluation.tasks.linear import training as linear
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.seeding import generator
 from tests.evaluation.runs import evaluate
 from tests.tiny import with_protocol
 
 PROTOCOL = LinearProbe(
-    protocol="test", epochs=4, batch_size=8, lr=0.5, lr_candidates=[0.05], momentum=0.9,
+    task="linear", protocol="test", epochs=4, batch_size=8, lr=0.5, lr_candidates=[0.05], momentum=0.9,
     weight_decay=0.01, lr_drops=[2], lr_drop_factor=0.1, min_scale=None,
 )  # fmt: skip
 
@@ -133,18 +134,18 @@ def test_a_random_crop_of_a_held_out_row_is_held_out(
     """In every batch of every epoch, and whatever rows without a label lie between."""
     cut: list[torch.Tensor] = []
     marks: list[torch.Tensor] = []
-    crops, step = linear.random_crops, linear.Probes.step
+    crops, step = Frozen.random_crops, linear.Probes.step
 
-    def watched_crops(*arguments: Any, **options: Any) -> Iterator[Images]:
-        for batch in crops(*arguments, **options):
-            cut.append(batch.indices)
-            yield batch
+    def watched_crops(*arguments: Any, **options: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for features, rows in crops(*arguments, **options):
+            cut.append(rows)
+            yield features, rows
 
     def watched_step(self: linear.Probes, features: Any, labels: Any, held_out: Any) -> None:
         marks.append(held_out)
         step(self, features, labels, held_out)
 
-    monkeypatch.setattr(linear, "random_crops", watched_crops)
+    monkeypatch.setattr(Frozen, "random_crops", watched_crops)
     monkeypatch.setattr(linear.Probes, "step", watched_step)
     experiment = with_protocol("linear", min_scale=0.2, held_out=0.5, batch_size=8)
     evaluate(experiment, "linear", encoder_file, partly_labelled, tmp_path)

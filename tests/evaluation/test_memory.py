@@ -1,7 +1,6 @@
 """The largest memory of a process that evaluates: 1.1 times the features and a constant."""
 
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from mochi.data.format import open_dataset
 from mochi.data.ingest.prepare import prepare
 from mochi.evaluation.features import Frozen
 from mochi.evaluation.resume import ResumePoint
-from mochi.evaluation.tasks import knn, linear
 from mochi.provenance.record import Stopwatch
 from tests.evaluation.runs import result_in
 from tests.tiny import with_protocol
@@ -31,6 +29,8 @@ pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="the system does not
 
 class WideEncoder(nn.Module):
     """Many features of a small image at no cost."""
+
+    num_features = NUM_FEATURES
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1).repeat(1, 3)[:, :NUM_FEATURES]
@@ -47,14 +47,13 @@ def growth(
 ) -> int:
     """By how much evaluating the large set, after the small one, raises this process's peak."""
     torch.set_num_threads(1)
-    evaluate: Callable[[Frozen], dict[str, Any]] = {"linear": linear, "knn": knn}[task].evaluate
     run = probe_run(experiment, "random-init", 0, task)
     encoder: Any = WideEncoder()
     peaks = []
     for data in (small, large):
         resume_point = ResumePoint(work, result_in(work, experiment, task, encoder_file, data), Stopwatch())
         frozen = Frozen(run, encoder, open_dataset(data), torch.device("cpu"), 0, resume_point)
-        evaluate(frozen)
+        run.protocol.evaluate(frozen)
         peaks.append(peak())
     return peaks[1] - peaks[0]
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from mochi.config import Experiment, probe_run
 from mochi.evaluation import features, resume, stage
-from mochi.evaluation.tasks import linear
+from mochi.evaluation.tasks.linear import training as linear
 from mochi.provenance.wanted import RECORD
 from mochi.storage import checkpoint
 from mochi.storage.checkpoint import CheckpointError

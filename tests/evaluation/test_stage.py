@@ -16,7 +16,7 @@ from mochi.encoders.files import EncoderError, save_encoder
 from mochi.encoders.resnet import ResNet
 from mochi.errors import DataError
 from mochi.evaluation.features import Frozen
-from mochi.evaluation.tasks import knn
+from mochi.evaluation.tasks.knn import NearestNeighbours
 from mochi.provenance.wanted import RECORD
 from tests.evaluation.runs import evaluate, result_in, write_images
 from tests.tiny import with_protocol
@@ -34,7 +34,7 @@ def test_the_result_is_current_until_the_encoder_changes(
     result = result_in(tmp_path / "out", tiny, task, encoder, tiny_data)
     assert result.why_stale() is None
     record = json.loads((tmp_path / "out" / RECORD).read_text())
-    assert (record["stage"], record["result"]) == (task, f"random-init seed 0 {task}")
+    assert (record["stage"], record["result"]) == ("evaluate", f"random-init seed 0 {task}")
     save_encoder(encoder, build_untrained(tiny.encoder, seed=1))
     assert result.why_stale() == f"input: {encoder} changed"
 
@@ -112,11 +112,11 @@ def test_an_evaluation_that_changes_the_encoder_has_no_result(
 ) -> None:
     """In training mode the running statistics move, without any gradient."""
 
-    def careless(frozen: Frozen) -> dict[str, float]:
+    def careless(settings: NearestNeighbours, frozen: Frozen) -> dict[str, float]:
         frozen.encoder.train()(torch.randn(4, 3, 16, 16))
         return {"top1": 99.0}
 
-    monkeypatch.setattr(knn, "evaluate", careless)
+    monkeypatch.setattr(NearestNeighbours, "evaluate", careless)
     with pytest.raises(AssertionError, match="the evaluation changed the encoder"):
         evaluate(tiny, "knn", encoder_file, tiny_data, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from snakemake.resources import Resource
 
 from mochi import layout
 from mochi.adopt import ADOPTING
-from mochi.config import ConfigError, all_runs, load_experiment, probes
+from mochi.config import ConfigError, all_runs, datasets, load_experiment, probes
 from mochi.layout import Layout
 from mochi.provenance import wanted
 from mochi.runtime import gpus

@@ -1,25 +1,31 @@
 # From raw images to shards and their manifest; detection sets made from photographs.
 from mochi.data.ingest.sources.folder import current_listing
 
-DATA = layout.dataset(EXPERIMENT.dataset.name)
-MANIFEST = f"{DATA}/manifest.json"
-# Listing a million files takes seconds: once, and not again in every job.
-LISTING = current_listing(EXPERIMENT.dataset, DATA) if workflow.is_main_process else ""
-PREPARED = wanted.prepared(EXPERIMENT.dataset, DATA, LISTING)
+PREPARED = {
+    name: wanted.prepared(
+        dataset,
+        layout.dataset(name),
+        # Listing a million files takes seconds: once, and not again in every job.
+        current_listing(dataset, layout.dataset(name)) if workflow.is_main_process else "",
+    )
+    for name, dataset in datasets(EXPERIMENT).items()
+}
 SCENES = {str(folder): result for folder, result in wanted.scenes(EXPERIMENT).items()}
 
 
 rule prepare:
     output:
-        results_of(DATA, "prepare"),
+        results_of(layout.dataset("{dataset}"), "prepare"),
     log:
-        f"logs/{NAME}/prepare.log",
+        f"logs/{NAME}/prepare-{{dataset}}.log",
+    wildcard_constraints:
+        dataset="|".join(map(re.escape, PREPARED)),
     threads: workflow.cores or 1
     params:
-        settings=settings_of(PREPARED),
-        code=code_of(PREPARED),
+        settings=lambda wildcards: settings_of(PREPARED[wildcards.dataset]),
+        code=lambda wildcards: code_of(PREPARED[wildcards.dataset]),
     shell:
-        "python -m mochi prepare --jobs {threads} 2>&1 | tee {log:q}"
+        "python -m mochi prepare {wildcards.dataset:q} --jobs {threads} 2>&1 | tee {log:q}"
 
 
 rule scenes:
@@ -39,5 +45,5 @@ rule scenes:
 # `snakemake data`: everything that is prepared or made, and nothing computed on it.
 rule data:
     input:
-        MANIFEST,
+        [f"{result.folder}/manifest.json" for result in PREPARED.values()],
         [f"{folder}/scenes.json" for folder in SCENES],

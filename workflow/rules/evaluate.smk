@@ -7,7 +7,7 @@ rule evaluate:
     input:
         lambda wildcards: list(evaluated(wildcards).inputs.values()),
     output:
-        results_of(PLACES.evaluation("{method}", "{seed}", "{task}"), "linear"),
+        results_of(PLACES.evaluation("{method}", "{seed}", "{task}"), "evaluate"),
     log:
         PLACES.log("{method}", "{seed}", "{task}.log"),
     benchmark:

@@ -1,1 +1,1 @@
-"""Evaluations on frozen features, a module each with a function `evaluate`."""
+"""Evaluations on frozen features, a module or a package each; docs/extending.md adds one."""

@@ -1,20 +1,23 @@
 """Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, arXiv:1805.01978).
 
-Memory on the device: the features, once, and less than 128 MiB.
+Memory: the features, once, where `features_on` says, and less than 128 MiB on the device.
 
 Legend: V validation images, M training images, D features.
 """
 
+import itertools
 import logging
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
-from mochi.config import NearestNeighbours
-from mochi.evaluation.confusion import confusion
-from mochi.evaluation.features import Frozen, extract_split
+from mochi.config import Column, Count, PositiveReal, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mochi.evaluation.features import Frozen
 
 logger = logging.getLogger(__name__)
 
@@ -22,50 +25,90 @@ _QUERIES, _BANK = 256, 4096
 """Rows of val and of train that are compared at once."""
 
 
-def evaluate(frozen: Frozen) -> dict[str, Any]:
-    """Classify the validation images by their neighbours in train.
+def _distinct(values: list[float]) -> list[float]:
+    if len(set(values)) != len(values):
+        raise ValueError(f"found {values}; the values must be distinct")
+    return values
 
-    Returns:
-        metrics.json: `top1` in percent, k, temperature and the numbers of images; and `confusion`.
 
-    Raises:
-        DataError: a split has no labelled image.
-    """
-    settings = frozen.run.protocol
-    assert isinstance(settings, NearestNeighbours)
-    train, train_labels = extract_split(frozen, "train")
-    val, val_labels = extract_split(frozen, "val")
-    k = min(settings.k, len(train))
-    if k < settings.k:
-        logger.warning("k = %d is larger than the %d labelled training images; using %d", settings.k, k, k)
-    predicted = classify(
-        train,
-        train_labels,
-        val,
-        num_classes=len(frozen.dataset.classes),
-        k=k,
-        temperature=settings.temperature,
-    )
-    return {
-        "top1": round(100 * (predicted == val_labels).double().mean().item(), 4),
-        "k": k,
-        "temperature": settings.temperature,
-        "num_train": len(train),
-        "num_val": len(val),
-        "confusion": confusion(val_labels, predicted),
-    }
+_T = TypeVar("_T")
+_OneOrMore = Annotated[
+    list[_T],
+    Field(min_length=1),
+    BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+    AfterValidator(_distinct),
+    PlainSerializer(lambda values: values if len(values) > 1 else values[0]),
+]
+
+
+class NearestNeighbours(Task):
+    """Weighted k-nearest-neighbour classification."""
+
+    k: _OneOrMore[Count]
+    """One number, or several: every k is combined with every temperature, and the first two are the main
+    pair, whose accuracy is `top1`."""
+    temperature: _OneOrMore[PositiveReal]
+
+    def pairs(self) -> list[tuple[int, float]]:
+        """(k, temperature), the main pair first."""
+        return list(itertools.product(self.k, self.temperature))
+
+    def columns(self) -> dict[str, Column]:
+        """See `Task.columns`."""
+        if len(self.pairs()) == 1:
+            return {"top1": Column("top-1")}
+        return {
+            key: Column(f"top-1 (k={k}, t={temperature:g})")
+            for key, (k, temperature) in zip(self._keys(), self.pairs(), strict=True)
+        }
+
+    def evaluate(self, frozen: "Frozen") -> dict[str, Any]:
+        """Classify the validation images by their neighbours in train.
+
+        Returns:
+            metrics.json: accuracies in percent, k, temperature and the numbers of images; and `predicted`.
+
+        Raises:
+            DataError: a split has no labelled image.
+        """
+        train, train_labels = frozen.features("train")
+        val, val_labels = frozen.features("val")
+        num_train = len(train)
+        if max(self.k) > num_train:
+            logger.warning(
+                "k = %d is larger than the %d labelled training images; using %d",
+                max(self.k), num_train, num_train,
+            )  # fmt: skip
+        pairs = [(min(k, num_train), temperature) for k, temperature in self.pairs()]
+        predicted = classify(
+            train, train_labels, val, num_classes=frozen.num_classes, pairs=pairs, device=frozen.device
+        )
+        right = 100 * (predicted == val_labels.to(predicted.device)).double().mean(dim=1)
+        accuracies = {key: round(value, 4) for key, value in zip(self._keys(), right.tolist(), strict=True)}
+        return {
+            **accuracies,
+            "k": pairs[0][0],
+            "temperature": pairs[0][1],
+            "num_train": num_train,
+            "num_val": len(val),
+            "predicted": predicted[0],
+        }
+
+    def _keys(self) -> list[str]:
+        """Names of the accuracies in metrics.json."""
+        return ["top1", *(f"top1_k{k}_t{temperature:g}" for k, temperature in self.pairs()[1:])]
 
 
 def classify(
-    train: Tensor,
-    train_labels: Tensor,
-    val: Tensor,
+    train: "Tensor",
+    train_labels: "Tensor",
+    val: "Tensor",
     *,
     num_classes: int,
-    k: int,
-    temperature: float,
+    pairs: Sequence[tuple[int, float]],
+    device: Any = None,
     chunks: tuple[int, int] = (_QUERIES, _BANK),
-) -> Tensor:
+) -> "Tensor":
     """Each row's class by a vote of its k most similar training rows, weight exp(cosine / temperature).
 
     Of equally similar training rows the first ones are neighbours; of classes with equal votes the first
@@ -76,31 +119,41 @@ def classify(
         train_labels: (M,) classes.
         val: (V, D) features; normalised in place.
         num_classes: number of classes.
-        k: neighbours, at most M.
-        temperature: of the weights.
+        pairs: (k, temperature) of each vote; k at most M.
+        device: where to compute; default: where the features are.
         chunks: rows of val and of train that are compared at once.
 
     Returns:
-        (V,) predicted classes.
+        (P, V) predicted classes of each pair.
     """
+    import torch
+    from torch.nn import functional as F
+
+    device = train.device if device is None else device
     for features in (train, val):
         F.normalize(features, dim=-1, out=features)
+    train_labels = train_labels.to(device)
     predicted = []
     for queries in val.split(chunks[0]):
-        similarity, neighbours = _nearest(queries, train, k, chunks[1])
-        # The largest weight is 1, so that a small temperature cannot overflow.
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(queries), num_classes)
-        votes.scatter_add_(1, train_labels[neighbours], weights)
-        predicted.append(votes.argmax(1))
-    return torch.cat(predicted)
+        similarity, neighbours = _nearest(queries.to(device), train, max(k for k, _ in pairs), chunks[1])
+        classes = train_labels[neighbours]
+        votes_of = []
+        for k, temperature in pairs:
+            # The largest weight is 1, so that a small temperature cannot overflow.
+            weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
+            votes = weights.new_zeros(len(queries), num_classes)
+            votes_of.append(votes.scatter_add_(1, classes[:, :k], weights).argmax(1))
+        predicted.append(torch.stack(votes_of))
+    return torch.cat(predicted, dim=1)
 
 
-def _nearest(queries: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _nearest(queries: "Tensor", bank: "Tensor", k: int, chunk: int) -> "tuple[Tensor, Tensor]":
     """(Q, k) largest products with rows of the bank, and these rows; of equal ones the first rows."""
+    import torch
+
     best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for first in range(0, len(bank), chunk):
-        keys = _keys(queries @ bank[first : first + chunk].T, first)
+        keys = _keys(queries @ bank[first : first + chunk].to(queries.device).T, first)
         keys = torch.cat([best, keys], dim=1)
         best = keys.topk(min(k, keys.shape[1]), dim=1).values
     return _read(best)
@@ -109,19 +162,23 @@ def _nearest(queries: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Tensor,
 _ROWS = 2**32 - 1
 
 
-def _keys(similarity: Tensor, first: int) -> Tensor:
+def _keys(similarity: "Tensor", first: int) -> "Tensor":
     """Whole numbers in the order of (similarity, -row): topk alone leaves open which of equals it takes.
 
     The upper half is the float's bits, which order like the floats once those below the sign of a
     negative one are flipped; the lower half counts rows downwards.
     """
+    import torch
+
     bits = similarity.add_(0.0).view(torch.int32)  # -0 becomes 0
     upper = bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF)).long()
     rows = torch.arange(first, first + similarity.shape[1], device=similarity.device)
     return upper.mul_(2**32).add_(_ROWS - rows)
 
 
-def _read(keys: Tensor) -> tuple[Tensor, Tensor]:
+def _read(keys: "Tensor") -> "tuple[Tensor, Tensor]":
     """Similarities and rows of keys."""
+    import torch
+
     upper = (keys >> 32).int()
     return (upper ^ ((upper >> 31) & 0x7FFFFFFF)).view(torch.float32), _ROWS - (keys & _ROWS)

@@ -1,4 +1,4 @@
-"""Linear classification on a frozen encoder (MoCo section 4.1, MoCHi section 4).
+"""The linear probe: many linear classifiers, trained at once by SGD.
 
 All learning rates are trained at once on the same features: the probe is cheap compared with the encoder.
 Each is trained twice: on all of train, which is reported, and without a held-out part, on which the
@@ -8,8 +8,11 @@ candidates are compared. The protocol's own learning rate is reported whatever t
 anyway: all of train where the probe trains on cached features, the held-out part where it trains on random
 crops. They are constants of the probe, no labels enter them, and every rate has the same ones.
 
-Memory on the device: the features of the uncropped images, once, and what does not grow with the data set:
-the encoder with one batch, 24 x (D + 1) x C bytes of classifiers for each learning rate, and less than
+An epoch keeps its last partial batch, as the DataLoader of facebookresearch/moco main_lincls.py does.
+Several ranks share the encoding of images; each trains the same classifiers on whole batches.
+
+Memory: the features of the uncropped images, once (`features_on`), and what does not grow with the data
+set: the encoder with one batch, 24 x (D + 1) x C bytes of classifiers for each learning rate, and less than
 128 MiB.
 
 Legend: B images, M training images, D features, C classes, R learning rates.
@@ -24,13 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mochi.config import LinearProbe
-from mochi.data.views.loading import Loading, random_crops
-from mochi.evaluation.confusion import confusion
-from mochi.evaluation.features import Frozen, extract_split, features_of, labelled_split
+from mochi.evaluation.features import Frozen
+from mochi.evaluation.tasks.linear import LinearProbe
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.progress import Progress
 from mochi.runtime.seeding import generator
+from mochi.runtime.transfer import to_device
 from mochi.storage import checkpoint
 
 ALL, WITHOUT_HELD_OUT = 0, 1
@@ -40,29 +42,33 @@ _CHUNK = 1024
 """Rows whose logits are computed at once."""
 
 
-def evaluate(frozen: Frozen) -> dict[str, Any]:
+_FEW_CLASSES = 5
+"""With so many or fewer, top-5 says nothing."""
+
+
+def evaluate(frozen: Frozen, protocol: LinearProbe) -> dict[str, Any]:
     """Train the probe and evaluate it on the validation images.
 
     Returns:
         metrics.json: `top1` and `top5` of the last epoch, in percent, and the comparison of rates; and
-        `confusion` at the protocol's learning rate.
+        `predicted`, at the protocol's learning rate.
 
     Raises:
         DataError: a split has no labelled image.
         CheckpointError: the resume checkpoint is of another result, or the disk is full.
         NonFiniteError: the protocol's learning rate is too large for these features.
     """
-    run, protocol = frozen.run, frozen.run.protocol
-    assert isinstance(protocol, LinearProbe)
     train = _CachedFeatures(frozen, protocol) if protocol.min_scale is None else _Crops(frozen, protocol)
-    val, val_labels = extract_split(frozen, "val")
+    val, val_labels = frozen.features("val")
     train.scaling.apply_(val)
-    probes = Probes(protocol, val.shape[1], len(frozen.dataset.classes), run.seed).to(frozen.device)
+    probes = Probes(protocol, val.shape[1], frozen.num_classes, frozen.run.seed).to(frozen.device)
     _train(frozen, protocol, probes, train)
-    scores = probes.scores(_chunks(val, val_labels), ALL)
+    scores = probes.scores(_chunks(val, val_labels, frozen.device), ALL)
     comparison = probes.scores(train.held_out_batches(), WITHOUT_HELD_OUT)
     metrics = _metrics(protocol, probes.rates, scores, comparison, len(train.held_out), len(val))
-    return metrics | {"confusion": confusion(val_labels, probes.predictions(val))}
+    if frozen.num_classes <= _FEW_CLASSES:
+        del metrics["top5"]
+    return metrics | {"predicted": probes.predictions(_chunks(val, val_labels, frozen.device))}
 
 
 def _train(
@@ -73,7 +79,7 @@ def _train(
     if (found := frozen.resume_point.load()) is not None:
         tensors, done = found
         checkpoint.unpack(tensors, probes, probes.optimizer)
-    label = f"linear {frozen.run.method} seed {frozen.run.seed}"
+    label = f"{frozen.run.name} {frozen.run.method} seed {frozen.run.seed}"
     with Progress(label, protocol.epochs, done) as progress:
         for epoch in range(done, protocol.epochs):
             probes.start_epoch(epoch)
@@ -138,9 +144,9 @@ class Probes(nn.Module):
         return [{"top1": round(a, 4), "top5": round(b, 4)} for a, b in percent.T.tolist()]
 
     @torch.no_grad()
-    def predictions(self, features: Tensor) -> Tensor:
-        """(V, D) features -> (V,) classes, by the first rate's classifier, trained on all of train."""
-        return torch.cat([self(rows)[0, :, ALL].argmax(1) for rows in features.split(_CHUNK)])
+    def predictions(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """(V,) classes of all images, by the first rate's classifier, trained on all of train."""
+        return torch.cat([self(features)[0, :, ALL].argmax(1) for features, _ in batches])
 
 
 class _Scaling(NamedTuple):
@@ -159,29 +165,38 @@ class _Scaling(NamedTuple):
 
     def apply_(self, features: Tensor) -> Tensor:
         """In place: at ImageNet's size a second copy is too much."""
-        return features.sub_(self.mean).div_(self.scale)
+        return features.sub_(self.mean.to(features.device)).div_(self.scale.to(features.device))
 
 
 class _CachedFeatures:
     """Train as features of uncropped images, all of which are computed once."""
 
     def __init__(self, frozen: Frozen, protocol: LinearProbe) -> None:
-        self._protocol, self._seed = protocol, frozen.run.seed
-        self._features, self._labels = extract_split(frozen, "train")
+        self._protocol, self._seed, self._device = protocol, frozen.run.seed, frozen.device
+        self._features, self._labels = frozen.features("train")
         self.scaling = _Scaling.of(self._features, protocol)
         self.scaling.apply_(self._features)
-        self.held_out = held_out_rows(len(self._labels), protocol.held_out, self._seed).to(frozen.device)
+        self.held_out = held_out_rows(len(self._labels), protocol.held_out, self._seed)
+        self.held_out = self.held_out.to(self._labels.device)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(B, D) features, (B,) labels, (B,) whether held out."""
         order = torch.randperm(len(self._labels), generator=generator("probe order", self._seed, epoch))
         for rows in order.to(self._labels.device).split(self._protocol.batch_size):
-            yield self._features[rows], self._labels[rows], self.held_out[rows]
+            yield (
+                self._moved(self._features[rows]),
+                self._moved(self._labels[rows]),
+                self._moved(self.held_out[rows]),
+            )
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """From where the features are to where the classifiers are."""
+        return tensor if tensor.device == self._device else to_device(tensor, self._device)
 
     def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(B, D) features, (B,) labels of the held-out images."""
         for rows in self.held_out.nonzero().flatten().split(_CHUNK):
-            yield self._features[rows], self._labels[rows]
+            yield self._moved(self._features[rows]), self._moved(self._labels[rows])
 
 
 class _Crops:
@@ -189,33 +204,28 @@ class _Crops:
 
     def __init__(self, frozen: Frozen, protocol: LinearProbe) -> None:
         self._frozen, self._protocol = frozen, protocol
-        self._split = labelled_split(frozen.dataset, "train")
+        self._split = frozen.split("train")
         self.held_out = held_out_rows(len(self._split.labelled), protocol.held_out, frozen.run.seed)
         rows = self._split.labelled[self.held_out.numpy()]
-        self._features, self._labels = extract_split(frozen, "train", rows)
+        self._features, self._labels = frozen.features_of(self._split, rows)
         self.scaling = _Scaling.of(self._features, protocol)
         self.scaling.apply_(self._features)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """As those of `_CachedFeatures`."""
-        run, protocol, device = self._frozen.run, self._protocol, self._frozen.device
+        protocol, device = self._protocol, self._frozen.device
         assert protocol.min_scale is not None
-        crops = random_crops(
-            self._split,
-            Loading(protocol.batch_size, device, self._frozen.workers),
-            image_size=run.image_size,
-            min_scale=protocol.min_scale,
-            seed=run.seed,
-            epoch=epoch,
+        batches = self._frozen.random_crops(
+            self._split, batch_size=protocol.batch_size, min_scale=protocol.min_scale, epoch=epoch
         )
-        for batch in crops:
-            features = self.scaling.apply_(features_of(self._frozen.encoder, batch.images))
-            position = np.searchsorted(self._split.labelled, batch.indices.numpy())
-            yield features, batch.labels, self.held_out[position].to(device)
+        for features, rows in batches:
+            labels = torch.from_numpy(self._split.labels[rows.numpy()])
+            held_out = self.held_out[np.searchsorted(self._split.labelled, rows.numpy())]
+            yield self.scaling.apply_(features), to_device(labels, device), to_device(held_out, device)
 
     def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As those of `_CachedFeatures`."""
-        return _chunks(self._features, self._labels)
+        return _chunks(self._features, self._labels, self._frozen.device)
 
 
 def held_out_rows(num_rows: int, share: float, seed: int) -> Tensor:
@@ -226,8 +236,9 @@ def held_out_rows(num_rows: int, share: float, seed: int) -> Tensor:
     return marks
 
 
-def _chunks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)
+def _chunks(features: Tensor, labels: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows, targets in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True):
+        yield rows.to(device), targets.to(device)
 
 
 def _metrics(

@@ -1,0 +1,53 @@
+"""What a score cannot say by itself: guessing, a single class, classes without images."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NAMED = 5
+
+
+def notes(
+    metrics: Mapping[str, Any],
+    train_labels: NDArray[np.int64],
+    val_labels: NDArray[np.int64],
+    classes: Sequence[str],
+) -> list[str]:
+    """Sentences about what makes a score say little.
+
+    Args:
+        metrics: of the evaluation; `top1` is compared with guessing.
+        train_labels: of the labelled images of train.
+        val_labels: of the labelled images of val.
+        classes: names of the classes.
+    """
+    train, val = (np.bincount(labels, minlength=len(classes)) for labels in (train_labels, val_labels))
+    found = []
+    if (train > 0).sum() == 1:
+        only = classes[int(train.argmax())]
+        found.append(
+            f"train has a single class, {only}: every image is classified as it, so the score says nothing"
+        )
+    if len(missing := np.flatnonzero((train == 0) & (val > 0))):
+        found.append(
+            f"{_names(missing, classes)} without a labelled image in train: {val[missing].sum()} of "
+            f"{val.sum()} images of val cannot be classified right"
+        )
+    if len(missing := np.flatnonzero((val == 0) & (train > 0))):
+        found.append(f"{_names(missing, classes)} without a labelled image in val: not part of the score")
+    guess = 100 * val.max() / val.sum()
+    top1 = metrics.get("top1")
+    if top1 is not None and top1 <= guess and (train > 0).sum() > 1:
+        found.append(
+            f"top-1 of {top1:.1f} % is at or below guessing: the largest class has {guess:.1f} % of val. "
+            "The encoder may be untrained or collapsed, or the labels wrong"
+        )
+    return found
+
+
+def _names(rows: NDArray[np.int64], classes: Sequence[str]) -> str:
+    named = ", ".join(classes[row] for row in rows[:_NAMED])
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return f"{len(rows)} of {len(classes)} classes ({named}{more})"

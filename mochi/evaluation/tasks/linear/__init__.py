@@ -1,0 +1,60 @@
+"""Linear classification on a frozen encoder (MoCo section 4.1, MoCHi section 4)."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from mochi.config import Column, Count, Name, PositiveReal, Real, Task
+
+if TYPE_CHECKING:
+    from mochi.evaluation.features import Frozen
+
+
+class LinearProbe(Task):
+    """Linear classification on the frozen encoder."""
+
+    protocol: Name
+    """Name of the protocol, printed in every table."""
+    epochs: Count
+    batch_size: Count
+    lr: PositiveReal
+    lr_candidates: list[PositiveReal] = []
+    """Trained on the same features as `lr`; the best on held-out training images is reported in addition
+    to `lr`, never instead."""
+    momentum: Annotated[Real, Field(ge=0, lt=1)]
+    weight_decay: Annotated[Real, Field(ge=0)]
+    lr_drops: list[Count]
+    """Epochs at whose start the learning rate is multiplied by lr_drop_factor."""
+    lr_drop_factor: Annotated[Real, Field(gt=0, lt=1)]
+    min_scale: Annotated[Real, Field(gt=0, le=1)] | None
+    """Random-resized-crop training of the probe; null: one pass over uncropped images, cached."""
+    held_out: Annotated[Real, Field(gt=0, lt=1)] = 0.1
+    """Share of train on which the candidates are compared."""
+    standardize: bool = False
+    """Scale each feature to unit variance on train, so that one lr fits every encoder."""
+
+    @model_validator(mode="after")
+    def _drops_in_range(self) -> Self:
+        late = [epoch for epoch in self.lr_drops if epoch >= self.epochs]
+        if late:
+            raise ValueError(f"lr_drops: found {late}; the probe trains for {self.epochs} epochs only")
+        return self
+
+    @property
+    def encodings_of_train(self) -> int:
+        """See `Task`; random crops are new in every epoch."""
+        return 1 if self.min_scale is None else self.epochs
+
+    def columns(self) -> dict[str, Column]:
+        """See `Task.columns`; top-5 only where there are more than five classes."""
+        return {
+            "top1": Column("top-1"),
+            "top5": Column("top-5"),
+            "best_lr_top1": Column("top-1 (best lr)"),
+        }
+
+    def evaluate(self, frozen: "Frozen") -> dict[str, Any]:
+        """See `training.evaluate`."""
+        from mochi.evaluation.tasks.linear import training
+
+        return training.evaluate(frozen, self)

@@ -26,7 +26,9 @@ from mochi.config import (
     parse_experiment,
     pretrain_run,
     probe_run,
+    task_names,
 )
+from mochi.config.evaluation import settings_of
 from tests.detection.sets import small_set
 from tests.tiny import FILE, MOCHI, TINY, changed
 
@@ -330,6 +332,10 @@ DEFAULTS = {
     "LinearProbe.lr_candidates": [],
     "LinearProbe.held_out": 0.1,
     "LinearProbe.standardize": False,
+    "FewLabel.percent": None,
+    "FewLabel.images_per_class": None,
+    "FewLabel.samples": 5,
+    "FewLabel.l2": 0.1,
     "DetectionData.classes": None,
     "DetectionData.rule": None,
     "DetectionData.scenes": None,
@@ -338,7 +344,8 @@ DEFAULTS = {
     "DetectionTraining.lr_drops": [],
     "DetectionTraining.precision": "auto",
 }
-NO_NUMBER = {"checkpoint_minutes", "workers", "methods", "pretrain_seeds"}
+# `image_size` and `resize` of a task: the run has them, the task's own or the shared ones.
+NO_NUMBER = {"checkpoint_minutes", "workers", "methods", "pretrain_seeds", "image_size", "resize"}
 
 
 def optional_keys(kind: object) -> dict[str, Any]:
@@ -359,7 +366,7 @@ def test_no_default_changes_in_silence() -> None:
     """Settings leave out what is at its default, so another default would pass old results off as new."""
     found = {
         key: value
-        for run in (PretrainRun, ProbeRun, DetectionRun)
+        for run in (PretrainRun, ProbeRun, DetectionRun, *map(settings_of, task_names()))
         for key, value in optional_keys(run).items()
     }
     assert {key: found[key] for key in DEFAULTS if key in found} == DEFAULTS, (

@@ -49,6 +49,7 @@ NO_NUMBERS = {
     "mochi.pretraining.stage": "from a file to a file; the loop computes",
     "mochi.runtime.gpus": "which GPU",
     "mochi.runtime.launch": "which processes",
+    "mochi.runtime.locks": "who waits",
     "mochi.runtime.monitoring": "stops, and tells",
     "mochi.runtime.progress": "tells",
     "mochi.runtime.shared_memory": "how many processes load",

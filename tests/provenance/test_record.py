@@ -30,7 +30,7 @@ def test_a_record_names_everything_that_decides_a_number(tiny: Experiment, tmp_p
     )
     write_record(tmp_path / "new", result, Stopwatch(), precision="float32", wall_seconds=7.5)
     written = json.loads((tmp_path / "new/provenance.json").read_text())
-    assert (written["stage"], written["result"]) == ("knn", f"{MOCHI} seed 1 knn")
+    assert (written["stage"], written["result"]) == ("evaluate", f"{MOCHI} seed 1 knn")
     assert written["settings"] == result.settings
     assert (written["settings_digest"], written["code_digest"]) == (
         result.settings_digest,

@@ -17,7 +17,6 @@ from mochi.config import (
     DetectionRun,
     Encoder,
     Experiment,
-    LinearProbe,
     PretrainRun,
     ProbeRun,
     Training,
@@ -34,7 +33,7 @@ from mochi.data.views.loading import Loading, centre_crops, steps_per_epoch
 from mochi.encoders import build_untrained
 from mochi.encoders.files import save_encoder
 from mochi.errors import DataError, UserError
-from mochi.evaluation.features import features_of
+from mochi.evaluation.features import encode
 from mochi.pretraining.loop import TrainState, train
 from mochi.pretraining.objectives import make_objective
 from mochi.pretraining.optimizers import make_optimizer
@@ -185,23 +184,32 @@ def _probes(
     image: Seconds | None = None
     for task in probes(experiment):
         run = probe_run(experiment, first, seed, task)
-        encoded = _encoded_images(run, dataset)
+        images = dataset if run.dataset == experiment.dataset else _prepared(run)
+        if images is None:
+            yield f"{task}: {runs} evaluations; data set {run.dataset.name} is not prepared yet"
+            continue
+        encoded = _encoded_images(run, images)
         text = f"{task}: {runs} evaluations that encode {encoded} images each"
         if measure:
-            image = image or _seconds_per_image(run, dataset, machine, budget.share())
+            image = image or _seconds_per_image(run, images, machine, budget.share())
             jobs += [image.times(encoded).plus(_START)] * runs
             text += f", {image.times(encoded)} each"
         yield text
+
+
+def _prepared(run: ProbeRun) -> StoredDataset | None:
+    """The data set of an evaluation that has another than the experiment's."""
+    try:
+        return open_dataset(layout.dataset(run.dataset.name))
+    except DataError:
+        return None
 
 
 def _encoded_images(run: ProbeRun, dataset: StoredDataset) -> int:
     """Images that pass through the encoder: with random crops all of train in every epoch."""
     splits = dataset.manifest["splits"]
     labelled = {name: int(entry["count"] - entry["unlabelled"]) for name, entry in splits.items()}
-    protocol, passes = run.protocol, 1
-    if isinstance(protocol, LinearProbe) and protocol.min_scale is not None:
-        passes = protocol.epochs
-    return passes * labelled.get("train", 0) + labelled.get("val", 0)
+    return run.protocol.encodings_of_train * labelled.get("train", 0) + labelled.get("val", 0)
 
 
 def _detection(
@@ -347,7 +355,7 @@ def _seconds_per_image(run: ProbeRun, dataset: StoredDataset, machine: Machine, 
     batches = centre_crops(split, loading, resize=run.resize, image_size=run.image_size)
     times, start, end = [], time.monotonic(), time.monotonic() + seconds
     for batch in batches:
-        features_of(encoder, batch.images)
+        encode(encoder, batch.images)
         if machine.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.monotonic()

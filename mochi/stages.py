@@ -62,7 +62,7 @@ STAGES = {
         ),
     ),
     "pretrain": Stage(
-        outputs=("encoder.safetensors", "metrics.csv", "matching.csv"),
+        outputs=("encoder.safetensors", "head.safetensors", "metrics.csv", "matching.csv"),
         numbers=(
             *_CONTRAST,
             "mochi.encoders.batch_norm",
@@ -70,6 +70,7 @@ STAGES = {
             "mochi.encoders.shared_batch_norm",
             "mochi.pretraining.loop",
             "mochi.pretraining.objectives",
+            "mochi.pretraining.optimizers",
             "mochi.runtime.seeding",
             *_ENCODERS,
             *_VIEWS,

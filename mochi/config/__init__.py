@@ -18,6 +18,7 @@ from mochi.config.evaluation import Column, Evaluation, Task, task_names
 from mochi.config.experiment import (
     Experiment,
     all_runs,
+    columns,
     datasets,
     detection_run,
     detection_runs,

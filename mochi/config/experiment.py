@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from mochi.config.datasets import Dataset
-from mochi.config.evaluation import Evaluation
+from mochi.config.evaluation import Column, Evaluation
 from mochi.config.reading import ConfigError, read_value, read_yaml, unknown_key, validate
 from mochi.config.runs import DetectionRun, PretrainRun, ProbeRun
 from mochi.config.sections import CountOrZero, Name, Section, distinct_seeds
@@ -44,6 +44,9 @@ class Experiment(Section):
         return distinct_seeds(seeds)
 
 
+DETECTION_COLUMNS = {
+    name: Column(name) for name in ("AP50", "AP", "AP75", "mask_AP50", "mask_AP", "mask_AP75")
+}
 _METHOD_ONLY = {"seeds", "augmentation"}
 _MOCHI_NAME = re.compile(r"^mochi-(\d+)-(\d+)-(\d+)(?:-.*)?$")
 
@@ -143,6 +146,12 @@ def datasets(experiment: Experiment, origin: str = "experiment") -> dict[str, Da
                 "another data set; a name is a folder in data/: make them equal, or choose another name"
             )
     return found
+
+
+def columns(experiment: Experiment, evaluation: str) -> dict[str, Column]:
+    """The numbers of an evaluation's metrics.json that tables show, in order; the first is the main one."""
+    task = experiment.evaluation.tasks.get(evaluation)
+    return DETECTION_COLUMNS if task is None else task.columns()
 
 
 def detection_runs(experiment: Experiment, name: str) -> list[tuple[str, int]]:

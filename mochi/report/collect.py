@@ -7,14 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from mochi.config import Experiment, all_runs
+from mochi.config import Experiment, all_runs, columns
 from mochi.errors import UserError
 from mochi.layout import Layout
 from mochi.provenance.wanted import RECORD, evaluated, evaluations, pretrained
-
-# Columns of the tables, in order, of what metrics.json holds.
-_PROBE_METRICS = ("top1", "top5", "best_lr_top1")
-_DETECTION_METRICS = ("AP50", "AP", "AP75", "mask_AP50", "mask_AP", "mask_AP75")
 
 
 class MissingResultError(UserError):
@@ -47,11 +43,10 @@ def scores(experiment: Experiment) -> pd.DataFrame:
     for method, seed, task in evaluations(experiment):
         metrics = read_json(places.evaluation(method, seed, task) / "metrics.json")
         singles = metrics.get("fine_tunings", {"": metrics})
-        names = _DETECTION_METRICS if "fine_tunings" in metrics else _PROBE_METRICS
         rows += [
             (method, seed, task, metric, repeat, single[metric])
             for repeat, single in singles.items()
-            for metric in names
+            for metric in columns(experiment, task)
             if metric in single
         ]
     return pd.DataFrame(rows, columns=["method", "seed", "task", "metric", "fine_tuning", "value"])

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mochi.config import Experiment
+from mochi.config import Experiment, columns, probes
 from mochi.provenance.wanted import figures
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one for each method, in order.
@@ -37,7 +37,7 @@ def draw(
     with mpl.rc_context(_STYLE):
         for name in figures(experiment):
             if name == "accuracy":
-                figure = _accuracy(scores, methods, colours)
+                figure = _accuracy(experiment, scores, methods, colours)
             elif name == "training":
                 figure = _training(epochs, methods, colours)
             else:
@@ -45,14 +45,16 @@ def draw(
             _save(figure, out / name)
 
 
-def _accuracy(scores: pd.DataFrame, methods: list[str], colours: dict[str, str]) -> Figure:
-    """Top-1 of every seed as a point, their mean as a line, for each task.
+def _accuracy(
+    experiment: Experiment, scores: pd.DataFrame, methods: list[str], colours: dict[str, str]
+) -> Figure:
+    """The main number of every seed as a point, their mean as a line, for each task on frozen features.
 
     An experiment of detection sets alone shows their AP50, a point for each fine-tuning.
     """
-    metric, name = ("top1", "top-1") if (scores["metric"] == "top1").any() else ("AP50", "AP50")
-    shown = scores[scores["metric"] == metric]
-    tasks = list(dict.fromkeys(shown["task"]))
+    tasks = probes(experiment) or list(dict.fromkeys(scores["task"]))
+    main = {task: next(iter(columns(experiment, task))) for task in tasks}
+    shown = scores[scores["metric"] == scores["task"].map(main)]
     figure = Figure(figsize=(4 * len(tasks), 0.5 * len(methods) + 1.2), layout="constrained")
     for axes, task in zip(_row_of(figure, len(tasks), sharey=True), tasks, strict=True):
         for place, method in enumerate(methods):
@@ -69,7 +71,8 @@ def _accuracy(scores: pd.DataFrame, methods: list[str], colours: dict[str, str])
         axes.margins(x=0.35)
         axes.set_yticks(range(len(methods)), methods)
         axes.set_ylim(len(methods) - 0.5, -0.5)
-        axes.set_xlabel(f"{task} {name} (%)")
+        column = columns(experiment, task)[main[task]]
+        axes.set_xlabel(f"{task} {column.name} ({column.unit})")
     return figure
 
 

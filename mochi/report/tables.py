@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from mochi.config import Experiment
+from mochi.config import Experiment, columns
 from mochi.stages import DETECTION
 
 _KEYS = ["method", "task", "metric"]
@@ -46,22 +46,19 @@ def markdown(experiment: Experiment, table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-_NAMES = {"top1": "top-1", "top5": "top-5", "best_lr_top1": "top-1 (best lr)"}
-
-
 def _grid(experiment: Experiment, table: pd.DataFrame, tasks: list[str], repeats: str) -> list[str]:
     """One table: a column for each number of `tasks`, and how many runs each rests on."""
     table = table[table["task"].isin(tasks)]
-    columns = list(dict.fromkeys(zip(table["task"], table["metric"], strict=True)))
+    shown = list(dict.fromkeys(zip(table["task"], table["metric"], strict=True)))
     cells = {(row.method, row.task, row.metric): _cell(row) for row in table.itertuples(index=False)}
-    names = [_NAMES.get(metric, metric) for _, metric in columns]
+    names = [columns(experiment, task)[metric].name for task, metric in shown]
     if len(tasks) > 1:
-        names = [f"{task} {name}" for (task, _), name in zip(columns, names, strict=True)]
+        names = [f"{task} {name}" for (task, _), name in zip(shown, names, strict=True)]
     header = ["method", *names, repeats]
     lines = [_row(header), _row(["---"] * len(header))]
     for method in [method for method in experiment.methods if method in set(table["method"])]:
         num = table.loc[table["method"] == method, "n"].max()
-        lines.append(_row([method, *(cells.get((method, *column), "") for column in columns), str(num)]))
+        lines.append(_row([method, *(cells.get((method, *column), "") for column in shown), str(num)]))
     return lines
 
 

@@ -24,7 +24,9 @@ def test_a_record_names_everything_that_decides_a_number(tiny: Experiment, tmp_p
     """Written while the files are still in a temporary folder, and about the folder they go to."""
     (tmp_path / "encoder").write_bytes(b"weights")
     (tmp_path / "new").mkdir()
-    (tmp_path / "new/metrics.json").write_text("{}")
+    outputs = [tmp_path / "new" / name for name in ("metrics.json", "confusion.csv")]
+    for path in outputs:
+        path.write_text(path.name)
     result = Result(
         **{**vars(wanted.evaluated(tiny, MOCHI, 1, "knn")), "inputs": {"encoder": tmp_path / "encoder"}}
     )
@@ -38,7 +40,7 @@ def test_a_record_names_everything_that_decides_a_number(tiny: Experiment, tmp_p
     )
     sha256 = file_digest(tmp_path / "encoder")
     assert written["inputs"] == {"encoder": {"path": str(tmp_path / "encoder"), "sha256": sha256}}
-    assert written["outputs"] == {"metrics.json": file_digest(tmp_path / "new/metrics.json")}
+    assert written["outputs"] == {path.name: file_digest(path) for path in outputs}
     assert written["versions"]["python"] == platform.python_version()
     assert torch.__version__.startswith(written["versions"]["torch"])
     assert written["hardware"]["threads"] == torch.get_num_threads()

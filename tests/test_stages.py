@@ -49,11 +49,13 @@ NO_NUMBERS = {
     "mochi.pretraining.stage": "from a file to a file; the loop computes",
     "mochi.runtime.gpus": "which GPU",
     "mochi.runtime.launch": "which processes",
+    "mochi.runtime.limits": "refuses what the host cannot do",
     "mochi.runtime.locks": "who waits",
     "mochi.runtime.monitoring": "stops, and tells",
     "mochi.runtime.progress": "tells",
     "mochi.runtime.shared_memory": "how many processes load",
     "mochi.runtime.tensorboard": "tells",
+    "mochi.runtime.watchdog": "ends a run that hangs",
 }
 
 NO_NUMBERS_OF_ONE_STAGE = {

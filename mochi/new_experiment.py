@@ -1,16 +1,14 @@
 """From a folder of images to an experiment file: every setting with its reason, valid, for this machine."""
 
-import json
 import math
 import os
 import re
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import numpy as np
 import yaml
@@ -25,6 +23,7 @@ from mochi.data.recommend import FEWEST, FEWEST_TO_TRAIN, SIZES, STEM, Facts, ad
 from mochi.errors import DataError, UserError
 from mochi.plan import Machine, Seconds, makespan, seconds_per_iteration, seconds_per_step
 from mochi.storage.atomic import write_text
+from mochi.text import read_json
 
 _WIDTH = 104  # of a line of the file
 _OVERHEAD = 0.85  # share of the hours that goes into computing; the rest starts processes and writes
@@ -452,32 +451,16 @@ def _annotations(data: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...], b
         return [read[split] for split in data["train"]], read[splits[0]].classes, masks
     from mochi.detection import voc  # noqa: PLC0415
 
-    classes = _voc_classes(root, splits)
-    halves = [split.rpartition("/") for split in data["train"]]
-    return [voc.read(root / folder, name, classes, "drop") for folder, _, name in halves], classes, False
-
-
-def _voc_classes(root: Path, splits: Sequence[str]) -> tuple[str, ...]:
-    """Names of all objects of the splits, in alphabetical order, as VOC's own list is."""
-    names: set[str] = set()
-    for split in splits:
-        folder, _, name = split.rpartition("/")
-        listing = (root / folder / "ImageSets" / "Main" / f"{name}.txt").read_bytes().splitlines()
-        for line in map(os.fsdecode, listing):
-            stems = dict.fromkeys((line.strip(), *line.split()[:1]))
-            files = [root / folder / "Annotations" / f"{stem}.xml" for stem in stems]
-            for file in filter(Path.is_file, files):
-                try:
-                    tree = ET.parse(file).getroot()  # noqa: S314
-                except ET.ParseError as error:
-                    raise DataError(f"{file}: is not valid XML: {error}") from None
-                names |= {(item.findtext("name") or "").strip() for item in tree.findall("object")}
-    return tuple(sorted(names))
+    halves = [split.rpartition("/") for split in splits]
+    sets = [(root / folder, name) for folder, _, name in halves]
+    # All names, in alphabetical order, as VOC's own list is.
+    classes = tuple(sorted({name for place in sets for name in voc.class_names(*place)}))
+    return voc.read_sets(sets, classes, "drop")[: len(data["train"])], classes, False
 
 
 def _has_masks(root: Path, split: str) -> bool:
     """Does every object of a split carry a segmentation?"""
-    content = json.loads((root / "annotations" / f"instances_{split}.json").read_text(encoding="utf-8"))
+    content = read_json(root / "annotations" / f"instances_{split}.json", "COCO's instances format")
     return all(item.get("segmentation") for item in content["annotations"])
 
 

@@ -10,7 +10,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mochi.config.sections import Section
-from mochi.errors import UserError
+from mochi.errors import DataError, UserError
+from mochi.text import read_text
 
 
 class ConfigError(UserError):
@@ -42,11 +43,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: it is not there, not readable, not YAML, or holds something else.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        data = yaml.load(read_text(path, "a YAML file"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

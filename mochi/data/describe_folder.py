@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from mochi.config.datasets import Folder
 from mochi.data.ingest import decode
+from mochi.data.ingest.files import subfolders, walk
 from mochi.data.ingest.raw import FileSplit, RawDataset, as_text, class_counts
-from mochi.data.ingest.sources.folder import SPLITS, UNLABELLED_FOLDERS, list_images, walk
+from mochi.data.ingest.sources.folder import SPLITS, UNLABELLED_FOLDERS, list_images
 from mochi.errors import DataError
 
 VAL_SHARE = 0.2
@@ -76,7 +77,7 @@ def sides(files: Sequence[str]) -> NDArray[np.int64]:
 
 def _images(folder: Path) -> Description:
     """Classes below train and val, classes without splits, or photos without labels."""
-    top = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    top = subfolders(folder)
     has_splits = any(name.lower() in SPLITS for name in top)
     options: dict[str, Any] = {"path": str(folder)}
     if not has_splits and _are_classes(folder, top):

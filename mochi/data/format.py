@@ -9,7 +9,6 @@ Everything is memory-mapped, so a row costs no process any memory of its own.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from mochi.data.ingest.decode import open_image
 from mochi.errors import DataError
+from mochi.text import Fields, read_json
 
 MANIFEST_VERSION = 2
 UNLABELLED = -1
@@ -51,6 +51,11 @@ class StoredSplit:
         """A column of numbers as a view of the file. (Arrow's own to_numpy imports pandas.)"""
         if len(self) == 0:
             return np.empty(0, dtype)
+        if len(self._index) != len(self):
+            raise DataError(
+                f"{self.folder}: found {len(self._index)} rows in the index of {self.name}; expected "
+                f"{len(self)} as in manifest.json; prepare the data again: {_how(self.folder)}"
+            )
         buffer = self._index[name].chunk(0).buffers()[1]
         return np.frombuffer(buffer, dtype, count=width * len(self))
 
@@ -101,9 +106,11 @@ class StoredSplit:
         """uint8 (N, H, W, 3), a view of the file, or None when images are stored encoded."""
         if self.entry["storage"] != "pixels":
             return None
-        array: NDArray[np.uint8] = np.load(
-            self.folder / f"{self.name}-images.npy", mmap_mode="r", allow_pickle=False
-        )
+        path = self.folder / f"{self.name}-images.npy"
+        try:
+            array: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path}: is corrupt ({error}); prepare the data again") from None
         return array
 
     @cached_property
@@ -175,21 +182,41 @@ def open_dataset(folder: Path) -> StoredDataset:
         DataError: nothing there, unreadable, or written by another version.
     """
     path = folder / "manifest.json"
+    if not path.exists():
+        raise DataError(f"{path}: not found; prepare the data first: {_how(folder)}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: not found; prepare the data first: {_how(folder)}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); prepare the data again: {_how(folder)}"
-        ) from None
-    version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version != MANIFEST_VERSION:
-        raise DataError(
-            f"{path}: found version {version!r}; expected {MANIFEST_VERSION}; "
-            f"prepare the data again: {_how(folder)}"
-        )
+        manifest = read_json(path, "what `mochi prepare` wrote")
+        version = manifest.get("version") if isinstance(manifest, dict) else None
+        if version != MANIFEST_VERSION:
+            raise DataError(f"{path}: found version {version!r}; expected {MANIFEST_VERSION}")
+        _check_manifest(Fields.of(manifest, str(path)))
+    except DataError as error:
+        raise DataError(f"{error}; prepare the data again: {_how(folder)}") from None
     return StoredDataset(folder, manifest)
+
+
+def _check_manifest(manifest: Fields) -> None:
+    """Refuse a manifest that was edited or cut: every field that is read is there."""
+    if not all(isinstance(name, str) for name in manifest.items("classes")):
+        raise manifest.error("classes", "a list of names")
+    splits = Fields.of(manifest.values.get("splits"), f"{manifest.where}: splits")
+    for name, value in splits.values.items():
+        entry = Fields.of(value, f"{splits.where}.{name}")
+        count, unlabelled = (entry.integer(key, at_least=0) for key in ("count", "unlabelled"))
+        if unlabelled > count:
+            raise entry.error("unlabelled", f"at most count = {count}")
+        if entry.text("storage") not in {"pixels", "encoded"}:
+            raise entry.error("storage", "pixels or encoded")
+        counts = Fields.of(entry.values.get("classes"), f"{entry.where}.classes")
+        if list(counts.values) != manifest.values["classes"]:
+            raise entry.error("classes", "a count of each class")
+        for label in counts.values:
+            counts.integer(label, at_least=0)
+        for shard in entry.objects("shards"):
+            shard.text("sha256")
+            shard.integer("bytes", at_least=0)
+            if Path(shard.text("file")).name != shard.values["file"]:
+                raise shard.error("file", "a name in the folder")
 
 
 def _how(folder: Path) -> str:
@@ -197,8 +224,15 @@ def _how(folder: Path) -> str:
 
 
 def read_arrow(path: Path) -> pa.Table:
-    """A memory-mapped Arrow file as a table; nothing is copied."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    """A memory-mapped Arrow file as a table; nothing is copied.
+
+    Raises:
+        DataError: not an Arrow file, or a corrupt one.
+    """
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: is corrupt ({type(error).__name__}); prepare the data again") from None
 
 
 INDEX_SCHEMA = pa.schema(

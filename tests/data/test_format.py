@@ -52,7 +52,7 @@ def test_a_split_travels_as_a_path(prepared: Path) -> None:
     ("damage", "message"),
     [
         (lambda folder: (folder / "manifest.json").unlink(), r"not found; prepare the data first"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), r"cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), r"is not valid JSON"),
         (
             lambda folder: (folder / "manifest.json").write_text('{"version": 99}'),
             r"found version 99; expected 2",

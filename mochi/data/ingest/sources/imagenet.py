@@ -20,6 +20,7 @@ from mochi.data.ingest.fetch import opened
 from mochi.data.ingest.files import walk
 from mochi.data.ingest.raw import ByteRange, FileSplit, RawDataset
 from mochi.errors import DataError
+from mochi.text import read_text, shown
 
 _LIST_SHA256 = "79f3f1552ccc478ce24bd934b4573625db584ddc1f4643ae23c994a94cb11397"
 _TRAIN, _VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -154,17 +155,45 @@ def _val_labels(root: Path) -> dict[str, str]:
                 if member.name.endswith(("/meta.mat", "_validation_ground_truth.txt"))
                 and (content := devkit.extractfile(member)) is not None
             }
-        # Imported here: no other file needs scipy, which is optional.
-        from scipy.io import loadmat  # noqa: PLC0415
-
-        synsets = loadmat(io.BytesIO(contents["meta.mat"]), squeeze_me=True)["synsets"]
-        wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-        numbers = contents["ILSVRC2012_validation_ground_truth.txt"].decode().split()
-        return {f"ILSVRC2012_val_{n:08d}": wnid[int(number)] for n, number in enumerate(numbers, 1)}
+        return _devkit_labels(root / _DEVKIT, contents)
     if (root / _KAGGLE).is_file():
-        with (root / _KAGGLE).open(encoding="utf-8", newline="") as file:
-            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+        return _kaggle_labels(root / _KAGGLE)
     raise DataError(
         f"{root}: the validation images have no class folders and no label file; "
         f"put {_DEVKIT} (or Kaggle's {_KAGGLE}) there"
     )
+
+
+def _devkit_labels(path: Path, contents: dict[str, bytes]) -> dict[str, str]:
+    """The labels of the devkit's numbers."""
+    # Imported here: no other file needs scipy, which is optional.
+    from scipy.io import loadmat  # noqa: PLC0415
+
+    try:
+        synsets = loadmat(io.BytesIO(contents["meta.mat"]), squeeze_me=True)["synsets"]
+        wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        numbers = contents["ILSVRC2012_validation_ground_truth.txt"].decode().split()
+        return {f"ILSVRC2012_val_{n:08d}": wnid[int(number)] for n, number in enumerate(numbers, 1)}
+    except Exception as error:  # scipy raises many types on a file that is none of Matlab's
+        raise DataError(
+            f"{path}: found no meta.mat and ground truth that fit ({type(error).__name__}: {error}); "
+            "expected the devkit as published; download it again"
+        ) from None
+
+
+def _kaggle_labels(path: Path) -> dict[str, str]:
+    """Image -> wnid, the first word of its PredictionString."""
+    labels = {}
+    table = csv.DictReader(io.StringIO(read_text(path, "Kaggle's table of validation labels"), newline=""))
+    try:
+        for row in table:
+            words = (row.get("PredictionString") or "").split()
+            if not row.get("ImageId") or not words or not _WNID.fullmatch(words[0]):
+                raise DataError(
+                    f"{path}: line {table.line_num}: found {shown(str(list(row.values())))}; expected "
+                    "ImageId,PredictionString with a class such as n01440764 first"
+                )
+            labels[row["ImageId"]] = words[0]
+    except csv.Error as error:
+        raise DataError(f"{path}: line {table.line_num}: is not CSV: {error}") from None
+    return labels

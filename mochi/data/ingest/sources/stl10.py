@@ -11,6 +11,7 @@ from mochi.data.format import UNLABELLED
 from mochi.data.ingest.fetch import Archive, fetch, unpacked
 from mochi.data.ingest.raw import ArraySplit, RawDataset, in_batches
 from mochi.errors import DataError
+from mochi.text import read_lines
 
 # As in torchvision/datasets/stl10.py, whose import alone takes seconds.
 ARCHIVE = Archive(
@@ -33,7 +34,7 @@ def collect(config: Stl10, cache: Path) -> RawDataset:
     """
     folder = unpacked(fetch(ARCHIVE, config, cache), cache) / "stl10_binary"
     train, unlabelled, test = (_images(folder / f"{name}_X.bin") for name in ("train", "unlabeled", "test"))
-    names = _file(folder / "class_names.txt").read_text(encoding="utf-8").split()
+    names = read_lines(folder / "class_names.txt", f"the classes in {ARCHIVE.file}")
     labels = np.concatenate([_labels(folder / "train_y.bin"), np.full(len(unlabelled), UNLABELLED)])
     return RawDataset(
         source=f"{ARCHIVE.urls[0]} (Coates, Ng, Lee 2011)",

@@ -143,7 +143,7 @@ def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SE
     if measure:
         yield f"measured on {machine}"
     jobs: list[Seconds] = []
-    bytes_a_run = _bytes_of(experiment.encoder)
+    bytes_a_run = encoder_bytes(experiment.encoder)
     num_runs = 0
     for method in experiment.methods:
         seeds = method_seeds(experiment, method)
@@ -254,7 +254,7 @@ def _totals(
     *,
     measure: bool,
 ) -> Iterator[str]:
-    needed = num_runs * bytes_a_run + 8 * machine.at_once * bytes_a_run  # results; resume checkpoints
+    needed = disk_needed(num_runs, bytes_a_run, machine.at_once)
     free = shutil.disk_usage(dataset.folder).free
     yield (
         f"{num_runs} runs; about {_size(needed)} of disk for encoders and resume checkpoints; "
@@ -273,6 +273,14 @@ def _totals(
     total = Seconds(sum(job.low for job in jobs), sum(job.high for job in jobs))
     yield f"all of it, one after another: {total}"
     yield f"{machine.at_once} at once: {makespan(jobs, machine.at_once)}"
+
+
+def disk_needed(num_runs: int, bytes_a_run: int, at_once: int) -> int:
+    """Bytes of the encoders, and of the resume checkpoints of runs side by side.
+
+    A checkpoint has two encoders and the momentum of one, and is written next to the one before it.
+    """
+    return num_runs * bytes_a_run + at_once * 2 * 3 * bytes_a_run
 
 
 def makespan(jobs: Sequence[Seconds], at_once: int) -> Seconds:
@@ -410,7 +418,7 @@ def seconds_per_iteration(run: DetectionRun, machine: Machine, seconds: float) -
     return _range(times), len(test.images)
 
 
-def _bytes_of(encoder: Encoder) -> int:
+def encoder_bytes(encoder: Encoder) -> int:
     """Bytes of an encoder file."""
     tensors = build_untrained(encoder, 0).state_dict().values()
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -3,38 +3,54 @@
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mochi import layout
 from mochi.config import (
     Contrastive,
     Dataset,
+    DetectionData,
+    DetectionSet,
     Experiment,
     FromFile,
     PretrainRun,
+    ProbeRun,
     Supervised,
     Training,
+    all_runs,
     method_seeds,
     pretrain_run,
+    probe_run,
     probes,
 )
-from mochi.config.datasets import Folder
+from mochi.config.datasets import Download, Folder, ImageNet
 from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.ingest import classes
-from mochi.data.ingest.sources.folder import collect, current_listing
+from mochi.data.ingest.prepare import collect
+from mochi.data.ingest.raw import FileSplit, RawDataset, as_text, class_counts
+from mochi.data.ingest.sources.folder import current_listing
+from mochi.data.ingest.validate import Validator
+from mochi.data.photographs import PHOTOGRAPHS
 from mochi.data.views.loading import steps_per_epoch
 from mochi.encoders.files import EncoderError, load_encoder
 from mochi.errors import DataError, UserError
-from mochi.pretraining.objectives import make_objective
+from mochi.extras import not_installed
+from mochi.layout import Layout
+from mochi.plan import disk_needed, encoder_bytes
 from mochi.pretraining.stage import queue_warning
 from mochi.provenance.wanted import prepared
 from mochi.runtime.distributed import pick_device
+from mochi.runtime.gpus import visible
+from mochi.runtime.progress import counter
+from mochi.runtime.shares import runs_at_once
 
-_MEASURED_STEPS = 5
+_MOST_DECODED = 20_000  # images; of more, a part
 _SMALL_SHARED_MEMORY = 1 << 30
 _USUAL_SIZE = 224  # of views, whatever the size of the images
 
@@ -54,17 +70,18 @@ def check(experiment: Experiment, *, verify: bool = False) -> list[Finding]:
 
     Args:
         experiment: what is to be computed.
-        verify: read the prepared files whole and compare their sha256 with the manifest's.
+        verify: read the prepared files whole and compare their sha256 with the manifest's; decode every
+            image, however many there are.
     """
     return [
-        *_machine(),
+        *_machine(experiment),
         *_encoder_files(experiment),
         *_detection(experiment),
-        *_data(experiment, verify),
+        *_data(experiment, verify=verify),
     ]
 
 
-def _machine() -> Iterator[Finding]:
+def _machine(experiment: Experiment) -> Iterator[Finding]:
     device = pick_device()
     yield Finding("note", f"computing on {device}, {os.cpu_count()} CPU cores")
     shared = Path("/dev/shm")  # noqa: S108 (read, not written)
@@ -74,131 +91,351 @@ def _machine() -> Iterator[Finding]:
             f"{shared} has {size / 1e6:.0f} MB; loading workers of large images need more; "
             "run the container with --ipc=host or --shm-size=16g",
         )
+    for package in _packages(experiment):
+        if find_spec(package) is None:
+            yield Finding("error", not_installed(package))
+    at_once = runs_at_once(len(visible()) if device.type == "cuda" else 0)
+    bytes_a_run = encoder_bytes(experiment.encoder)
+    needed = disk_needed(len(all_runs(experiment)), bytes_a_run, at_once)
+    for place in (Layout(experiment.name).results, Path("work"), layout.dataset(experiment.dataset.name)):
+        existing = next(each for each in (place, *place.absolute().parents) if each.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            text = f"{place}: cannot be written: expected a folder that this user may write"
+            yield Finding("error", text)
+        elif (free := shutil.disk_usage(existing).free) < needed:
+            text = (
+                f"{place}: {free / 1e9:.1f} GB of disk are free; encoders and checkpoints take about "
+                f"{needed / 1e9:.1f} GB; free some, or link the folder to another disk"
+            )
+            yield Finding("error", text)
+            break
+    if device.type == "cuda":
+        yield from _gpu_memory(experiment, bytes_a_run)
+
+
+def _packages(experiment: Experiment) -> Iterator[str]:
+    """Optional packages that some stage imports."""
+    yield from ("matplotlib", "pandas")
+    sets = experiment.evaluation.detection.values()
+    if sets:
+        yield "faster_coco_eval"
+    if experiment.dataset.source == "photo-patches" or any(each.data.scenes for each in sets):
+        yield from ("skimage", "sklearn")
+    if experiment.dataset.source == "imagenet":
+        yield "scipy"
+
+
+def _gpu_memory(experiment: Experiment, bytes_a_run: int) -> Iterator[Finding]:
+    """Two encoders, gradients, momentum and queue must fit; activations come on top."""
+    queues = [
+        int(run.recipe.queue_size) for run in _rows(experiment) if isinstance(run.recipe, Contrastive)
+    ]
+    needed = 4 * bytes_a_run + 4 * 128 * max(queues, default=0)
+    total = torch.cuda.get_device_properties(pick_device()).total_memory
+    if needed > total:
+        yield Finding(
+            "error",
+            f"the GPU has {total / 1e9:.1f} GB; encoders, optimizer and queue take {needed / 1e9:.1f} GB "
+            "before any image; choose a smaller encoder or queue",
+        )
+
+
+def _rows(experiment: Experiment) -> list[PretrainRun]:
+    """One run of every row."""
+    return [
+        pretrain_run(experiment, method, method_seeds(experiment, method)[0])
+        for method in experiment.methods
+    ]
 
 
 def _encoder_files(experiment: Experiment) -> Iterator[Finding]:
     """Encoders that are not trained here must be there and fit."""
-    for method in experiment.methods:
-        run = pretrain_run(experiment, method, method_seeds(experiment, method)[0])
+    for run in _rows(experiment):
         if isinstance(run.recipe, FromFile):
             try:
                 load_encoder(Path(run.recipe.path), run.encoder, torch.device("cpu"))
             except EncoderError as error:
-                yield Finding("error", f"methods.{method}.path: {error}")
+                yield Finding("error", f"methods.{run.method}.path: {error}")
+
+
+# ---------------------------------------------------------------- detection
 
 
 def _detection(experiment: Experiment) -> Iterator[Finding]:
-    """Detection sets that are not generated: their files, contents and images."""
+    """Files, contents and images of every set that is there; the others must be made here."""
     for name, chosen in experiment.evaluation.detection.items():
-        if chosen.data.scenes is not None:
-            continue
         where = f"evaluation.detection.{name}"
+        if chosen.data.scenes is not None:
+            yield from _scenes(where, chosen.data)
+            continue
         missing = [file for file in chosen.data.annotation_files() if not Path(file).exists()]
         for file in missing:
             yield Finding("error", f"{where}: {file}: not found; put the set there")
-        if not missing:
-            from mochi.detection import sets  # noqa: PLC0415 (detection is an extra)
-
-            jobs = os.cpu_count() or 1
-            errors, warnings = sets.problems(chosen.data, masks=chosen.model.masks, jobs=jobs)
-            yield from (Finding("error", f"{where}: {text}") for text in errors)
-            yield from (Finding("warning", f"{where}: {text}") for text in warnings)
+        if not missing and find_spec("faster_coco_eval") is not None:
+            yield from _set(where, chosen)
 
 
-def _data(experiment: Experiment, verify: bool) -> Iterator[Finding]:
-    folder = layout.dataset(experiment.dataset.name)
+def _scenes(where: str, data: DetectionData) -> Iterator[Finding]:
+    """Scenes are made from photographs by name."""
+    known = [photo.name for photo in PHOTOGRAPHS]
+    classes = data.classes or []
+    if unknown := [name for name in classes if name not in known]:
+        text = f"{where}.data.classes: found {unknown}; scenes have objects from: {', '.join(known)}"
+        yield Finding("error", text)
+    elif len(classes) >= len(known):
+        text = f"{where}.data.classes: found all {len(known)} photographs; leave one for backgrounds"
+        yield Finding("error", text)
+
+
+def _set(where: str, chosen: DetectionSet) -> Iterator[Finding]:
+    """What the detection stage would refuse of a set that is there, and what is odd in it."""
+    from mochi.detection import sets  # noqa: PLC0415 (detection is an extra)
+
+    errors, warnings = sets.problems(chosen.data, masks=chosen.model.masks, jobs=os.cpu_count() or 1)
+    yield from (Finding("error", f"{where}: {text}") for text in errors)
+    yield from (Finding("warning", f"{where}: {text}") for text in warnings)
+    if not errors and len(chosen.training.lr) > 1:
+        train, _ = sets.read_splits(chosen.data, masks=False)
+        if len(train.images) < 2:
+            text = f"{where}.training.lr: found several; a search needs 2 images of train or more"
+            yield Finding("error", text)
+
+
+# ---------------------------------------------------------------- images
+
+
+class _Contents(NamedTuple):
+    """How many images there are, in the prepared data or in the folder that will be prepared."""
+
+    images: dict[str, int]
+    labelled: dict[str, dict[str, int]]
+    """Split -> class -> number."""
+
+    def count(self, split: str) -> int:
+        """Labelled images of a split."""
+        return sum(self.labelled.get(split, {}).values())
+
+
+def _data(experiment: Experiment, *, verify: bool) -> Iterator[Finding]:
+    """Every data set, and what rows and evaluations ask of it."""
+    contents: dict[str, _Contents | None] = {}
+    tasks = [probe_run(experiment, *all_runs(experiment)[0], task) for task in probes(experiment)]
+    for config in (experiment.dataset, *(run.dataset for run in tasks)):
+        if config.name not in contents:
+            contents[config.name], findings = _contents(config, verify=verify)
+            yield from findings
+    train = contents[experiment.dataset.name]
+    if train is not None:
+        yield from _image_size(experiment)
+        if train.images.get("train"):
+            for run in _rows(experiment):
+                yield from _recipe(run, train)
+        else:
+            yield Finding("error", "dataset: found 0 images in train; expected some to pretrain on")
+    for task in tasks:
+        if (evaluated := contents[task.dataset.name]) is not None:
+            yield from _labels(task, evaluated)
+    yield from _evaluation_size(experiment)
+
+
+def _contents(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[Finding]]:
+    """Counts of the prepared data if it is the set that is wanted, else of the source; None: unknown."""
+    folder = layout.dataset(config.name)
+    findings: list[Finding] = []
     try:
         dataset = open_dataset(folder)
+        stale = prepared(config, folder, current_listing(config, folder)).why_stale()
     except DataError as error:
-        place = getattr(experiment.dataset, "path", None)
+        place = getattr(config, "path", None)
         if place is not None and not Path(place).exists():
-            yield Finding("error", f"dataset.path: {place}: not found, and nothing is prepared in {folder}")
+            text = f"dataset.path: {place}: not found, and nothing is prepared in {folder}"
+            return None, [Finding("error", text)]
+        findings.append(Finding("note", f"data not prepared yet ({error})"))
+    else:
+        if stale in {None, "missing"}:
+            contents = _of_manifest(dataset)
+            return contents, [*_prepared(dataset, verify=verify), *_classes(contents)]
+        text = f"{folder}: not the data set of this experiment ({stale}); the workflow prepares it again"
+        findings.append(Finding("warning", text))
+    try:
+        found, more = _of_source(config, verify=verify)
+    except UserError as error:
+        return None, [*findings, Finding("error", f"dataset: {error}")]
+    if found is None:
+        text = f"{config.name}: images are counted once they are prepared; check again then"
+        return None, [*findings, Finding("note", text)]
+    return found, [*findings, *more, *_classes(found)]
+
+
+def _classes(contents: _Contents) -> Iterator[Finding]:
+    """Classes of train and val that contradict each other, or probably do."""
+    yield from (Finding("error", text) for text in classes.faults(contents.labelled))
+    yield from (Finding("warning", text) for text in classes.oddities(contents.labelled))
+
+
+def _of_manifest(dataset: StoredDataset) -> _Contents:
+    splits = dataset.manifest["splits"]
+    return _Contents(
+        {name: int(entry["count"]) for name, entry in splits.items()},
+        {name: {label: n for label, n in entry["classes"].items() if n} for name, entry in splits.items()},
+    )
+
+
+def _of_source(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[Finding]]:
+    """Counts of images that lie in a folder; None for what is downloaded or made.
+
+    Raises:
+        DataError: as preparation would.
+    """
+    if isinstance(config, Download):
+        if config.archive is not None and not Path(config.archive).is_file():
+            raise DataError(f"archive: {config.archive}: no such file; download it again")
+        return None, []
+    if not isinstance(config, Folder | ImageNet):
+        return None, []
+    raw = collect(config, Path("data/.cache"))
+    labels = {name: np.array(split.labels) for name, split in raw.splits.items()}
+    findings: list[Finding] = []
+    if isinstance(config, Folder):
+        findings = _unreadable(raw, labels, verify=verify)
+    counts = {name: class_counts(each, raw.classes) for name, each in labels.items()}
+    filled = {name: {label: n for label, n in each.items() if n} for name, each in counts.items()}
+    return _Contents({name: len(each) for name, each in labels.items()}, filled), findings
+
+
+def _unreadable(raw: RawDataset, labels: dict[str, NDArray[np.int64]], *, verify: bool) -> list[Finding]:
+    """Decode the images, or some of many; removes the labels of those that preparation would quarantine."""
+    splits = {name: split for name, split in raw.splits.items() if isinstance(split, FileSplit)}
+    total = sum(len(split.ranges) for split in splits.values())
+    every = 1 if verify else -(-total // _MOST_DECODED)
+    bad: list[str] = []
+    done, report = 0, counter("check images")
+    with Validator(os.cpu_count() or 1) as validator:
+        for name, split in splits.items():
+            rows = np.arange(0, len(split.ranges), every)
+            part = FileSplit(
+                [split.ranges[row] for row in rows], [split.paths[row] for row in rows], split.labels[rows]
+            )
+            readable = np.ones(len(split.ranges), bool)
+            for file in validator.validate(part, keep_reencoded=False):
+                done += 1
+                report(done, -(-total // every))
+                if file.result.reason:
+                    readable[rows[file.row]] = False
+                    bad.append(f"{as_text(part.paths[file.row])} ({file.size} bytes): {file.result.reason}")
+            labels[name] = labels[name][readable]
+    findings = []
+    if every > 1:
+        text = f"1 of {every} images was decoded; --verify decodes all of them"
+        findings.append(Finding("note", text))
+    if bad:
+        text = f"dataset: {len(bad)} of {done} images are unreadable; the first: {bad[0]}"
+        if len(bad) > raw.max_unreadable * done:
+            text += f"; more than max_unreadable = {raw.max_unreadable}; remove them, or raise it"
+            findings.append(Finding("error", text))
         else:
-            yield from _source(experiment.dataset)
-        yield Finding("note", f"data not prepared yet ({error})")
-        return
-    stale = prepared(experiment.dataset, folder, current_listing(experiment.dataset, folder)).why_stale()
-    if stale is not None:
-        yield from _source(experiment.dataset)
-        yield Finding(
-            "warning",
-            f"{folder}: not the data set of this experiment ({stale}); the workflow prepares it again, and "
-            "what follows here is about the old one",
-        )
+            findings.append(Finding("warning", f"{text}; they will be left out"))
+    return findings
+
+
+def _prepared(dataset: StoredDataset, *, verify: bool) -> Iterator[Finding]:
+    """Files that are missing or cut, or with `verify` damaged; images that are large for no purpose."""
+    for split in dataset.manifest["splits"]:
+        try:
+            said = dataset.split(split).oversized()
+        except DataError as error:
+            yield Finding("error", str(error))
+            return
+        if said:
+            yield Finding("warning", said)
     for path in dataset.damaged() if verify else ():
         text = f"{path}: missing or corrupt: its sha256 is not the manifest's; prepare the data again"
         yield Finding("error", text)
-    counts = {name: entry["classes"] for name, entry in dataset.manifest["splits"].items()}
-    yield from (Finding("error", text) for text in classes.faults(counts))
-    yield from (Finding("warning", text) for text in classes.oddities(counts))
-    yield from _sizes(experiment, dataset)
-    yield from _labels(experiment, dataset)
-    for method in experiment.methods:
-        yield from _recipe(pretrain_run(experiment, method, method_seeds(experiment, method)[0]), dataset)
 
 
-def _source(dataset: Dataset) -> Iterator[Finding]:
-    """What preparing the user's own images would stop at, as far as their names tell."""
+def _image_size(experiment: Experiment) -> Iterator[Finding]:
+    """Views much smaller than the prepared images waste what is in them."""
     try:
-        if isinstance(dataset, Folder):
-            collect(dataset, Path())
-    except UserError as error:
-        yield Finding("error", str(error))
-
-
-def _recipe(run: PretrainRun, dataset: StoredDataset) -> Iterator[Finding]:
-    """Batch, queue and labels of one row."""
-    recipe = run.recipe
-    if not isinstance(recipe, Training):
+        train = open_dataset(layout.dataset(experiment.dataset.name)).split("train")
+    except DataError:
         return
-    if isinstance(recipe, Supervised) and not _labelled(dataset, "train"):
-        text = f"{run.method}: found 0 labelled images in train; provide some, or remove the row"
-        yield Finding("error", text)
-        return
-    num_images = make_objective(run, dataset).num_images
-    try:
-        steps_per_epoch(num_images, recipe.batch_size)
-    except DataError as error:
-        yield Finding("error", f"{run.method}: {error}")
-    if isinstance(recipe, Contrastive) and (warning := queue_warning(recipe, num_images)):
-        yield Finding("warning", f"{run.method}: {warning}")
-
-
-def _labels(experiment: Experiment, dataset: StoredDataset) -> Iterator[Finding]:
-    """A probe learns from labelled images of train and is evaluated on those of val."""
-    for task in probes(experiment):
-        for split in ("train", "val"):
-            if not _labelled(dataset, split):
-                yield Finding(
-                    "error",
-                    f"evaluation.{task}: found 0 labelled images in {split}; "
-                    f"provide some, or remove {task} from the experiment",
-                )
     size = experiment.augmentation.image_size
-    if probes(experiment) and experiment.evaluation.image_size * 2 <= size:
-        yield Finding(
-            "warning",
-            f"evaluation.image_size: found {experiment.evaluation.image_size}; encoders are trained at "
-            f"augmentation.image_size = {size}; evaluate at the size of the training",
-        )
-
-
-def _labelled(dataset: StoredDataset, split: str) -> int:
-    entry = dataset.manifest["splits"].get(split, {"count": 0, "unlabelled": 0})
-    return int(entry["count"] - entry["unlabelled"])
-
-
-def _sizes(experiment: Experiment, dataset: StoredDataset) -> Iterator[Finding]:
-    """Views much smaller than the images waste what is in them."""
-    if not dataset.manifest["splits"].get("train", {}).get("count"):
-        return
-    train, size = dataset.split("train"), experiment.augmentation.image_size
-    if said := train.oversized():
-        yield Finding("warning", said)
-    short = int(np.median(np.minimum(train.heights, train.widths)))
+    short = int(np.median(np.minimum(train.heights, train.widths))) if len(train) else 0
     if short >= 2 * size and size < _USUAL_SIZE:
         yield Finding(
             "warning",
             f"augmentation.image_size: found {size}; images of train have a median short side of "
             f"{short} px; `mochi inspect` recommends a size",
         )
+
+
+def _recipe(run: PretrainRun, contents: _Contents) -> Iterator[Finding]:
+    """Batch, queue and labels of one row."""
+    recipe = run.recipe
+    if not isinstance(recipe, Training):
+        return
+    num_images = contents.images["train"]
+    if isinstance(recipe, Supervised):
+        num_images = contents.count("train")
+        if not num_images:
+            text = f"{run.method}: found 0 labelled images in train; provide some, or remove the row"
+            yield Finding("error", text)
+            return
+    try:
+        steps = steps_per_epoch(num_images, recipe.batch_size)
+    except DataError as error:
+        yield Finding("error", f"{run.method}: {error}")
+        steps = 0
+    if not isinstance(recipe, Contrastive):
+        return
+    if warning := queue_warning(recipe, num_images):
+        yield Finding("warning", f"{run.method}: {warning}")
+    keys = recipe.epochs * steps * recipe.batch_size
+    if 0 < keys < recipe.queue_size:
+        yield Finding(
+            "warning",
+            f"{run.method}: queue_size = {recipe.queue_size} is never full: {recipe.epochs} epochs have "
+            f"{keys} keys; lower queue_size or raise epochs",
+        )
+
+
+def _labels(run: ProbeRun, contents: _Contents) -> Iterator[Finding]:
+    """A task learns from labelled images of train and is evaluated on those of val."""
+    where = f"evaluation.{run.name}"
+    missing = [split for split in ("train", "val") if not contents.count(split)]
+    for split in missing:
+        yield Finding(
+            "error",
+            f"{where}: found 0 labelled images in {split}; "
+            f"provide some{_VAL if split == 'val' else ''}, or remove {run.name} from the experiment",
+        )
+    if missing:
+        return
+    if len(contents.labelled["train"]) == 1:
+        yield Finding("warning", f"{where}: found one class in train; there is nothing to classify")
+    labelled = contents.count("train")
+    batch = getattr(run.protocol, "batch_size", 0)
+    if batch > labelled:
+        yield Finding(
+            "warning",
+            f"{where}.batch_size: found {batch}; train has {labelled} labelled images: one step an epoch; "
+            "lower batch_size",
+        )
+    most = max(getattr(run.protocol, "k", [0]))
+    if most > labelled:
+        text = f"{where}.k: found {most}; train has {labelled} labelled images: all vote; lower k"
+        yield Finding("warning", text)
+
+
+def _evaluation_size(experiment: Experiment) -> Iterator[Finding]:
+    """Features of other sizes than the training's are worse."""
+    size, found = experiment.augmentation.image_size, experiment.evaluation.image_size
+    if probes(experiment) and (found * 2 <= size or found >= 2 * size):
+        yield Finding(
+            "warning",
+            f"evaluation.image_size: found {found}; encoders are trained at "
+            f"augmentation.image_size = {size}; evaluate at the size of the training",
+        )
+
+
+_VAL = " (`dataset.val_share` takes a share of train, where the source is a folder)"

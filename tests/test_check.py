@@ -1,0 +1,309 @@
+"""`mochi check` against the stages: what it passes, they accept, and what they refuse, it names.
+
+Each of 30 changed experiments is checked, then prepared, and every stage is asked as far as it takes to
+learn whether it refuses: objectives are built, steps counted, labels looked for, annotations read.
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mochi.config import Experiment, Training, all_runs, load_experiment, pretrain_run, probe_run, probes
+from mochi.data.format import open_dataset
+from mochi.data.ingest.prepare import prepare
+from mochi.data.views.loading import steps_per_epoch
+from mochi.detection.annotations import for_training
+from mochi.detection.check_images import check_images
+from mochi.detection.scenes import _PatchSampler
+from mochi.detection.sets import read_splits
+from mochi.encoders.files import load_encoder
+from mochi.errors import UserError
+from mochi.evaluation.features import Frozen
+from mochi.preflight import check
+from mochi.pretraining.objectives import make_objective
+
+TINY = Path(__file__).parents[1] / "tests/tiny.yaml"
+SET = {
+    "data": {
+        "format": "voc",
+        "path": "things",
+        "train": ["VOC/train"],
+        "test": ["VOC/val"],
+        "classes": ["thing"],
+        "rule": "all-point",
+        "broken_objects": "fail",
+        "empty_images": "keep",
+    },
+    "model": {
+        "masks": False,
+        "anchor_sizes": [16],
+        "anchor_ratios": [1.0],
+        "rpn_batch": 8,
+        "proposals_train": [20, 10],
+        "proposals_test": [20, 10],
+        "roi_size": 4,
+        "roi_batch": 8,
+        "roi_positive": 0.5,
+        "score_threshold": 0.05,
+        "max_detections": 5,
+    },
+    "training": {
+        "mode": "finetune",
+        "seeds": [0],
+        "lr": [0.01],
+        "lr_batch_size": 2,
+        "batch_size": 2,
+        "micro_batch": 2,
+        "iterations": 2,
+        "warmup_iterations": 0,
+        "schedule": "cosine",
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "train_sizes": [32],
+        "test_size": 32,
+        "max_size": 64,
+        "flip": True,
+        "precise_bn_batches": 1,
+    },
+}
+
+
+def image(path: Path, number: int, width: int = 20, height: int = 20) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), (number % 256, number // 256, 0)).save(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, 40 and 8 images; a VOC set of four images."""
+    root = tmp_path_factory.mktemp("checked")
+    for split, count in (("train", 20), ("val", 4)):
+        for label in ("a", "b"):
+            for number in range(count):
+                image(root / f"images/{split}/{label}/{number}.png", number)
+    for number in range(4):
+        image(root / f"things/VOC/JPEGImages/{number}.jpg", number)
+        annotation(root, number)
+    (root / "things/VOC/ImageSets/Main").mkdir(parents=True)
+    (root / "things/VOC/ImageSets/Main/train.txt").write_text("0\n1\n")
+    (root / "things/VOC/ImageSets/Main/val.txt").write_text("2\n3\n")
+    return root
+
+
+def annotation(root: Path, number: int, name: str = "thing", xmax: int = 12, width: int = 20) -> None:
+    folder = root / "things/VOC/Annotations"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{number}.xml").write_text(
+        f"<annotation><size><width>{width}</width><height>20</height></size><object><name>{name}</name><bndbox>"
+        f"<xmin>4</xmin><ymin>4</ymin><xmax>{xmax}</xmax><ymax>14</ymax></bndbox></object></annotation>"
+    )
+
+
+Change = Callable[[dict[str, Any], Path], object]
+
+
+def put(path: str, value: Any) -> Change:
+    """Set one key of the experiment."""
+
+    def change(content: dict[str, Any], root: Path) -> None:
+        *above, last = path.split(".")
+        for key in above:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+def supervised(content: dict[str, Any], root: Path) -> None:
+    content["methods"]["supervised"] = {"objective": "supervised", "lr": 0.1}
+
+
+def without_labels(content: dict[str, Any], root: Path) -> None:
+    for split in ("train", "val"):
+        for number, file in enumerate(sorted((root / f"images/{split}").rglob("*.png"))):
+            file.rename(root / f"images/{split}/{number}-loose.png")
+        for folder in "ab":
+            (root / f"images/{split}/{folder}").rmdir()
+
+
+def unlabelled_and_no_probes(content: dict[str, Any], root: Path) -> None:
+    without_labels(content, root)
+    del content["evaluation"]["linear"], content["evaluation"]["knn"]
+
+
+def bad_images(count: int) -> Change:
+    def change(content: dict[str, Any], root: Path) -> None:
+        for number in range(count):
+            (root / f"images/train/a/{number}.png").write_bytes(b"no image")
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    def change(content: dict[str, Any], root: Path) -> None:
+        for each in changes:
+            each(content, root)
+
+    return change
+
+
+DATA, TRAINING = "evaluation.detection.things.data", "evaluation.detection.things.training"
+CHANGES: dict[str, Change] = {
+    "nothing": lambda content, root: None,
+    "a batch as large as the set": put("pretrain.batch_size", 40),
+    "a batch larger than the set": put("pretrain.batch_size", 41),
+    "a batch larger than what is readable": both(
+        put("pretrain.batch_size", 40), bad_images(1), put("dataset.max_unreadable", 0.5)
+    ),
+    "a supervised batch of the labelled images": both(supervised, put("pretrain.batch_size", 40)),
+    "a supervised batch larger than the labelled": both(
+        supervised,
+        lambda content, root: [image(root / f"images/train/x{n}.png", n) for n in range(9)],
+        put("pretrain.batch_size", 45),
+    ),
+    "no val": lambda content, root: shutil.rmtree(root / "images/val"),
+    "no val, but a share": both(
+        lambda content, root: shutil.rmtree(root / "images/val"), put("dataset.val_share", 0.2)
+    ),
+    "no train": lambda content, root: shutil.rmtree(root / "images/train"),
+    "no images": lambda content, root: shutil.rmtree(root / "images"),
+    "no labels": without_labels,
+    "no labels, supervised": both(supervised, without_labels),
+    "no labels, no probes": unlabelled_and_no_probes,
+    "one class": lambda content, root: [
+        shutil.rmtree(root / f"images/{split}/b") for split in ("train", "val")
+    ],
+    "val has other classes": lambda content, root: [
+        (root / f"images/val/{name}").rename(root / f"images/val/{name}x") for name in "ab"
+    ],
+    "too many unreadable": bad_images(3),
+    "some unreadable": both(bad_images(3), put("dataset.max_unreadable", 0.2)),
+    "a list that is not there": put("dataset.only_listed", ["gone.txt"]),
+    "a queue longer than the set": put("pretrain.queue_size", 400),
+    "a probe's batch larger than train": put("evaluation.linear.batch_size", 500),
+    "more neighbours than images": put("evaluation.knn.k", 500),
+    "an evaluation larger than the training": put(
+        "evaluation", {"image_size": 64, "resize": 64, "knn": {"k": 5, "temperature": 0.1}}
+    ),
+    "an encoder file that is not there": put(
+        "methods.other", {"objective": "file", "path": "gone.safetensors"}
+    ),
+    "an unknown class": put(f"{DATA}.classes", ["other"]),
+    "a set that is not there": put(f"{DATA}.path", "elsewhere"),
+    "an image that does not decode": lambda content, root: (
+        root / "things/VOC/JPEGImages/3.jpg"
+    ).write_bytes(b"no"),
+    "an image that is missing": lambda content, root: (root / "things/VOC/JPEGImages/0.jpg").unlink(),
+    "an annotation of another size": lambda content, root: annotation(root, 1, width=400),
+    "a reversed box": lambda content, root: annotation(root, 2, xmax=1),
+    "a reversed box, dropped": both(
+        lambda content, root: annotation(root, 2, xmax=1), put(f"{DATA}.broken_objects", "drop")
+    ),
+    "no box at all": lambda content, root: (
+        [(root / f"things/VOC/Annotations/{n}.xml").write_text("<annotation></annotation>") for n in (0, 1)]
+        and put(f"{DATA}.empty_images", "drop")(content, root)
+    ),
+    "a search on one image": both(
+        put(f"{TRAINING}.lr", [0.1, 0.2]),
+        put(f"{TRAINING}.search_iterations", 1),
+        put(f"{TRAINING}.validation", 0.5),
+        lambda content, root: (root / "things/VOC/ImageSets/Main/train.txt").write_text("0\n"),
+    ),
+    "scenes of photographs that do not exist": put(
+        "evaluation.detection.things.data",
+        {
+            **SET["data"],
+            "path": "made",
+            "classes": ["nothing"],
+            "scenes": {"image_size": 96, "num_train": 1, "num_test": 1, "seed": 0},
+        },
+    ),
+}
+
+
+def refusals(experiment: Experiment) -> Iterator[str]:  # noqa: PLR0912
+    """What the stages refuse, each asked in its own words."""
+    device = torch.device("cpu")
+    try:
+        prepare(experiment.dataset, Path("data", experiment.dataset.name), jobs=1)
+    except UserError as error:
+        yield f"prepare: {error}"
+    else:
+        dataset = open_dataset(Path("data", experiment.dataset.name))
+        for method, seed in all_runs(experiment):
+            run = pretrain_run(experiment, method, seed)
+            try:
+                if isinstance(run.recipe, Training):
+                    steps_per_epoch(make_objective(run, dataset).num_images, run.recipe.batch_size)
+                elif run.recipe.objective == "file":
+                    load_encoder(Path(run.recipe.path), run.encoder, device)
+            except (UserError, UserWarning) as error:  # torch warns of a classifier without classes
+                yield f"pretrain: {error}"
+        for task in probes(experiment):
+            probe = probe_run(experiment, *all_runs(experiment)[0], task)
+            frozen = Frozen(probe, None, dataset, device, 0, None)  # type: ignore[arg-type]
+            for split in ("train", "val"):
+                try:
+                    frozen.split(split)
+                except UserError as error:
+                    yield f"{task}: {error}"
+    for chosen in experiment.evaluation.detection.values():
+        try:
+            if chosen.data.scenes:
+                _PatchSampler(chosen.data.classes or [], 0, "train")
+                continue
+            train, test = read_splits(chosen.data, masks=chosen.model.masks)
+            check_images([train, test], jobs=1)
+            for_training(train, chosen.data.empty_images)
+            if len(chosen.training.lr) > 1 and len(train.images) < 2:
+                yield "detect: no image to validate on"
+        except UserError as error:
+            yield f"detect: {error}"
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_check_says_what_the_stages_say(
+    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(place, tmp_path / "here"))
+    monkeypatch.chdir(root)
+    content = yaml.safe_load(TINY.read_text())
+    content["dataset"] = {"source": "folder", "name": "mine", "path": "images"}
+    content["evaluation"]["detection"] = {"things": copy.deepcopy(SET)}
+    CHANGES[name](content, root)
+    (root / "mine.yaml").write_text(yaml.safe_dump(content))
+    experiment = load_experiment(root / "mine.yaml")
+    before = sorted(path for path in root.rglob("*"))
+    found = [finding.text for finding in check(experiment) if finding.level == "error"]
+    assert sorted(path for path in root.rglob("*")) == before, "looking changes nothing"
+    assert bool(found) == bool(refused := list(refusals(experiment))), (found, refused)
+    prepared = [finding.text for finding in check(experiment) if finding.level == "error"]
+    assert bool(prepared) == bool(found), "and the same once the data is prepared"
+
+
+def test_everything_is_said_at_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(shutil.copytree(place, tmp_path / "here"))
+    monkeypatch.chdir(root)
+    content = yaml.safe_load(TINY.read_text())
+    content["dataset"] = {"source": "folder", "name": "mine", "path": "images"}
+    content["evaluation"]["detection"] = {"things": copy.deepcopy(SET)}
+    both(
+        put("pretrain.batch_size", 1000), put(f"{DATA}.classes", ["other"]),
+        lambda content, root: shutil.rmtree(root / "images/val"),
+    )(content, root)  # fmt: skip
+    (root / "mine.yaml").write_text(yaml.safe_dump(content))
+    said = "\n".join(finding.text for finding in check(load_experiment(root / "mine.yaml")))
+    for part in (
+        "batch_size: found 1000; the set has 40 images",
+        "evaluation.linear: found 0 labelled images in val",
+        "evaluation.knn: found 0 labelled images in val",
+        "unknown class",
+    ):
+        assert part in said

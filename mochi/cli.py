@@ -324,22 +324,36 @@ def evaluate(
 
 @app.command(rich_help_panel=_STAGE)
 def detect(
-    set_name: Annotated[str, typer.Argument(metavar="SET", help="A detection set of the experiment.")],
+    job: Annotated[
+        str,
+        typer.Argument(
+            metavar="SET",
+            help="A detection set of the experiment, or one job of it: SET/fine-tuning0, SET/lr-search.",
+        ),
+    ],
     method: Method,
     seed: Seed,
     config: ConfigFile = DEFAULT_CONFIG,
     encoder: EncoderFile = None,
     out: OutFolder = None,
     threads: Threads = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that load images. Default: the set's `workers`.")
+    ] = None,
     gpus: Gpus = None,
 ) -> None:
-    """Fine-tune an encoder as a detector, once for each seed, and evaluate each detector."""
-    from mochi.config import detection_run, load_experiment
-    from mochi.provenance.wanted import evaluated
+    """Fine-tune an encoder as a detector and evaluate the detector; a whole set once for each seed."""
+    from mochi.config import load_experiment
+    from mochi.provenance.wanted import detection_jobs, evaluated, fine_tuning_run
     from mochi.stages import DETECTION
 
-    experiment, task = load_experiment(config), f"{DETECTION}{set_name}"
-    run = detection_run(experiment, method, seed, set_name)
+    experiment, task = load_experiment(config), f"{DETECTION}{job}"
+    run = fine_tuning_run(experiment, method, seed, job)
+    if out is None and job not in (jobs := detection_jobs(experiment, run.set_name)):
+        raise UserError(
+            f"SET: found {job}, which is computed by {', '.join(jobs)}; name one of these, or give --out "
+            "for one result of them all"
+        )
     result = _redirected(evaluated(experiment, method, seed, task), encoder, out)
     if _is_current(result):
         return
@@ -348,8 +362,9 @@ def detect(
     from mochi.runtime.launch import local_share
 
     _use_threads(local_share(threads))
+    asked = run.detection.training.workers if workers is None else workers
     with _work(experiment.name, method, seed, task, result) as (work, events):
-        stage.run(run, result, work, events=events)
+        stage.run(run, result, work, workers=local_share(asked, at_least=0), events=events)
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -422,7 +437,7 @@ def _work(
     work = home / digest([result.settings, inputs])
     require_writable(result.folder)
     require_writable(work)
-    events = places.log(method, seed, task).with_name(f"tensorboard-{task}")
+    events = places.log(method, seed, f"tensorboard-{task}")
     if os.environ.get("RANK", "0") != "0":
         yield work, events
         return

@@ -46,6 +46,16 @@ _DETECTION = tuple(
     )
 )
 
+_FINE_TUNING = (
+    *_DETECTION,
+    "mochi.data.ingest.decode",
+    "mochi.encoders.shared_batch_norm",
+    "mochi.pixels",
+    "mochi.runtime.seeding",
+    *_ENCODERS,
+    *_RUNTIME,
+)
+
 STAGES = {
     "prepare": Stage(
         outputs=("manifest.json",),
@@ -89,17 +99,10 @@ STAGES = {
             *_RUNTIME,
         ),
     ),
+    "search": Stage(outputs=("metrics.json",), numbers=_FINE_TUNING),
     "detect": Stage(
         outputs=("metrics.json", "detections.png", "precision_recall.csv", "precision_recall.png"),
-        numbers=(
-            *_DETECTION,
-            "mochi.data.ingest.decode",
-            "mochi.encoders.shared_batch_norm",
-            "mochi.pixels",
-            "mochi.runtime.seeding",
-            *_ENCODERS,
-            *_RUNTIME,
-        ),
+        numbers=_FINE_TUNING,
     ),
     "report": Stage(
         outputs=(
@@ -119,12 +122,23 @@ UNTRAINED = _ENCODERS
 """What decides the weights of an encoder that is only initialised: no training loop."""
 
 DETECTION = "detection-"
-"""Prefix of the evaluations that fine-tune a detector; the rest of the name is the detection set's."""
+"""Prefix of the evaluations that fine-tune a detector; the name of the detection set follows."""
+FINE_TUNING = "/fine-tuning"
+"""Follows a detection set's name, and then the seed, where each fine-tuning is a job."""
+LR_SEARCH = "/lr-search"
+"""Follows a detection set's name: the job that chooses the learning rate for those."""
 
 
 def stage_of(evaluation: str) -> str:
-    """The stage that computes an evaluation: `detect` for `detection-<set>`, else `evaluate`."""
-    return "detect" if evaluation.startswith(DETECTION) else "evaluate"
+    """The stage that computes an evaluation: `evaluate`, `detect`, or `search` (learning rates)."""
+    if not evaluation.startswith(DETECTION):
+        return "evaluate"
+    return "search" if evaluation.endswith(LR_SEARCH) else "detect"
+
+
+def column_of(evaluation: str) -> str:
+    """The evaluation that tables name: `detection-<set>` for each of its fine-tunings."""
+    return evaluation.partition("/")[0]
 
 
 def numbers_of_task(task: str) -> tuple[str, ...]:

@@ -257,6 +257,7 @@ def test_a_detection_set_may_move_and_be_computed_for_other_rows(tiny: Experimen
     base = settings(Path("here/VOC"))
     assert settings(Path("there/VOC")) == base
     assert settings(Path("here/VOC"), training={"checkpoint_minutes": 1.0, "workers": 3}) == base
+    assert settings(Path("here/VOC"), training={"together": True}) == base
     assert settings(Path("here/VOC"), training={"lr": [0.03]}) != base
     assert settings(Path("here/VOC"), model={"roi_size": 5}) != base
     assert settings(Path("here/VOC"), data={"classes": ["bar", "square"]}) != base
@@ -343,9 +344,12 @@ DEFAULTS = {
     "DetectionTraining.validation": None,
     "DetectionTraining.lr_drops": [],
     "DetectionTraining.precision": "auto",
+    "DetectionRun.searches": False,
 }
 # `image_size` and `resize` of a task: the run has them, the task's own or the shared ones.
-NO_NUMBER = {"checkpoint_minutes", "workers", "methods", "pretrain_seeds", "image_size", "resize"}
+NO_NUMBER = {
+    "checkpoint_minutes", "workers", "together", "methods", "pretrain_seeds", "image_size", "resize",
+}  # fmt: skip
 
 
 def optional_keys(kind: object) -> dict[str, Any]:

@@ -22,6 +22,7 @@ START = {
         f"evaluate {task}": ["mochi.evaluation.stage", f"mochi.evaluation.tasks.{task}"]
         for task in task_names()
     },
+    "search": ["mochi.detection.stage"],
     "detect": ["mochi.detection.stage"],
     "report": ["mochi.report.stage"],
 }
@@ -58,17 +59,19 @@ NO_NUMBERS = {
     "mochi.runtime.watchdog": "ends a run that hangs",
 }
 
+_FINE_TUNING = {
+    "mochi.detection.check_images": "refuses images",
+    "mochi.detection.figures": "pictures",
+    "mochi.data.ingest.classes": "warns",
+    "mochi.data.ingest.files": "finds the images that are named",
+    "mochi.data.format": "the mark of images without a label",
+    "mochi.data.ingest.raw": "paths of the images that are checked",
+    "mochi.data.ingest.validate": "checks images",
+}
 NO_NUMBERS_OF_ONE_STAGE = {
     "scenes": {"mochi.data.ingest.files": "finds the images that are named"},
-    "detect": {
-        "mochi.detection.check_images": "refuses images",
-        "mochi.detection.figures": "pictures",
-        "mochi.data.ingest.classes": "warns",
-        "mochi.data.ingest.files": "finds the images that are named",
-        "mochi.data.format": "the mark of images without a label",
-        "mochi.data.ingest.raw": "paths of the images that are checked",
-        "mochi.data.ingest.validate": "checks images",
-    },
+    "search": _FINE_TUNING,
+    "detect": _FINE_TUNING,
 }
 
 

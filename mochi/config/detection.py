@@ -96,6 +96,9 @@ class DetectionTraining(Section):
     batch-norm statistics are recomputed on the set, for every encoder."""
     seeds: Annotated[list[CountOrZero], Field(min_length=1)]
     """Fine-tunings of one encoder; the table gives their mean and standard deviation."""
+    together: bool = False
+    """True: one job does all fine-tunings of an encoder and the search before them, which saves time where
+    each is short. False: each is a job with results of its own."""
     lr: Annotated[list[PositiveReal], Field(min_length=1)]
     """One rate, or candidates: each is trained once on a part of train and evaluated on the rest of train,
     and the best is used. Test images take no part in the search."""
@@ -128,7 +131,8 @@ class DetectionTraining(Section):
     backbone, before training; 0: none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     workers: CountOrZero = 0
-    """Processes that read images; 0 reads them in the training process."""
+    """Processes that read images where the command does not say how many (`--workers`, as the workflow
+    does); 0 reads them in the training process."""
     checkpoint_minutes: PositiveReal = 10.0
 
     @model_validator(mode="after")

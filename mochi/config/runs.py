@@ -88,12 +88,14 @@ class DetectionRun(Run):
 
     set_name: Name
     detection: DetectionSet
+    searches: bool = False
+    """Only choose the learning rate; the fine-tunings are other runs."""
 
     _ignored: ClassVar[dict[str, Any]] = {
         "set_name": True,
         "detection": {
             "data": {"path"},
-            "training": {"workers", "checkpoint_minutes"},
+            "training": {"workers", "checkpoint_minutes", "together"},
             "methods": True,
             "pretrain_seeds": True,
         },

@@ -152,19 +152,22 @@ def _overlap(a: Floats, b: Floats) -> Floats:
 
 
 def voc_metrics(curves: Any, classes: tuple[str, ...], rule: str) -> dict[str, Any]:
-    """AP (mean over thresholds .5 to .95), AP50, AP75 by `rule`, percent; the other rule too."""
+    """AP (mean over thresholds .5 to .95), AP50, AP75 by `rule`, percent; the other rule too.
+
+    None where there is nothing to find.
+    """
     metrics: dict[str, Any] = {}
     for each in (rule, "all-point" if rule == "11-point" else "11-point"):
         table = 100 * np.array(
             [[curve.average_precision(each) for curve in row] for row in curves]
         )  # (T, K)
         present = table[:, ~np.isnan(table[0])]
-        means = present.mean(axis=1) if present.size else np.zeros(len(THRESHOLDS))
+        means = present.mean(axis=1) if present.size else None
         prefix = "" if each == rule else f"{each.replace('-', '_')}_"
         metrics |= {
-            f"{prefix}AP": float(means.mean()),
-            f"{prefix}AP50": float(means[0]),
-            f"{prefix}AP75": float(means[5]),
+            f"{prefix}AP": None if means is None else float(means.mean()),
+            f"{prefix}AP50": None if means is None else float(means[0]),
+            f"{prefix}AP75": None if means is None else float(means[5]),
         }
         if each == rule:
             metrics["AP50_by_class"] = {
@@ -174,14 +177,16 @@ def voc_metrics(curves: Any, classes: tuple[str, ...], rule: str) -> dict[str, A
     return metrics
 
 
-def coco_metrics(annotations: Annotations, detections: Detections) -> dict[str, float]:
+def coco_metrics(annotations: Annotations, detections: Detections) -> dict[str, float | None]:
     """AP, AP50, AP75 of boxes and, where there are masks, mask_AP, mask_AP50, mask_AP75, percent.
+
+    None where there is nothing to find.
 
     Crowds (and VOC's difficult objects) are ignored as COCO ignores crowds. Computed by
     faster-coco-eval; the images' ids do not matter, so strings are as good as numbers.
     """
     truth = _coco_truth(annotations)
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     for prefix, kind in (("", "bbox"), ("mask_", "segm")):
         if kind == "segm" and detections.masks is None:
             continue
@@ -190,11 +195,9 @@ def coco_metrics(annotations: Annotations, detections: Detections) -> dict[str, 
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-        # -1 where there is nothing to find.
-        metrics |= {
-            f"{prefix}{name}": 100 * float(max(evaluator.stats[place], 0.0))
-            for place, name in enumerate(("AP", "AP50", "AP75"))
-        }
+        for place, name in enumerate(("AP", "AP50", "AP75")):
+            share = float(evaluator.stats[place])  # -1 where there is nothing to find
+            metrics[f"{prefix}{name}"] = None if share < 0 else 100 * share
     return metrics
 
 

@@ -22,20 +22,28 @@ _RECALLS = np.linspace(0, 1, 101)
 
 
 def write_curves(out: Path, curves: Sequence[Curve], classes: Sequence[str]) -> None:
-    """precision_recall.csv (class, recall, precision at overlap .5) and precision_recall.png."""
+    """precision_recall.csv (class, recall, precision at overlap .5) and precision_recall.png.
+
+    Of classes with objects to find; the others have no curve.
+    """
+    shown = {name: _sampled(curve) for name, curve in zip(classes, curves, strict=True) if curve.positives}
     tables = [
-        pd.DataFrame({"class": name, "recall": _RECALLS, "precision": _sampled(curve)})
-        for name, curve in zip(classes, curves, strict=True)
+        pd.DataFrame({"class": name, "recall": _RECALLS, "precision": precision})
+        for name, precision in shown.items()
     ]
+    head = pd.DataFrame(columns=["class", "recall", "precision"])
     with replacing(out / "precision_recall.csv") as temporary:
-        pd.concat(tables).to_csv(temporary, index=False, float_format="%.4f")
+        (pd.concat(tables) if tables else head).to_csv(temporary, index=False, float_format="%.4f")
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    for name, curve in zip(classes, curves, strict=True):
-        axes.plot(_RECALLS, _sampled(curve), label=name if len(classes) <= 20 else None, linewidth=1)
-    axes.plot(_RECALLS, np.mean([_sampled(curve) for curve in curves], axis=0), color="black", label="mean")
+    for name, precision in shown.items():
+        axes.plot(_RECALLS, precision, label=name if len(shown) <= 20 else None, linewidth=1)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="overlap above .5")
-    axes.legend(fontsize=7)
+    if shown:
+        axes.plot(_RECALLS, np.mean(list(shown.values()), axis=0), color="black", label="mean")
+        axes.legend(fontsize=7)
+    else:
+        axes.text(0.5, 0.5, "nothing to find in the test images", ha="center")
     _save(figure, out / "precision_recall.png")
 
 

@@ -14,13 +14,13 @@ import torch
 
 from mochi.config import DetectionData, DetectionRun, DetectionSet
 from mochi.detection import figures
-from mochi.detection.annotations import Annotations, for_training, split_off
+from mochi.detection.annotations import AnnotationError, Annotations, for_training, split_off
 from mochi.detection.average_precision import Detections, coco_metrics, voc_curves, voc_metrics
 from mochi.detection.batches import Images
 from mochi.detection.check_images import check_images
 from mochi.detection.inference import detect
 from mochi.detection.model import Detector
-from mochi.detection.sets import read_splits
+from mochi.detection.sets import oddities, read_splits
 from mochi.detection.training import FineTuning, FrozenBackbone, Recipe
 from mochi.provenance.fingerprint import digest, file_digest
 from mochi.provenance.record import Stopwatch, write_record
@@ -45,9 +45,10 @@ def run(
     """Fine-tune an encoder on a detection set and publish metrics, pictures and provenance.
 
     Args:
-        run: the encoder's architecture and the detection set.
-        result: receives metrics.json, detections.png, precision_recall.{csv,png} and provenance.json; its
-            input `encoder` is the encoder file.
+        run: the encoder's architecture and the detection set; or only a search for the learning rate.
+        result: receives metrics.json, detections.png, precision_recall.{csv,png} and provenance.json, or of
+            a search metrics.json and provenance.json. Its input `encoder` is the encoder file, and `lr`, if
+            it has that, metrics.json of a search.
         work: holds resume checkpoints and finished fine-tunings; emptied at the end.
         workers: processes of this rank that read images.
         events: folder for TensorBoard events; None: none.
@@ -64,9 +65,9 @@ def run(
     device = distributed.pick_device()
     with distributed.process_group(device):
         train, test = read_splits(chosen.data, masks=chosen.model.masks)
+        train_images = Images(for_training(train, chosen.data.empty_images))
         check_images([train, test], jobs=torch.get_num_threads())
         recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device, workers)
-        train_images = Images(for_training(train, chosen.data.empty_images))
         frozen = FrozenBackbone(recipe, train_images) if chosen.training.mode == "frozen" else None
         digests = {"train": annotations_digest(train), "test": annotations_digest(test)}
         identity = {
@@ -79,20 +80,31 @@ def run(
         }
         label = f"{run.method} seed {run.seed}, {run.set_name}"
         tunings = _FineTunings(label, recipe, frozen, identity, work, events)
-        lr, candidates = tunings.search_lr(train)
-        results = [tunings.result(train_images, Images(test), lr, seed) for seed in chosen.training.seeds]
+        if "lr" in result.inputs:
+            search = json.loads(result.inputs["lr"].read_text(encoding="utf-8"))
+        else:
+            search = tunings.search_lr(train)
+        extra: dict[str, Any] = {
+            "annotations": {"train": train_images.annotations.report(), "test": test.report()},
+            "annotations_sha256": digests,
+            "world_size": distributed.world_size(),
+        }
+        if run.searches:
+            metrics = search
+        else:
+            tuned = [
+                tunings.result(train_images, Images(test), search["lr"], seed)
+                for seed in chosen.training.seeds
+            ]
+            metrics = {**summarise(tuned, chosen, search), "notes": oddities(train, test)}
+            extra["checksums"] = tuned[0]["checksums"]
         if distributed.rank() == 0:
             with publishing(result.folder) as new:
-                for picture in tunings.pictures.iterdir():
-                    shutil.copy(picture, new)
-                write_json(new / "metrics.json", summarise(results, chosen, lr, candidates))
-                write_record(
-                    new, result, watch,
-                    checksums=results[0]["checksums"],
-                    annotations={"train": train_images.annotations.report(), "test": test.report()},
-                    annotations_sha256=digests,
-                    world_size=distributed.world_size(),
-                )  # fmt: skip
+                if not run.searches:
+                    for picture in tunings.pictures.iterdir():
+                        shutil.copy(picture, new)
+                write_json(new / "metrics.json", metrics)
+                write_record(new, result, watch, **extra)
             tunings.clear()
 
 
@@ -137,17 +149,25 @@ class _FineTunings:
         """Folder of the first fine-tuning's pictures."""
         return self.work / f"pictures-{digest(self.identity)}"
 
-    def search_lr(self, train: Annotations) -> tuple[float, dict[str, float | None]]:
-        """The best learning rate by AP50 on a part of train, and the AP50 of each candidate.
+    def search_lr(self, train: Annotations) -> dict[str, Any]:
+        """`lr`, the best learning rate by AP50 on a part of train, and `lr_candidates_AP50`.
 
         A candidate that diverges has None. A single one is used as it is, without a search.
+
+        Raises:
+            AnnotationError: that part has no object.
         """
         training, data = self.recipe.settings.training, self.recipe.settings.data
         if len(training.lr) == 1:
-            return training.lr[0], {}
+            return {"lr": training.lr[0], "lr_candidates_AP50": {}}
         assert training.validation is not None
         assert training.search_iterations is not None
         rest, validation = split_off(train, training.validation, numpy_generator("lr search"))
+        if all(image.ignored.all() for image in validation.images):
+            raise AnnotationError(
+                f"found no object in the {len(validation.images)} training images that compare learning "
+                "rates; raise `validation`, or give one lr"
+            )
         train_images, validation_images = Images(for_training(rest, data.empty_images)), Images(validation)
         scores: dict[str, float | None] = {}
         for lr in training.lr:
@@ -169,7 +189,7 @@ class _FineTunings:
         logger.info(
             "learning rate %g chosen on %d validation images: %s", best, len(validation.images), scores
         )
-        return best, scores
+        return {"lr": best, "lr_candidates_AP50": scores}
 
     def result(self, train: Images, test: Images, lr: float, seed: int) -> dict[str, Any]:
         """Metrics of one fine-tuning and the encoder's checksums; the first seed also writes pictures."""
@@ -196,7 +216,7 @@ class _FineTunings:
 
     def clear(self) -> None:
         """Remove what is kept: the results are written."""
-        shutil.rmtree(self.pictures)
+        shutil.rmtree(self.pictures, ignore_errors=True)  # a search has none
         for path in self.work.glob("*.json"):
             path.unlink()
 
@@ -248,29 +268,31 @@ class _FineTunings:
 
 
 def summarise(
-    results: list[dict[str, Any]],
-    detection: DetectionSet,
-    lr: float,
-    candidates: Mapping[str, float | None],
+    results: list[dict[str, Any]], detection: DetectionSet, search: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """metrics.json: means over the fine-tunings, their standard deviations, and every single value."""
+    """metrics.json: means over the fine-tunings, their standard deviations, and every single value.
+
+    Where there was nothing to find, a number is None.
+    """
     training = detection.training
     singles = [result["metrics"] for result in results]
-    names = [name for name, value in singles[0].items() if isinstance(value, float)]
-    means = {name: float(np.mean([single[name] for single in singles])) for name in names}
+    names = [name for name, value in singles[0].items() if not isinstance(value, dict)]
+    measured = [name for name in names if singles[0][name] is not None]
+    means = {name: float(np.mean([single[name] for single in singles])) for name in measured}
     deviations = {
         f"{name}_std": float(np.std([single[name] for single in singles], ddof=1))
-        for name in names
+        for name in measured
         if len(singles) > 1 and name.removeprefix("mask_") in _HEADLINE
     }
     return {
+        **dict.fromkeys(names),
         **means,
         **deviations,
         "num_fine_tunings": len(singles),
         "mode": training.mode,
         "rule": detection.data.rule or "coco",
-        "lr": lr,
-        "lr_candidates_AP50": dict(candidates),
+        "lr": search["lr"],
+        "lr_candidates_AP50": search["lr_candidates_AP50"],
         "iterations": training.iterations,
         "batch_size": training.batch_size,
         "checksums": results[0]["checksums"],

@@ -13,8 +13,10 @@ from typing import Any
 
 from mochi import layout
 from mochi.config import (
+    ConfigError,
     Contrastive,
     Dataset,
+    DetectionRun,
     Experiment,
     FromFile,
     Training,
@@ -28,7 +30,7 @@ from mochi.config import (
 )
 from mochi.layout import Layout
 from mochi.provenance.fingerprint import code_digest, digest, file_digest
-from mochi.stages import DETECTION, STAGES, UNTRAINED, numbers_of_task, stage_of
+from mochi.stages import DETECTION, FINE_TUNING, LR_SEARCH, STAGES, UNTRAINED, numbers_of_task, stage_of
 
 RECORD = "provenance.json"
 
@@ -189,10 +191,13 @@ def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Resu
     inputs = {"encoder": places.encoder(method, seed)}
     settings: dict[str, Any]
     name, modules = stage_of(task), STAGES[stage_of(task)].numbers
-    if name == "detect":
-        run = detection_run(experiment, method, seed, task.removeprefix(DETECTION))
+    if task.startswith(DETECTION):
+        run = fine_tuning_run(experiment, method, seed, task.removeprefix(DETECTION))
         settings = run.settings()
         inputs |= {file: Path(file) for file in run.detection.data.annotation_files()}
+        if FINE_TUNING in task and len(run.detection.training.lr) > 1:
+            search = f"{DETECTION}{run.set_name}{LR_SEARCH}"
+            inputs["lr"] = places.evaluation(method, seed, search) / "metrics.json"
     else:
         probe = probe_run(experiment, method, seed, task)
         settings, modules = probe.settings(), numbers_of_task(probe.protocol.task)
@@ -219,13 +224,54 @@ def same_features(experiment: Experiment, method: str, seed: int, task: str) -> 
     return [evaluated(experiment, method, seed, name) for name in others]
 
 
+def detection_jobs(experiment: Experiment, name: str) -> list[str]:
+    """What computes a detection set for one encoder: `<set>`, or a search and fine-tunings apart."""
+    training = experiment.evaluation.detection[name].training
+    if training.together:
+        return [name]
+    search = [f"{name}{LR_SEARCH}"] if len(training.lr) > 1 else []
+    return [*search, *(f"{name}{FINE_TUNING}{seed}" for seed in training.seeds)]
+
+
+def fine_tuning_run(experiment: Experiment, method: str, seed: int, job: str) -> DetectionRun:
+    """What a job is asked to compute: one of `detection_jobs`, or all of a set as one result.
+
+    Raises:
+        ConfigError: no such method, seed, set or job.
+    """
+    name = job.partition("/")[0]
+    run = detection_run(experiment, method, seed, name)
+    if job == name:
+        return run
+    if job not in (jobs := detection_jobs(experiment, name)):
+        raise ConfigError(f"set: found {job!r}; {name} is computed by: {', '.join(jobs)}")
+    searches = job.endswith(LR_SEARCH)
+    seeds = run.detection.training.seeds[:1] if searches else [int(job.rpartition(FINE_TUNING)[2])]
+    training = run.detection.training.model_copy(update={"seeds": seeds})
+    chosen = run.detection.model_copy(update={"training": training})
+    return run.model_copy(update={"detection": chosen, "searches": searches})
+
+
 def evaluations(experiment: Experiment) -> list[tuple[str, int, str]]:
     """(method, seed, task) of every evaluation, in the order of the table."""
     frozen = [(method, seed, task) for task in probes(experiment) for method, seed in all_runs(experiment)]
     return frozen + [
-        (method, seed, f"{DETECTION}{name}")
+        (method, seed, f"{DETECTION}{job}")
         for name in experiment.evaluation.detection
         for method, seed in detection_runs(experiment, name)
+        for job in detection_jobs(experiment, name)
+        if not job.endswith(LR_SEARCH)
+    ]
+
+
+def searches(experiment: Experiment) -> list[tuple[str, int, str]]:
+    """(method, seed, task) of every search for a learning rate, on which evaluations depend."""
+    return [
+        (method, seed, f"{DETECTION}{job}")
+        for name in experiment.evaluation.detection
+        for method, seed in detection_runs(experiment, name)
+        for job in detection_jobs(experiment, name)
+        if job.endswith(LR_SEARCH)
     ]
 
 
@@ -279,6 +325,7 @@ def results(experiment: Experiment, listings: Mapping[str, str] | None = None) -
         ),
         *scenes(experiment).values(),
         *(pretrained(experiment, *run) for run in all_runs(experiment)),
+        *(evaluated(experiment, *one) for one in searches(experiment)),
         *(evaluated(experiment, *one) for one in evaluations(experiment)),
         reported(experiment),
     ]

@@ -10,7 +10,8 @@ import pandas as pd
 from mochi.config import Experiment, all_runs, columns
 from mochi.errors import UserError
 from mochi.layout import Layout
-from mochi.provenance.wanted import RECORD, evaluated, evaluations, pretrained
+from mochi.provenance.wanted import RECORD, evaluated, evaluations, pretrained, searches
+from mochi.stages import column_of
 
 
 class MissingResultError(UserError):
@@ -44,7 +45,7 @@ def scores(experiment: Experiment) -> pd.DataFrame:
         metrics = read_json(places.evaluation(method, seed, task) / "metrics.json")
         singles = metrics.get("fine_tunings", {"": metrics})
         rows += [
-            (method, seed, task, metric, repeat, single[metric])
+            (method, seed, column_of(task), metric, repeat, single[metric])
             for repeat, single in singles.items()
             for metric in columns(experiment, task)
             if metric in single
@@ -76,5 +77,5 @@ def records(experiment: Experiment) -> dict[str, dict[str, Any]]:
 def _folders(experiment: Experiment) -> Iterator[Path]:
     for run in all_runs(experiment):
         yield pretrained(experiment, *run).folder
-    for one in evaluations(experiment):
+    for one in [*searches(experiment), *evaluations(experiment)]:
         yield evaluated(experiment, *one).folder

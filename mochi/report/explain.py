@@ -12,8 +12,9 @@ from mochi.config import Experiment
 from mochi.errors import UserError
 from mochi.layout import Layout
 from mochi.provenance.fingerprint import file_digest
-from mochi.provenance.wanted import Result, evaluated, evaluations, pretrained
+from mochi.provenance.wanted import Result, evaluated, evaluations, pretrained, searches
 from mochi.report.collect import MissingResultError, read_json
+from mochi.stages import column_of
 
 
 def explain(experiment: Experiment, method: str, task: str) -> list[str]:
@@ -26,8 +27,7 @@ def explain(experiment: Experiment, method: str, task: str) -> list[str]:
         UserError: no such row or task in the experiment.
         MissingResultError: there is no report yet.
     """
-    ran = [(seed, name) for row, seed, name in evaluations(experiment) if row == method]
-    known = list(dict.fromkeys(name for _, _, name in evaluations(experiment)))
+    known = list(dict.fromkeys(column_of(name) for _, _, name in evaluations(experiment)))
     for name, found, allowed in (("method", method, list(experiment.methods)), ("task", task, known)):
         if found not in allowed:
             raise UserError(f"{name}: found {found!r}; {experiment.name} has: {', '.join(allowed)}")
@@ -39,10 +39,16 @@ def explain(experiment: Experiment, method: str, task: str) -> list[str]:
         f"{method}, {task} {metric}: {_mean(values.tolist())}"
         for metric, values in table.groupby("metric", sort=False)["value"]
     ]
-    for seed in [seed for seed, name in ran if name == task]:
+    jobs = [
+        (seed, job)
+        for row, seed, job in [*searches(experiment), *evaluations(experiment)]
+        if (row, column_of(job)) == (method, task)
+    ]
+    for seed in dict.fromkeys(seed for seed, _ in jobs):
         own = table[table["seed"] == seed].groupby("metric", sort=False)["value"]
         lines.append(f"seed {seed}: " + ", ".join(f"{metric} {_all(values)}" for metric, values in own))
-        for result in (evaluated(experiment, method, seed, task), pretrained(experiment, method, seed)):
+        evaluators = [evaluated(experiment, method, seed, job) for each, job in jobs if each == seed]
+        for result in (*evaluators, pretrained(experiment, method, seed)):
             record = records.get(result.folder.as_posix())
             if record is None:
                 raise MissingResultError(

@@ -5,8 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mochi.config import DetectionModel, DetectionRun, DetectionSet, Encoder, Experiment, detection_run
-from mochi.provenance.wanted import Result, evaluated
+from mochi.config import DetectionModel, DetectionRun, DetectionSet, Encoder, Experiment
+from mochi.provenance.wanted import Result, evaluated, fine_tuning_run
 from tests.tiny import TINY
 
 ENCODER = Encoder(architecture="resnet10", stem="half", width=4)
@@ -33,8 +33,9 @@ def small_set(root: Path, *, data: dict[str, object] | None = None, model: dict[
             },
             "model": small_model(**(model or {})).model_dump(),
             "training": {
-                "mode": "finetune", "seeds": [0], "lr": [0.02], "lr_batch_size": 2, "batch_size": 2,
-                "micro_batch": 2, "iterations": 4, "warmup_iterations": 1, "schedule": "step",
+                "mode": "finetune", "seeds": [0], "together": True, "lr": [0.02], "lr_batch_size": 2,
+                "batch_size": 2, "micro_batch": 2, "iterations": 4, "warmup_iterations": 1,
+                "schedule": "step",
                 "lr_drops": [3], "momentum": 0.9, "weight_decay": 1e-4, "train_sizes": [32, 40],
                 "test_size": 32, "max_size": 64, "flip": True, "precise_bn_batches": 1,
                 "precision": "float32", **(training or {}),
@@ -44,14 +45,19 @@ def small_set(root: Path, *, data: dict[str, object] | None = None, model: dict[
 
 
 def detection(
-    tiny: Experiment, chosen: DetectionSet, encoder_file: Path, folder: Path
+    tiny: Experiment, chosen: DetectionSet, encoder_file: Path, folder: Path, job: str = "few"
 ) -> tuple[DetectionRun, Result]:
-    """Arguments of the stage: a set of the tiny experiment, an encoder and a folder for results."""
+    """Arguments of the stage: a set of the tiny experiment, an encoder and a folder for results.
+
+    A search, whose result a fine-tuning needs, is in a folder next to it.
+    """
     evaluation = tiny.evaluation.model_copy(update={"detection": {"few": chosen}})
     experiment = tiny.model_copy(update={"evaluation": evaluation})
-    result = evaluated(experiment, "random-init", 0, "detection-few")
+    result = evaluated(experiment, "random-init", 0, f"detection-{job}")
     inputs = {**result.inputs, "encoder": encoder_file}
-    return detection_run(experiment, "random-init", 0, "few"), dataclasses.replace(
+    if "lr" in inputs:
+        inputs["lr"] = folder.parent / "lr-search" / "metrics.json"
+    return fine_tuning_run(experiment, "random-init", 0, job), dataclasses.replace(
         result, folder=folder, inputs=inputs
     )
 

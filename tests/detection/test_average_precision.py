@@ -185,8 +185,10 @@ def test_nothing_found_and_nothing_to_find(rule: str) -> None:
     assert coco_metrics(truth, nothing) == {"AP": 0, "AP50": 0, "AP75": 0}
     empty = Annotations(CLASSES, (image([], []),))
     found = detections([(0, [1, 1, 9, 9], 0.5, 2)])
-    assert headline(empty, found, rule)["AP"] == 0
-    assert coco_metrics(empty, found)["AP"] == 0
+    assert headline(empty, found, rule) == dict.fromkeys(metrics) | {
+        "AP50_by_class": dict.fromkeys(CLASSES)
+    }
+    assert coco_metrics(empty, found) == {"AP": None, "AP50": None, "AP75": None}
 
 
 def test_labels_outside_the_classes_are_refused_before_any_gpu() -> None:

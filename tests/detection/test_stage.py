@@ -3,6 +3,7 @@ and that test images take no part in choosing the learning rate."""
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 from mochi import encoders
 from mochi.config import DetectionRun, DetectionSet, Experiment
 from mochi.detection import scenes, stage
-from mochi.detection.annotations import AnnotatedImage, Annotations, split_off
+from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations, split_off
 from mochi.detection.sets import read_splits
 from mochi.detection.training import FineTuning
 from mochi.encoders.files import save_encoder
+from mochi.errors import UserError
 from mochi.provenance.wanted import Result
 from mochi.runtime.monitoring import NonFiniteError
+from mochi.runtime.seeding import numpy_generator
 from mochi.storage.checkpoint import CheckpointError
 from tests.detection.ranks import run_ranks
 from tests.detection.sets import detection, small_set
@@ -72,8 +75,76 @@ def test_what_the_stage_writes(ask: Callable[..., Asked], tmp_path: Path) -> Non
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     lines = (tmp_path / "out" / "precision_recall.csv").read_text().splitlines()
     assert lines[0] == "class,recall,precision"
-    assert len(lines) == 1 + 2 * 101
+    assert len(lines) == 1 + 101  # of squares; test has no bar
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_fine_tunings_apart_are_those_together(
+    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
+) -> None:
+    """A search and two fine-tunings as jobs of their own, against one job that does all."""
+    training = {"seeds": [3, 0], "lr": [0.001, 0.02], "search_iterations": 2, "validation": 0.34,
+                "together": False}  # fmt: skip
+    chosen = small_set(voc_set, training=training)
+    stage.run(*detection(tiny, chosen, weights, tmp_path / "out"), tmp_path / "work")
+    together = metrics(tmp_path / "out")
+    for part in ("lr-search", "fine-tuning3", "fine-tuning0"):
+        asked = detection(tiny, chosen, weights, tmp_path / part, f"few/{part}")
+        assert ("lr" in asked[1].inputs) == part.startswith("fine")
+        stage.run(*asked, tmp_path / "work")
+    assert metrics(tmp_path / "lr-search") == {key: together[key] for key in ("lr", "lr_candidates_AP50")}
+    assert sorted(path.name for path in (tmp_path / "lr-search").iterdir()) == [
+        "metrics.json", "provenance.json",
+    ]  # fmt: skip
+    singles = together["fine_tunings"]
+    assert isinstance(singles, dict)
+    for seed in ("3", "0"):
+        own = metrics(tmp_path / f"fine-tuning{seed}")
+        assert own["fine_tunings"] == {seed: singles[seed]}
+        assert (own["num_fine_tunings"], own["lr"]) == (1, together["lr"])
+        assert (tmp_path / f"fine-tuning{seed}" / "detections.png").exists()
+    first = [(tmp_path / each / "detections.png").read_bytes() for each in ("out", "fine-tuning3")]
+    assert first[0] == first[1]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_nothing_to_measure_is_said(tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path) -> None:
+    """Of a class without an example: no zero, no NaN, but words."""
+    # Squares alone in test, bars alone in train: squares are all there is to find.
+    for number in range(6):
+        file = voc_set / "Annotations" / f"a{number}.xml"
+        file.write_text(file.read_text().replace("<name>square<", "<name>bar<"))
+    stage.run(*detection(tiny, small_set(voc_set), weights, tmp_path / "out"), tmp_path / "work")
+    written = metrics(tmp_path / "out")
+    assert written["notes"] == [
+        "1 classes have no object in train and cannot be learnt: square",
+        "1 classes have no object in test and have no average precision: bar",
+    ]
+    assert isinstance(written["AP50"], float)
+    assert written["fine_tunings"]["0"]["AP50_by_class"]["bar"] is None  # type: ignore[index]
+    assert "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
+    lines = (tmp_path / "out" / "precision_recall.csv").read_text().splitlines()
+    assert {line.split(",")[0] for line in lines[1:]} == {"square"}
+    # Nothing at all in test is refused before anything is trained.
+    (voc_set / "ImageSets/Main/void.txt").write_text("b0\n")
+    chosen = small_set(voc_set, data={"test": ["VOC/void"]})
+    with pytest.raises(UserError, match="found no object in 1 test images"):
+        stage.run(*detection(tiny, chosen, weights, tmp_path / "void"), tmp_path / "work")
+    assert not (tmp_path / "void").exists()
+
+
+def test_learning_rates_are_not_compared_on_nothing(
+    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
+) -> None:
+    training = {"lr": [0.001, 0.02], "search_iterations": 2, "validation": 0.34}
+    chosen = small_set(voc_set, training=training)
+    train, _ = read_splits(chosen.data, masks=False)
+    _, validation = split_off(train, 0.34, numpy_generator("lr search"))
+    for image in validation.images:
+        file = voc_set / "Annotations" / f"{image.image_id}.xml"
+        file.write_text(re.sub("<object>.*</object>", "", file.read_text()))
+    with pytest.raises(AnnotationError, match="found no object in the 2 training images that compare"):
+        stage.run(*detection(tiny, chosen, weights, tmp_path / "out"), tmp_path / "work")
 
 
 def test_a_killed_run_ends_with_the_same_numbers(

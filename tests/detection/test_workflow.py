@@ -1,5 +1,6 @@
 """Detection as a user meets it: its commands, and the jobs that Snakemake announces."""
 
+import copy
 import json
 import os
 import re
@@ -41,6 +42,13 @@ def test_the_commands(folder: Path, encoder_file: Path, tiny: Experiment) -> Non
     # The encoder of these tests is narrower than tiny's.
     assert "is not a resnet10 with stem half and width 8" in refused("detect", "few", *options)
     assert "set: found 'other'; tiny has: few, few-frozen" in refused("detect", "other", *options)
+    apart = yaml.safe_load(Path("tiny.yaml").read_text())
+    apart["evaluation"]["detection"]["few-frozen"]["training"]["together"] = False
+    Path("apart.yaml").write_text(yaml.safe_dump(apart))
+    others = (*options[:4], "--config", "apart.yaml")
+    computed = "few-frozen is computed by: few-frozen/fine-tuning0, few-frozen/fine-tuning1"
+    assert computed in refused("detect", "few-frozen/fine-tuning7", *others)
+    assert "name one of these, or give --out" in refused("detect", "few-frozen", *others)
     save_encoder(encoder_file, encoders.build(tiny.encoder))
     done = run("detect", "few", *options)
     assert done.returncode == 0, done.stderr
@@ -82,7 +90,16 @@ def test_a_finished_result_survives_the_attempt_to_replace_it(
 
 
 def test_the_jobs_that_snakemake_announces(folder: Path) -> None:
-    """One set for random-init alone, one for all three runs, and their scenes made once."""
+    """One set for random-init alone, one for all three runs in two fine-tunings each, which are jobs of
+    their own, and a set whose fine-tunings share a job; their scenes are made once."""
+    experiment = tiny_with_detection(methods=["random-init"])
+    sets = experiment["evaluation"]["detection"]
+    sets["shared"] = copy.deepcopy(sets["few-frozen"])
+    for name in ("few", "few-frozen"):
+        del sets[name]["training"]["together"]
+    for name in ("few-frozen", "shared"):
+        sets[name]["training"] |= {"lr": [0.01, 0.02], "search_iterations": 2, "validation": 0.5}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(experiment))
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory",
                str(folder), "--configfile", str(folder / "tiny.yaml"), "--cores", "2",
                "--dry-run"]  # fmt: skip
@@ -96,8 +113,12 @@ def test_the_jobs_that_snakemake_announces(folder: Path) -> None:
     output = done.stdout + done.stderr
     jobs = dict(re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE))
     assert jobs["scenes"] == "1"
-    assert jobs["detect"] == "4"
+    assert jobs["search"] == "3"
+    assert jobs["detect"] == str(1 + 3 * 2 + 3)
     assert jobs["pretrain"] == "3"
     places = Layout("tiny")
-    assert str(places.evaluation(MOCHI, 1, "detection-few-frozen") / "metrics.json") in output
-    assert str(places.evaluation(MOCHI, 0, "detection-few") / "metrics.json") not in output
+    apart = places.evaluation(MOCHI, 1, "detection-few-frozen")
+    for job in ("lr-search", "fine-tuning0", "fine-tuning1"):
+        assert str(apart / job / "metrics.json") in output
+    assert str(places.evaluation(MOCHI, 1, "detection-shared") / "metrics.json") in output
+    assert str(places.evaluation(MOCHI, 0, "detection-few/fine-tuning0") / "metrics.json") not in output

@@ -80,7 +80,7 @@ def pretrained(wildcards):
 
 
 def evaluated(wildcards):
-    named = wildcards.get("task") or f"{wanted.DETECTION}{wildcards.set}"
+    named = wildcards.get("task") or f"{wanted.DETECTION}{wildcards.job}"
     return wanted.evaluated(EXPERIMENT, wildcards.method, int(wildcards.seed), named)
 
 

@@ -1,6 +1,12 @@
 # Evaluations of the encoders: on frozen features, and fine-tuned as detectors.
 PROBES = probes(EXPERIMENT)
-DETECTION_SETS = list(EXPERIMENT.evaluation.detection)
+DETECTION_JOBS = [
+    job
+    for name in EXPERIMENT.evaluation.detection
+    for job in wanted.detection_jobs(EXPERIMENT, name)
+]
+SEARCHES = [job for job in DETECTION_JOBS if job.endswith(wanted.LR_SEARCH)]
+FINE_TUNINGS = [job for job in DETECTION_JOBS if job not in SEARCHES]
 
 
 rule evaluate:
@@ -33,15 +39,15 @@ rule detect:
         lambda wildcards: list(evaluated(wildcards).inputs.values()),
     output:
         results_of(
-            PLACES.evaluation("{method}", "{seed}", f"{wanted.DETECTION}{{set}}"),
+            PLACES.evaluation("{method}", "{seed}", f"{wanted.DETECTION}{{job}}"),
             "detect",
         ),
     log:
-        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{set}}.log"),
+        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.log"),
     benchmark:
-        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{set}}.tsv")
+        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.tsv")
     wildcard_constraints:
-        set="|".join(map(re.escape, DETECTION_SETS)) or "nothing",
+        job="|".join(map(re.escape, FINE_TUNINGS)) or "nothing",
     threads: THREADS_PER_RUN
     resources:
         gpu=GPUS_PER_RUN,
@@ -50,9 +56,38 @@ rule detect:
         code=lambda wildcards: code_of(evaluated(wildcards)),
     shell:
         logged(
-            "python -m mochi detect {wildcards.set:q} --method {wildcards.method:q}"
+            "python -m mochi detect {wildcards.job:q} --method {wildcards.method:q}"
             " --seed {wildcards.seed} --threads {threads}"
-            " --gpus {resources.gpu}"
+            " --workers $(( {threads} - 1 )) --gpus {resources.gpu}"
+        )
+
+
+# The learning rate of fine-tunings that are jobs of their own.
+rule search:
+    input:
+        lambda wildcards: list(evaluated(wildcards).inputs.values()),
+    output:
+        results_of(
+            PLACES.evaluation("{method}", "{seed}", f"{wanted.DETECTION}{{job}}"),
+            "search",
+        ),
+    log:
+        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.log"),
+    benchmark:
+        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.tsv")
+    wildcard_constraints:
+        job="|".join(map(re.escape, SEARCHES)) or "nothing",
+    threads: THREADS_PER_RUN
+    resources:
+        gpu=GPUS_PER_RUN,
+    params:
+        settings=lambda wildcards: settings_of(evaluated(wildcards)),
+        code=lambda wildcards: code_of(evaluated(wildcards)),
+    shell:
+        logged(
+            "python -m mochi detect {wildcards.job:q} --method {wildcards.method:q}"
+            " --seed {wildcards.seed} --threads {threads}"
+            " --workers $(( {threads} - 1 )) --gpus {resources.gpu}"
         )
 
 

@@ -1,6 +1,8 @@
-"""The loss alone: MoCo-v2 and MoCHi as this project computes them and as others do."""
+"""The loss alone: every rule of negatives as this project computes it, MoCo-v2 and MoCHi as others do."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Measurement, Rounds, Threads, compare, conditions, table
 from mochi.contrast.loss import contrastive_loss
-from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
+from mochi.contrast.rules import Rule, find, names_of
 from mochi.runtime.distributed import pick_device
 
 
@@ -24,7 +26,7 @@ def main(
     rounds: Rounds = 7,
     threads: Threads = 1,
 ) -> None:
-    """Compare loss and gradient: MoCo-v2 and MoCHi, ours, by autograd and with materialised synthetics."""
+    """Compare loss and gradient of all rules with MoCo-v2 by autograd and with materialised synthetics."""
     if num_hardest > queue_size:
         raise typer.BadParameter(f"found {num_hardest}; expected at most the queue's {queue_size}")
     torch.set_num_threads(threads)
@@ -57,14 +59,6 @@ def run(
 
     query, key, queue = unit(batch), unit(batch), unit(queue_size)
 
-    def rule(similarity: Tensor) -> list[Synthetics]:
-        mixing = torch.Generator(device).manual_seed(1)
-        pool = hardest(similarity, num_hardest)
-        return [
-            mix_pairs(queue, pool, num_pairs, mixing),
-            mix_with_query(similarity, pool, num_query, mixing),
-        ]
-
     def backward(loss: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def work() -> None:
             leaf = query.clone().requires_grad_()
@@ -75,20 +69,39 @@ def run(
     def two_products() -> None:
         (query @ queue.T) @ queue
 
-    return compare(
-        {
-            "MoCo-v2, autograd": backward(lambda q: plain_loss(q, key, queue, [])),
-            "MoCHi, materialised": backward(
-                lambda q: materialised_loss(q, key, queue, num_hardest, num_pairs, num_query)
-            ),
-            "MoCo-v2, ours": backward(lambda q: contrastive_loss(q, key, queue, 0.2).loss),
-            "MoCHi, ours": backward(lambda q: contrastive_loss(q, key, queue, 0.2, rule).loss),
-            "two products (lower bound)": two_products,
-        },
-        rounds=rounds,
-        device=device,
-        memory=True,
-    )
+    settings = {
+        "num_hardest": num_hardest,
+        "num_pair_synthetics": num_pairs,
+        "num_query_synthetics": num_query,
+    }
+    alternatives: dict[str, Callable[[], object]] = {
+        "MoCo-v2, autograd": backward(lambda q: plain_loss(q, key, queue, [])),
+        "MoCHi, materialised": backward(
+            lambda q: materialised_loss(q, key, queue, num_hardest, num_pairs, num_query)
+        ),
+    }
+    for name, rule in all_rules(settings).items():
+        alternatives[f"{name}, ours" if rule.is_fused else f"{name}, ours by autograd"] = backward(
+            partial(_loss, key=key, queue=queue, rule=rule)
+        )
+    alternatives["two products (lower bound)"] = two_products
+    return compare(alternatives, rounds=rounds, device=device, memory=True)
+
+
+def all_rules(settings: Mapping[str, int]) -> dict[str, Rule]:
+    """Every rule in mochi/contrast/rules/, with those of the settings that it has."""
+    made: dict[str, Rule] = {}
+    for name in names_of(Rule):
+        kind = find(name)
+        assert issubclass(kind, Rule)
+        fields = {field.name for field in dataclasses.fields(kind)}
+        made[name] = kind(**{key: value for key, value in settings.items() if key in fields})
+    return made
+
+
+def _loss(query: Tensor, *, key: Tensor, queue: Tensor, rule: Rule) -> Tensor:
+    draws = torch.Generator(query.device).manual_seed(1)
+    return contrastive_loss(query, key, queue, 0.2, rule, generator=draws).loss
 
 
 def plain_loss(query: Tensor, key: Tensor, queue: Tensor, more: list[Tensor]) -> Tensor:

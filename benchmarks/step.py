@@ -44,9 +44,9 @@ def run(
 ) -> list[Measurement]:
     """Steps of every contrastive method on the same batches, the encoders alone and the data alone.
 
-    The baseline is the first contrastive method without mixing. `encoders alone` is its step without loss,
-    queue and update of the momentum encoder. With plain batch normalisation, without groups, it is the
-    lower bound.
+    The baseline is the first contrastive method without synthetic negatives. `encoders alone` is its step
+    without loss, queue and update of the momentum encoder. With plain batch normalisation, without groups,
+    it is the lower bound.
     """
     runs = [
         pretrain_run(experiment, method, method_seeds(experiment, method)[0])
@@ -69,7 +69,7 @@ def run(
 
 
 def _is_plain(run: PretrainRun) -> bool:
-    return isinstance(run.recipe, Contrastive) and run.recipe.mixing is None
+    return isinstance(run.recipe, Contrastive) and not run.recipe.negatives.make().num_synthetics
 
 
 def _objective(run: PretrainRun, dataset: StoredDataset, device: torch.device) -> ContrastiveObjective:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mochi.contrast.key_queue import KeyQueue
     from mochi.contrast.loss import contrastive_loss
-    from mochi.contrast.module import MoCHiLoss
+    from mochi.contrast.module import ContrastiveLoss, MoCHiLoss
     from mochi.encoders.pretrained import load_encoder
 
-__all__ = ["KeyQueue", "MoCHiLoss", "__version__", "contrastive_loss", "load_encoder"]
+__all__ = ["ContrastiveLoss", "KeyQueue", "MoCHiLoss", "__version__", "contrastive_loss", "load_encoder"]
 
 _MODULES = {
+    "ContrastiveLoss": "mochi.contrast.module",
     "KeyQueue": "mochi.contrast.key_queue",
     "MoCHiLoss": "mochi.contrast.module",
     "contrastive_loss": "mochi.contrast.loss",

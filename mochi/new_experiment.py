@@ -367,7 +367,8 @@ class _Draft:
 def _mochi(mix: tuple[int, int, int], warmup: int) -> dict[str, Any]:
     """A MoCHi row: (N, s, s') and epochs without synthesis."""
     names = ("num_hardest", "num_pair_synthetics", "num_query_synthetics")
-    return {"mixing": {**dict(zip(names, mix, strict=True)), "warmup_epochs": warmup}}
+    numbers = dict(zip(names, mix, strict=True))
+    return {"negatives": {"rule": "mochi", **numbers, "warmup_epochs": warmup}}
 
 
 def _probes(train_classes: Mapping[str, int], k: int) -> dict[str, Any]:

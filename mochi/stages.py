@@ -26,8 +26,11 @@ _RUNTIME = ("mochi.runtime.distributed", "mochi.runtime.precision", "mochi.runti
 _PHOTOGRAPHS = ("mochi.data.photographs", "mochi.data.ingest.decode", "mochi.data.views.counter_rng")
 
 _CONTRAST = tuple(
-    f"mochi.contrast.{name}" for name in ("diagnosis", "key_queue", "loss", "moco", "negatives")
+    f"mochi.contrast.{name}"
+    for name in ("diagnosis", "key_queue", "loss", "moco", "negatives", "rules.__init__", "rules.moco")
 )
+"""A row's own rule of negatives and its masks come on top (`PretrainRun.code`): a new one is of no other's
+concern."""
 _DETECTION = tuple(
     f"mochi.detection.{name}"
     for name in (

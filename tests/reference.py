@@ -1,14 +1,45 @@
 """Slow, obvious versions written straight from the equations, in loops and float64. Tests only."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mochi.contrast.negatives import Synthetics
+from mochi.contrast.negatives import Synthetics, VectorSynthetics
+from mochi.contrast.rules import Candidates, Rule
+from mochi.contrast.rules.moco import MoCo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(MoCo):
+    """MoCo with the synthetics that a test gives for some similarities."""
+
+    make: Callable[[Tensor], list[Synthetics]]
+
+    def synthetics(self, candidates: Candidates) -> list[Synthetics]:
+        return self.make(candidates.similarity)
+
+
+def simple_form(rule: Rule) -> Rule:
+    """The rule without its fused form: autograd differentiates its loss."""
+    kind = type(rule)
+
+    def loss(self: Rule, *arguments: Any) -> Tensor:
+        return kind.loss(self, *arguments)
+
+    simple = type(f"Simple{kind.__name__}", (kind,), {"loss": loss})(**vars(rule))
+    assert isinstance(simple, Rule)
+    assert not simple.is_fused
+    return simple
 
 
 def synthetic_vectors(query: Tensor, queue: Tensor, synthetics: Synthetics) -> Tensor:
     """The vectors that a rule describes: (B, S, C), mixed from their parents' rows by their weights."""
+    if isinstance(synthetics, VectorSynthetics):
+        return synthetics.vectors
     vectors = torch.einsum("bsp,bspc->bsc", synthetics.weights, queue[synthetics.parents])
     if synthetics.query_weight is not None:
         vectors = vectors + synthetics.query_weight[..., None] * query[:, None]

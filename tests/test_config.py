@@ -3,6 +3,7 @@ hold what its numbers depend on, no more."""
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,12 +24,16 @@ from mochi.config import (
     all_runs,
     detection_run,
     load_experiment,
+    negatives,
     parse_experiment,
     pretrain_run,
     probe_run,
     task_names,
 )
 from mochi.config.evaluation import settings_of
+from mochi.config.negatives import PLAIN, section_of
+from mochi.contrast import rules
+from mochi.contrast.rules.mochi import MoCHi
 from tests.detection.sets import small_set
 from tests.tiny import FILE, MOCHI, TINY, changed
 
@@ -48,12 +53,25 @@ def test_every_shipped_experiment_is_valid(path: Path) -> None:
     [
         ("sedes", [1], "x.yaml: sedes: unknown key 'sedes'; did you mean 'seeds'?"),
         ("pretrain/queue_sise", 5, "pretrain.queue_sise: unknown key 'queue_sise'; did you mean 'queue_size'?"),
-        (f"methods/{MOCHI}/mixing/num_hard", 5, "num_hard: unknown key 'num_hard'; did you mean 'num_hardest'?"),
+        (f"methods/{MOCHI}/negatives/num_hard", 5, "negatives.num_hard: unknown key 'num_hard'; did you mean 'num_hardest'?"),
+        (f"methods/{MOCHI}/negatives/rule", "mochy", "negatives.rule: found 'mochy'; did you mean 'mochi'? allowed: debiased, "),
+        (f"methods/{MOCHI}/negatives/rule", None, "negatives.rule: missing; expected a name, as in {rule: mochi, ...}; allowed: debiased, "),
+        (f"methods/{MOCHI}/negatives/rule", "same_image", "negatives.rule: found 'same_image'; a mask, so write masks: [same_image]; allowed: debiased"),
+        (f"methods/{MOCHI}/negatives/num_pair_synthetics", "x", "negatives.num_pair_synthetics: found 'x'; allowed: a valid integer"),
+        (f"methods/{MOCHI}/negatives/num_pair_synthetics", -1, f"{MOCHI}.negatives: num_pair_synthetics: found -1; expected at least 0"),
+        (f"methods/{MOCHI}/masks", ["class_orcale"], "masks: found 'class_orcale'; did you mean 'class_oracle'? allowed: class_oracle, same_image"),
+        (f"methods/{MOCHI}/masks", ["mochi"], "masks: found 'mochi'; a rule, so write {rule: mochi}; allowed: class_oracle"),
+        ("pretrain/masks", ["mask"], "x.yaml: pretrain.masks: found 'mask'; allowed: class_oracle, same_image"),
+        ("pretrain/negatives", "mochi", "pretrain.negatives: found 'mochi'; expected a rule with its settings, as in {rule: mochi, ...}"),
+        ("pretrain/negatives", {"rule": "debiased", "positive_prior": 1}, "pretrain.negatives: positive_prior: found 1.0; expected 0 or more and below 1"),
+        (f"methods/{MOCHI}/mixing", {"num_hardest": 8, "through_query": True}, f"x.yaml: methods.{MOCHI}.mixing: found a key of version 0.1; write negatives: {{rule: mochi, num_hardest: 8, through_query: true}}"),
+        (f"methods/{MOCHI}/class_oracle", True, "class_oracle: found a key of version 0.1; write masks: [class_oracle]"),
+        ("pretrain/class_oracle", False, "x.yaml: pretrain.class_oracle: found a key of version 0.1; write nothing: leave it out"),
         ("evaluation/linear/lrr", 5, "evaluation.linear.lrr: unknown key 'lrr'; did you mean 'lr'?"),
-        ("pretrain/queue_size", 8, "num_hardest: found 16; the queue holds only queue_size = 8"),
-        (f"methods/{MOCHI}/mixing/warmup_epochs", 2, "warmup_epochs: found 2; must be smaller than epochs = 2"),
-        (f"methods/{MOCHI}/mixing/num_hardest", 1, "num_hardest: found 1; a pair needs at least 2"),
-        (f"methods/{MOCHI}/mixing/num_query_synthetics", 9, "promises (16, 24, 8); make them agree"),
+        ("pretrain/queue_size", 8, f"methods.{MOCHI}: negatives.num_hardest: found 16; expected 2 to 8 (queue_size)"),
+        (f"methods/{MOCHI}/negatives/warmup_epochs", 2, "warmup_epochs: found 2; must be smaller than epochs = 2"),
+        (f"methods/{MOCHI}/negatives/num_hardest", 1, "num_hardest: found 1; expected 2 to 100 (queue_size)"),
+        (f"methods/{MOCHI}/negatives/num_query_synthetics", 9, "promises {rule: mochi, num_hardest: 16, num_pair_synthetics: 24, num_query_synthetics: 8}; make them agree"),
         ("methods/mochi-big", {}, "a MoCHi row is called mochi-N-s-s'"),
         ("seeds", [0, 0], "seeds: found [0, 0]; seeds must be distinct"),
         ("seeds", [], "seeds: found []; allowed:"),
@@ -155,17 +173,19 @@ def test_files_that_are_no_experiment(tmp_path: Path, text: str) -> None:
 
 def test_the_papers_own_settings_are_allowed() -> None:
     """s and s' may exceed N: (256, 2048, 2048) is a row of the paper's table 2."""
-    mixing = {
+    negatives = {
+        "rule": "mochi",
         "num_hardest": 32,
         "num_pair_synthetics": 256,
         "num_query_synthetics": 256,
         "warmup_epochs": 0,
     }
-    experiment = parse_experiment(changed("methods/mochi-32-256-256", {"mixing": mixing}), "x.yaml")
+    experiment = parse_experiment(changed("methods/mochi-32-256-256", {"negatives": negatives}), "x.yaml")
     recipe = pretrain_run(experiment, "mochi-32-256-256", 0).recipe
     assert isinstance(recipe, Contrastive)
-    assert recipe.mixing is not None
-    assert recipe.mixing.num_pair_synthetics > recipe.mixing.num_hardest
+    rule = recipe.negatives.make()
+    assert isinstance(rule, MoCHi)
+    assert rule.num_pair_synthetics > rule.num_hardest
 
 
 def test_a_run_is_the_recipe_with_the_methods_changes() -> None:
@@ -177,7 +197,7 @@ def test_a_run_is_the_recipe_with_the_methods_changes() -> None:
     )
     assert isinstance(mochi, Contrastive)
     assert (mochi.lr, mochi.queue_size) == (0.06, 100)
-    assert mochi.mixing is not None
+    assert isinstance(mochi.negatives.make(), MoCHi)
     assert isinstance(supervised, Supervised)
     assert (supervised.lr, supervised.epochs) == (0.5, 2)
     assert isinstance(untrained, Untrained)
@@ -285,7 +305,6 @@ def with_new_key(run: Run, path: str, value: int | None = None) -> Run:
 
 SECTIONS = [
     ("pretrain", "recipe"),
-    ("pretrain", "recipe/mixing"),
     ("pretrain", "encoder"),
     ("pretrain", "augmentation"),
     ("linear", ""),
@@ -316,16 +335,83 @@ def test_an_optional_key_that_nobody_sets_changes_no_settings(
     assert with_new_key(run, path, 5).settings() == run.settings(), "set to its default, it does not"
 
 
+def test_an_optional_setting_of_a_rule_that_nobody_sets_changes_no_settings(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Later(MoCHi):
+        new_key: int = 5
+
+    def settings(**more: int) -> dict[str, Any]:
+        data = copy.deepcopy(TINY)
+        data["methods"][MOCHI]["negatives"] |= more
+        return pretrain_run(parse_experiment(data, "x"), MOCHI, 0).settings()
+
+    before = settings()
+    monkeypatch.setattr(rules, "find", {"mochi": Later}.get)
+    monkeypatch.setattr(negatives, "section_of", section_of.__wrapped__)
+    assert settings() == settings(new_key=5) == before
+    assert settings(new_key=6) != before
+
+
+def test_a_rule_and_masks_at_their_defaults_are_no_settings(tiny: Experiment) -> None:
+    def recipe(**keys: Any) -> dict[str, Any]:
+        run = pretrain_run(parse_experiment(changed("methods/row", keys), "x"), "row", 0)
+        found: dict[str, Any] = run.settings()["recipe"]
+        return found
+
+    plain = recipe()
+    assert (
+        recipe(negatives={"rule": "moco"})
+        == recipe(negatives={"rule": "moco", "warmup_epochs": 0})
+        == plain
+    )
+    assert recipe(masks=[]) == plain
+    debiased = recipe(negatives={"rule": "debiased", "positive_prior": 0.1})
+    assert debiased == {**plain, "negatives": {"rule": "debiased"}}
+    both = ["same_image", "class_oracle"]
+    assert recipe(masks=both) == recipe(masks=both[::-1]) == {**plain, "masks": sorted(both)}
+
+
+def test_a_row_depends_on_the_code_of_its_own_rule_and_masks() -> None:
+    def code(**keys: Any) -> set[str]:
+        run = pretrain_run(parse_experiment(changed("methods/row", keys), "x"), "row", 0)
+        return {name.removeprefix("mochi.contrast.rules.") for name in run.code()}
+
+    assert code() == {"moco"}
+    assert code(negatives={"rule": "hard_weighting"}) == {"hard_weighting", "debiased"}
+    assert code(masks=["same_image"]) == {"moco", "same_image"}
+
+
 DEFAULTS = {
     "Encoder.stem": None,
     "Encoder.width": None,
     "Augmentation.blur": True,
-    "Mixing.through_query": False,
     "Contrastive.optimizer": "sgd",
     "Contrastive.warmup_epochs": 0,
     "Contrastive.precision": "auto",
-    "Contrastive.mixing": None,
-    "Contrastive.class_oracle": False,
+    "Contrastive.negatives": PLAIN,
+    "Contrastive.masks": [],
+    "MoCo.warmup_epochs": 0,
+    "MoCHi.warmup_epochs": 0,
+    "MoCHi.through_query": False,
+    "Debiased.warmup_epochs": 0,
+    "Debiased.positive_prior": 0.1,
+    "HardWeighting.warmup_epochs": 0,
+    "HardWeighting.positive_prior": 0.1,
+    "HardWeighting.concentration": 1.0,
+    "Decoupled.warmup_epochs": 0,
+    "SynCo.warmup_epochs": 10,
+    "SynCo.num_hardest": 1024,
+    "SynCo.num_interpolated": 256,
+    "SynCo.num_extrapolated": 256,
+    "SynCo.num_mixed": 256,
+    "SynCo.num_noisy": 64,
+    "SynCo.num_perturbed": 64,
+    "SynCo.num_adversarial": 64,
+    "SynCo.noise": 0.01,
+    "SynCo.perturbation": 0.01,
+    "SynCo.adversarial_step": 0.01,
     "Contrastive.matching_epochs": [],
     "Supervised.optimizer": "sgd",
     "Supervised.warmup_epochs": 0,
@@ -370,7 +456,13 @@ def test_no_default_changes_in_silence() -> None:
     """Settings leave out what is at its default, so another default would pass old results off as new."""
     found = {
         key: value
-        for run in (PretrainRun, ProbeRun, DetectionRun, *map(settings_of, task_names()))
+        for run in (
+            PretrainRun,
+            ProbeRun,
+            DetectionRun,
+            *map(settings_of, task_names()),
+            *map(section_of, rules.names_of(rules.Rule)),
+        )
         for key, value in optional_keys(run).items()
     }
     assert {key: found[key] for key in DEFAULTS if key in found} == DEFAULTS, (

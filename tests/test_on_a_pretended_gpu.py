@@ -38,12 +38,13 @@ from tests.tiny import TINY
 
 METHOD = "row"
 
-CONTRASTIVE = {"mixing": {"num_hardest": 16, "num_pair_synthetics": 8, "num_query_synthetics": 8,
-                          "warmup_epochs": 1}}  # fmt: skip
+MOCHI = {"rule": "mochi", "num_hardest": 16, "num_pair_synthetics": 8, "num_query_synthetics": 8,
+         "warmup_epochs": 1}  # fmt: skip
+CONTRASTIVE: dict[str, Any] = {"negatives": MOCHI}
 ROWS: dict[str, dict[str, Any]] = {
     "contrastive": CONTRASTIVE,
-    "through the query": {"mixing": {**CONTRASTIVE["mixing"], "through_query": True}},
-    "class oracle": {**CONTRASTIVE, "class_oracle": True},
+    "through the query": {"negatives": {**MOCHI, "through_query": True}},
+    "masks": {**CONTRASTIVE, "masks": ["class_oracle", "same_image"]},
     "supervised": {"objective": "supervised"},
 }
 AUGMENTATIONS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,10 @@ START = {
         *(f"mochi.data.ingest.sources.{path.stem}" for path in ROOT.glob("mochi/data/ingest/sources/*.py")),
     ],
     "scenes": ["mochi.detection.scenes"],
-    "pretrain": ["mochi.pretraining.stage"],
+    "pretrain": [
+        "mochi.pretraining.stage",
+        *(f"mochi.contrast.rules.{path.stem}" for path in ROOT.glob("mochi/contrast/rules/*.py")),
+    ],
     **{
         f"evaluate {task}": ["mochi.evaluation.stage", f"mochi.evaluation.tasks.{task}"]
         for task in task_names()
@@ -72,6 +75,11 @@ NO_NUMBERS_OF_ONE_STAGE = {
     "scenes": {"mochi.data.ingest.files": "finds the images that are named"},
     "search": _FINE_TUNING,
     "detect": _FINE_TUNING,
+    "pretrain": {
+        f"mochi.contrast.rules.{path.stem}": "counts in the rows that name it (PretrainRun.code)"
+        for path in ROOT.glob("mochi/contrast/rules/*.py")
+        if path.stem not in {"__init__", "moco"}
+    },
 }
 
 
@@ -88,7 +96,7 @@ def only_for_types(statement: ast.stmt) -> bool:
 def imports(name: str) -> set[str]:
     """The modules of mochi that a module imports itself, anywhere in it, and the packages around it.
 
-    What only type checkers import never runs.
+    What only type checkers import never runs, and of rules of negatives the configuration takes settings.
     """
     found = {name.rpartition(".")[0]} - {""}
     tree = ast.parse(source(name).read_bytes())
@@ -98,6 +106,8 @@ def imports(name: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    if name.startswith("mochi.config."):
+        found = {each for each in found if not each.startswith("mochi.contrast")}
     return {each for each in found if each.split(".")[0] == "mochi" and source(each).exists()}
 
 

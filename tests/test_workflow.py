@@ -121,6 +121,8 @@ CHANGES = {
     "data": (CONFIG, "train_per_photo: ", "train_per_photo: 1", {"prepare": 1, **NUMERIC, "evaluate": 6}),
     "docstring": ("mochi/contrast/loss.py", "The contrastive loss over", "A new docstring of the loss over", {}),
     "formula": ("mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4", NUMERIC),
+    "rule": ("mochi/contrast/rules/mochi.py", "some_excluded=some_excluded", "some_excluded=True", NUMERIC),
+    "rule of no row": ("mochi/contrast/rules/debiased.py", "share * self.positive_prior", "share / 2", {}),
     "vote": ("mochi/evaluation/tasks/knn.py", "/ temperature).exp()", "/ temperature).exp() + 0", {"evaluate": 3, "report": 1}),
     "initialisation": ("mochi/encoders/resnet.py", '"fan_out"', '"fan_in"', {"pretrain": 3, "evaluate": 6, "report": 1}),
     "table": ("mochi/report/tables.py", '"top-1"', '"top1"', {"report": 1}),
@@ -155,8 +157,8 @@ def test_in_a_clone_the_same_reruns_after_adopt(copy: Project, change: str) -> N
 def test_an_optional_key_reruns_nothing(copy: Project) -> None:
     copy.edit(
         "mochi/config/training.py",
-        "    class_oracle: bool = False\n",
-        "    class_oracle: bool = False\n    new_key: float | None = None\n",
+        "    masks: Masks = []\n",
+        "    masks: Masks = []\n    new_key: float | None = None\n",
     )
     assert copy.jobs() == {}
 

@@ -30,6 +30,7 @@ from mochi.config.experiment import (
     probe_run,
     probes,
 )
+from mochi.config.negatives import Negatives
 from mochi.config.reading import ConfigError
 from mochi.config.runs import DetectionRun, PretrainRun, ProbeRun, Run
 from mochi.config.sections import Count, Name, PositiveReal, Real, Section
@@ -38,7 +39,6 @@ from mochi.config.training import (
     Contrastive,
     Encoder,
     FromFile,
-    Mixing,
     Objective,
     Supervised,
     Training,

@@ -15,8 +15,8 @@ from pydantic_core import PydanticKnownError
 
 from mochi.config.datasets import Dataset
 from mochi.config.detection import DetectionSet
-from mochi.config.reading import guess
 from mochi.config.sections import NAME, Count, Name, Section
+from mochi.errors import guess
 
 if TYPE_CHECKING:
     from mochi.evaluation.features import Frozen

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from mochi.config.datasets import Dataset
 from mochi.config.evaluation import Column, Evaluation
+from mochi.config.negatives import FORMER_KEYS, former_key
 from mochi.config.reading import ConfigError, read_value, read_yaml, unknown_key, validate
 from mochi.config.runs import DetectionRun, PretrainRun, ProbeRun
 from mochi.config.sections import CountOrZero, Name, Section, distinct_seeds
@@ -176,7 +177,9 @@ def pretrain_run(experiment: Experiment, method: str, seed: int, origin: str = "
     objective = own.get("objective", "contrastive")
     models: dict[str, type[Section]] = {"none": Untrained, "file": FromFile, "supervised": Supervised}
     model = models.get(str(objective), Contrastive)
-    for key in own:
+    for key, value in own.items():
+        if key in FORMER_KEYS:
+            raise ConfigError(f"{origin}: methods.{method}.{key}: {former_key(key, value)}")
         if key not in (known := {*Contrastive.model_fields, *model.model_fields}):
             allowed = sorted({*known, *_METHOD_ONLY})
             raise ConfigError(f"{origin}: methods.{method}.{key}: {unknown_key(key, allowed)}")
@@ -266,6 +269,8 @@ def _check_shared_recipe(experiment: Experiment, origin: str) -> None:
             f"{origin}: pretrain.objective: found {shared['objective']!r}; rows are contrastive unless "
             "they say otherwise themselves; move it to a row, as in supervised: {objective: supervised}"
         )
+    for key in FORMER_KEYS.keys() & shared.keys():
+        raise ConfigError(f"{origin}: pretrain.{key}: {former_key(key, shared[key])}")
     validate(SharedRecipe, shared, origin, rename={key: f"pretrain.{key}" for key in shared})
 
 
@@ -279,15 +284,20 @@ def _check_name(run: PretrainRun, origin: str) -> None:
         )
     if not match:
         return
-    promised = tuple(int(number) for number in match.groups())
-    mixing = run.recipe.mixing if isinstance(run.recipe, Contrastive) else None
-    carried = mixing and (
-        mixing.num_hardest,
-        mixing.num_pair_synthetics,
-        mixing.num_query_synthetics,
+    numbers = zip(
+        ("num_hardest", "num_pair_synthetics", "num_query_synthetics"), match.groups(), strict=True
     )
+    promised = {"rule": "mochi"} | {name: int(number) for name, number in numbers}
+    negatives = run.recipe.negatives.model_dump() if isinstance(run.recipe, Contrastive) else {}
+    carried = {key: negatives.get(key) for key in promised}
     if carried != promised:
         raise ConfigError(
-            f"{origin}: methods.{run.method}.mixing: found (N, s, s') = {carried}; the row's name "
-            f"promises {promised}; make them agree"
+            f"{origin}: methods.{run.method}.negatives: found {_written(carried)}; the row's name promises "
+            f"{_written(promised)}; make them agree"
         )
+
+
+def _written(values: Mapping[str, Any]) -> str:
+    """As in the file, without what is not there."""
+    there = ", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)
+    return f"{{{there}}}"

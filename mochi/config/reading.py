@@ -1,6 +1,5 @@
 """YAML files read strictly, and mistakes explained: file, key path, what was found, what is allowed."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mochi.config.sections import Section
-from mochi.errors import DataError, UserError
+from mochi.errors import DataError, UserError, guess
 from mochi.text import read_text
 
 
@@ -147,10 +146,3 @@ def _tags(model: type[Section]) -> set[str]:
 def unknown_key(key: str, allowed: list[str]) -> str:
     """The message on a key that does not exist, with a guess at the one that was meant."""
     return f"unknown key {guess(key, allowed).removeprefix('found ')}"
-
-
-def guess(found: str, allowed: list[str]) -> str:
-    """What was found, the allowed value that was perhaps meant, and all that are allowed."""
-    close = difflib.get_close_matches(found, allowed, n=1)
-    guess = f"did you mean {close[0]!r}? " if close else ""
-    return f"found {found!r}; {guess}allowed: {', '.join(sorted(allowed))}"

@@ -8,7 +8,7 @@ from mochi.config.datasets import Dataset
 from mochi.config.detection import DetectionSet
 from mochi.config.evaluation import Task
 from mochi.config.sections import Count, CountOrZero, Name, Section
-from mochi.config.training import Augmentation, Encoder, FromFile, Objective, Untrained
+from mochi.config.training import Augmentation, Contrastive, Encoder, FromFile, Objective, Untrained
 
 
 class Run(Section):
@@ -46,6 +46,10 @@ class PretrainRun(Run):
     def is_trained(self) -> bool:
         """False for `random-init` and for an encoder from a file, which need no data."""
         return not isinstance(self.recipe, Untrained | FromFile)
+
+    def code(self) -> tuple[str, ...]:
+        """The modules that decide the numbers of this row alone."""
+        return self.recipe.code() if isinstance(self.recipe, Contrastive) else ()
 
     def settings(self) -> dict[str, Any]:
         """See `Run.settings`; without a training, the encoder does not depend on the views."""

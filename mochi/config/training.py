@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model, field_validator, model_validator
 
+from mochi.config.negatives import PLAIN, Masks, NegativesOfARule, make_mask
 from mochi.config.sections import Count, CountOrZero, PositiveReal, Real, Section
+from mochi.contrast.rules import Mask, modules
 
 
 class Augmentation(Section):
@@ -89,32 +91,6 @@ class Encoder(Section):
         return self
 
 
-class Mixing(Section):
-    """Synthetic hard negatives (MoCHi section 3): pool N, s from pairs, s' from the query."""
-
-    num_hardest: Count
-    num_pair_synthetics: CountOrZero
-    num_query_synthetics: CountOrZero
-    warmup_epochs: CountOrZero
-    """Epochs at the start without synthesis."""
-    through_query: bool = False
-    """Let gradients flow into the query inside a query mix. The paper's text leaves it open; every
-    public re-implementation detaches, and so do we unless this says otherwise."""
-
-    @model_validator(mode="after")
-    def _enough_to_mix(self) -> Self:
-        if self.num_pair_synthetics and self.num_hardest < 2:
-            raise ValueError(
-                f"num_hardest: found {self.num_hardest}; a pair needs at least 2 hardest negatives"
-            )
-        if not self.num_pair_synthetics and not self.num_query_synthetics:
-            raise ValueError(
-                "mixing with num_pair_synthetics = num_query_synthetics = 0 is plain MoCo; "
-                "leave `mixing` out"
-            )
-        return self
-
-
 class Untrained(Section):
     """`random-init`: the baseline without training."""
 
@@ -165,7 +141,7 @@ class Supervised(Training):
 
 
 class Contrastive(Training):
-    """MoCo (He et al. 2020) and, with `mixing`, MoCHi."""
+    """MoCo (He et al. 2020) and, with other rules of negatives, MoCHi and its neighbours."""
 
     objective: Literal["contrastive"]
     head: Literal["linear", "mlp"]
@@ -178,25 +154,26 @@ class Contrastive(Training):
     key_momentum: Annotated[Real, Field(ge=0, le=1)]
     bn_groups: Count
     """Groups of the global batch whose batch-norm statistics are separate (MoCo: one for each GPU)."""
-    mixing: Mixing | None = None
-    class_oracle: bool = False
-    """Drop negatives of the query's own class, by label: MoCHi's upper bound, not a method."""
+    negatives: NegativesOfARule = PLAIN
+    """How much each negative counts: a rule by its name and its settings; MoCo's without it."""
+    masks: Masks = []
+    """Negatives to leave out: class_oracle (of the query's class, by label: an upper bound, not a method),
+    same_image (older keys of the query's own image)."""
     matching_epochs: list[CountOrZero] = []
     """Epochs whose mean matching probabilities of the hardest 1024 are recorded (figure 2)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.mixing is not None:
-            if self.mixing.num_hardest > self.queue_size:
-                raise ValueError(
-                    f"mixing.num_hardest: found {self.mixing.num_hardest}; the queue holds only "
-                    f"queue_size = {self.queue_size} negatives; lower num_hardest or raise queue_size"
-                )
-            if self.mixing.warmup_epochs >= self.epochs:
-                raise ValueError(
-                    f"mixing.warmup_epochs: found {self.mixing.warmup_epochs}; must be smaller than "
-                    f"epochs = {self.epochs}, or nothing is ever mixed"
-                )
+        rule = self.negatives.make()
+        try:
+            rule.check(self.queue_size)
+        except ValueError as error:
+            raise ValueError(f"negatives.{error}") from None
+        if not rule.is_active(self.epochs - 1):
+            raise ValueError(
+                f"negatives.warmup_epochs: found {rule.warmup_epochs}; must be smaller than "
+                f"epochs = {self.epochs}, or nothing but MoCo is ever trained"
+            )
         if self.bn_groups * 2 > self.batch_size:
             raise ValueError(
                 f"bn_groups: found {self.bn_groups}; batch_size = {self.batch_size} leaves fewer than "
@@ -206,6 +183,14 @@ class Contrastive(Training):
         if late:
             raise ValueError(f"matching_epochs: found {late}; epochs count from 0 to {self.epochs - 1}")
         return self
+
+    def make_masks(self) -> list[Mask]:
+        """The masks with their mathematics."""
+        return [make_mask(name) for name in self.masks]
+
+    def code(self) -> tuple[str, ...]:
+        """The modules that hold the rule and the masks."""
+        return modules(self.negatives.make(), *self.make_masks())
 
 
 _SHARED: dict[str, Any] = {

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mochi.contrast.moco import Step
+from mochi.contrast.rules import Candidates
 
 NUM_MATCHED = 1024
 """The paper looks at the 1024 hardest negatives (figures 2a and 2c)."""
@@ -18,7 +19,7 @@ def matching_probabilities(step: Step, temperature: float) -> Tensor:
 
     Returns:
         (min(1024, K),) p_n of the softmax over the positive and the real negatives of the queue, without
-        those that the class oracle excludes.
+        those that a mask excludes.
     """
     positive = (step.query * step.key).sum(-1, keepdim=True)  # (B, 1)
     logits = torch.cat((positive, _as_the_loss_saw_it(step, step.query @ step.queue.T)), 1) / temperature
@@ -35,9 +36,9 @@ def false_negatives(step: Step, labels: Tensor) -> dict[str, float]:
         labels: (B,) classes of the queries, -1 where unknown; unlabelled queries and keys do not count.
 
     Returns:
-        `false_negatives`: among the hardest 1024 of the queue, whether or not the class oracle excludes
-        them; with synthetics also `false_parents_any` (mixed from at least one) and `false_parents_all`
-        (from false negatives only).
+        `false_negatives`: among the hardest 1024 of the queue, whether or not a mask excludes them; with
+        synthetics also `false_parents_any` (mixed from at least one) and `false_parents_all` (from false
+        negatives only).
     """
     known = labels >= 0
     if not known.any() or not (step.queue_labels >= 0).any():
@@ -46,18 +47,34 @@ def false_negatives(step: Step, labels: Tensor) -> dict[str, float]:
     same = (labels[:, None] == step.queue_labels)[known]  # (B', K)
     hardest = similarity[known].topk(min(NUM_MATCHED, len(step.queue)), dim=1).indices
     shares = {"false_negatives": same.gather(1, hardest).float().mean().item()}
-    if step.rule is not None:
-        any_parent, all_parents = [], []
-        for synthetic in step.rule(_as_the_loss_saw_it(step, similarity)):
-            parents = synthetic.parents[known]  # (B', S, P)
-            false = same.gather(1, parents.flatten(1)).view_as(parents)
-            any_parent.append(false.any(-1))
-            all_parents.append(false.all(-1))
+    any_parent, all_parents = [], []
+    for parents in _parents(step, _as_the_loss_saw_it(step, similarity)):
+        own = parents[known]  # (B', S, P)
+        false = same.gather(1, own.flatten(1)).view_as(own)
+        any_parent.append(false.any(-1))
+        all_parents.append(false.all(-1))
+    if any_parent:
         shares["false_parents_any"] = torch.cat(any_parent, 1).float().mean().item()
         shares["false_parents_all"] = torch.cat(all_parents, 1).float().mean().item()
     return shares
 
 
+@torch.no_grad()
+def measured_by_the_rule(step: Step, temperature: float) -> dict[str, Tensor]:
+    """What the step's rule of negatives wants measured, () means over the queries."""
+    positive = (step.query * step.key).sum(-1)
+    similarity = _as_the_loss_saw_it(step, step.query @ step.queue.T)
+    found = step.rule.measure(positive, similarity, temperature)
+    return {name: value.float().mean() for name, value in found.items()}
+
+
+def _parents(step: Step, similarity: Tensor) -> list[Tensor]:
+    """(B, S, P) the columns that each kind of synthetic comes from, of other draws of the same step."""
+    masked = step.excluded is not None
+    candidates = Candidates(step.query, similarity, step.queue, masked, step.generator)
+    return [synthetic.parents for synthetic in step.rule.synthetics(candidates)]
+
+
 def _as_the_loss_saw_it(step: Step, similarity: Tensor) -> Tensor:
-    """(B, K) similarities, -inf where the class oracle excludes a negative."""
+    """(B, K) similarities, -inf where a mask excludes a negative."""
     return similarity if step.excluded is None else similarity.masked_fill(step.excluded, -torch.inf)

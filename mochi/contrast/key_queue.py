@@ -12,12 +12,13 @@ class KeyQueue(nn.Module):
     buffer, so a checkpoint of the module is a checkpoint of the queue.
 
     Source: facebookresearch/moco moco/builder.py (`queue`, `_dequeue_and_enqueue`).
-    Deviation: a key is a row, not a column; the size need not be a multiple of the batch; each key's label
-    is kept beside it, for the class oracle and for measuring false negatives, never for the loss of MoCHi.
+    Deviation: a key is a row, not a column; the size need not be a multiple of the batch. The class and the
+    image of each key are kept for masks and for measuring false negatives, never for the loss of MoCHi.
     """
 
     keys: Tensor
     labels: Tensor
+    images: Tensor
     position: Tensor
     num_enqueued: Tensor
 
@@ -27,21 +28,24 @@ class KeyQueue(nn.Module):
             "keys", F.normalize(torch.randn(size, dim, generator=generator), dim=-1)
         )  # (K, C)
         self.register_buffer("labels", torch.full((size,), -1))  # (K,); -1: unknown
+        self.register_buffer("images", torch.full((size,), -1))  # (K,); -1: unknown
         self.register_buffer("position", torch.zeros((), dtype=torch.long))  # next row to replace
         self.register_buffer("num_enqueued", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, labels: Tensor) -> None:
+    def enqueue(self, keys: Tensor, labels: Tensor | None = None, images: Tensor | None = None) -> None:
         """Replace the oldest rows.
 
         Args:
             keys: (B, C) unit keys, the same on every rank. Of more than K, the last K stay.
-            labels: (B,) their classes, -1 where unknown.
+            labels: (B,) their classes, -1 where unknown, as everywhere without it.
+            images: (B,) indices of their images, likewise.
         """
         size, batch = len(self.keys), len(keys)
         rows = (self.position + torch.arange(batch, device=keys.device)) % size
         self.keys[rows[-size:]] = keys[-size:].to(self.keys.dtype)
-        self.labels[rows[-size:]] = labels[-size:]
+        for column, values in ((self.labels, labels), (self.images, images)):
+            column[rows[-size:]] = -1 if values is None else values[-size:]
         self.position.copy_((self.position + batch) % size)
         self.num_enqueued.add_(batch)
 

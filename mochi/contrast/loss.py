@@ -10,6 +10,9 @@ Adding each p_h v_p to the probability of its parent's column leaves one product
 probabilities with the queue. The forward pass makes this gradient while the probabilities are at hand: no
 synthetic vector, no second (B, K) buffer, no scatter in a backward pass. Mixing costs less than MoCo's
 loss written with autograd.
+
+Other rules of negatives (`mochi.contrast.rules`) have another L and other p. Where a rule says how to
+compute them in place it costs as little; else autograd differentiates its loss, a few queries at a time.
 """
 
 from typing import Any, NamedTuple
@@ -17,13 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mochi.contrast.negatives import Rule, Synthetics
+from mochi.contrast.rules import Candidates, Rule, Similarities
+from mochi.contrast.rules.moco import MoCo
 
 # Queries that a processor takes at once. Fewer would read the queue too often, more would fill memory.
 _QUERY_CHUNK = 64
 
 
-class ContrastiveLoss(NamedTuple):
+class Contrast(NamedTuple):
     """A loss and what is worth knowing about it."""
 
     loss: Tensor  # () mean over queries, nats
@@ -39,8 +43,9 @@ def contrastive_loss(
     temperature: float,
     rule: Rule | None = None,
     excluded: Tensor | None = None,
-) -> ContrastiveLoss:
-    """InfoNCE against the queue and the synthetic negatives of `rule`.
+    generator: torch.Generator | None = None,
+) -> Contrast:
+    """The loss of queries and keys against the queue, by a rule of negatives.
 
     Computed in float32 even under autocast (float64 for float64 inputs). Only `query` gets a gradient.
 
@@ -49,15 +54,23 @@ def contrastive_loss(
         key: (B, C) unit keys, their positives.
         queue: (K, C) unit keys, the negatives.
         temperature: tau, > 0; divides synthetic logits too.
-        rule: makes the synthetic negatives, called with a few queries at a time; None: plain MoCo.
-        excluded: (B, K) bool, negatives to leave out of the loss and of every mix (class oracle).
+        rule: how much each negative counts, and which synthetics are added; None: MoCo.
+        excluded: (B, K) bool, negatives to leave out of the loss and of every mix. A query without any
+            negative left has neither loss nor gradient.
+        generator: of the synthetics' draws; None: torch's global one of the device.
 
     Source: Kalantidis et al. 2020, eq. 1 and section 3; He et al. 2020, eq. 1.
     """
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
-        tensors = (query.to(dtype), key.detach().to(dtype), queue.to(dtype))
-        return ContrastiveLoss(*_Contrast.apply(*tensors, temperature, rule, excluded))
+        tensors = (query.to(dtype), key.detach().to(dtype), queue.detach().to(dtype))
+        return Contrast(*_Contrast.apply(*tensors, temperature, rule or MoCo(), excluded, generator))
+
+
+def chance_level(rule: Rule, queue_size: int, temperature: float) -> float:
+    """The rule's loss where all similarities are equal, nats: of an encoder that has learnt nothing."""
+    equal = torch.zeros(1, 1 + queue_size + rule.num_synthetics, dtype=torch.float64)
+    return rule.loss(equal[:, 0], equal[:, 1:], temperature).item()
 
 
 class _Contrast(torch.autograd.Function):
@@ -70,70 +83,117 @@ class _Contrast(torch.autograd.Function):
         key: Tensor,
         queue: Tensor,
         temperature: float,
-        rule: Rule | None,
+        rule: Rule,
         excluded: Tensor | None,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A GPU takes all queries at once; a processor a few, in a buffer that stays warm."""
-        size = len(query) if query.device.type != "cpu" else min(_QUERY_CHUNK, len(query))
-        buffer = query.new_empty(size, len(queue))
+        few = query.device.type == "cpu" or rule.makes_vectors
+        size = min(_QUERY_CHUNK, len(query)) if few else len(query)
+        buffer = query.new_empty(size if rule.is_fused else 0, len(queue))
         parts = []
         for start in range(0, len(query), size):
             rows = slice(start, start + size)
-            p = torch.mm(query[rows], queue.T, out=buffer[: len(query[rows])])
-            if excluded is not None:
-                p.masked_fill_(excluded[rows], -torch.inf)
-            parts.append(_contrast_rows(query[rows], key[rows], queue, temperature, rule, p))
+            own = (query[rows], key[rows], queue, temperature, rule)
+            left_out = None if excluded is None else excluded[rows]
+            if rule.is_fused:
+                parts.append(_fused_rows(*own, left_out, generator, buffer[: len(query[rows])]))
+            else:
+                parts.append(_differentiated_rows(*own, left_out, generator))
         loss, positive, hardest_negative, hardest_synthetic, gradient = map(
             torch.cat, zip(*parts, strict=True)
         )
+        if excluded is not None:
+            nothing_left = excluded.all(1)
+            hardest_negative.masked_fill_(nothing_left, -torch.inf)
+            loss.masked_fill_(nothing_left, 0)
+            gradient.masked_fill_(nothing_left[:, None], 0)
         ctx.save_for_backward(gradient.div_(temperature * len(query)))
         ctx.mark_non_differentiable(positive, hardest_negative, hardest_synthetic)
         return loss.mean(), positive, hardest_negative, hardest_synthetic
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         """(B, C) for the query; key, queue and synthetics are constants."""
         (gradient,) = ctx.saved_tensors
-        return grads[0] * gradient, None, None, None, None, None
+        return grads[0] * gradient, None, None, None, None, None, None
 
 
-def _contrast_rows(
-    query: Tensor, key: Tensor, queue: Tensor, temperature: float, rule: Rule | None, p: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss of each query, its similarities, and its gradient times tau.
+_Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""The loss of each query, q.k, the largest q.n and q.h, (B,) each; and its gradient times tau, (B, C)."""
 
-    `p` (B, K) holds the similarities to the queue first and the probabilities in the end.
-    """
+
+def _fused_rows(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float,
+    rule: Rule,
+    excluded: Tensor | None,
+    generator: torch.Generator | None,
+    p: Tensor,
+) -> _Rows:
+    """By the rule's own derivatives. `p` (B, K) holds similarities first and weights in the end."""
+    torch.mm(query, queue.T, out=p)
+    if excluded is not None:
+        p.masked_fill_(excluded, -torch.inf)
     positive = (query * key).sum(-1)  # (B,)
-    synthetics = rule(p) if rule is not None else []
-    mixed = [synthetic.similarity(p) for synthetic in synthetics]  # (B, S) each
+    synthetics = rule.synthetics(Candidates(query, p, queue, excluded is not None, generator))
+    mixed = [synthetic.similarity(query, p) for synthetic in synthetics]  # (B, S) each
+    hardest_negative, hardest_synthetic = _hardest(positive, p, mixed)
+    hardest = torch.maximum(hardest_negative, hardest_synthetic)
+    num: Tensor | int = p.shape[1] + sum(each.shape[1] for each in mixed)
+    if excluded is not None:
+        num = num - excluded.sum(1)
 
-    hardest_negative = p.amax(1)
-    hardest_synthetic = torch.full_like(positive, -torch.inf)
-    for similarity in mixed:
-        hardest_synthetic = torch.maximum(hardest_synthetic, similarity.amax(1))
-    top = torch.maximum(torch.maximum(positive, hardest_negative), hardest_synthetic)
-
-    # The softmax without its denominator, which divides the loss and the gradient's rows in the end.
-    p.sub_(top[:, None]).div_(temperature).exp_()
-    p_positive = ((positive - top) / temperature).exp()
-    p_mixed = [((similarity - top[:, None]) / temperature).exp() for similarity in mixed]
-    total = p.sum(1) + p_positive + sum(each.sum(1) for each in p_mixed)
-    loss = total.log() + (top - positive) / temperature
-
-    query_share = torch.zeros_like(positive)
-    for synthetic, p_h in zip(synthetics, p_mixed, strict=True):
-        _give_to_parents(p, synthetic, p_h)
-        if synthetic.gradient_query_weight is not None:
-            query_share += (p_h * synthetic.gradient_query_weight).sum(1)
+    weights = rule.fused(Similarities(positive, [p, *mixed], hardest, num), temperature)
+    for synthetic, p_h in zip(synthetics, mixed, strict=True):
+        synthetic.give_to_parents(p_h, p)
     gradient = p @ queue
-    gradient += (p_positive - total)[:, None] * key
-    gradient += query_share[:, None] * query
-    return loss, positive, hardest_negative, hardest_synthetic, gradient / total[:, None]
+    gradient += weights.positive[:, None] * key
+    for synthetic, p_h in zip(synthetics, mixed, strict=True):
+        if (rest := synthetic.remaining(p_h, query)) is not None:
+            gradient += rest
+    gradient = gradient / weights.divisor[:, None]
+    return weights.loss, positive, hardest_negative, hardest_synthetic, gradient
 
 
-def _give_to_parents(p: Tensor, synthetic: Synthetics, p_h: Tensor) -> None:
-    """Add each synthetic's probability times v_p to its parents' columns of `p`, in place."""
-    p.scatter_add_(
-        1, synthetic.parents.flatten(1), (p_h[..., None] * synthetic.gradient_weights).flatten(1)
-    )
+def _differentiated_rows(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float,
+    rule: Rule,
+    excluded: Tensor | None,
+    generator: torch.Generator | None,
+) -> _Rows:
+    """By autograd, here and now: what it stores is of these queries alone."""
+    with torch.enable_grad():
+        query = query.detach().requires_grad_()
+        positive = (query * key).sum(-1)
+        similarity = query @ queue.T
+        if excluded is not None:
+            # Not of a query that has no other: its loss counts as nothing, and must be without NaN.
+            excluded = excluded & ~excluded.all(1, keepdim=True)
+            similarity = similarity.masked_fill(excluded, -torch.inf)
+        synthetics = rule.synthetics(Candidates(query, similarity, queue, excluded is not None, generator))
+        mixed = [synthetic.similarity(query, similarity) for synthetic in synthetics]
+        loss = rule.loss(positive, torch.cat([similarity, *mixed], 1) if mixed else similarity, temperature)
+        if loss.shape != positive.shape:
+            raise ValueError(
+                f"{type(rule).__name__}.loss: found shape {tuple(loss.shape)}; expected "
+                f"{tuple(positive.shape)}, the loss of each query, not their mean"
+            )
+        (gradient,) = torch.autograd.grad(loss.sum(), query)
+    hardest = _hardest(positive, similarity, mixed)
+    tensors = (loss, positive, *hardest, gradient * temperature)
+    loss, positive, hardest_negative, hardest_synthetic, gradient = (each.detach() for each in tensors)
+    return loss, positive, hardest_negative, hardest_synthetic, gradient
+
+
+def _hardest(positive: Tensor, similarity: Tensor, mixed: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B,) the largest q.n and the largest q.h, -inf without synthetics."""
+    hardest_synthetic = torch.full_like(positive, -torch.inf)
+    for each in mixed:
+        hardest_synthetic = torch.maximum(hardest_synthetic, each.amax(1))
+    return similarity.amax(1), hardest_synthetic

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from mochi import encoders
 from mochi.config import ConfigError, Contrastive, Encoder
 from mochi.contrast.key_queue import KeyQueue
-from mochi.contrast.loss import ContrastiveLoss, contrastive_loss
-from mochi.contrast.negatives import Rule, Synthetics, hardest, mix_pairs, mix_with_query
+from mochi.contrast.loss import Contrast, contrastive_loss
+from mochi.contrast.rules import Rule, exclude
+from mochi.contrast.rules.moco import MoCo as PlainRule
 from mochi.encoders.backbone import Backbone
 from mochi.encoders.batch_norm import GroupedBatchNorm2d
 from mochi.encoders.heads import projection_head
@@ -26,13 +27,14 @@ from mochi.runtime.seeding import generator
 class Step(NamedTuple):
     """What a training step computed."""
 
-    loss: ContrastiveLoss
+    loss: Contrast
     query: Tensor  # (B, C) unit queries, float32
     key: Tensor  # (B, C) unit keys, float32
     queue: Tensor  # (K, C) the negatives the loss saw
     queue_labels: Tensor  # (K,) their classes
-    excluded: Tensor | None  # (B, K) bool, what of it the class oracle left out
-    rule: Rule | None  # what mixed, for diagnosis: called again it draws more of the same kind
+    excluded: Tensor | None  # (B, K) bool, what of it the masks left out
+    rule: Rule  # how each negative counted
+    generator: torch.Generator  # of the rule's draws; used again it gives more of the same kind
 
 
 class MoCo(nn.Module):
@@ -50,6 +52,7 @@ class MoCo(nn.Module):
     def __init__(self, encoder: Encoder, recipe: Contrastive, seed: int) -> None:
         super().__init__()
         self.recipe = recipe
+        self.rule, self.masks = recipe.negatives.make(), recipe.make_masks()
         self.seed = seed
         num_groups = _groups_of_a_rank(recipe.bn_groups)
         with torch.random.fork_rng(devices=[]):
@@ -70,9 +73,16 @@ class MoCo(nn.Module):
         return backbone
 
     def training_step(
-        self, query_images: Tensor, key_images: Tensor, labels: Tensor, step: int, *, synthesize: bool
+        self,
+        query_images: Tensor,
+        key_images: Tensor,
+        labels: Tensor,
+        step: int,
+        *,
+        synthesize: bool,
+        images: Tensor | None = None,
     ) -> Step:
-        """One step of MoCo with MoCHi's synthetic negatives, up to the loss.
+        """One step of MoCo with the recipe's rule of negatives, up to the loss.
 
         The queue is left as the loss saw it: call `enqueue` once the step's losses are all computed, so
         that no key is a negative of its own query.
@@ -80,22 +90,27 @@ class MoCo(nn.Module):
         Args:
             query_images: (B, 3, H, W) first views of this rank's images.
             key_images: (B, 3, H, W) second views.
-            labels: (B,) classes, -1 where unknown; used by the class oracle only.
+            labels: (B,) classes, -1 where unknown; used by masks only.
             step: the global step, from 0.
-            synthesize: whether the warm-up without synthesis is over.
+            synthesize: whether the rule's warm-up, which is plain MoCo, is over.
+            images: (B,) indices of the images, likewise; None: unknown.
         """
         query = unit(self.query_encoder(query_images))  # (B, C)
         with torch.no_grad():
             self._update_momentum_encoder()
             key = self._encode_keys(key_images, step)  # (B, C)
-        excluded = self._of_own_class(labels) if self.recipe.class_oracle else None  # (B, K)
-        rule = self._rule(step) if synthesize else None
-        loss = contrastive_loss(query, key, self.queue.keys, self.recipe.temperature, rule, excluded)
-        return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, excluded, rule)
+        rule = self.rule if synthesize else PlainRule()
+        images = torch.full_like(labels, -1) if images is None else images
+        excluded = exclude(self.masks, labels, images, self.queue)  # (B, K)
+        # Of this rank's queries, so each rank mixes differently.
+        draws = generator("mix negatives", self.seed, step, rank(), device=self.queue.keys.device)
+        loss = contrastive_loss(query, key, self.queue.keys, self.recipe.temperature, rule, excluded, draws)
+        return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, excluded, rule, draws)
 
-    def enqueue(self, key: Tensor, labels: Tensor) -> None:
+    def enqueue(self, key: Tensor, labels: Tensor, images: Tensor | None = None) -> None:
         """Replace the oldest keys by this step's, gathered in rank order: the same queue on every rank."""
-        self.queue.enqueue(gather(key), gather(labels))
+        images = torch.full_like(labels, -1) if images is None else images
+        self.queue.enqueue(gather(key), *gather(torch.stack((labels, images), 1)).unbind(1))
 
     def _update_momentum_encoder(self) -> None:
         """theta_k <- m theta_k + (1 - m) theta_q, parameters only: batch-norm statistics are its own."""
@@ -116,31 +131,6 @@ class MoCo(nn.Module):
         rows = images.permute(0, 2, 3, 1)  # channels last, as they lie in memory
         shuffled = unit(self.momentum_encoder(exchange(rows, order).permute(0, 3, 1, 2)))
         return exchange(shuffled, order.argsort())
-
-    def _of_own_class(self, labels: Tensor) -> Tensor:
-        """(B, K) negatives of the query's class, by label; a query without a label has none."""
-        return (labels[:, None] == self.queue.labels) & (labels >= 0)[:, None]
-
-    def _rule(self, step: int) -> Rule | None:
-        """MoCHi's rule of negatives for this step, None for plain MoCo."""
-        mixing = self.recipe.mixing
-        if mixing is None:
-            return None
-
-        # Of this rank's queries, so each rank mixes differently.
-        draws = generator("mix negatives", self.seed, step, rank(), device=self.queue.keys.device)
-
-        def rule(similarity: Tensor) -> list[Synthetics]:
-            pool = hardest(similarity, mixing.num_hardest, some_excluded=self.recipe.class_oracle)
-            synthetics = []
-            if mixing.num_pair_synthetics:
-                synthetics.append(mix_pairs(self.queue.keys, pool, mixing.num_pair_synthetics, draws))
-            if mixing.num_query_synthetics:
-                num, through = mixing.num_query_synthetics, mixing.through_query
-                synthetics.append(mix_with_query(similarity, pool, num, draws, through_query=through))
-            return synthetics
-
-        return rule
 
 
 def _groups_of_a_rank(bn_groups: int) -> int:

@@ -1,43 +1,49 @@
 """The contrastive loss with its queue as one module, for a training loop of one's own.
 
-`from mochi import MoCHiLoss`; docs/library.md shows it in use.
+`from mochi import ContrastiveLoss, MoCHiLoss`; docs/library.md shows them in use.
 """
 
+import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mochi.contrast import rules
 from mochi.contrast.key_queue import KeyQueue
 from mochi.contrast.loss import contrastive_loss
-from mochi.contrast.negatives import Rule, Synthetics, hardest, mix_pairs, mix_with_query
-from mochi.errors import UserError
+from mochi.contrast.rules import Mask, Rule, at_least, exclude
+from mochi.contrast.rules.moco import MoCo as PlainRule
+from mochi.errors import UserError, guess
 from mochi.runtime.distributed import gather, rank, world_size
 from mochi.runtime.seeding import generator
 
+_Part = TypeVar("_Part", Rule, Mask)
 
-class MoCHiLoss(nn.Module):
-    """InfoNCE of queries and keys against a queue, with MoCHi's synthetic hard negatives.
 
-    With both numbers of synthetics at 0 it is MoCo's loss. The module has no parameters. Its state is the
-    queue and, for `seed`, the number of training steps.
+class ContrastiveLoss(nn.Module):
+    """The loss of queries and keys against a queue, by any rule of negatives.
 
-    Source: Kalantidis et al. 2020, eq. 1, sections 3.2 and 3.3; He et al. 2020, section 3.2.
+    The module has no parameters. Its state is the queue and, for `seed`, the number of training steps.
+
+    Source: He et al. 2020, section 3.2; each rule names its own.
 
     Args:
         queue_size: K, negatives; the queue starts with random unit vectors, the same on every rank.
         dim: C, of the embedding.
         temperature: tau.
-        num_hardest: N, the hardest negatives of each query, from which synthetics are mixed.
-        num_pair_synthetics: s, mixed from pairs of them.
-        num_query_synthetics: s', mixed from them and the query.
-        through_query: let the gradient into the query inside a query mix.
+        rule: how much each negative counts: a name (`moco`, `mochi`, `debiased`, `hard_weighting`,
+            `decoupled`, `synco`, or a file of your own in mochi/contrast/rules/), or a `Rule`.
+        masks: negatives to leave out: `class_oracle` needs labels in each call, `same_image` images.
         seed: makes the draws a function of (seed, step, rank), and the first rows of the queue one of the
             seed; None: draws come from torch's global generator of the queries' device.
+        **settings: of the rule, where it is a name.
 
     Raises:
-        UserError: a number is outside its range (a ValueError).
+        UserError: no such rule, or a setting is outside its range (a ValueError).
     """
 
     queue: KeyQueue
@@ -47,22 +53,23 @@ class MoCHiLoss(nn.Module):
         queue_size: int,
         dim: int,
         temperature: float,
-        num_hardest: int,
-        num_pair_synthetics: int,
-        num_query_synthetics: int,
+        rule: str | Rule = "moco",
         *,
-        through_query: bool = False,
+        masks: Sequence[str] = (),
         seed: int | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        _check_settings(
-            queue_size, dim, temperature, num_hardest, num_pair_synthetics, num_query_synthetics
-        )
+        if not 0 < temperature < math.inf:
+            raise UserError(f"temperature: found {temperature}; expected a number above 0, such as 0.2")
+        try:
+            at_least(1, queue_size=queue_size, dim=dim)
+            self.rule = rule if isinstance(rule, Rule) else _made("rule", rule, Rule, settings)
+            self.rule.check(queue_size)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.masks = [_made("masks", mask, Mask, {}) for mask in masks]
         self.temperature = temperature
-        self.num_hardest = num_hardest
-        self.num_pair_synthetics = num_pair_synthetics
-        self.num_query_synthetics = num_query_synthetics
-        self.through_query = through_query
         self.seed = seed
         self.steps = 0
         # Not from torch's global generator, whose state may differ between ranks.
@@ -73,7 +80,16 @@ class MoCHiLoss(nn.Module):
 
     # Compiled code draws other random numbers than eager code, so torch.compile stops at the loss.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, query: Tensor, key: Tensor, enqueue: bool = True, synthesize: bool = True) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        enqueue: bool = True,
+        synthesize: bool = True,
+        *,
+        labels: Tensor | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:
         """The loss against the queue as it is; in training mode the keys then enter the queue.
 
         Computed in float32 even under autocast (float64 for float64 inputs). Only `query` gets a gradient.
@@ -82,7 +98,9 @@ class MoCHiLoss(nn.Module):
             query: (B, C) embeddings of one view, of any length.
             key: (B, C) embeddings of the other view, from the momentum encoder.
             enqueue: False leaves the queue alone: call `enqueue` after the step's last loss.
-            synthesize: whether the warm-up without synthesis is over.
+            synthesize: False: MoCo's loss, as in a rule's warm-up (`rule.is_active(epoch)`).
+            labels: (B,) classes of the images, -1 where unknown, for `class_oracle`.
+            images: (B,) indices of the images, -1 where unknown, for `same_image`.
 
         Returns:
             () mean over this rank's queries, nats. NaN in the inputs gives NaN.
@@ -91,33 +109,42 @@ class MoCHiLoss(nn.Module):
             UserError: inputs that do not fit each other or the queue (a ValueError).
         """
         self._check(query=query, key=key)
+        identities = self._identities(key, labels, images)
+        given = {"labels": labels, "images": images}
+        for name in {name for mask in self.masks for name in mask.needs if given[name] is None}:
+            raise UserError(f"{name}: missing; a mask in {self.masks} needs them: pass `{name}=`")
         enqueue = enqueue and self.training
         if enqueue:
             self._check_fits_queue(key)
         dtype = torch.promote_types(query.dtype, torch.float32)
         unit_query, unit_key = _unit(query, dtype), _unit(key.detach(), dtype)
         queue = self.queue.keys.to(dtype)
-        rule = self._rule(queue) if synthesize else None
-        loss = contrastive_loss(unit_query, unit_key, queue, self.temperature, rule).loss
+        rule = self.rule if synthesize else PlainRule()
+        excluded = exclude(self.masks, *identities, self.queue)
+        draws = self._draws(queue.device)
+        loss = contrastive_loss(unit_query, unit_key, queue, self.temperature, rule, excluded, draws).loss
         if enqueue:
-            self._replace_oldest(unit_key)
+            self._replace_oldest(unit_key, *identities)
         if self.training:
             self.steps += 1
         return loss
 
     @torch.no_grad()
-    def enqueue(self, key: Tensor) -> None:
+    def enqueue(self, key: Tensor, labels: Tensor | None = None, images: Tensor | None = None) -> None:
         """Replace the oldest keys by these, gathered from all ranks in rank order.
 
         Args:
             key: (B, C) embeddings, of any length; as many on every rank.
+            labels: (B,) their classes, -1 where unknown.
+            images: (B,) indices of their images, -1 where unknown.
 
         Raises:
             UserError: keys that do not fit the queue (a ValueError).
         """
         self._check(key=key)
         self._check_fits_queue(key)
-        self._replace_oldest(_unit(key, torch.promote_types(key.dtype, torch.float32)))
+        identities = self._identities(key, labels, images)
+        self._replace_oldest(_unit(key, torch.promote_types(key.dtype, torch.float32)), *identities)
 
     def get_extra_state(self) -> Tensor:
         """The number of training steps, of which `seed` makes the draws."""
@@ -128,45 +155,43 @@ class MoCHiLoss(nn.Module):
         self.steps = int(state)
 
     def extra_repr(self) -> str:
-        """The settings, as the constructor takes them."""
+        """The settings."""
         queue_size, dim = self.queue.keys.shape
+        masks = f"masks={self.masks}, " if self.masks else ""
         return (
-            f"queue_size={queue_size}, dim={dim}, temperature={self.temperature}, "
-            f"num_hardest={self.num_hardest}, num_pair_synthetics={self.num_pair_synthetics}, "
-            f"num_query_synthetics={self.num_query_synthetics}, through_query={self.through_query}, "
-            f"seed={self.seed}"
+            f"queue_size={queue_size}, dim={dim}, temperature={self.temperature}, rule={self.rule}, "
+            f"{masks}seed={self.seed}"
         )
 
-    def _replace_oldest(self, unit_key: Tensor) -> None:
-        keys = gather(unit_key)
-        self.queue.enqueue(keys, self.queue.labels.new_full((len(keys),), -1))
+    def _replace_oldest(self, unit_key: Tensor, labels: Tensor, images: Tensor) -> None:
+        self.queue.enqueue(gather(unit_key), *gather(torch.stack((labels, images), 1)).unbind(1))
 
-    def _rule(self, queue: Tensor) -> Rule | None:
-        """MoCHi's rule of negatives for this step, None for MoCo."""
-        if not self.num_pair_synthetics and not self.num_query_synthetics:
+    def _draws(self, device: torch.device) -> torch.Generator | None:
+        """The random numbers of this step's synthetics, as in pretraining where there is a seed."""
+        if self.seed is None:
             return None
-        draws = self._draws(queue.device)
+        return generator("mix negatives", self.seed, self.steps, rank(), device=device)
 
-        def rule(similarity: Tensor) -> list[Synthetics]:
-            pool = hardest(similarity, self.num_hardest)
-            synthetics = []
-            if self.num_pair_synthetics:
-                synthetics.append(mix_pairs(queue, pool, self.num_pair_synthetics, draws))
-            if self.num_query_synthetics:
-                num, through = self.num_query_synthetics, self.through_query
-                synthetics.append(mix_with_query(similarity, pool, num, draws, through_query=through))
-            return synthetics
+    def _identities(
+        self, key: Tensor, labels: Tensor | None, images: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) labels and (B,) images on the queue's device, -1 where unknown.
 
-        return rule
-
-    def _draws(self, device: torch.device) -> torch.Generator:
-        """The random numbers of this step's mixes, as in pretraining where there is a seed."""
-        if self.seed is not None:
-            return generator("mix negatives", self.seed, self.steps, rank(), device=device)
-        if device.type == "cpu":
-            return torch.default_generator
-        generators: tuple[torch.Generator, ...] = torch.get_device_module(device).default_generators
-        return generators[device.index]
+        Raises:
+            UserError: they do not fit the keys.
+        """
+        found = []
+        for name, values in (("labels", labels), ("images", images)):
+            if values is None:
+                found.append(self.queue.labels.new_full((len(key),), -1))
+                continue
+            if values.shape != key.shape[:1] or values.is_floating_point() or values.dtype == torch.bool:
+                raise UserError(
+                    f"{name}: found {values.dtype} of shape {tuple(values.shape)}; expected integers of "
+                    f"shape ({len(key)},), one for each key, -1 where unknown"
+                )
+            found.append(values.to(self.queue.labels))
+        return found[0], found[1]
 
     def _check(self, **inputs: Tensor) -> None:
         """Compare `query` and `key` with the queue and with each other.
@@ -217,30 +242,71 @@ def _unit(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
     return F.normalize(embeddings.to(dtype), dim=-1)
 
 
-def _check_settings(
-    queue_size: int,
-    dim: int,
-    temperature: float,
-    num_hardest: int,
-    num_pair_synthetics: int,
-    num_query_synthetics: int,
-) -> None:
-    """Raises UserError where a number is outside its range."""
-    if not 0 < temperature < math.inf:
-        raise UserError(f"temperature: found {temperature}; expected a number above 0, such as 0.2")
-    for name, value, least in (
-        ("queue_size", queue_size, 1),
-        ("dim", dim, 1),
-        ("num_pair_synthetics", num_pair_synthetics, 0),
-        ("num_query_synthetics", num_query_synthetics, 0),
-    ):
-        if value < least:
-            raise UserError(f"{name}: found {value}; expected at least {least}")
-    if not num_pair_synthetics and not num_query_synthetics:
-        return
-    least = 2 if num_pair_synthetics else 1
-    if not least <= num_hardest <= queue_size:
-        raise UserError(
-            f"num_hardest: found {num_hardest}; expected {least} to {queue_size} (queue_size); synthetics "
-            "are mixed from the hardest keys in the queue, and a pair from two of them"
-        )
+def _made(key: str, name: str, kind: type[_Part], settings: Mapping[str, Any]) -> _Part:
+    """The rule or mask of a name.
+
+    Raises:
+        UserError: there is none, or it has other settings.
+    """
+    found = rules.find(name) if name in rules.names() else None
+    if found is None or not issubclass(found, kind):
+        raise UserError(f"{key}: {guess(name, rules.names_of(kind))}")
+    fields = {field.name: field for field in dataclasses.fields(found)}
+    for setting in settings:
+        if setting not in fields:
+            raise UserError(f"{setting}: no setting of {name}; {guess(setting, fields)}")
+    missing = [
+        each
+        for each, field in fields.items()
+        if field.default is dataclasses.MISSING and each not in settings
+    ]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: missing; the rule {name} needs a value")
+    return found(**settings)
+
+
+class MoCHiLoss(ContrastiveLoss):
+    """InfoNCE of queries and keys against a queue, with MoCHi's synthetic hard negatives.
+
+    With both numbers of synthetics at 0 it is MoCo's loss. See `ContrastiveLoss`.
+
+    Source: Kalantidis et al. 2020, eq. 1, sections 3.2 and 3.3; He et al. 2020, section 3.2.
+
+    Args:
+        queue_size: K, negatives.
+        dim: C, of the embedding.
+        temperature: tau.
+        num_hardest: N, the hardest negatives of each query, from which synthetics are mixed.
+        num_pair_synthetics: s, mixed from pairs of them.
+        num_query_synthetics: s', mixed from them and the query.
+        through_query: let the gradient into the query inside a query mix.
+        masks: see `ContrastiveLoss`.
+        seed: see `ContrastiveLoss`.
+
+    Raises:
+        UserError: a number is outside its range (a ValueError).
+    """
+
+    def __init__(
+        self,
+        queue_size: int,
+        dim: int,
+        temperature: float,
+        num_hardest: int,
+        num_pair_synthetics: int,
+        num_query_synthetics: int,
+        *,
+        through_query: bool = False,
+        masks: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> None:
+        settings: dict[str, Any] = {}
+        if num_pair_synthetics or num_query_synthetics:
+            settings = {
+                "num_hardest": num_hardest,
+                "num_pair_synthetics": num_pair_synthetics,
+                "num_query_synthetics": num_query_synthetics,
+                "through_query": through_query,
+            }
+        rule = "mochi" if settings else "moco"
+        super().__init__(queue_size, dim, temperature, rule, masks=masks, seed=seed, **settings)

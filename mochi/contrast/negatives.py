@@ -2,17 +2,16 @@ r"""Synthetic hard negatives as sparse combinations of logits that exist (MoCHi 
 
 A synthetic negative is mixed from rows of the queue (its *parents*) and perhaps the query. Its similarity
 to the query is then a weighted sum of similarities that MoCo has computed already, and so is its gradient.
-A rule of negatives therefore returns which columns and which weights, never a vector:
+A rule that mixes (`mochi.contrast.rules`) therefore returns which columns and which weights, not vectors:
 
     q . h  =  w_q q.q + sum_p w_p (q . n_p),        d(q . h)/dq  =  v_q q + sum_p v_p n_p
 
 with v = w where the synthetic is a constant to the gradient, as here unless said otherwise.
 
-Shapes: B queries, K queue rows, C embedding, N hardest, S synthetics of one rule, P parents of each.
+Shapes: B queries, K queue rows, C embedding, N hardest, S synthetics of one kind, P parents of each.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,8 +24,25 @@ MAX_QUERY_SHARE = 0.5
 _PAIRS_AT_ONCE = 1024
 
 
-class Synthetics(NamedTuple):
-    """Synthetic negatives of one rule, for each query of a batch."""
+class Synthetics(Protocol):
+    """Synthetic negatives of one kind, for each query of a batch."""
+
+    @property
+    def parents(self) -> Tensor:
+        """(B, S, P) columns of the queue."""
+
+    def similarity(self, query: Tensor, similarity: Tensor) -> Tensor:
+        """q . h from the queries (B, C) and their similarities (B, K) to the queue -> (B, S)."""
+
+    def give_to_parents(self, p_h: Tensor, p: Tensor) -> None:
+        """Add each synthetic's weight p_h (B, S) times v_p to its parents' columns of `p` (B, K)."""
+
+    def remaining(self, p_h: Tensor, query: Tensor) -> Tensor | None:
+        """(B, C) what of sum_h p_h dh/dq is no row of the queue; None: nothing."""
+
+
+class SparseSynthetics(NamedTuple):
+    """Weighted sums of rows of the queue, and perhaps of the query."""
 
     parents: Tensor  # (B, S, P) columns of the queue
     weights: Tensor  # (B, S, P) w_p
@@ -34,17 +50,43 @@ class Synthetics(NamedTuple):
     gradient_weights: Tensor  # (B, S, P) v_p
     gradient_query_weight: Tensor | None  # (B, S) v_q
 
-    def similarity(self, similarity: Tensor) -> Tensor:
-        """q . h from the similarities (B, K) of the real negatives -> (B, S)."""
+    def similarity(self, query: Tensor, similarity: Tensor) -> Tensor:
+        """w_q + sum_p w_p (q . n_p): queries have length 1."""
+        del query
         rows = similarity.gather(1, self.parents.flatten(1)).view_as(self.weights)
         mixed = (self.weights * rows).sum(-1)
         return mixed if self.query_weight is None else mixed + self.query_weight
 
+    def give_to_parents(self, p_h: Tensor, p: Tensor) -> None:
+        """See `Synthetics`."""
+        p.scatter_add_(1, self.parents.flatten(1), (p_h[..., None] * self.gradient_weights).flatten(1))
 
-Rule = Callable[[Tensor], list[Synthetics]]
-"""Similarities (B, K) of the real negatives, -inf where excluded -> the synthetics to add.
+    def remaining(self, p_h: Tensor, query: Tensor) -> Tensor | None:
+        """The query's own part."""
+        if self.gradient_query_weight is None:
+            return None
+        return (p_h * self.gradient_query_weight).sum(1)[:, None] * query
 
-The loss may call it several times for one batch, with consecutive groups of its queries."""
+
+class VectorSynthetics(NamedTuple):
+    """Vectors, for what is no sum of rows; constants to the gradient."""
+
+    parents: Tensor  # (B, S, P) columns of the queue that they come from
+    vectors: Tensor  # (B, S, C) of length 1
+
+    def similarity(self, query: Tensor, similarity: Tensor) -> Tensor:
+        """q . h, -inf where a parent is excluded, as for a weighted sum."""
+        mixed = torch.einsum("bc,bsc->bs", query, self.vectors)
+        rows = similarity.gather(1, self.parents.flatten(1)).view_as(self.parents)
+        return mixed.masked_fill(rows.isneginf().any(-1), -torch.inf)
+
+    def give_to_parents(self, p_h: Tensor, p: Tensor) -> None:
+        """Nothing: see `remaining`."""
+
+    def remaining(self, p_h: Tensor, query: Tensor) -> Tensor | None:
+        """sum_h p_h h."""
+        del query
+        return torch.einsum("bs,bsc->bc", p_h, self.vectors)
 
 
 class Pool(NamedTuple):
@@ -81,7 +123,7 @@ def hardest(similarity: Tensor, num_hardest: int, *, some_excluded: bool = False
     return Pool(candidates.gather(1, winners), everything)
 
 
-def mix_pairs(queue: Tensor, pool: Pool, num: int, generator: torch.Generator) -> Synthetics:
+def mix_pairs(queue: Tensor, pool: Pool, num: int, generator: torch.Generator | None) -> SparseSynthetics:
     r"""Mix pairs of each query's hardest negatives: s points between them (MoCHi section 3.2).
 
     h = (a n_i + (1 - a) n_j) / r with r = ||a n_i + (1 - a) n_j||, a ~ U(0, 1), i != j from the pool.
@@ -94,23 +136,28 @@ def mix_pairs(queue: Tensor, pool: Pool, num: int, generator: torch.Generator) -
         queue: (K, C) unit keys.
         pool: the hardest negatives of each query.
         num: s, may exceed N.
-        generator: the only source of randomness.
+        generator: the only source of randomness; None: torch's global one of the device.
     """
     first = _draw(pool.size, num, generator)  # (B, s), places in the pool
     shift = 1 + _draw((pool.size - 1).clamp(min=1), num, generator)
     second = (first + shift) % pool.size
     parents = torch.stack((pool.columns.gather(1, first), pool.columns.gather(1, second)), -1)
-    share = _uniform(first.shape, queue, generator)
+    share = uniform(first.shape, queue, generator)
     rest = 1 - share
     products = _pair_products(queue, parents)
     length = (share * share + rest * rest + 2 * share * rest * products).sqrt()
     weights = torch.stack((share / length, rest / length), -1)
-    return Synthetics(parents, weights, None, weights, None)
+    return SparseSynthetics(parents, weights, None, weights, None)
 
 
 def mix_with_query(
-    similarity: Tensor, pool: Pool, num: int, generator: torch.Generator, *, through_query: bool = False
-) -> Synthetics:
+    similarity: Tensor,
+    pool: Pool,
+    num: int,
+    generator: torch.Generator | None,
+    *,
+    through_query: bool = False,
+) -> SparseSynthetics:
     r"""Mix each query with its own hardest negatives: s' points harder than any real one (section 3.3).
 
     h' = (b q + (1 - b) n_j) / r with r = ||b q + (1 - b) n_j||, b ~ U(0, 0.5), j from the pool. With
@@ -126,14 +173,21 @@ def mix_with_query(
         similarity: (B, K), -inf where excluded.
         pool: the hardest negatives of each query.
         num: s', may exceed N.
-        generator: the only source of randomness.
+        generator: the only source of randomness; None: torch's global one of the device.
         through_query: let the gradient into h'.
     """
-    parents = pool.columns.gather(1, _draw(pool.size, num, generator))  # (B, s')
+    parents = draw_parents(pool, num, generator)
+    x = similarity.gather(1, parents)
+    share = MAX_QUERY_SHARE * uniform(x.shape, x, generator)
+    return sum_with_query(x, parents, share, 1 - share, through_query=through_query)
+
+
+def sum_with_query(
+    x: Tensor, parents: Tensor, share: Tensor | float, rest: Tensor | float, *, through_query: bool = False
+) -> SparseSynthetics:
+    """(share q + rest n) / r with r its length, from x = q.n and the columns of n, (B, S) each."""
     # An empty pool hands out excluded columns: finite weights, and a similarity that stays -inf.
-    x = similarity.gather(1, parents).clamp(min=-1)
-    share = MAX_QUERY_SHARE * _uniform(x.shape, x, generator)
-    rest = 1 - share
+    x = x.clamp(min=-1) if through_query else x.detach().clamp(min=-1)
     length = (share * share + rest * rest + 2 * share * rest * x).sqrt()
     query_weight, weight = share / length, rest / length
     gradient_query_weight, gradient_weight = query_weight, weight
@@ -141,7 +195,7 @@ def mix_with_query(
         remaining = 1 - query_weight * (query_weight + weight * x)
         gradient_weight = remaining * weight
         gradient_query_weight = remaining * query_weight + query_weight
-    return Synthetics(
+    return SparseSynthetics(
         parents[..., None],
         weight[..., None],
         query_weight,
@@ -150,16 +204,21 @@ def mix_with_query(
     )
 
 
-def _draw(size: Tensor, num: int, generator: torch.Generator) -> Tensor:
+def draw_parents(pool: Pool, num: int, generator: torch.Generator | None) -> Tensor:
+    """(B, num) columns of the queue, uniform over each query's pool, with replacement."""
+    return pool.columns.gather(1, _draw(pool.size, num, generator))
+
+
+def _draw(size: Tensor, num: int, generator: torch.Generator | None) -> Tensor:
     """(B, num) integers, uniform in [0, size) for each row of `size` (B, 1)."""
-    uniform = torch.rand(len(size), num, generator=generator, device=size.device, dtype=torch.float64)
-    return (uniform * size).long()
+    places = torch.rand(len(size), num, generator=generator, device=size.device, dtype=torch.float64)
+    return (places * size).long()
 
 
-def _uniform(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
+def uniform(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """U(0, 1), open at both ends, in the precision of `like`."""
-    uniform = torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
-    return uniform.clamp_(min=torch.finfo(like.dtype).tiny)
+    drawn = torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+    return drawn.clamp_(min=torch.finfo(like.dtype).tiny)
 
 
 def _pair_products(queue: Tensor, parents: Tensor) -> Tensor:

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mochi.config import Contrastive, PretrainRun, Supervised
-from mochi.contrast.diagnosis import false_negatives, matching_probabilities
+from mochi.contrast.diagnosis import false_negatives, matching_probabilities, measured_by_the_rule
+from mochi.contrast.loss import chance_level
 from mochi.contrast.moco import MoCo, Step
+from mochi.contrast.rules.moco import MoCo as PlainRule
 from mochi.data.format import StoredDataset, StoredSplit
 from mochi.data.views.loading import Images, Loading, Views, one_view, two_views
 from mochi.encoders import build
 from mochi.encoders.backbone import Backbone
 from mochi.encoders.shared_batch_norm import SharedBatchNorm2d
 from mochi.runtime.distributed import gather, mean_over_ranks, world_size
+from mochi.runtime.transfer import to_device
 
 
 class Objective(Protocol):
@@ -59,7 +62,7 @@ def make_objective(run: PretrainRun, dataset: StoredDataset) -> Objective:
 
 
 class ContrastiveObjective:
-    """MoCo and MoCHi."""
+    """MoCo, with any rule of negatives."""
 
     metric_names: tuple[str, ...] = ("loss", "accuracy", "accuracy_with_synthetics", "feature_std")
 
@@ -70,7 +73,7 @@ class ContrastiveObjective:
         self.num_images = len(split)
         self._seed = run.seed
         self._step: Step | None = None
-        self._labels = torch.empty(0)
+        self._labels = self._images = torch.empty(0)
         self._diagnosis: dict[str, float] = {}
         self._matching: list[float] = []
 
@@ -98,11 +101,14 @@ class ContrastiveObjective:
 
     def loss(self, batch: Views, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """InfoNCE; accuracy is the proxy task's: the key outranks every negative."""
-        mixing = self._recipe.mixing
-        synthesize = mixing is not None and epoch >= mixing.warmup_epochs
-        self._labels = batch.labels
+        self._labels, self._images = batch.labels, to_device(batch.indices, batch.labels.device)
         self._step = self._moco.training_step(
-            batch.query, batch.key, batch.labels, step, synthesize=synthesize
+            batch.query,
+            batch.key,
+            batch.labels,
+            step,
+            synthesize=self._moco.rule.is_active(epoch),
+            images=self._images,
         )
         loss, positive, hardest_negative, hardest_synthetic = self._step.loss
         metrics = (
@@ -118,18 +124,18 @@ class ContrastiveObjective:
         assert self._step is not None
         if last_of_epoch:
             # Before the enqueue: the measurements are of the queue that the loss saw.
+            temperature = self._recipe.temperature
             self._diagnosis = _of_all_ranks(false_negatives(self._step, self._labels), self._labels)
-            matching = matching_probabilities(self._step, self._recipe.temperature)
-            self._matching = mean_over_ranks(matching).tolist()
-        self._moco.enqueue(self._step.key, self._labels)
+            for name, value in measured_by_the_rule(self._step, temperature).items():
+                self._diagnosis[name] = mean_over_ranks(value).item()
+            self._matching = mean_over_ranks(matching_probabilities(self._step, temperature)).tolist()
+        self._moco.enqueue(self._step.key, self._labels, self._images)
 
     def describe_epoch(self, epoch: int) -> dict[str, Any]:
-        """Chance level (the loss of uniform guessing, nats), queue fill and false negatives."""
-        negatives = self._recipe.queue_size
-        if self._recipe.mixing is not None and epoch >= self._recipe.mixing.warmup_epochs:
-            negatives += self._recipe.mixing.num_pair_synthetics + self._recipe.mixing.num_query_synthetics
+        """Chance level (the loss of uniform guessing, nats), queue fill and what was measured."""
+        rule = self._moco.rule if self._moco.rule.is_active(epoch) else PlainRule()
         return {
-            "chance": math.log(1 + negatives),
+            "chance": chance_level(rule, self._recipe.queue_size, self._recipe.temperature),
             "queue_fill": self._moco.queue.fill(),
             **self._diagnosis,
         }

@@ -181,7 +181,7 @@ def pretrained(experiment: Experiment, method: str, seed: int) -> Result:
         outputs=stage.outputs,
         settings=run.settings(),
         inputs=inputs,
-        modules=stage.numbers if run.is_trained else UNTRAINED,
+        modules=(*stage.numbers, *run.code()) if run.is_trained else UNTRAINED,
     )
 
 

@@ -12,7 +12,7 @@ MOCHI = "mochi-16-24-8"
 
 
 def test_a_plain_method_is_the_baseline(tiny: Experiment, tiny_data: Path) -> None:
-    methods = {**tiny.methods, "moco-v2": {"mixing": None}}
+    methods = {**tiny.methods, "moco-v2": {"negatives": {"rule": "moco"}}}
     experiment = tiny.model_copy(update={"methods": methods})
     rows = step.run(experiment, open_dataset(tiny_data), rounds=1, device=torch.device("cpu"))
     assert [row.name for row in rows] == [

@@ -10,6 +10,7 @@ from mochi.contrast.diagnosis import false_negatives, matching_probabilities
 from mochi.contrast.loss import contrastive_loss
 from mochi.contrast.moco import Step
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs
+from tests.reference import Given
 
 LABELS = torch.tensor([0, 1, -1])
 QUEUE_LABELS = torch.tensor([0, 1, 2, 0, 1, 2, -1, 0])
@@ -20,12 +21,13 @@ def a_step(excluded: Tensor | None = None) -> Step:
     generator = torch.Generator().manual_seed(0)
     query, key, queue = (F.normalize(torch.randn(n, 4, generator=generator), dim=-1) for n in (3, 3, 8))
 
-    def rule(similarity: Tensor) -> list[Synthetics]:
+    def mixes(similarity: Tensor) -> list[Synthetics]:
         pool = hardest(similarity, 5, some_excluded=excluded is not None)
         return [mix_pairs(queue, pool, 40, torch.Generator().manual_seed(1))]
 
+    rule = Given(make=mixes)
     loss = contrastive_loss(query, key, queue, TEMPERATURE, rule, excluded)
-    return Step(loss, query, key, queue, QUEUE_LABELS, excluded, rule)
+    return Step(loss, query, key, queue, QUEUE_LABELS, excluded, rule, torch.Generator())
 
 
 def of_own_class() -> Tensor:
@@ -54,7 +56,7 @@ def test_false_negatives_and_parents_by_label() -> None:
     found = false_negatives(a_step(), LABELS)
     same = of_own_class()
     assert found["false_negatives"] == (3 + 2) / 16
-    (synthetic,) = a_step().rule(a_step().query @ a_step().queue.T)
+    (synthetic,) = a_step().rule.make(a_step().query @ a_step().queue.T)
     false = [
         [bool(same[query, parent]) for parent in pair]
         for query in (0, 1)

@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mochi.contrast.loss import contrastive_loss
-from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
-from tests.reference import mochi_loss, synthetic_vectors
+from mochi.contrast.negatives import SparseSynthetics, Synthetics
+from mochi.contrast.rules import Candidates, Rule
+from mochi.contrast.rules.mochi import MoCHi
+from mochi.contrast.rules.moco import MoCo
+from tests.reference import Given, mochi_loss, synthetic_vectors
 
 
 def batch(
@@ -25,32 +28,37 @@ def batch(
     return raw, key, queue
 
 
-def mochi_rule(queue: Tensor, num_hardest: int, num_pairs: int, num_query: int, **options: bool):
-    def rule(similarity: Tensor) -> list[Synthetics]:
-        generator = torch.Generator().manual_seed(7)
-        pool = hardest(similarity, num_hardest, some_excluded=bool(similarity.isneginf().any()))
-        synthetics = []
-        if num_pairs:
-            synthetics.append(mix_pairs(queue, pool, num_pairs, generator))
-        if num_query:
-            synthetics.append(mix_with_query(similarity, pool, num_query, generator, **options))
-        return synthetics
+def mochi_rule(num_hardest: int, num_pairs: int, num_query: int, **options: bool) -> Rule:
+    if not num_pairs and not num_query:
+        return MoCo()
+    numbers = {"num_pair_synthetics": num_pairs, "num_query_synthetics": num_query}
+    return MoCHi(num_hardest=num_hardest, **numbers, **options)
 
-    return rule
+
+def draws() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def drawn(rule: Rule, query: Tensor, queue: Tensor, excluded: Tensor | None = None) -> list[Synthetics]:
+    """What the rule mixes for these queries, by `draws`."""
+    similarity = query.detach() @ queue.T
+    if excluded is not None:
+        similarity = similarity.masked_fill(excluded, -torch.inf)
+    masked = excluded is not None
+    return rule.synthetics(Candidates(query.detach(), similarity, queue, masked, draws()))
 
 
 def both_ways(raw, key, queue, temperature, rule, excluded=None):
     """(loss, gradient) by the single function and by the usual way, for the same synthetics."""
     fast_raw = raw.clone().requires_grad_()
-    fast = contrastive_loss(F.normalize(fast_raw, dim=-1), key, queue, temperature, rule, excluded)
+    query = F.normalize(fast_raw, dim=-1)
+    fast = contrastive_loss(query, key, queue, temperature, rule, excluded, draws())
     fast.loss.backward()
 
     slow_raw = raw.clone().requires_grad_()
     query = F.normalize(slow_raw, dim=-1)
-    similarity = query.detach() @ queue.T
-    if excluded is not None:
-        similarity = similarity.masked_fill(excluded, -torch.inf)
-    vectors = [synthetic_vectors(query.detach(), queue, each) for each in rule(similarity)] if rule else []
+    synthetics = drawn(rule or MoCo(), query, queue, excluded)
+    vectors = [synthetic_vectors(query.detach(), queue, each) for each in synthetics]
     slow = mochi_loss(query, key, queue, temperature, vectors, excluded)
     slow.backward()
     return (fast.loss, fast_raw.grad), (slow, slow_raw.grad)
@@ -72,7 +80,7 @@ def test_equals_the_usual_way_in_float64(
     """Random sizes, s > N, N = K, s or s' = 0: loss and gradient to 1e-12."""
     num_hardest = data.draw(st.integers(2, size))
     raw, key, queue = batch(num, dim, size, seed=data.draw(st.integers(0, 1000)))
-    rule = mochi_rule(queue, num_hardest, pairs, from_query)
+    rule = mochi_rule(num_hardest, pairs, from_query)
     (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, temperature, rule)
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
     # Where the loss is next to nothing the gradient is a difference of vectors of length 1 / temperature
@@ -82,7 +90,7 @@ def test_equals_the_usual_way_in_float64(
 
 def test_equals_the_usual_way_in_float32() -> None:
     raw, key, queue = batch(32, 64, 4096, seed=0, dtype=torch.float32)
-    rule = mochi_rule(queue, 256, 256, 64)
+    rule = mochi_rule(256, 256, 64)
     (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, 0.2, rule)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=0)
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-5, atol=1e-5 * slow_grad.abs().max().item())
@@ -99,13 +107,12 @@ def test_excluded_negatives_leave_the_loss_and_every_mix() -> None:
     raw, key, queue = batch(3, 5, 12, seed=2)
     excluded = torch.zeros(3, 12, dtype=torch.bool)
     excluded[0, ::2] = True
-    rule = mochi_rule(queue, 8, 10, 10)
+    rule = mochi_rule(8, 10, 10)
     (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, 0.2, rule, excluded)
     assert math.isfinite(fast.item())
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-11, atol=1e-13)
-    similarity = (F.normalize(raw, dim=-1) @ queue.T).masked_fill(excluded, -torch.inf)
-    for synthetic in rule(similarity):
+    for synthetic in drawn(rule, F.normalize(raw, dim=-1), queue, excluded):
         assert not excluded[0][synthetic.parents[0]].any()
 
 
@@ -113,7 +120,7 @@ def test_a_query_whose_whole_queue_is_excluded_has_no_loss() -> None:
     raw, key, queue = batch(1, 5, 12, seed=2)
     free = raw.clone().requires_grad_()
     excluded = torch.ones(1, 12, dtype=torch.bool)
-    rule = mochi_rule(queue, 8, 10, 10)
+    rule = mochi_rule(8, 10, 10)
     result = contrastive_loss(F.normalize(free, dim=-1), key, queue, 0.2, rule, excluded)
     result.loss.backward()
     assert result.loss.item() == 0
@@ -126,8 +133,9 @@ def test_gradient_by_finite_differences(through_query: bool) -> None:
     """With `through_query` h' moves with the query, else it stays where it was."""
     raw, key, queue = batch(2, 4, 9, seed=3)
     start = F.normalize(raw, dim=-1)
-    rule = mochi_rule(queue, 4, 0, 6, through_query=through_query)
-    (fixed,) = rule(start @ queue.T)
+    rule = mochi_rule(4, 0, 6, through_query=through_query)
+    (fixed,) = drawn(rule, start, queue)
+    assert isinstance(fixed, SparseSynthetics)
     share = fixed.query_weight / (fixed.query_weight + fixed.weights[..., 0])
     negatives = queue[fixed.parents[..., 0]]
 
@@ -146,17 +154,20 @@ def test_gradient_by_finite_differences(through_query: bool) -> None:
         step = step.view_as(raw)
         numeric.view(-1)[i] = (moving(raw + step) - moving(raw - step)) / 2e-6
     free = raw.clone().requires_grad_()
-    contrastive_loss(F.normalize(free, dim=-1), key, queue, 0.2, rule).loss.backward()
+    loss = contrastive_loss(F.normalize(free, dim=-1), key, queue, 0.2, rule, generator=draws()).loss
+    loss.backward()
     torch.testing.assert_close(free.grad, numeric, rtol=1e-6, atol=1e-9)
 
 
 def test_gradcheck_where_nothing_is_detached() -> None:
     """Pairs do not contain the query, so autograd's own checker applies once the draw is fixed."""
     raw, key, queue = batch(2, 4, 9, seed=4)
-    fixed = mochi_rule(queue, 4, 6, 0)(F.normalize(raw, dim=-1) @ queue.T)
+    fixed = drawn(mochi_rule(4, 6, 0), F.normalize(raw, dim=-1), queue)
 
     def loss(free: Tensor) -> Tensor:
-        return contrastive_loss(F.normalize(free, dim=-1), key, queue, 0.2, lambda _: fixed).loss
+        return contrastive_loss(
+            F.normalize(free, dim=-1), key, queue, 0.2, Given(make=lambda _: fixed)
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (raw.requires_grad_(),))
 
@@ -166,7 +177,7 @@ def test_closed_forms() -> None:
     row = F.normalize(torch.ones(1, 4, dtype=torch.float64), dim=-1)
     query, queue = row.expand(3, 4), row.expand(7, 4)
     assert contrastive_loss(query, query, queue, 0.2).loss.item() == pytest.approx(math.log(8), rel=1e-14)
-    rule = mochi_rule(queue, 4, 5, 0)
+    rule = mochi_rule(4, 5, 0)
     assert contrastive_loss(query, query, queue, 0.2, rule).loss.item() == pytest.approx(
         math.log(13), rel=1e-14
     )
@@ -175,7 +186,7 @@ def test_closed_forms() -> None:
 def test_temperature_divides_synthetic_logits_too() -> None:
     """At two temperatures, against the reference that divides every column."""
     raw, key, queue = batch(3, 6, 20, seed=5)
-    rule = mochi_rule(queue, 5, 8, 8)
+    rule = mochi_rule(5, 8, 8)
     for temperature in (0.05, 0.5):
         (fast, _), (slow, _) = both_ways(raw, key, queue, temperature, rule)
         torch.testing.assert_close(fast, slow, rtol=1e-12, atol=0)
@@ -185,7 +196,7 @@ def test_harder_negatives_make_a_larger_loss_and_are_reported() -> None:
     raw, key, queue = batch(8, 16, 64, seed=6)
     query = F.normalize(raw, dim=-1)
     plain = contrastive_loss(query, key, queue, 0.2)
-    mixed = contrastive_loss(query, key, queue, 0.2, mochi_rule(queue, 16, 0, 32))
+    mixed = contrastive_loss(query, key, queue, 0.2, mochi_rule(16, 0, 32))
     assert mixed.loss > plain.loss
     assert (mixed.hardest_synthetic > mixed.hardest_negative).all()
     assert plain.hardest_synthetic.isneginf().all()
@@ -219,25 +230,27 @@ def test_queries_taken_in_groups_equal_the_whole_batch() -> None:
     """150 queries are three groups on a processor, the last one short; excluded columns follow."""
     raw, key, queue = batch(150, 6, 40, seed=9)
     excluded = torch.rand(150, 40, generator=torch.Generator().manual_seed(0)) < 0.2
-    similarity = (F.normalize(raw, dim=-1) @ queue.T).masked_fill(excluded, -torch.inf)
-    drawn = mochi_rule(queue, 8, 12, 12)(similarity)
+    query = F.normalize(raw, dim=-1)
+    similarity = (query @ queue.T).masked_fill(excluded, -torch.inf)
+    synthetics = drawn(mochi_rule(8, 12, 12), query, queue, excluded)
     calls: list[int] = []
 
-    def rule(rows: Tensor) -> list[Synthetics]:
+    def mixed_of(rows: Tensor) -> list[Synthetics]:
         start = sum(calls)
         calls.append(len(rows))
         torch.testing.assert_close(rows, similarity[start : start + len(rows)])
         return [
-            Synthetics(*(None if each is None else each[start : start + len(rows)] for each in synthetic))
-            for synthetic in drawn
+            SparseSynthetics(*(None if each is None else each[start : start + len(rows)] for each in kind))
+            for kind in synthetics
         ]
 
     grouped_raw, slow_raw = raw.clone().requires_grad_(), raw.clone().requires_grad_()
+    rule = Given(make=mixed_of)
     grouped = contrastive_loss(F.normalize(grouped_raw, dim=-1), key, queue, 0.2, rule, excluded)
     grouped.loss.backward()
     assert calls == [64, 64, 22]
     query = F.normalize(slow_raw, dim=-1)
-    vectors = [synthetic_vectors(query.detach(), queue, each) for each in drawn]
+    vectors = [synthetic_vectors(query.detach(), queue, each) for each in synthetics]
     slow = mochi_loss(query, key, queue, 0.2, vectors, excluded)
     slow.backward()
     torch.testing.assert_close(grouped.loss, slow, rtol=1e-12, atol=0)
@@ -251,7 +264,8 @@ def test_autocast_does_not_reach_the_loss() -> None:
     for enabled in (False, True):
         query = F.normalize(raw, dim=-1).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = contrastive_loss(query, key, queue, 0.2, mochi_rule(queue, 6, 7, 5)).loss
+            rule = mochi_rule(6, 7, 5)
+            loss = contrastive_loss(query, key, queue, 0.2, rule, generator=draws()).loss
         loss.backward()
         found.append((loss, query.grad))
     (plain, plain_gradient), (cast, cast_gradient) = found

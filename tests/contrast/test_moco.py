@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mochi.config import ConfigError, Contrastive, Encoder, Mixing
+from mochi.config import ConfigError, Contrastive, Encoder
 from mochi.contrast.moco import MoCo, Step
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
+from mochi.contrast.rules import Candidates
 from mochi.runtime.seeding import generator
 from tests.reference import mochi_loss, synthetic_vectors
 
@@ -24,7 +25,7 @@ def recipe(**changes: object) -> Contrastive:
     return Contrastive.model_validate({**values, **changes})
 
 
-MIXING = Mixing(num_hardest=5, num_pair_synthetics=7, num_query_synthetics=3, warmup_epochs=0)
+MOCHI = {"rule": "mochi", "num_hardest": 5, "num_pair_synthetics": 7, "num_query_synthetics": 3}
 
 
 def images(seed: int, num: int = 8) -> torch.Tensor:
@@ -34,12 +35,21 @@ def images(seed: int, num: int = 8) -> torch.Tensor:
 LABELS = torch.arange(8) % 3
 
 
-def drawn(moco: MoCo, step: Step, generator: torch.Generator) -> list[Synthetics]:
+def drawn(step: Step, generator: torch.Generator) -> list[Synthetics]:
     """The step's synthetics, drawn again."""
-    similarity, mixing = step.query @ step.queue.T, moco.recipe.mixing
-    pool = hardest(similarity, mixing.num_hardest)
-    pairs = mix_pairs(step.queue, pool, mixing.num_pair_synthetics, generator)
-    return [pairs, mix_with_query(similarity, pool, mixing.num_query_synthetics, generator)]
+    similarity = step.query @ step.queue.T
+    pool = hardest(similarity, MOCHI["num_hardest"])
+    pairs = mix_pairs(step.queue, pool, MOCHI["num_pair_synthetics"], generator)
+    return [pairs, mix_with_query(similarity, pool, MOCHI["num_query_synthetics"], generator)]
+
+
+def mixed(step: Step) -> list[Synthetics]:
+    """What the step's rule mixes."""
+    similarity = step.query @ step.queue.T
+    if step.excluded is not None:
+        similarity = similarity.masked_fill(step.excluded, -torch.inf)
+    masked = step.excluded is not None
+    return step.rule.synthetics(Candidates(step.query, similarity, step.queue, masked, step.generator))
 
 
 def mixing_draws(seed: int, step: int, rank: int = 0) -> torch.Generator:
@@ -48,8 +58,8 @@ def mixing_draws(seed: int, step: int, rank: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("through_query", [False, True])
 def test_a_step_is_the_algorithm_of_the_paper(through_query: bool) -> None:
-    mixing = MIXING.model_copy(update={"through_query": through_query})
-    moco = MoCo(ENCODER, recipe(mixing=mixing), seed=5)
+    negatives = {**MOCHI, "through_query": through_query}
+    moco = MoCo(ENCODER, recipe(negatives=negatives), seed=5)
     with torch.no_grad():
         for parameter in moco.momentum_encoder.parameters():
             parameter.add_(0.1)
@@ -73,7 +83,7 @@ def test_a_step_is_the_algorithm_of_the_paper(through_query: bool) -> None:
     torch.testing.assert_close(step.key, key)
 
     queue = before.queue.keys
-    pairs, mixes = drawn(moco, step, mixing_draws(5, 3))
+    pairs, mixes = drawn(step, mixing_draws(5, 3))
     # Whatever the length of b q + (1 - b) n, its direction is the synthetic.
     mixed = synthetic_vectors(query if through_query else query.detach(), queue, mixes)
     vectors = [synthetic_vectors(query.detach(), queue, pairs), F.normalize(mixed, dim=-1)]
@@ -96,15 +106,12 @@ def test_a_step_is_the_algorithm_of_the_paper(through_query: bool) -> None:
 def test_each_rank_mixes_for_itself_and_all_shuffle_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank's queries are its own, so equal draws would halve what two ranks see; a shuffle is of the
     batch of all ranks."""
-    moco, keys = MoCo(ENCODER, recipe(mixing=MIXING), seed=5), []
+    moco, keys = MoCo(ENCODER, recipe(negatives=MOCHI), seed=5), []
     for rank in (0, 1, 2):
         monkeypatch.setattr("mochi.contrast.moco.rank", lambda rank=rank: rank)
         step = moco.training_step(images(0), images(1), LABELS, step=3, synthesize=True)
-        rule = moco._rule(3)
-        assert rule is not None
-        for ours, expected in zip(
-            rule(step.query @ step.queue.T), drawn(moco, step, mixing_draws(5, 3, rank)), strict=True
-        ):
+        step.generator.manual_seed(step.generator.initial_seed())
+        for ours, expected in zip(mixed(step), drawn(step, mixing_draws(5, 3, rank)), strict=True):
             assert torch.equal(ours.parents, expected.parents)
             assert torch.equal(ours.weights, expected.weights)
         keys.append(moco._encode_keys(images(1), 3))
@@ -155,38 +162,36 @@ def test_the_momentum_encoder_moves_by_parameters_only() -> None:
 
 
 def test_synthesis_waits_for_the_warm_up() -> None:
-    moco = MoCo(ENCODER, recipe(mixing=MIXING), seed=0)
-    assert moco.training_step(images(0), images(1), LABELS, step=0, synthesize=False).rule is None
+    moco = MoCo(ENCODER, recipe(negatives=MOCHI), seed=0)
+    assert not mixed(moco.training_step(images(0), images(1), LABELS, step=0, synthesize=False))
     step = moco.training_step(images(0), images(1), LABELS, step=1, synthesize=True)
-    assert step.rule is not None
-    pairs, mixes = step.rule(step.query @ step.queue.T)
+    pairs, mixes = mixed(step)
     assert pairs.parents.shape == (8, 7, 2)
     assert mixes.parents.shape == (8, 3, 1)
 
 
 def test_nothing_synthetic_enters_the_queue() -> None:
-    moco = MoCo(ENCODER, recipe(mixing=MIXING), seed=0)
+    moco = MoCo(ENCODER, recipe(negatives=MOCHI), seed=0)
     step = moco.training_step(images(0), images(1), LABELS, step=0, synthesize=True)
     moco.enqueue(step.key, LABELS)
     assert int(moco.queue.num_enqueued) == 8
 
 
 def test_the_oracle_excludes_the_class_of_the_query() -> None:
-    moco = MoCo(ENCODER, recipe(mixing=MIXING, class_oracle=True), seed=0)
+    moco = MoCo(ENCODER, recipe(negatives=MOCHI, masks=["class_oracle"]), seed=0)
     moco.queue.enqueue(F.normalize(torch.randn(20, 6), dim=-1), torch.arange(20) % 3)
     step = moco.training_step(images(0), images(1), LABELS, step=0, synthesize=True)
     excluded = LABELS[:, None] == step.queue_labels
     assert torch.equal(step.excluded, excluded)
     masked = (step.query @ step.queue.T).masked_fill(excluded, -torch.inf)
-    assert step.rule is not None
-    for synthetic in step.rule(masked):
+    for synthetic in mixed(step):
         assert not excluded.gather(1, synthetic.parents.flatten(1)).any()
     torch.testing.assert_close(step.loss.hardest_negative, masked.amax(1))
 
 
 def test_the_oracle_excludes_nothing_of_which_the_class_is_unknown() -> None:
     """A fresh queue has no labels, and an unlabelled image no class: all negatives stay."""
-    moco = MoCo(ENCODER, recipe(class_oracle=True), seed=0)
+    moco = MoCo(ENCODER, recipe(masks=["class_oracle"]), seed=0)
     labels = torch.tensor([-1, 0, -1, 1, -1, 2, -1, 0])
     step = moco.training_step(images(0), images(1), labels, step=0, synthesize=False)
     torch.testing.assert_close(step.loss.hardest_negative, (step.query @ step.queue.T).amax(1))
@@ -195,7 +200,7 @@ def test_the_oracle_excludes_nothing_of_which_the_class_is_unknown() -> None:
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_seed_and_step_decide_everything(head: str) -> None:
     def losses(seed: int, step: int) -> torch.Tensor:
-        moco = MoCo(ENCODER, recipe(mixing=MIXING, head=head), seed=seed)
+        moco = MoCo(ENCODER, recipe(negatives=MOCHI, head=head), seed=seed)
         return moco.training_step(images(0), images(1), LABELS, step=step, synthesize=True).loss.loss
 
     assert torch.equal(losses(0, 0), losses(0, 0))

@@ -23,7 +23,7 @@ from mochi.runtime.distributed import own_slice, rank
 from mochi.runtime.seeding import generator
 from tests.detection.ranks import run_ranks
 from tests.pretend_gpu import pretended_gpu
-from tests.reference import mixed_pair, mixed_with_query, mochi_loss
+from tests.reference import Given, mixed_pair, mixed_with_query, mochi_loss
 
 SETTINGS: dict[str, Any] = {
     "queue_size": 24, "dim": 5, "temperature": 0.2, "num_hardest": 6, "num_pair_synthetics": 8,
@@ -55,7 +55,7 @@ def test_four_steps_are_those_of_pretraining_to_the_bit(mixing: dict[str, Any] |
         "objective": "contrastive", "epochs": 2, "batch_size": 8, "lr": 0.1, "momentum": 0.9,
         "weight_decay": 1e-4, "schedule": "cosine", "head": "mlp", "embedding_dim": 6, "queue_size": 20,
         "temperature": 0.2, "key_momentum": 0.9, "bn_groups": 2,
-        "mixing": mixing and {"num_hardest": 5, "warmup_epochs": 0, **mixing},
+        "negatives": {"rule": "mochi", "num_hardest": 5, **mixing} if mixing else {"rule": "moco"},
     })  # fmt: skip
     moco = MoCo(Encoder(architecture="resnet10", stem="half", width=4), recipe, seed=5)
     numbers = {**PLAIN, **({"num_hardest": 5, **mixing} if mixing else {})}
@@ -333,12 +333,12 @@ def rank_by_rank(model: nn.Module, images: Tensor, views: Tensor, queue: Tensor,
     for number, rows in enumerate((slice(0, 4), slice(4, 8))):
         draws = generator("mix negatives", 3, step, number)
 
-        def rule(similarity: Tensor, draws: torch.Generator = draws) -> list[Synthetics]:
+        def mixes(similarity: Tensor, draws: torch.Generator = draws) -> list[Synthetics]:
             pool = hardest(similarity, 6)
             return [mix_pairs(queue, pool, 8, draws), mix_with_query(similarity, pool, 4, draws)]
 
         query, key = (F.normalize(model(each[rows]), dim=-1) for each in (images, views))
-        losses.append(contrastive_loss(query, key, queue, 0.2, rule).loss)
+        losses.append(contrastive_loss(query, key, queue, 0.2, Given(make=mixes)).loss)
     return torch.stack(losses).mean()
 
 
@@ -455,6 +455,7 @@ def test_public_names() -> None:
     import mochi
 
     assert set(mochi.__all__) == {
+        "ContrastiveLoss",
         "KeyQueue",
         "MoCHiLoss",
         "__version__",

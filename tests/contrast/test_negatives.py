@@ -59,7 +59,7 @@ def test_pairs_are_the_papers_vectors() -> None:
             expected = mixed_pair(first, second, shares[b, s, 0].item())
             torch.testing.assert_close(vectors[b, s], expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(
-        synthetics.similarity(query @ queue.T), torch.einsum("bc,bsc->bs", query, vectors)
+        synthetics.similarity(query, query @ queue.T), torch.einsum("bc,bsc->bs", query, vectors)
     )
 
 

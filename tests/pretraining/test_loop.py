@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mochi.config import Contrastive, PretrainRun, pretrain_run
 from mochi.contrast.moco import MoCo
 from mochi.contrast.negatives import hardest, mix_pairs, mix_with_query
+from mochi.contrast.rules.mochi import MoCHi
 from mochi.data.format import open_dataset
 from mochi.data.views.loading import Loading, Views, two_views
 from mochi.pretraining import stage
@@ -55,8 +56,8 @@ def plain_step(
     """One step of MoCo with MoCHi's synthetics and SGD in place; the loss and the new velocities."""
     recipe = run.recipe
     assert isinstance(recipe, Contrastive)
-    mixing = recipe.mixing
-    assert mixing is not None
+    mixing = recipe.negatives.make()
+    assert isinstance(mixing, MoCHi)
     epoch = step // STEPS
     lr = recipe.lr * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
     weights = list(moco.query_encoder.parameters())

@@ -68,7 +68,7 @@ def is_detection(task: str) -> bool:
 
 def _pretraining(run: PretrainRun) -> dict[str, str]:
     contrastive = isinstance(run.recipe, Contrastive)
-    mixing = run.recipe.mixing if isinstance(run.recipe, Contrastive) else None
+    mixing = isinstance(run.recipe, Contrastive) and run.recipe.negatives.make().num_synthetics
     epochs = []
     for epoch in (0, 1) if run.is_trained else ():
         row: dict[str, Any] = {"epoch": epoch, "loss": 4.0 - epoch + run.seed, "chance": 4.6}

@@ -1,0 +1,208 @@
+"""Rules of negatives: how much each negative of a query counts. One file each, found by its name.
+
+A file holds one subclass of `Rule` or of `Mask`: a frozen dataclass, whose fields are the settings, with
+the mathematics as methods. Experiments name it by the name of its file; there is no list to maintain.
+
+Commands that read experiment files must start without torch: the files here import it for types alone, or
+inside their methods.
+
+Shapes: B queries, K queue rows, C embedding, S synthetics of one kind.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mochi.contrast.key_queue import KeyQueue
+    from mochi.contrast.negatives import Synthetics
+
+
+class Candidates(NamedTuple):
+    """What synthetic negatives are mixed from."""
+
+    query: Tensor  # (B, C) unit queries
+    similarity: Tensor  # (B, K) to the queue, -inf where a mask excludes
+    queue: Tensor  # (K, C) unit keys
+    some_excluded: bool  # whether there is a mask
+    generator: torch.Generator | None  # the only source of randomness; None: torch's global one
+
+
+class Similarities(NamedTuple):
+    """What a fused rule weighs."""
+
+    positive: Tensor  # (B,) q.k
+    negatives: list[Tensor]  # (B, K) to the queue, then (B, S) to each kind of synthetic; -inf: excluded
+    hardest: Tensor  # (B,) the largest of the negatives
+    num_negatives: Tensor | int  # (B,) how many of them no mask excludes
+
+
+class Weights(NamedTuple):
+    """A fused rule's loss and the derivatives by each similarity, times temperature and divisor."""
+
+    loss: Tensor  # (B,) nats
+    positive: Tensor  # (B,) derivative by the positive; those by the negatives replace them in place
+    divisor: Tensor  # (B,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How much each negative counts. A subclass needs `loss` and no more."""
+
+    warmup_epochs: int = 0
+    """Epochs at the start that train with MoCo's loss instead."""
+
+    def __post_init__(self) -> None:
+        at_least(0, warmup_epochs=self.warmup_epochs)
+
+    def loss(self, positive: Tensor, similarity: Tensor, temperature: float) -> Tensor:
+        """The loss of each query, in torch; autograd differentiates it.
+
+        Called with a few queries at a time: the loss of one may not depend on the others.
+
+        Args:
+            positive: (B,) q.k.
+            similarity: (B, K + S) q.n, then q.h of the synthetics; -inf where a mask excludes.
+            temperature: tau.
+
+        Returns:
+            (B,) nats.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    def fused(self, similarities: Similarities, temperature: float) -> Weights:
+        """Optional: `loss` with its derivatives, which replace the similarities to negatives in place.
+
+        No second (B, K) buffer and no autograd. Tests compare it with `loss`.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.fused")
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether `fused` belongs to `loss`: a subclass that replaces `loss` alone has lost it."""
+        owner = next(each for each in type(self).__mro__ if {"loss", "fused"} & vars(each).keys())
+        return owner is not Rule and "fused" in vars(owner)
+
+    @property
+    def num_synthetics(self) -> int:
+        """How many synthetic negatives it adds for each query."""
+        return 0
+
+    @property
+    def makes_vectors(self) -> bool:
+        """Whether synthetics are vectors, so that few queries at a time save memory on a GPU too."""
+        return False
+
+    def synthetics(self, candidates: Candidates) -> list[Synthetics]:
+        """The synthetic negatives to add, one entry for each kind; called with a few queries at a time."""
+        del candidates
+        return []
+
+    def is_active(self, epoch: int) -> bool:
+        """Whether the warm-up is over."""
+        return epoch >= self.warmup_epochs
+
+    def check(self, queue_size: int) -> None:
+        """Compare the settings with the queue.
+
+        Raises:
+            ValueError: they do not fit, as `setting: found ...; expected ...`.
+        """
+
+    def measure(self, positive: Tensor, similarity: Tensor, temperature: float) -> Mapping[str, Tensor]:
+        """More columns of metrics.csv, measured on one batch an epoch.
+
+        Args:
+            positive: (B,) q.k.
+            similarity: (B, K) q.n, -inf where a mask excludes.
+            temperature: tau.
+
+        Returns:
+            column -> () or (B,), of which the mean is written.
+        """
+        del positive, similarity, temperature
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Negatives to leave out of the loss and of every mix. Masks combine with any rule."""
+
+    needs: ClassVar[tuple[str, ...]]
+    """What of the images it must know: `labels`, `images`."""
+
+    def excluded(self, labels: Tensor, images: Tensor, queue: KeyQueue) -> Tensor:
+        """Which negatives do not count.
+
+        Args:
+            labels: (B,) classes of the queries, -1 where unknown.
+            images: (B,) indices of their images, -1 where unknown.
+            queue: the negatives with their labels and images.
+
+        Returns:
+            (B, K) bool.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.excluded")
+
+
+def names() -> list[str]:
+    """Every rule and mask, by the name of its file."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find(name: str) -> type[Rule | Mask]:
+    """The class in the file of that name.
+
+    Raises:
+        ValueError: the file does not hold one rule or mask.
+    """
+    module = import_module(f"{__name__}.{name}")
+    own = [each for each in vars(module).values() if getattr(each, "__module__", "") == module.__name__]
+    found = [each for each in own if isinstance(each, type) and issubclass(each, Rule | Mask)]
+    if len(found) != 1:
+        listed = ", ".join(each.__name__ for each in found) or "none"
+        raise ValueError(f"{module.__file__}: found {listed}; expected one subclass of Rule or of Mask")
+    return found[0]
+
+
+def names_of(kind: type[Rule | Mask]) -> list[str]:
+    """The names of all rules, or of all masks."""
+    return [name for name in names() if issubclass(find(name), kind)]
+
+
+def modules(*parts: Rule | Mask) -> tuple[str, ...]:
+    """The files that decide what these compute, the classes they inherit from included."""
+    files = {kind.__module__ for part in parts for kind in type(part).__mro__}
+    return tuple(sorted(name for name in files if name.startswith(f"{__name__}.")))
+
+
+def exclude(masks: Sequence[Mask], labels: Tensor, images: Tensor, queue: KeyQueue) -> Tensor | None:
+    """(B, K) bool, the negatives that any of the masks excludes; None without masks."""
+    excluded = None
+    for mask in masks:
+        own = mask.excluded(labels, images, queue)
+        excluded = own if excluded is None else excluded | own
+    return excluded
+
+
+def at_least(least: int, **settings: int) -> None:
+    """Raises ValueError where a setting is below."""
+    for name, value in settings.items():
+        if value < least:
+            raise ValueError(f"{name}: found {value}; expected at least {least}")
+
+
+def check_pool(num_hardest: int, least: int, queue_size: int) -> None:
+    """Raises ValueError where the hardest negatives are too few to mix, or more than the queue holds."""
+    if not least <= num_hardest <= queue_size:
+        raise ValueError(
+            f"num_hardest: found {num_hardest}; expected {least} to {queue_size} (queue_size); synthetics "
+            "are mixed from the hardest keys in the queue, and a pair from two of them"
+        )

@@ -1,0 +1,97 @@
+"""Debiased contrastive learning: some negatives are of the query's class, so subtract what they add.
+
+Of M negatives a share tau+ is expected to look like the positive:
+
+    g = max( (sum_n e^{q.n/tau} - M tau+ e^{q.k/tau}) / (1 - tau+),  M e^{-1/tau} )
+    L = -log( e^{q.k/tau} / (e^{q.k/tau} + g) )
+
+The second argument is the least that M negatives can add.
+
+Source: Chuang et al. 2020, section 4 (the estimator g and its loss); chingyaoc/DCL main.py.
+Deviations: the negatives are the queue's, not the batch's, and M counts those that no mask excludes; one
+positive for the estimate, as in the public code; computed without overflow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mochi.contrast.rules import Rule, Similarities, Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Debiased(Rule):
+    """A correction for false negatives that needs no labels."""
+
+    positive_prior: float = 0.1
+    """tau+, the share of negatives of the query's class: one divided by the number of balanced classes.
+    0.1 in the public code (STL-10)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.positive_prior < 1:
+            raise ValueError(f"positive_prior: found {self.positive_prior}; expected 0 or more and below 1")
+
+    def loss(self, positive: Tensor, similarity: Tensor, temperature: float) -> Tensor:
+        """As above, every exponential divided by the largest."""
+        top = positive.maximum(similarity.amax(1)).detach()
+        of_negatives = ((similarity - top[:, None]) / temperature).exp().sum(1)
+        return self._loss(positive, of_negatives, top, _count(similarity), temperature)
+
+    def fused(self, similarities: Similarities, temperature: float) -> Weights:
+        """Like MoCo's, the negatives' shares divided by 1 - tau+, or 0 where g is at its least."""
+        positive, negatives, hardest, num = similarities
+        top = positive.maximum(hardest)
+        for each in negatives:
+            each.sub_(top[:, None]).div_(temperature).exp_()
+        of_negatives = negatives[0].sum(1) + sum(each.sum(1) for each in negatives[1:])
+        weights, share = self._weights(positive, of_negatives, top, num, temperature)
+        for each in negatives:
+            each.mul_(share[:, None])
+        return weights
+
+    def measure(self, positive: Tensor, similarity: Tensor, temperature: float) -> Mapping[str, Tensor]:
+        """The share of queries whose g is at its least, so that no negative moves them."""
+        top = positive.maximum(similarity.amax(1))
+        of_negatives = ((similarity - top[:, None]) / temperature).exp().sum(1)
+        estimate, least = self._estimate(positive, of_negatives, top, _count(similarity), temperature)
+        return {"debiased_at_least": (estimate <= least).float()}
+
+    def _estimate(
+        self, positive: Tensor, of_negatives: Tensor, top: Tensor, num: Tensor | int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """The two arguments of g, (B,) each, divided by e^{top/tau} as `of_negatives` is."""
+        of_positive = ((positive - top) / temperature).exp()
+        estimate = (of_negatives - self.positive_prior * num * of_positive) / (1 - self.positive_prior)
+        return estimate, num * ((-1 - top) / temperature).exp()
+
+    def _loss(
+        self, positive: Tensor, of_negatives: Tensor, top: Tensor, num: Tensor | int, temperature: float
+    ) -> Tensor:
+        estimate, least = self._estimate(positive, of_negatives, top, num, temperature)
+        of_positive = ((positive - top) / temperature).exp()
+        return (of_positive + estimate.maximum(least)).log() + (top - positive) / temperature
+
+    def _weights(
+        self, positive: Tensor, of_negatives: Tensor, top: Tensor, num: Tensor | int, temperature: float
+    ) -> tuple[Weights, Tensor]:
+        """And (B,) the derivative of g by `of_negatives`."""
+        estimate, least = self._estimate(positive, of_negatives, top, num, temperature)
+        of_positive = ((positive - top) / temperature).exp()
+        total = of_positive + estimate.maximum(least)
+        share = (estimate > least).to(total.dtype) / (1 - self.positive_prior)
+        loss = total.log() + (top - positive) / temperature
+        by_positive = of_positive * (1 - share * self.positive_prior * num) - total
+        return Weights(loss, by_positive, total), share
+
+
+def _count(similarity: Tensor) -> Tensor:
+    """(B,) how many negatives no mask excludes."""
+    return (similarity != -math.inf).sum(1)

@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 100},
 )
-_INSPECT, _STAGE = "Check and explain", "Stages (run by the workflow)"
+_INSPECT, _USE, _STAGE = "Check and explain", "Use an encoder", "Stages (run by the workflow)"
 
 DEFAULT_CONFIG = Path("config/config.yaml")
 ConfigArgument = Annotated[
@@ -42,6 +42,25 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")
 EncoderFile = Annotated[
     Path | None, typer.Option("--encoder", help="Encoder file. Default: the one that this run trained.")
 ]
+OneGpu = Annotated[
+    int | None,
+    typer.Option("--gpus", min=0, max=1, help="0 or 1. Default: the first visible, not claimed."),
+]
+EncoderPath = Annotated[Path, typer.Option("--encoder", help="Encoder file.")]
+EncoderConfig = Annotated[
+    Path | None,
+    typer.Option("--config", help="Experiment file with the encoder and its image size."),
+]
+ImageFolder = Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of images.")]
+Architecture = Annotated[str | None, typer.Option(help="Of an encoder without metadata: resnet18, ...")]
+Stem = Annotated[str | None, typer.Option(help="Of an encoder without metadata: imagenet, half or full.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Of an encoder without metadata: 64, ...")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the crop. Default: the training's.")]
+Resize = Annotated[
+    int | None, typer.Option(min=1, help="Short side before the crop. Default: 8/7 of it from 64 px.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images encoded at once.")]
+DecodingThreads = Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: the cores.")]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Results folder. Default: in results/.")]
 Gpus = Annotated[
     int | None, typer.Option(min=0, help="GPUs in all, one torchrun rank each. Default: the first visible.")
@@ -167,6 +186,93 @@ def schema() -> None:
     from mochi.config.schema import schema as experiment_schema
 
     typer.echo(json.dumps(experiment_schema(), indent=2))
+
+
+@app.command(rich_help_panel=_USE)
+def features(
+    encoder: EncoderPath,
+    images: ImageFolder,
+    out: Annotated[Path, typer.Option(help="File to write: F.npz or F.parquet.")],
+    config: EncoderConfig = None,
+    architecture: Architecture = None,
+    stem: Stem = None,
+    width: Width = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    batch_size: BatchSize = 64,
+    jobs: DecodingThreads = None,
+    gpus: OneGpu = None,
+) -> None:
+    """Write the features of every image in a folder: paths and vectors."""
+    _take_gpus(gpus)
+    from mochi.inference.encoder import Overrides, load
+    from mochi.inference.folder import encode_folder
+    from mochi.inference.write import require_kind, write_features
+    from mochi.runtime.distributed import pick_device
+    from mochi.runtime.progress import counter
+
+    require_kind(out)
+    overrides = Overrides(config, architecture, stem, width, image_size, resize)
+    loaded = load(encoder, overrides, pick_device())
+    found = encode_folder(
+        loaded,
+        images,
+        batch_size=batch_size,
+        threads=jobs or os.cpu_count() or 1,
+        progress=counter("encode"),
+    )
+    listed = write_features(out, found)
+    typer.echo(f"{out}: {len(found.paths)} images, vectors of {found.vectors.shape[1]} numbers")
+    if listed is not None:
+        typer.echo(f"{len(found.quarantined)} files are no usable images; they are listed in {listed}")
+
+
+@app.command(rich_help_panel=_USE)
+def neighbors(
+    encoder: EncoderPath,
+    images: ImageFolder,
+    out: Annotated[Path, typer.Option(help="Picture to write, for example sheet.png.")],
+    query: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image to look for; may be repeated. Default: some of DIR."),
+    ] = None,
+    num_queries: Annotated[int, typer.Option(min=1, help="Queries taken from DIR without --query.")] = 8,
+    k: Annotated[int, typer.Option(min=1, help="Neighbors of each query.")] = 8,
+    hardest: Annotated[
+        bool, typer.Option("--hardest", help="Only images of other classes: the hardest negatives.")
+    ] = False,
+    config: EncoderConfig = None,
+    architecture: Architecture = None,
+    stem: Stem = None,
+    width: Width = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    batch_size: BatchSize = 64,
+    jobs: DecodingThreads = None,
+    gpus: OneGpu = None,
+) -> None:
+    """Draw queries and their most similar images of a folder as one picture."""
+    _take_gpus(gpus)
+    from mochi.inference.encoder import Overrides, load
+    from mochi.inference.folder import encode_folder
+    from mochi.inference.neighbors import require_kind, sheet
+    from mochi.runtime.distributed import pick_device
+    from mochi.runtime.progress import counter
+
+    require_kind(out)
+    overrides = Overrides(config, architecture, stem, width, image_size, resize)
+    loaded = load(encoder, overrides, pick_device())
+    found = encode_folder(
+        loaded,
+        images,
+        batch_size=batch_size,
+        threads=jobs or os.cpu_count() or 1,
+        progress=counter("encode"),
+    )
+    sheet(loaded, images, found, query or [], out, k=k, num_queries=num_queries, hardest=hardest)
+    typer.echo(f"{out}: written")
+    for path, reason in found.quarantined:
+        typer.echo(f"left out: {path!r}: {reason}")
 
 
 @app.command(rich_help_panel=_STAGE)

@@ -1,0 +1,198 @@
+"""Queries and their nearest images, or their hardest negatives, as one picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from mochi.config.datasets import Folder
+from mochi.data.describe_folder import describe
+from mochi.data.ingest.decode import open_image, to_rgb
+from mochi.data.ingest.raw import FileSplit, as_text
+from mochi.data.ingest.sources.folder import list_images
+from mochi.errors import DataError, UserError
+from mochi.inference.encoder import LoadedEncoder
+from mochi.inference.folder import FolderFeatures, encode_files
+from mochi.storage.atomic import replacing
+
+_SIDE, _GAP, _CAPTION = 112, 8, 26  # pixels
+_FRAME = 3
+_SAME, _OTHER, _PLAIN = "#2a7f3f", "#b3261e", "#555555"
+_ROWS_AT_ONCE = 256
+_KINDS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """One image of a row of the sheet."""
+
+    path: str
+    similarity: float
+    """Cosine."""
+
+
+def classes_of(folder: Path) -> dict[str, str]:
+    """Path -> class of the labelled images of a folder; empty where there are no labels."""
+    try:
+        found = describe(folder)
+        raw = list_images(Folder(source="folder", name="x", **found.dataset))
+    except DataError:
+        return {}
+    if found.kind != "classes":
+        return {}
+    return {
+        path: raw.classes[label]
+        for split in raw.splits.values()
+        if isinstance(split, FileSplit)
+        for path, label in zip(split.paths, split.labels.tolist(), strict=True)
+        if label >= 0
+    }
+
+
+def nearest(
+    queries: Sequence[tuple[str, NDArray[np.float32]]],
+    found: FolderFeatures,
+    k: int,
+    classes: Mapping[str, str] | None = None,
+) -> list[list[Neighbor]]:
+    """For each query its k most similar images, the most similar first; never the query's own file.
+
+    Args:
+        queries: path and (D,) vector of each.
+        found: the images to look among.
+        k: neighbours; fewer where there are not so many.
+        classes: path -> class: only images of another class than the query's, its hardest negatives. For
+            a query without a class these are all other images.
+
+    Ties go to the first path.
+    """
+    bank = _unit(found.vectors)
+    paths = np.array(found.paths, dtype=object)
+    known = classes or {}
+    labels = np.array([known.get(path, "") for path in found.paths], dtype=object)
+    rows = []
+    for first in range(0, len(queries), _ROWS_AT_ONCE):
+        part = queries[first : first + _ROWS_AT_ONCE]
+        similarity = _unit(np.stack([vector for _, vector in part])) @ bank.T
+        for (path, _), values in zip(part, similarity, strict=True):
+            excluded = paths == path
+            if own := known.get(path, ""):
+                excluded |= (labels == own) | (labels == "")
+            allowed = np.flatnonzero(~excluded)
+            order = allowed[np.argsort(-values[allowed], kind="stable")[:k]]
+            rows.append([Neighbor(found.paths[row], float(values[row])) for row in order])
+    return rows
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
+
+
+def require_kind(out: Path) -> None:
+    """Refuse what is no picture before anything is computed.
+
+    Raises:
+        UserError: the name ends otherwise.
+    """
+    if out.suffix.lower() not in _KINDS:
+        raise UserError(f"--out: found {out}; expected a name that ends in {', '.join(_KINDS)}")
+
+
+def sheet(
+    encoder: LoadedEncoder,
+    folder: Path,
+    found: FolderFeatures,
+    queries: Sequence[Path],
+    out: Path,
+    *,
+    k: int,
+    num_queries: int,
+    hardest: bool,
+) -> None:
+    """Draw queries and their neighbours among the images of a folder.
+
+    Args:
+        encoder: for queries that are not in the folder.
+        folder: of the images.
+        found: their features.
+        queries: files; none: some of the folder's.
+        out: the picture.
+        k: neighbours of each query.
+        num_queries: how many are taken from the folder.
+        hardest: images of other classes only, where the folder has classes.
+
+    Raises:
+        DataError: a query is not a usable image.
+    """
+    classes = classes_of(folder)
+    row_of = {path: row for row, path in enumerate(found.paths)}
+    files = list(queries) or [folder / found.paths[row] for row in spread_queries(found.paths, num_queries)]
+    inside = [str(file.relative_to(folder)) if file.is_relative_to(folder) else "" for file in files]
+    outside = [file for file, name in zip(files, inside, strict=True) if name not in row_of]
+    encoded = encode_files(encoder, outside, batch_size=64, threads=1)
+    if encoded.unreadable:
+        row, reason = encoded.unreadable[0]
+        raise DataError(f"--query: {as_text(str(outside[row]))}: {reason}; give an image")
+    others = iter(encoded.vectors)
+    vectors = [(name, found.vectors[row_of[name]] if name in row_of else next(others)) for name in inside]
+    rows = nearest(vectors, found, k, classes if hardest else None)
+    draw(out, folder, files, rows, classes)
+
+
+def spread_queries(paths: Sequence[str], count: int) -> list[int]:
+    """Rows of `count` images spread evenly over the folder."""
+    rows = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
+    return [int(row) for row in np.unique(rows)]
+
+
+def draw(
+    out: Path,
+    folder: Path,
+    queries: Sequence[Path],
+    rows: Sequence[Sequence[Neighbor]],
+    classes: Mapping[str, str],
+) -> None:
+    """The sheet: a row for each query, the query first. Frames: green the query's class, red another.
+
+    Args:
+        out: a picture of any type that Pillow writes.
+        folder: of the neighbours.
+        queries: the files of the queries.
+        rows: their neighbours.
+        classes: path -> class, for the frames; may be empty.
+    """
+    widest = 1 + max(len(row) for row in rows)
+    step = _SIDE + _GAP
+    sheet = Image.new("RGB", (widest * step + _GAP, len(rows) * (step + _CAPTION) + _GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for line, (query, row) in enumerate(zip(queries, rows, strict=True)):
+        top = _GAP + line * (step + _CAPTION)
+        inside = as_text(str(query.relative_to(folder))) if query.is_relative_to(folder) else ""
+        own = classes.get(inside, "")
+        cells = [(query, _PLAIN, "query", own or query.name)]
+        for each in row:
+            label = classes.get(each.path, "")
+            frame = _PLAIN if not (own and label) else _SAME if own == label else _OTHER
+            cells.append(
+                (folder / each.path, frame, f"{each.similarity:.3f}", label or Path(each.path).name)
+            )
+        for place, (image, frame, *captions) in enumerate(cells):
+            left = _GAP + place * step
+            sheet.paste(_thumbnail(image), (left, top))
+            box = (left - 1, top - 1, left + _SIDE, top + _SIDE)
+            pen.rectangle(box, outline=frame, width=_FRAME)
+            for number, caption in enumerate(captions):
+                text = "".join(char if char.isprintable() else "?" for char in caption)[:22]
+                pen.text((left, top + _SIDE + 1 + 12 * number), text, fill="black", font=font)
+    with replacing(out) as temporary, temporary.open("wb") as file:
+        sheet.save(file, Image.registered_extensions()[out.suffix.lower()])
+
+
+def _thumbnail(file: Path) -> Image.Image:
+    """The whole image in a square."""
+    image = to_rgb(open_image(file.read_bytes()))
+    return ImageOps.pad(image, (_SIDE, _SIDE), color="#eeeeee")

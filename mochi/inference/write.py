@@ -1,0 +1,50 @@
+"""Features of a folder as a file: NumPy's .npz or Parquet."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mochi.data.ingest.raw import as_text
+from mochi.errors import UserError
+from mochi.inference.folder import FolderFeatures
+from mochi.storage.atomic import replacing
+
+KINDS = (".npz", ".parquet")
+
+
+def require_kind(out: Path) -> None:
+    """Refuse other files before anything is computed.
+
+    Raises:
+        UserError: the name ends otherwise.
+    """
+    if out.suffix.lower() not in KINDS:
+        raise UserError(f"--out: found {out}; expected a name that ends in {' or '.join(KINDS)}")
+
+
+def write_features(out: Path, found: FolderFeatures) -> Path | None:
+    """Write paths and vectors; returns the CSV of unreadable files, if there are any.
+
+    .npz: `paths` (N,) text and `vectors` (N, D) float32. Parquet: a column `path`, a column `vector`.
+    """
+    paths = [as_text(path) for path in found.paths]
+    with replacing(out) as temporary:
+        if out.suffix.lower() == ".npz":
+            with temporary.open("wb") as file:
+                np.savez(file, paths=np.array(paths, dtype=np.str_), vectors=found.vectors)
+        else:
+            values = pa.array(found.vectors.reshape(-1))
+            vectors = pa.FixedSizeListArray.from_arrays(values, found.vectors.shape[1])
+            pq.write_table(pa.table({"path": pa.array(paths, pa.string()), "vector": vectors}), temporary)
+    listed = out.with_name(f"{out.stem}.quarantine.csv")
+    if not found.quarantined:
+        listed.unlink(missing_ok=True)
+        return None
+    with replacing(listed) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("path", "reason"))
+        writer.writerows((as_text(path), reason) for path, reason in found.quarantined)
+    return listed

@@ -1,0 +1,195 @@
+"""`mochi features` and `mochi neighbors`: vectors against the pipeline's, neighbours against all pairs."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from mochi.config import Encoder
+from mochi.config.datasets import Folder
+from mochi.data.format import open_dataset
+from mochi.data.ingest.prepare import prepare
+from mochi.data.views.loading import Loading, centre_crops
+from mochi.encoders import build_untrained
+from mochi.encoders.files import EncoderInfo, save_encoder, write_tensors
+from mochi.evaluation.features import encode
+from mochi.inference.folder import FolderFeatures
+from mochi.inference.neighbors import classes_of, nearest
+from tests.commands import refused, run
+
+CONFIG = Encoder(architecture="resnet10", stem="half", width=8)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOCHI_CONFIG", raising=False)
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """An untrained encoder that says what it is."""
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, build_untrained(CONFIG, 0), EncoderInfo.of(CONFIG, image_size=64))
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Classes, a loose image, odd names, and files that are no images."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "images"
+    names = [
+        "cat/1.png",
+        "cat/2 # é.jpg",
+        "cat/deep/3.png",
+        'dog/<script>"q".png',
+        "dog/new\nline.png",
+        "loose.png",
+    ]
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (90 + number, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / name, "PNG" if name.endswith("png") else "JPEG")
+    (root / "cat/bad.jpg").write_bytes(b"no image")
+    (root / ".DS_Store").write_text("x")
+    return root
+
+
+def test_every_image_once_with_the_pipelines_own_vectors(
+    encoder: Path, images: Path, tmp_path: Path
+) -> None:
+    done = run(
+        "features", "--encoder", str(encoder), "--images", "images", "--out", "f.npz", "--batch-size", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 images, vectors of 64 numbers" in done.stdout
+    found = np.load("f.npz")
+    assert sorted(found["paths"]) == sorted(
+        str(path.relative_to(images)) for path in images.rglob("*.*g") if path.name != "bad.jpg"
+    )
+    listed = Path("f.quarantine.csv").read_text()
+    assert listed.startswith("path,reason\ncat/bad.jpg,")
+    prepare(
+        Folder(source="folder", name="x", path=str(images), max_unreadable=0.5), tmp_path / "data/x", jobs=1
+    )
+    split = open_dataset(tmp_path / "data/x").split("train")
+    loading = Loading(16, torch.device("cpu"))
+    (batch,) = centre_crops(split, loading, resize=73, image_size=64, rows=np.arange(len(split)))
+    expected = encode(build_untrained(CONFIG, 0).eval(), batch.images).numpy()
+    order = [list(found["paths"]).index(split.path(row)) for row in range(len(split))]
+    np.testing.assert_allclose(
+        found["vectors"][order], expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max()
+    )
+    assert (
+        run("features", "--encoder", str(encoder), "--images", "images", "--out", "f.parquet").returncode
+        == 0
+    )
+    table = pq.read_table("f.parquet")
+    assert table["path"].to_pylist() == list(found["paths"])
+    np.testing.assert_allclose(
+        np.array(table["vector"].to_pylist()), found["vectors"], rtol=1e-2, atol=1e-2
+    )
+
+
+def test_the_encoders_own_pixels_are_used(images: Path, tmp_path: Path) -> None:
+    tensors = build_untrained(CONFIG, 0).state_dict()
+    swapped = {**tensors, "conv1.weight": tensors["conv1.weight"].flip(1)}
+    about = {"image_size": 64, "mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}
+    write_tensors(tmp_path / "rgb.safetensors", tensors, EncoderInfo.of(CONFIG, **about))
+    about |= {"mean": (0.3, 0.2, 0.1), "channel_order": "BGR"}
+    write_tensors(tmp_path / "bgr.safetensors", swapped, EncoderInfo.of(CONFIG, **about))
+    for name in ("rgb", "bgr"):
+        assert (
+            run(
+                "features", "--encoder", f"{name}.safetensors", "--images", "images", "--out", f"{name}.npz"
+            ).returncode
+            == 0
+        )
+    rgb, bgr = (np.load(f"{name}.npz")["vectors"] for name in ("rgb", "bgr"))
+    np.testing.assert_allclose(rgb, bgr, rtol=1e-2, atol=1e-2)
+
+
+def test_an_encoder_without_metadata_needs_flags(images: Path, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "old.safetensors", build_untrained(CONFIG, 0).state_dict(), None)
+    command = ["features", "--encoder", "old.safetensors", "--images", "images", "--out", "f.npz"]
+    assert "--architecture, --stem, --width and --image-size" in refused(*command)
+    flags = ["--architecture", "resnet10", "--stem", "half", "--width", "8"]
+    assert "give --image-size" in refused(*command, *flags)
+    assert run(*command, *flags, "--image-size", "64").returncode == 0
+    assert "--resize: found 10" in refused(*command, *flags, "--image-size", "64", "--resize", "10")
+    config = tmp_path / "tiny.yaml"
+    shutil.copy(Path(__file__).parent / "tiny.yaml", config)
+    assert run(*command, "--config", "tiny.yaml").returncode == 0
+
+
+def test_mistakes_are_named_before_anything_is_encoded(encoder: Path, images: Path, tmp_path: Path) -> None:
+    of = ["--encoder", str(encoder), "--images", "images"]
+    assert "expected a name that ends in .npz or .parquet" in refused("features", *of, "--out", "f.csv")
+    assert "expected a name that ends in .png" in refused("neighbors", *of, "--out", "s.txt")
+    assert "no such encoder" in refused(
+        "features", "--encoder", "x.safetensors", "--images", "images", "--out", "f.npz"
+    )
+    (tmp_path / "empty").mkdir()
+    for folder, said in (("nowhere", "no such folder"), ("empty", "found 0 images")):
+        assert said in refused("features", "--encoder", str(encoder), "--images", folder, "--out", "f.npz")
+    assert "--query: cat.txt" in refused("neighbors", *of, "--out", "s.png", "--query", "cat.txt")
+
+
+def test_a_sheet_of_neighbors(encoder: Path, images: Path) -> None:
+    of = ["--encoder", str(encoder), "--images", "images", "--k", "3"]
+    done = run("neighbors", *of, "--out", "sheet.png", "--num-queries", "4")
+    assert done.returncode == 0, done.stderr
+    assert "left out: 'cat/bad.jpg'" in done.stdout
+    with Image.open("sheet.png") as sheet:
+        first = sheet.size
+    Image.new("RGB", (70, 70), "red").save("mine.png")
+    assert (
+        run(
+            "neighbors",
+            *of,
+            "--out",
+            "two.png",
+            "--query",
+            "mine.png",
+            "--query",
+            "images/cat/1.png",
+            "--hardest",
+        ).returncode
+        == 0
+    )
+    with Image.open("two.png") as sheet:
+        assert (sheet.size[0], sheet.size[1] * 2 - 8) == first, "two rows instead of four, as wide"
+
+
+def test_neighbors_are_those_of_all_pairs_and_hardest_negatives_of_other_classes() -> None:
+    vectors = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    paths = [f"{number}.png" for number in range(40)]
+    found = FolderFeatures(paths, vectors, [])
+    classes = {path: "ab"[number % 2] for number, path in enumerate(paths[:36])}
+    queries = [(paths[row], vectors[row]) for row in (0, 7, 39)]
+    cosine = F.cosine_similarity(
+        torch.from_numpy(vectors)[:, None].double(), torch.from_numpy(vectors).double(), dim=-1
+    )
+    for (path, _), row in zip(queries, nearest(queries, found, 5), strict=True):
+        expected = cosine[int(path[:-4])].clone()
+        expected[int(path[:-4])] = -9
+        assert [each.path for each in row] == [paths[i] for i in expected.argsort(descending=True)[:5]]
+    for (path, _), row in zip(queries[:2], nearest(queries[:2], found, 40, classes), strict=True):
+        assert {classes[each.path] for each in row} == {"ab".replace(classes[path], "")}
+        assert len(row) == 18
+        assert [each.similarity for each in row] == sorted((each.similarity for each in row), reverse=True)
+    (unlabelled,) = nearest(queries[2:], found, 40, classes)
+    assert len(unlabelled) == 39, "without a class all other images are negatives"
+
+
+def test_classes_of_a_folder(images: Path) -> None:
+    assert classes_of(images) == {}, "a loose image: the folders are no classes"
+    (images / "loose.png").unlink()
+    shutil.rmtree(images / "cat/deep")
+    assert classes_of(images)["cat/1.png"] == "cat"

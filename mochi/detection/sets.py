@@ -58,7 +58,10 @@ def _read(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations
         parts = voc.read_sets(places, data.classes, data.broken_objects)
     train, test = merge(parts[: len(data.train)]), merge(parts[len(data.train) :])
     require_same_classes(train.classes, test.classes)
-    for_training(train, data.empty_images)  # refuses a set without a box
+    try:
+        for_training(train, data.empty_images)
+    except AnnotationError as error:
+        raise AnnotationError(f"{data.path}: {' + '.join(data.train)}: {error}") from None
     if all(image.ignored.all() for image in test.images):
         counts = ", ".join(f"{name}: {count}" for name, count in sorted(test.found.items()) if count)
         raise AnnotationError(

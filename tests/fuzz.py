@@ -1,0 +1,40 @@
+"""No bytes of a file bring a reader to anything but a value or a message to the user."""
+
+import random
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mochi.errors import UserError
+from tests.mutations import KINDS
+
+
+def fuzz(kind: str, folder: Path, mutations: int) -> None:
+    """Change a valid file in `mutations` ways, up to three changes at once, and read each."""
+    path, changes, read = KINDS[kind](folder)
+    valid = path.read_bytes()
+    read()
+    refused = 0
+
+    @settings(max_examples=mutations, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 2**63))
+    def mutated(seed: int) -> None:
+        nonlocal refused
+        rng, data = random.Random(seed), valid
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            try:
+                data = rng.choice(changes)(data, rng)
+            except (ValueError, SyntaxError, IndexError):  # no longer what the mutation parses
+                break
+        path.write_bytes(data)
+        try:
+            read()
+        except UserError as error:
+            refused += 1
+            said = str(error)
+            assert str(folder) in said, "the file is named"
+            assert max(map(len, said.splitlines())) < 1000, "nothing is dumped"
+
+    mutated()
+    assert refused > mutations // 10, "most changes matter"

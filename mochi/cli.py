@@ -98,17 +98,24 @@ def check(
 
 @app.command(rich_help_panel=_INSPECT)
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, a VOC or a COCO tree.")],
     report: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
     jobs: Jobs = 1,
 ) -> None:
     """Summarise a folder of images and recommend settings."""
     from mochi.data import inspect as inspection
+    from mochi.data.describe_folder import detection_data
     from mochi.runtime.progress import counter
     from mochi.storage.atomic import write_json
 
     found = inspection.inspect(folder, jobs=jobs, progress=counter("inspect"))
     typer.echo(inspection.render(found))
+    if data := detection_data(folder):
+        from mochi.detection import sets
+
+        contents = sets.inspect(data, jobs)
+        typer.echo(sets.render(contents))
+        found["detection"] = contents._asdict()
     if report is not None:
         write_json(report, found)
 

@@ -191,14 +191,12 @@ def _set(where: str, chosen: DetectionSet) -> Iterator[Finding]:
     """What the detection stage would refuse of a set that is there, and what is odd in it."""
     from mochi.detection import sets  # noqa: PLC0415 (detection is an extra)
 
-    errors, warnings = sets.problems(chosen.data, masks=chosen.model.masks, jobs=os.cpu_count() or 1)
-    yield from (Finding("error", f"{where}: {text}") for text in errors)
-    yield from (Finding("warning", f"{where}: {text}") for text in warnings)
-    if not errors and len(chosen.training.lr) > 1:
-        train, _ = sets.read_splits(chosen.data, masks=False)
-        if len(train.images) < 2:
-            text = f"{where}.training.lr: found several; a search needs 2 images of train or more"
-            yield Finding("error", text)
+    found = sets.contents(chosen.data, masks=chosen.model.masks, jobs=os.cpu_count() or 1)
+    yield from (Finding("error", f"{where}: {text}") for text in found.errors)
+    yield from (Finding("warning", f"{where}: {text}") for text in found.warnings)
+    if not found.errors and len(chosen.training.lr) > 1 and found.counts["train"]["images"] < 2:
+        text = f"{where}.training.lr: found several; a search needs 2 images of train or more"
+        yield Finding("error", text)
 
 
 # ---------------------------------------------------------------- images

@@ -57,6 +57,18 @@ def describe(folder: Path) -> Description:
     return _coco(folder) or _voc(folder) or _images(folder)
 
 
+def detection_data(folder: Path) -> dict[str, Any]:
+    """Keys of a detection set's `data` for a VOC or COCO tree.
+
+    Empty for a folder without boxes, or where it is not plain what to train and what to test on.
+    """
+    try:
+        found = _coco(folder) or _voc(folder)
+    except DataError:
+        return {}
+    return {} if found is None else found.detection
+
+
 def sides(files: Sequence[str]) -> NDArray[np.int64]:
     """(n, 2) height and width, upright, of a sample spread over the files, without unreadable ones."""
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, _SAMPLE).astype(int))]

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from mochi.config.datasets import Folder
-from mochi.data.ingest import duplicates
+from mochi.data.ingest import classes, duplicates
 from mochi.data.ingest.raw import FileSplit, Progress, as_text, class_counts
 from mochi.data.ingest.sources.folder import list_images
 from mochi.data.ingest.validate import Validator
@@ -59,6 +59,7 @@ def inspect(folder: Path, *, jobs: int, progress: Progress | None = None) -> dic
         "sides": _sides(summary.sides),
         "balance": _balance(facts.train_classes),
         "ignored": raw.ignored,
+        "class_faults": [*classes.faults(counts), *classes.oddities(counts)],
         "unreadable": summary.unreadable,
         "duplicates": summary.duplicates(raw.classes),
         "too_few": facts.num_train < FEWEST,
@@ -174,6 +175,7 @@ def render(report: dict[str, Any]) -> str:
         )
         lines += _section("  empty classes", balance["empty"])
     lines += _section("ignored", [f"{count} {reason}" for reason, count in report["ignored"].items()])
+    lines += [f"warning: {text}" for text in report["class_faults"]]
     bad = [f"{row['path']} ({row['bytes']} bytes): {row['reason']}" for row in report["unreadable"]]
     lines += _section(f"unreadable, will be quarantined: {len(bad)}", bad)
     lines += _duplicates(report["duplicates"])

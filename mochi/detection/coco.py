@@ -77,6 +77,18 @@ def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotation
     return Annotations(tuple(classes.values()), tuple(annotated), found, numbering, tuple(dropped))
 
 
+def has_masks(root: Path, split: str) -> bool:
+    """Whether any object of a split has a segmentation.
+
+    Raises:
+        AnnotationError: the file is missing or not JSON.
+    """
+    content = read_json(root / "annotations" / f"instances_{split}.json", "COCO's instances format")
+    items = content.get("annotations") if isinstance(content, dict) else None
+    items = items if isinstance(items, list) else []
+    return any(isinstance(item, dict) and bool(item.get("segmentation")) for item in items)
+
+
 def _categories(data: Fields) -> dict[_Id, str]:
     """Id -> name, in the order of the ids: numbers first."""
     names: dict[_Id, str] = {}

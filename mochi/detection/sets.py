@@ -5,7 +5,9 @@ The stage reads a set so before it trains, and `mochi check` before anything is 
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mochi.config import DetectionData
 from mochi.data.ingest.classes import alike
@@ -37,14 +39,72 @@ def read_splits(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annot
     return train, test
 
 
-def problems(data: DetectionData, *, masks: bool, jobs: int) -> tuple[list[str], list[str]]:
-    """(errors, warnings) about the files of a set: what a training would stop at or suffer from."""
+_SHOWN_APART = ("images", "objects", "classes")
+
+
+class Contents(NamedTuple):
+    """What is in the files of a set."""
+
+    errors: list[str]
+    """What a training would stop at."""
+    warnings: list[str]
+    """What it would suffer from."""
+    counts: dict[str, dict[str, Any]]
+    """Split -> what was counted; empty where the files cannot be read."""
+
+
+def contents(data: DetectionData, *, masks: bool, jobs: int) -> Contents:
+    """Read a set whole, images included, and tell what is in it instead of raising."""
+    counts: dict[str, dict[str, Any]] = {}
     try:
         train, test = _read(data, masks=masks)
+        counts = {"train": train.report(), "test": test.report()}
         check_images([train, test], jobs)
     except DataError as error:
-        return [str(error)], []
-    return [], oddities(train, test)
+        return Contents([str(error)], [], counts)
+    return Contents([], oddities(train, test), counts)
+
+
+def inspect(data: Mapping[str, Any], jobs: int) -> Contents:
+    """The contents of a VOC or COCO tree, whose classes are those of its objects.
+
+    Args:
+        data: `format`, `path`, `train` and `test` of a detection set.
+        jobs: processes that decode images.
+    """
+    classes = None
+    try:
+        root, names = Path(data["path"]), [*data["train"], *data["test"]]
+        if data["format"] == "voc":
+            halves = [name.rpartition("/") for name in names]
+            found = [voc.class_names(root / folder, image_set) for folder, _, image_set in halves]
+            classes = sorted(set().union(*found))
+            if not classes:
+                raise AnnotationError(f"{root}: found no object in {', '.join(names)}")
+        masks = data["format"] == "coco" and any(coco.has_masks(root, name) for name in names)
+    except DataError as error:
+        return Contents([str(error)], [], {})
+    chosen = {
+        **data,
+        "classes": classes,
+        "rule": "all-point",
+        "broken_objects": "drop",
+        "empty_images": "keep",
+    }
+    return contents(DetectionData.model_validate(chosen), masks=masks, jobs=jobs)
+
+
+def render(found: Contents) -> str:
+    """The contents as text for a terminal."""
+    lines = []
+    for split, counts in found.counts.items():
+        lines.append(f"boxes of {split}: {counts['objects']} in {counts['images']} images")
+        classes = [f"{name} {count}" for name, count in counts.pop("classes").items()]
+        lines.append(f"  {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}")
+        lines += [f"  {name}: {value}" for name, value in counts.items() if name not in _SHOWN_APART]
+    lines += [f"warning: {text}" for text in found.warnings]
+    lines += [f"error: {text}" for text in found.errors]
+    return "\n".join(lines)
 
 
 def _read(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations]:

@@ -74,7 +74,7 @@ def voc_object(name: str = "square", box: tuple[object, ...] | None = (5, 6, 20,
 def tiny_with_detection(**changes: Any) -> dict[str, Any]:
     """The tiny experiment with two sets over the same scenes; changes are of the first."""
     data = copy.deepcopy(TINY)
-    scenes = {
+    scenes: dict[str, object] = {
         "format": "voc", "path": "data/few-scenes", "train": ["VOC/train"], "test": ["VOC/test"],
         "classes": ["brick", "coffee"], "rule": "11-point", "broken_objects": "fail",
         "empty_images": "keep",

@@ -35,6 +35,7 @@ _STREAM = re.compile(
 )
 _BACKUP = re.compile(r".*(~|\.(bak|swp|swo|swn|orig|rej|old|tmp|part|crdownload))|#.*#", re.S)
 _RECORD = "provenance.json"
+_VOC_MASKS = {"SegmentationClass", "SegmentationObject"}
 
 
 def left_behind(name: str) -> str | None:
@@ -80,6 +81,8 @@ def _walk(
     if below and any(entry.name == _RECORD for entry in entries) and is_ours(folder):
         ignored["folder of results or prepared data"] += 1
         return
+    if any(entry.name == "JPEGImages" for entry in entries):  # a VOC tree
+        entries = [entry for entry in entries if entry.name not in _VOC_MASKS]
     for entry in entries:
         path = f"{below}/{entry.name}" if below else entry.name
         if reason := left_behind(entry.name):

@@ -23,7 +23,7 @@ from mochi.data.ingest.prepare import prepare
 from mochi.data.ingest.sources import folder, imagenet
 from mochi.detection import coco, voc
 from mochi.detection.annotations import AnnotationError, Annotations, for_training
-from mochi.detection.coco import decode_masks
+from mochi.detection.coco import decode_masks, encode_masks
 from tests.detection.sets import voc_object
 
 ODD: tuple[Any, ...] = (
@@ -90,9 +90,10 @@ def mutate_xml(data: bytes, rng: random.Random) -> bytes:
         case _:
             odd = str(rng.choice(ODD))
             child.text = "".join(c for c in odd if c.isprintable() and not "\ud800" <= c <= "\udfff")
-    return ET.tostring(
-        root, rng.choice(["utf-8", "utf-16", "us-ascii"]), xml_declaration=rng.random() < 0.5
-    )
+    encoding = rng.choice(["utf-8", "utf-16", "us-ascii"])
+    changed = ET.tostring(root, encoding, xml_declaration=rng.random() < 0.5)
+    assert isinstance(changed, bytes)
+    return changed
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -153,8 +154,13 @@ def _used(annotations: Annotations) -> None:
 
 
 def _coco(root: Path) -> Kind:
+    [packed] = encode_masks(np.eye(40, 48, dtype=np.uint8)[None])
     polygon, counts = [[2.0, 3.0, 18.0, 4.0, 9.0, 17.0]], [100, 40, 1780]
-    shapes = [polygon, {"size": [40, 48], "counts": counts}, {"size": [40, 48], "counts": "T3X1hj1"}]
+    shapes = [
+        polygon,
+        {"size": [40, 48], "counts": counts},
+        {"size": [40, 48], "counts": packed["counts"].decode()},
+    ]
     content = {
         "images": [
             {"id": n, "file_name": f"{n}.jpg", "height": 40, "width": 48} for n in (1, 2)

@@ -80,7 +80,7 @@ class FeatureFile:
         """The features; None where there are none. Changes of the tensor do not reach the file."""
         try:
             values = np.load(self.path, mmap_mode="c", allow_pickle=False)
-        except (OSError, ValueError):
+        except (OSError, EOFError, ValueError):
             return None
         if values.shape != shape or values.dtype != np.float32:
             return None

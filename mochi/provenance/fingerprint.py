@@ -24,8 +24,8 @@ def file_digest(path: Path) -> str:
 def code_digest(*modules: str) -> str:
     """Digest of what `modules` compute: their syntax trees without what only people read.
 
-    Layout, comments, docstrings, progress, the text of exceptions, of log messages and of assertions do not
-    count.
+    Layout, comments, docstrings, progress, the text of exceptions, of log messages and of assertions, and the
+    `columns` of a task, which only tables show, do not count.
 
     Args:
         modules: names of modules, or of packages, which stand for all of their modules.
@@ -65,6 +65,9 @@ class _WithoutMessages(ast.NodeTransformer):
         if isinstance(node.value, ast.Call) and _only_tells(node.value.func):
             return None
         return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
+        return None if node.name == "columns" else self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if isinstance(node.func, ast.Name) and node.func.id == "Progress":

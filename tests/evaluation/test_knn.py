@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mochi.config import Column, ConfigError, Experiment, columns
 from mochi.evaluation.tasks import knn
 from tests.evaluation.runs import evaluate
 from tests.tiny import with_protocol
@@ -37,6 +38,37 @@ def test_equals_a_vote_in_loops(sizes: tuple[int, int], chunks: tuple[int, int],
     expected = [vote(train.double(), labels.tolist(), row.double(), k, 0.07) for row in val]
     predicted = knn.classify(train, labels, val, num_classes=3, pairs=[(k, 0.07)], chunks=chunks)
     assert predicted.tolist() == [expected]
+
+
+def test_several_votes_are_those_of_each_pair_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, val = (torch.randn(size, 4, generator=generator) for size in (50, 30))
+    labels = torch.randint(3, (50,), generator=generator)
+    pairs = [(5, 0.07), (1, 1.0), (20, 0.5), (50, 10.0)]
+    together = knn.classify(train, labels, val, num_classes=3, pairs=pairs)
+    alone = [knn.classify(train, labels, val, num_classes=3, pairs=[pair])[0] for pair in pairs]
+    assert torch.equal(together, torch.stack(alone))
+    assert len(together.unique(dim=0)) == 4
+
+
+def test_a_grid_of_k_and_temperature(
+    tiny_data: Path, encoder_file: Path, tmp_path: Path, tiny: Experiment
+) -> None:
+    """Each pair has a number and a column; the first pair is the main one."""
+    grid = with_protocol("knn", k=[20, 3], temperature=[0.1, 1.0])
+    metrics = evaluate(grid, "knn", encoder_file, tiny_data, tmp_path / "grid")
+    keys = {"top1": (20, 0.1), "top1_k20_t1": (20, 1.0), "top1_k3_t0.1": (3, 0.1), "top1_k3_t1": (3, 1.0)}
+    assert {key: column.name for key, column in columns(grid, "knn").items()} == {
+        key: f"top-1 (k={k}, t={temperature:g})" for key, (k, temperature) in keys.items()
+    }
+    assert (metrics["k"], metrics["temperature"]) == (20, 0.1)
+    for key, (k, temperature) in keys.items():
+        single = with_protocol("knn", k=k, temperature=temperature)
+        assert columns(single, "knn") == {"top1": Column("top-1")}
+        alone = evaluate(single, "knn", encoder_file, tiny_data, tmp_path / key)
+        assert metrics[key] == alone["top1"]
+    with pytest.raises(ConfigError, match=r"evaluation.knn.k: found \[5, 5\]; the values must be distinct"):
+        with_protocol("knn", k=[5, 5])
 
 
 @given(SIZES, CHUNKS, st.integers(1, 30), st.integers(0, 100))

@@ -65,6 +65,7 @@ def digest(folder: Path, *modules: str, **files: str) -> str:
         ("logger.warning", "logger.info"),
         ('Progress("halving", total=3)', 'Progress("halves", total=4)'),
         ('progress.advance("slow")', "progress.advance()"),
+        ("\ndef f(", '\ndef columns():\n    return {"top1": "top-1"}\n\n\ndef f('),
     ],
 )
 def test_what_only_people_read_does_not_count(tmp_path: Path, old: str, new: str) -> None:

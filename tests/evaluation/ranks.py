@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mochi.config import load_experiment, probe_run
-from mochi.evaluation import stage
+from mochi.evaluation import features, stage
 from mochi.provenance.wanted import Result, same_features
 from mochi.runtime import distributed
 from tests.evaluation.runs import result_in
@@ -16,6 +16,7 @@ from tests.evaluation.runs import result_in
 def evaluate_all(config: Path, encoder: Path, data: Path, folder: Path) -> None:
     """Every evaluation of the experiment into `folder`/<task>."""
     torch.set_num_threads(1)
+    features._PRECISION = "float32"  # whatever this processor has: numbers are compared
     experiment = load_experiment(config)
 
     def result(task: str) -> Result:

@@ -1,5 +1,4 @@
-"""The fit against scikit-learn's logistic regression, subsets counted, and the stage on subsets that it must
-have drawn."""
+"""The fit against scikit-learn's, subsets counted, and the stage on the subsets that it must draw."""
 
 from pathlib import Path
 

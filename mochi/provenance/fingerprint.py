@@ -24,8 +24,8 @@ def file_digest(path: Path) -> str:
 def code_digest(*modules: str) -> str:
     """Digest of what `modules` compute: their syntax trees without what only people read.
 
-    Layout, comments, docstrings, progress, the text of exceptions, of log messages and of assertions, and the
-    `columns` of a task, which only tables show, do not count.
+    Layout, comments, docstrings, progress, the text of exceptions, of log messages and of assertions do not
+    count, nor do the `columns` of a task, which only tables show.
 
     Args:
         modules: names of modules, or of packages, which stand for all of their modules.

@@ -422,7 +422,7 @@ DEFAULTS = {
     "FewLabel.percent": None,
     "FewLabel.images_per_class": None,
     "FewLabel.samples": 5,
-    "FewLabel.l2": 0.1,
+    "FewLabel.l2": 0.01,
     "DetectionData.classes": None,
     "DetectionData.rule": None,
     "DetectionData.scenes": None,

@@ -35,6 +35,9 @@ def test_every_experiment_fits_the_schema(schema: Any, path: Path) -> None:
         (["pretrain", "temprature"], 0.1),
         (["methods", "moco-v2", "epochs"], "many"),
         (["encoder", "width"], 0),
+        (["evaluation", "imagesize"], 32),
+        (["evaluation", "knn", "kk"], 20),
+        (["evaluation", "linear", "lr"], "fast"),
     ],
 )
 def test_mistakes_do_not_fit(schema: Any, keys: list[str], value: object) -> None:
@@ -49,4 +52,5 @@ def test_mistakes_do_not_fit(schema: Any, keys: list[str], value: object) -> Non
 def test_keys_are_described(schema: Any) -> None:
     """Editors show the docstrings of the fields."""
     assert "Side of a view" in schema["$defs"]["Augmentation"]["properties"]["image_size"]["description"]
+    assert "held-out" in schema["$defs"]["LinearProbe"]["properties"]["lr_candidates"]["description"]
     assert "key_momentum" in schema["$defs"]["Pretrain"]["properties"]

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, create_model
 
+from mochi.config.evaluation import settings_of, task_names
 from mochi.config.experiment import Experiment
 from mochi.config.sections import CountOrZero, Section
 from mochi.config.training import Augmentation, SharedRecipe
@@ -48,4 +49,18 @@ def schema() -> dict[str, Any]:
         whole["properties"][key] = (
             reference if key == "pretrain" else {"type": "object", "additionalProperties": reference}
         ) | ({"description": about} if about else {})
+    _add_tasks(whole)
     return whole
+
+
+def _add_tasks(whole: dict[str, Any]) -> None:
+    """The tasks as entries of `evaluation`: by their own names, and by others that say which task."""
+    evaluation = whole["$defs"]["Evaluation"]
+    references = []
+    for name in task_names():
+        keys = settings_of(name).model_json_schema()
+        keys["required"].remove("task")  # the default is the name of the entry
+        whole["$defs"] |= keys.pop("$defs", {}) | {keys["title"]: keys}
+        references.append({"$ref": f"#/$defs/{keys['title']}"})
+        evaluation["properties"][name] = references[-1]
+    evaluation["additionalProperties"] = {"anyOf": references}

@@ -39,7 +39,7 @@ class FewLabel(Task):
     """Instead of `percent`; a class that has fewer gives all."""
     samples: Count = 5
     """Random subsets; `top1` is the mean over them."""
-    l2: PositiveReal = 0.1
+    l2: PositiveReal = 0.01
     """Weight of the penalty, beside the sum of the losses; scikit-learn's 1 / C."""
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ Legend: V validation images, M training images, D features.
 import itertools
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
@@ -31,23 +31,34 @@ def _distinct(values: list[float]) -> list[float]:
     return values
 
 
-_T = TypeVar("_T")
-_OneOrMore = Annotated[
-    list[_T],
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list) else [value]
+
+
+_SHORT = PlainSerializer(lambda values: values if len(values) > 1 else values[0])
+_Counts = Annotated[
+    list[Count],
     Field(min_length=1),
-    BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+    BeforeValidator(_as_list, json_schema_input_type=Count | list[Count]),
     AfterValidator(_distinct),
-    PlainSerializer(lambda values: values if len(values) > 1 else values[0]),
+    _SHORT,
+]
+_Temperatures = Annotated[
+    list[PositiveReal],
+    Field(min_length=1),
+    BeforeValidator(_as_list, json_schema_input_type=PositiveReal | list[PositiveReal]),
+    AfterValidator(_distinct),
+    _SHORT,
 ]
 
 
 class NearestNeighbours(Task):
     """Weighted k-nearest-neighbour classification."""
 
-    k: _OneOrMore[Count]
+    k: _Counts
     """One number, or several: every k is combined with every temperature, and the first two are the main
     pair, whose accuracy is `top1`."""
-    temperature: _OneOrMore[PositiveReal]
+    temperature: _Temperatures
 
     def pairs(self) -> list[tuple[int, float]]:
         """(k, temperature), the main pair first."""

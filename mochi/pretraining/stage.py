@@ -29,7 +29,7 @@ from mochi.runtime.precision import make_deterministic, use_bfloat16
 from mochi.runtime.progress import Progress
 from mochi.runtime.tensorboard import write_events
 from mochi.storage import checkpoint
-from mochi.storage.atomic import publishing, write_rows
+from mochi.storage.atomic import publishing, require_space, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def run(
                 if isinstance(run.recipe, FromFile)
                 else build_untrained(run.encoder, run.seed)
             )
+            require_space({result.folder: _size(encoder)})
         else:
             objective = make_objective(run, open_dataset(result.inputs["data"].parent))
             if isinstance(run.recipe, Contrastive) and (
@@ -97,6 +98,11 @@ def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
     )
 
 
+def _size(module: nn.Module) -> int:
+    """Bytes of its parameters and buffers."""
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
 def _saved(work: Path) -> Path:
     return work / "checkpoint.safetensors"
 
@@ -116,7 +122,7 @@ class _Session:
     ) -> None:
         self._recipe, self._objective, self._watch, self._events = recipe, objective, watch, events
         self._label = f"{run.method} seed {run.seed}"
-        self._saved = _saved(work)
+        self._saved, self._result_folder = _saved(work), result.folder
         self._identity = {
             "experiment": run.experiment,
             "method": run.method,
@@ -133,8 +139,21 @@ class _Session:
         """All epochs that are left."""
         loading = Loading(self._recipe.batch_size, device, workers, rank(), world_size())
         done = self.state.epoch * self._num_steps + self.state.step
+        require_space(self._needed())
         with Progress(self._label, self._recipe.epochs * self._num_steps, done) as self._progress:
             train(self._objective, self._recipe, self._optimizer, self.state, loading, self)
+
+    def _needed(self) -> dict[Path, int]:
+        """Bytes that checkpoints and results need beyond what is there: three checkpoints during a save."""
+        module = self._objective.module
+        weights = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+        moments = len(self._optimizer.defaults.get("betas", (0,)))  # AdamW keeps two for each weight
+        size = moments * weights + _size(module)
+        saved = [path for path in (self._saved, checkpoint.previous_of(self._saved)) if path.exists()]
+        return {
+            self._saved.parent: 3 * size - sum(path.stat().st_size for path in saved),
+            self._result_folder: _size(self._objective.backbone),
+        }
 
     def step_done(self, state: TrainState) -> None:
         """Show progress."""

@@ -5,6 +5,7 @@ of the same file on that host; on another host the number means nothing, and the
 """
 
 import csv
+import errno
 import json
 import os
 import re
@@ -16,11 +17,51 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mochi.errors import UserError
 
 _LAST = "provenance.json"
 
+_REMEDIES = {
+    errno.ENOSPC: "free disk space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EFBIG: "raise the limit on the size of files (`ulimit -f`)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "mount its file system again",
+    errno.ENOENT: "see why its folder vanished",
+}
+_MARGIN = 1 << 20
+"""Bytes for tables, records and the file system's own."""
+
 _umask_lock = threading.Lock()
+
+
+class StorageError(UserError, OSError):
+    """Files that cannot be written; what was there before is intact."""
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Explain why `path`, or what is to become it beside it, cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError):
+            number, file = error.errno, error.filename
+        else:
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            number, file = int(found[1]) if found else None, None
+        if number not in _REMEDIES or not Path(os.fsdecode(file or path)).is_relative_to(path.parent):
+            raise
+        target = Path(*(part for part in path.parts if not part.startswith(".publishing.")))
+        raise StorageError(
+            f"{target}: cannot be written: {os.strerror(number)}; {_REMEDIES[number]}, then run the same "
+            "command again; what was there before is intact"
+        ) from error
 
 
 @contextmanager
@@ -31,17 +72,19 @@ def replacing(path: Path) -> Iterator[Path]:
     that the umask asks for, whatever its writer gave it.
 
     Raises:
-        OSError: the disk is full or the folder read-only; `path` is as it was.
+        StorageError: the disk is full or the folder read-only; `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    try:
-        yield temporary
-        _complete(temporary)
-        temporary.replace(path)
-        _flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _explaining(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _complete(temporary)
+            temporary.replace(path)
+            _flush_folder(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
     _remove_abandoned(path)
 
 
@@ -54,27 +97,28 @@ def publishing(folder: Path) -> Iterator[Path]:
     old one, which then does not fit. Other files in `folder` stay.
 
     Raises:
-        OSError: the disk is full or the folder read-only.
+        StorageError: the disk is full or the folder read-only.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder / "publishing")
     # Inside `folder`, which may be a link to another file system.
     temporary = _temporary(folder / "publishing")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this number before
-    temporary.mkdir()
-    try:
-        yield temporary
-        files = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
-        files.sort(key=lambda file: (file == Path(_LAST), file))
-        for file in files:
-            _complete(temporary / file)
-        for file in files:
-            target = folder / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (temporary / file).replace(target)
-            _flush_folder(target.parent)
-    finally:
-        shutil.rmtree(temporary)
+    with _explaining(folder / _LAST):
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder / "publishing")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this number before
+        temporary.mkdir()
+        try:
+            yield temporary
+            files = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
+            files.sort(key=lambda file: (file == Path(_LAST), file))
+            for file in files:
+                _complete(temporary / file)
+            for file in files:
+                target = folder / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (temporary / file).replace(target)
+                _flush_folder(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -115,6 +159,33 @@ def require_writable(folder: Path) -> None:
             f"{folder}: results cannot be written there: {error.strerror}; "
             "expected a folder that this user may write: choose another with --out or change its mode"
         ) from None
+
+
+def require_space(needed: Mapping[Path, int]) -> None:
+    """Test that there is room for what will be written, before hours are spent on it.
+
+    Args:
+        needed: folder, which need not exist -> bytes. Folders of one file system share its space.
+
+    Raises:
+        StorageError: less is free.
+    """
+    disks: dict[int, list[Path]] = {}
+    for folder in needed:
+        disks.setdefault(_existing(folder).stat().st_dev, []).append(folder)
+    for folders in disks.values():
+        free = shutil.disk_usage(_existing(folders[0])).free
+        wanted = sum(needed[folder] for folder in folders) + _MARGIN
+        if free < wanted:
+            raise StorageError(
+                f"{', '.join(map(str, folders))}: found {free / 1e6:.1f} MB of free disk space; this run "
+                f"writes {wanted / 1e6:.1f} MB there; free some, then run the same command again"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _temporary(path: Path) -> Path:

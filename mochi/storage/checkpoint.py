@@ -46,7 +46,7 @@ def save(
     except (OSError, SafetensorError) as error:
         kept = f"the previous checkpoint is intact: {path}" if path.exists() else "there was none before"
         raise CheckpointError(
-            f"the checkpoint could not be written to {path}: {error}; {kept}. "
+            f"the checkpoint could not be written to {path}: {error.__cause__ or error}; {kept}. "
             "Free disk space or make the folder writable, then run the same command again"
         ) from error
 

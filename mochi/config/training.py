@@ -122,6 +122,9 @@ class Training(Section):
     """Epochs at the start in which the learning rate rises linearly, step by step."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the device has it in hardware."""
+    deterministic: bool = True
+    """The same bytes from the same seed. false: on a GPU cuDNN's fastest kernels, whose last digits differ
+    from run to run; on a CPU nothing changes."""
     checkpoint_minutes: PositiveReal = 5.0
     """A resume checkpoint is written this often, and at the end of the training."""
 

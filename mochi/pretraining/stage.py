@@ -56,7 +56,7 @@ def run(
     """
     watch = Stopwatch()
     device = pick_device()
-    make_deterministic()
+    make_deterministic(_is_deterministic(run))
     with process_group(device):
         if not isinstance(run.recipe, Training):
             state, head = TrainState(code=[result.code_digest]), None
@@ -96,6 +96,10 @@ def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
         f"every query meets about {share:.1f} stale keys of its own image among its negatives "
         f"({share / recipe.queue_size:.2%} of the queue); at most {num_images // 2} is advisable"
     )
+
+
+def _is_deterministic(run: PretrainRun) -> bool:
+    return not isinstance(run.recipe, Training) or run.recipe.deterministic
 
 
 def _size(module: nn.Module) -> int:
@@ -255,6 +259,7 @@ def _publish(
             watch,
             precision="bfloat16" if bfloat16 else "float32",
             world_size=world_size(),
+            deterministic=_is_deterministic(run),
             code_digests=state.code,
             wall_seconds=round(state.wall_seconds + watch.seconds(), 3),
         )

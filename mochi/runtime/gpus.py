@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from mochi.errors import UserError
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 _NOTICE_SECONDS = 5.0
+_ANSWER_SECONDS = 30  # without persistence mode the driver is loaded first
+_DEVICES = Path("/dev")
 
 
 def visible() -> list[str]:
@@ -43,13 +46,17 @@ def visible() -> list[str]:
 
 
 def _listed() -> list[list[str]]:
-    """For each GPU its UUID, or the UUIDs of its MIG instances; empty without a driver."""
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True)  # noqa: S607
-    except (OSError, subprocess.CalledProcessError):
-        return []
+    """For each GPU its UUID, or the UUIDs of its MIG instances; empty without a driver.
+
+    Where nvidia-smi does not answer, the numbers of the GPUs' device files.
+    """
+    said, trouble = _ask_nvidia_smi()
+    if trouble:
+        count = len(list(_DEVICES.glob("nvidia[0-9]*")))
+        _warn_once(f"{trouble}; /dev has the devices of {count} GPUs, so that many are assumed")
+        return [[str(number)] for number in range(count)]
     gpus: list[list[str]] = []
-    for line in done.stdout.splitlines():
+    for line in said.splitlines():
         found = re.search(r"\(UUID: ([^)]+)\)", line)
         if found and line.startswith("GPU"):
             gpus.append([found[1]])
@@ -57,6 +64,33 @@ def _listed() -> list[list[str]]:
             # The instances take the place of the card, which CUDA cannot use as a whole then.
             gpus[-1] = [uuid for uuid in gpus[-1] if uuid.startswith("MIG-")] + [found[1]]
     return gpus
+
+
+def _ask_nvidia_smi() -> tuple[str, str]:
+    """Its list of GPUs, and what is wrong with it; neither where there are no GPUs at all."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-L"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_ANSWER_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"nvidia-smi gave no answer in {_ANSWER_SECONDS} s"
+    except OSError as error:
+        there = any(_DEVICES.glob("nvidia[0-9]*"))
+        return "", f"nvidia-smi cannot be started ({error.strerror})" if there else ""
+    if done.returncode:
+        lines = (done.stdout.strip() or done.stderr.strip()).splitlines() or ["no message"]
+        return "", f"nvidia-smi failed: {lines[0]}"
+    return done.stdout, ""
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _name(spelled: str, listed: Sequence[Sequence[str]]) -> str | None:

@@ -1,6 +1,7 @@
 """Start one process, torchrun on several GPUs, or srun on several nodes from one command."""
 
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,15 @@ def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapp
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         raise UserError(f"nodes: found {nodes} outside a Slurm job; several nodes need the Slurm profile")
-    port = 20000 + int(job) % 20000
+    # Several runs may share the allocation, so each meets at a port and under a name of its own.
     spread = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-    meet = ["--rdzv-backend=c10d", f"--rdzv-id={job}", f"--rdzv-endpoint={socket.gethostname()}:{port}"]
+    name, place = f"{job}-{secrets.token_hex(4)}", f"{socket.gethostname()}:{_free_port()}"
+    meet = ["--rdzv-backend=c10d", f"--rdzv-id={name}", f"--rdzv-endpoint={place}"]
     return ["srun", *spread, *run, f"--nnodes={nodes}", *meet, "-m", "--", "mochi", *arguments]
+
+
+def _free_port() -> int:
+    """A port of this host that nobody listens at; the kernel gives the next caller another one."""
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])

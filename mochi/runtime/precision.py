@@ -19,15 +19,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, precision))
 
 
-def make_deterministic() -> None:
+def make_deterministic(deterministic: bool = True) -> None:
     """The same bytes from the same seed: on a GPU this chooses deterministic kernels.
 
-    float32 is IEEE's float32 there: cuDNN would compute convolutions in TF32.
+    Without, cuDNN tries its kernels and takes the fastest: results differ in their last digits from run to
+    run. Either way float32 is IEEE's float32 there: cuDNN would compute convolutions in TF32.
     """
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
         # Nothing reads uninitialised memory here, and filling it writes every activation twice.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

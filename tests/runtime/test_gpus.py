@@ -152,3 +152,50 @@ def test_visible_gpus_have_one_name_however_they_are_spelled(
     fake.write_text(f"#!/bin/sh\nwhile IFS= read -r line; do echo \"$line\"; done <<'END'\n{LISTED}END\n")
     fake.chmod(0o755)
     assert gpus.visible() == with_driver
+
+
+@pytest.mark.parametrize(
+    ("script", "devices", "expected", "said"),
+    [
+        (
+            "echo 'NVIDIA-SMI has failed because it could not reach the driver'; exit 9",
+            0,
+            [],
+            "could not reach",
+        ),
+        ("echo broken >&2; exit 1", 2, ["0", "1"], "failed: broken; /dev has the devices of 2 GPUs"),
+        ("exec sleep 60", 1, ["0"], "gave no answer in 0.2 s"),
+        (None, 1, ["0"], "cannot be started"),
+        (None, 0, [], ""),
+        ("echo 'GPU 0: A (UUID: GPU-aa)'", 0, ["GPU-aa"], ""),
+        ("printf 'GPU 0: A (UUID: GPU-aa)\\n  MIG 1g (UUID: MIG-bb)\\n'", 0, ["MIG-bb"], ""),
+    ],
+)
+def test_an_nvidia_smi_that_is_slow_missing_or_broken(
+    script: str | None,
+    devices: int,
+    expected: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Jobs of a workflow ask it each time; none may wait for ever or compute elsewhere in silence."""
+    for number in range(devices):
+        (tmp_path / f"nvidia{number}").touch()
+    (tmp_path / "nvidiactl").touch()
+    if script is not None:
+        command = tmp_path / "nvidia-smi"
+        command.write_text(f"#!/bin/sh\n{script}\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
+    monkeypatch.setattr(gpus, "_ANSWER_SECONDS", 0.2 if said.startswith("gave") else 30)
+    gpus._warn_once.cache_clear()
+    assert gpus.visible() == expected
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.text)
+    for spelled, seen in (("", []), ("-1", []), ("99", [] if expected else ["99"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", spelled)
+        assert gpus.visible() == seen, spelled

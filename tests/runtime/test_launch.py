@@ -31,8 +31,15 @@ def test_several_nodes_meet_at_the_first_one() -> None:
     assert command[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
     assert "--nproc-per-node=4" in command
     assert "--nnodes=2" in command
-    assert any(part.startswith("--rdzv-endpoint=") and part.endswith(":20071") for part in command)
+    assert any(part.startswith("--rdzv-id=71-") for part in command)
     assert command[-3:] == ARGUMENTS
+
+
+def test_runs_of_one_allocation_do_not_meet_each_other() -> None:
+    several = [launch.torchrun(8, 2, ARGUMENTS, {"SLURM_JOB_ID": "71"}) for _ in range(20)]
+    for option, least in (("--rdzv-id=", 20), ("--rdzv-endpoint=", 2)):
+        found = {part for command in several for part in command if part.startswith(option)}
+        assert len(found) >= least, option
 
 
 @pytest.mark.parametrize(

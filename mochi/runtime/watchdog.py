@@ -19,8 +19,12 @@ from torch.utils.data import DataLoader
 
 from mochi.errors import UserError
 
-SILENCE_SECONDS = 45.0
-"""Without a sign of life for so long, a rank or a worker counts as dead."""
+START_SECONDS = 45.0
+"""For all ranks to start."""
+RANK_SECONDS = 25.0
+"""Without a sign of life for so long, a rank counts as dead; torchrun then gives it 30 s to end."""
+WORKER_SECONDS = 45.0
+"""The same for loading workers, for none of which an image is ready."""
 LOOK_SECONDS = 5
 """`timeout` of a loader that is `watched`: between two looks at its workers while a batch is waited for."""
 _BEAT_SECONDS = 5.0
@@ -51,14 +55,14 @@ def meet() -> tuple[dist.Store, int, int]:
     Raises:
         UserError: some did not come.
     """
-    limit = timedelta(seconds=SILENCE_SECONDS)
+    limit = timedelta(seconds=START_SECONDS)
     own, number = os.environ["RANK"], os.environ["WORLD_SIZE"]
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {own} of {number}: the other processes cannot be reached in "
-            f"{SILENCE_SECONDS:.0f} s: {str(error).splitlines()[0]}"
+            f"{START_SECONDS:.0f} s: {str(error).splitlines()[0]}"
         ) from None
     store.set(f"beat/{rank}", "0")
     try:
@@ -67,7 +71,7 @@ def meet() -> tuple[dist.Store, int, int]:
         missing = [str(other) for other in range(world_size) if not store.check([f"beat/{other}"])]
         raise UserError(
             f"rank {rank} of {world_size}: rank {', '.join(missing)} did not start within "
-            f"{SILENCE_SECONDS:.0f} s; look for its message, and whether its host has memory and GPUs left"
+            f"{START_SECONDS:.0f} s; look for its message, and whether its host has memory and GPUs left"
         ) from None
     return store, rank, world_size
 
@@ -112,8 +116,8 @@ def _watch(store: dist.Store, rank: int, world_size: int, done: threading.Event)
         for other, beat in zip(others, found, strict=True):
             if slept or beat == _GONE or beat != beats[other]:
                 beats[other], heard[other] = beat, now
-            elif now - heard[other] > SILENCE_SECONDS:
-                _end(rank, world_size, f"rank {other} gave no sign of life for {SILENCE_SECONDS:.0f} s")
+            elif now - heard[other] > RANK_SECONDS:
+                _end(rank, world_size, f"rank {other} gave no sign of life for {RANK_SECONDS:.0f} s")
 
 
 def _end(rank: int, world_size: int, why: str) -> NoReturn:
@@ -147,7 +151,7 @@ def watched(loader: DataLoader[Batch_co], pulse: Pulse) -> Iterator[Batch_co]:
     Workers may take any time for a batch as long as they work on it.
 
     Raises:
-        UserError: for `SILENCE_SECONDS` none did anything.
+        UserError: for `WORKER_SECONDS` none did anything.
     """
     batches = iter(loader)
     while True:
@@ -160,9 +164,11 @@ def watched(loader: DataLoader[Batch_co], pulse: Pulse) -> Iterator[Batch_co]:
             except RuntimeError as error:
                 if "timed out" not in str(error):
                     raise
-                if pulse.silent_since(asked) > SILENCE_SECONDS:
+                if pulse.silent_since(asked) > WORKER_SECONDS:
+                    for process in multiprocessing.active_children():
+                        process.kill()  # else Python waits for them at its end
                     raise UserError(
-                        f"{loader.num_workers} loading workers did nothing for {SILENCE_SECONDS:.0f} s; "
+                        f"{loader.num_workers} loading workers did nothing for {WORKER_SECONDS:.0f} s; "
                         "look for their messages and at the disk that holds the images, or use "
                         "--workers 0; the same command continues"
                     ) from None

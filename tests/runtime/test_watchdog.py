@@ -1,0 +1,86 @@
+"""Every loading worker that a run waits for is killed, stopped or fails: the run ends, and says why.
+
+`.ci/test_watchdog.py` does the same to ranks.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mochi.errors import UserError
+from mochi.runtime import watchdog
+from mochi.runtime.watchdog import Pulse, watched
+
+
+class Items(Dataset[object]):
+    """Something happens to the worker at the third item."""
+
+    def __init__(self, fate: str, pulse: Pulse) -> None:
+        self.fate, self.pulse = fate, pulse
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> object:
+        if index == 3:
+            if self.fate == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.fate == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if self.fate == "cannot be sent":
+                return lambda: None  # no pickle of it
+            if self.fate == "slow":
+                for _ in range(8):
+                    time.sleep(0.4)
+                    self.pulse.beat()
+        return torch.tensor(index)
+
+
+def loaded(fate: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    monkeypatch.setattr(watchdog, "WORKER_SECONDS", 2.0)
+    pulse = Pulse()
+    loader = DataLoader(
+        Items(fate, pulse),
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=1,
+        timeout=1,
+        worker_init_fn=watchdog.end_worker_that_cannot_send,
+    )
+    return [int(item) for item in watched(loader, pulse)]
+
+
+@pytest.mark.parametrize(
+    ("fate", "said"),
+    [
+        ("killed", ""),
+        ("cannot be sent", "error: loading worker 0 cannot send images: AttributeError"),
+    ],
+)
+def test_a_worker_that_dies_is_reported(
+    fate: str, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        loaded(fate, monkeypatch)
+    text = watchdog.reason(caught.value)
+    assert text is not None
+    assert "a loading worker ended" in text
+    assert said in capfd.readouterr().err
+
+
+def test_a_worker_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="1 loading workers did nothing for 2 s"):
+        loaded("stopped", monkeypatch)
+
+
+def test_a_worker_that_works_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loaded("slow", monkeypatch) == list(range(8))
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    assert watchdog.reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert watchdog.reason(RuntimeError()) is None

@@ -168,6 +168,28 @@ def test_a_batch_is_a_function_of_its_number(many: Images) -> None:
     assert {side for side, _ in drawn} >= {20, 24}
 
 
+def test_half_of_the_images_are_mirrored_and_sizes_are_equally_frequent(
+    many: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: Counter[tuple[int, bool]] = Counter()
+
+    def item(index: int, short_side: int, longest: int, flipped: bool) -> None:
+        assert longest == 99
+        shown[short_side, flipped] += 1
+
+    monkeypatch.setattr(many, "item", item)
+    for number in range(1000):
+        items(many, 2)[number]
+    for side in (20, 24):
+        for flipped in (False, True):
+            assert abs(shown[side, flipped] - 500) < 80  # four standard deviations
+    unflipped = TrainingItems(many, 2, [20], 99, flip=False, seed=0)
+    shown.clear()
+    for number in range(20):
+        unflipped[number]
+    assert shown == {(20, False): 40}
+
+
 def test_unreadable_and_exchanged_images_are_named(many: Images) -> None:
     path = many.annotations.images[0].path
     path.write_bytes(path.read_bytes()[:200])

@@ -23,6 +23,9 @@ from mochi.config import Experiment, parse_experiment, pretrain_run, probe_run
 from mochi.data.ingest.prepare import prepare
 from mochi.data.views import loading
 from mochi.detection import stage as detection_stage
+from mochi.detection.batches import Images
+from mochi.detection.sets import read_splits
+from mochi.detection.training import FineTuning, FrozenBackbone, Recipe
 from mochi.encoders.files import save_encoder
 from mochi.evaluation import stage as evaluation_stage
 from mochi.pretraining import stage as pretraining_stage
@@ -30,8 +33,8 @@ from mochi.pretraining.loop import TrainState
 from mochi.provenance.wanted import evaluated
 from mochi.runtime import monitoring
 from mochi.runtime.distributed import AveragedGradients
-from tests.detection.conftest import voc_image  # noqa: F401 - a fixture
-from tests.detection.sets import detection, small_set, voc_object
+from tests.detection.conftest import encoder_file, voc_image, voc_set  # noqa: F401 - fixtures
+from tests.detection.sets import ENCODER, detection, small_set, voc_object
 from tests.pretend_gpu import MixError, PretendedGpu, pretended_gpu
 from tests.pretraining.runs import encoder_bytes, result_in, steps_done
 from tests.tiny import TINY
@@ -202,6 +205,49 @@ def test_detection(
     chosen = small_set(root, training={"mode": mode, "iterations": 2, "lr_drops": []})
     detection_stage.run(*detection(tiny, chosen, weights, tmp_path / "out"), tmp_path / "work")
     assert (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_a_detection_step_waits_for_the_sampling_of_anchors_and_regions_alone(
+    gpu: PretendedGpu,
+    voc_set: Path,  # noqa: F811
+    encoder_file: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    workers: int,
+) -> None:
+    """torchvision's proposals and heads choose by value. Losses are read every 20 steps."""
+    chosen = small_set(voc_set, training={"mode": mode, "iterations": 25, "lr_drops": []})
+    train, _ = read_splits(chosen.data, masks=False)
+    recipe = Recipe(chosen, ENCODER, encoder_file, 2, torch.device("cuda", 0), workers)
+    images = Images(train)
+    frozen = FrozenBackbone(recipe, images) if mode == "frozen" else None
+    tuning = FineTuning(recipe, images, 0.02, 25, 0, tmp_path / "saved", {}, frozen)
+    advance, check = FineTuning._advance, FineTuning._check
+    waits: list[Counter[str]] = []
+    looked: list[int] = []
+
+    def stepped(self: FineTuning, batches: Any) -> dict[str, torch.Tensor]:
+        gpu.waits.clear()
+        losses = advance(self, batches)
+        waits.append(gpu.waits.copy())
+        return losses
+
+    def checked(self: FineTuning, sums: Any, steps: int) -> dict[str, float]:
+        looked.append(steps)
+        return check(self, sums, steps)
+
+    monkeypatch.setattr(FineTuning, "_advance", stepped)
+    monkeypatch.setattr(FineTuning, "_check", checked)
+    rows: list[dict[str, Any]] = []
+    tuning.train("on a GPU", rows.append)
+    assert looked == [20, 5]
+    assert [row["step"] for row in rows] == [20, 25]
+    assert len(waits) == 25
+    places = {wait.rpartition(" ")[2].partition(":")[0] for each in waits for wait in each}
+    assert places == {"detection/model.py"}
 
 
 def test_the_pretence_refuses_what_a_gpu_refuses(gpu: PretendedGpu) -> None:

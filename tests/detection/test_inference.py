@@ -31,12 +31,10 @@ def detector(masks: bool = False) -> Detector:
 
 
 def found(
-    root: Path, parts: Path, *, masks: bool = False, batch_size: int = 2, short_side: int = 32
+    root: Path, parts: Path, *, masks: bool = False, batch_size: int = 2, workers: int = 0
 ) -> Detections:
-    images = Images(split(root))
-    return detect(
-        detector(masks), images, short_side, 99, batch_size, lambda: autocast(CPU, "float32"), parts
-    )
+    images, precision = Images(split(root)), lambda: autocast(CPU, "float32")
+    return detect(detector(masks), images, 32, 99, batch_size, precision, parts, workers=workers)
 
 
 def _rank(root: Path, parts: Path) -> None:
@@ -101,10 +99,13 @@ def test_masks_lie_inside_their_boxes(voc_set: Path, tmp_path: Path) -> None:
             assert columns.max() <= x1 + 2
 
 
-def test_the_batch_does_not_matter(voc_set: Path, tmp_path: Path) -> None:
+def test_neither_the_batch_nor_the_workers_matter(voc_set: Path, tmp_path: Path) -> None:
     one, three = (found(voc_set, tmp_path, batch_size=size) for size in (1, 3))
     np.testing.assert_allclose(one.boxes, three.boxes, rtol=1e-4, atol=1e-3)
     np.testing.assert_array_equal(one.labels, three.labels)
+    loaded = found(voc_set, tmp_path, batch_size=3, workers=2)
+    np.testing.assert_array_equal(loaded.boxes, three.boxes)
+    np.testing.assert_array_equal(loaded.image, three.image)
 
 
 def test_mirrored_images_and_their_boxes_are_mirrored_by_one_rule(voc_set: Path) -> None:

@@ -24,10 +24,11 @@ CPU = torch.device("cpu")
 
 
 def tuning(
-    chosen: DetectionSet, encoder_file: Path, saved: Path, *, seed: int = 0, lr: float = 0.02, **more: Any
-) -> FineTuning:
+    chosen: DetectionSet, encoder_file: Path, saved: Path, *, seed: int = 0, lr: float = 0.02,
+    workers: int = 0, **more: Any
+) -> FineTuning:  # fmt: skip
     train, _ = read_splits(chosen.data, masks=False)
-    recipe = Recipe(chosen, ENCODER, encoder_file, len(train.classes), CPU)
+    recipe = Recipe(chosen, ENCODER, encoder_file, len(train.classes), CPU, workers)
     images = Images(for_training(train, "keep"))
     frozen = FrozenBackbone(recipe, images) if chosen.training.mode == "frozen" else None
     return FineTuning(recipe, images, lr, chosen.training.iterations, seed, saved, more, frozen)
@@ -37,8 +38,12 @@ def state(run: FineTuning) -> dict[str, torch.Tensor]:
     return {name: value.contiguous().clone() for name, value in run.detector.state_dict().items()}
 
 
-@pytest.mark.parametrize("mode", ["finetune", "frozen"])
-def test_resumed_equals_straight(voc_set: Path, encoder_file: Path, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "workers"), [("finetune", 0), ("finetune", 2), ("frozen", 0), ("frozen", 2)]
+)
+def test_resumed_equals_straight(
+    voc_set: Path, encoder_file: Path, tmp_path: Path, mode: str, workers: int
+) -> None:
     chosen = small_set(voc_set, training={"mode": mode})
     straight = tuning(chosen, encoder_file, tmp_path / "a.safetensors")
     straight.train("straight")
@@ -47,7 +52,7 @@ def test_resumed_equals_straight(voc_set: Path, encoder_file: Path, tmp_path: Pa
     first = tuning(chosen, encoder_file, saved)
     first.train("first", lambda row: first.save() if row["step"] == 2 else None)
     torch.manual_seed(99)
-    resumed = tuning(chosen, encoder_file, saved)
+    resumed = tuning(chosen, encoder_file, saved, workers=workers)
     assert resumed.step == 2
     resumed.train("resumed")
     expected = state(straight)
@@ -267,12 +272,20 @@ def test_accumulated_micro_batches_make_the_same_step_size(
 
 
 def _train_rank(voc_set: Path, encoder_file: Path, out: Path) -> None:
-    run = tuning(small_set(voc_set, training={"micro_batch": 1}), encoder_file, out / "saved")
-    run.train("rank")
+    """Straight, and resumed from the second step with workers."""
+    chosen = small_set(voc_set, training={"micro_batch": 1})
+    run = tuning(chosen, encoder_file, out / "saved")
+    run.train("rank", lambda row: run.save() if row["step"] == 2 else None)
     save_file(state(run), out / f"{distributed.rank()}.safetensors")
+    distributed.wait()
+    resumed = tuning(chosen, encoder_file, out / "saved", workers=1)
+    assert resumed.step == 2
+    resumed.train("resumed")
+    for name, value in state(resumed).items():
+        assert torch.equal(value, state(run)[name]), name
 
 
-def test_two_processes_stay_the_same(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
+def test_two_processes_stay_the_same_and_resume(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
     run_ranks(_train_rank, 2, voc_set, encoder_file, tmp_path)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     before = load_file(encoder_file)["conv1.weight"]

@@ -10,6 +10,7 @@ from torch import nn
 from mochi.encoders.shared_batch_norm import SharedBatchNorm2d
 from mochi.runtime import distributed
 from tests.detection.ranks import run_ranks
+from tests.pretend_gpu import pretended_gpu
 
 # Uneven on purpose: 1 and 3 images.
 PARTS = (slice(0, 1), slice(1, 4))
@@ -43,6 +44,27 @@ def _normalise(part: slice, mean: float) -> dict[str, torch.Tensor]:
 
 def _rank(folder: Path, mean: float) -> None:
     save_file(_normalise(PARTS[distributed.rank()], mean), folder / f"{distributed.rank()}.safetensors")
+
+
+def test_on_gpus_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SyncBatchNorm's kernels: the sums written out here would pass over the images seven times."""
+    called: list[torch.Tensor] = []
+
+    def forward(self: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        called.append(images)
+        return images
+
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", forward)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pretended_gpu():
+        images = torch.ones(2, 3, 4, 4, device="cuda")
+        layer = SharedBatchNorm2d(3).to("cuda")
+        layer(images)
+        assert called == [images]
+        layer.eval()(images)
+        monkeypatch.setattr(distributed, "world_size", lambda: 1)
+        layer.train()(images)
+    assert len(called) == 1
 
 
 @pytest.mark.parametrize("mean", [1.0, 300.0])

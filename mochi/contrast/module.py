@@ -60,6 +60,10 @@ class ContrastiveLoss(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
+        if settings and isinstance(rule, Rule):
+            raise UserError(
+                f"{', '.join(settings)}: found with a rule that is made already; expected the rule's name"
+            )
         if not 0 < temperature < math.inf:
             raise UserError(f"temperature: found {temperature}; expected a number above 0, such as 0.2")
         try:

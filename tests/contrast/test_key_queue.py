@@ -18,12 +18,14 @@ def test_any_batch_size_is_exact_fifo(size: int, batches: list[int]) -> None:
     counter = 0
     for batch in batches:
         labels = torch.arange(counter, counter + batch)
-        queue.enqueue(labels[:, None].expand(-1, 2).float(), labels)
+        queue.enqueue(labels[:, None].expand(-1, 2).float(), labels, labels + 7)
         expected.extend(labels.tolist())
         counter += batch
         in_order = queue.labels.roll(-int(queue.position)).tolist()
         assert [label for label in in_order if label >= 0] == list(expected)
-        assert torch.equal(queue.keys[queue.labels >= 0, 0].long(), queue.labels[queue.labels >= 0])
+        known = queue.labels >= 0
+        assert torch.equal(queue.keys[known, 0].long(), queue.labels[known])
+        assert torch.equal(queue.images, torch.where(known, queue.labels + 7, -1))
     assert queue.fill() == pytest.approx(min(counter / size, 1))
 
 

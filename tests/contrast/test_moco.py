@@ -189,6 +189,22 @@ def test_the_oracle_excludes_the_class_of_the_query() -> None:
     torch.testing.assert_close(step.loss.hardest_negative, masked.amax(1))
 
 
+def test_older_keys_of_the_querys_own_image_are_excluded_by_their_index() -> None:
+    moco = MoCo(ENCODER, recipe(negatives=MOCHI, masks=["same_image"]), seed=0)
+    first = moco.training_step(
+        images(0), images(1), LABELS, step=0, synthesize=True, images=torch.arange(8)
+    )
+    assert not first.excluded.any()
+    moco.enqueue(first.key, LABELS, torch.arange(8))
+    shuffled = torch.tensor([3, 9, 0, 11, 12, 13, 14, 7])
+    step = moco.training_step(images(0), images(1), LABELS, step=1, synthesize=True, images=shuffled)
+    assert step.excluded.nonzero().tolist() == [[0, 3], [2, 0], [7, 7]]
+    for synthetic in mixed(step):
+        assert not step.excluded.gather(1, synthetic.parents.flatten(1)).any()
+    masked = (step.query @ step.queue.T).masked_fill(step.excluded, -torch.inf)
+    torch.testing.assert_close(step.loss.hardest_negative, masked.amax(1))
+
+
 def test_the_oracle_excludes_nothing_of_which_the_class_is_unknown() -> None:
     """A fresh queue has no labels, and an unlabelled image no class: all negatives stay."""
     moco = MoCo(ENCODER, recipe(masks=["class_oracle"]), seed=0)

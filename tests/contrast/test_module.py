@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mochi import MoCHiLoss, contrastive_loss
+from mochi import ContrastiveLoss, MoCHiLoss, contrastive_loss
 from mochi.config import Contrastive, Encoder
 from mochi.contrast.moco import MoCo
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
+from mochi.contrast.rules.hard_weighting import HardWeighting
 from mochi.runtime.distributed import own_slice, rank
 from mochi.runtime.seeding import generator
 from tests.detection.ranks import run_ranks
@@ -429,6 +430,111 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "moco": {},
+    "mochi": {"num_hardest": 6, "num_pair_synthetics": 8, "num_query_synthetics": 4},
+    "debiased": {"positive_prior": 0.01},
+    "hard_weighting": {"positive_prior": 0.01, "concentration": 0.5},
+    "decoupled": {},
+    "synco": {"num_hardest": 6, "num_interpolated": 4, "num_noisy": 3},
+}
+
+
+def by_name(rule: str, **changes: Any) -> ContrastiveLoss:
+    return ContrastiveLoss(24, 5, 0.2, rule, **{"seed": 3, **RULES[rule], **changes})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_any_rule_by_name(rule: str) -> None:
+    """The loss is the function's, the step goes on, and a GPU is not waited for."""
+    loss = by_name(rule)
+    query, key = embeddings(0).requires_grad_(), embeddings(1)
+    before = loss.queue.keys.clone()
+    draws = generator("mix negatives", 3, 0, 0)
+    units = [F.normalize(each, dim=-1) for each in (query, key)]
+    expected = contrastive_loss(*units, before, 0.2, loss.rule, None, draws).loss
+    found = loss(query, key)
+    assert torch.equal(found, expected)
+    found.backward()
+    assert query.grad is not None
+    assert query.grad.isfinite().all()
+    assert torch.equal(loss.queue.keys[:4], units[1])
+    plain = by_name("moco")(query, key)
+    assert torch.equal(by_name(rule)(query, key, synthesize=False), plain)
+    assert torch.equal(found, plain) is (rule == "moco")
+    assert loss(embeddings(0, 1), embeddings(1, 1)).isfinite()
+    with pretended_gpu() as gpu:
+        loss.to("cuda")
+        query, key = embeddings(0).to("cuda").requires_grad_(), embeddings(1).to("cuda")
+        gpu.waits.clear()
+        loss(query, key).backward()
+        assert not gpu.waits
+
+
+def test_mochi_by_name_is_mochi_loss() -> None:
+    query, key = embeddings(0), embeddings(1)
+    assert torch.equal(by_name("mochi")(query, key), criterion()(query, key))
+
+
+def test_a_rule_may_be_given_itself() -> None:
+    query, key = embeddings(0), embeddings(1)
+    rule = HardWeighting(positive_prior=0.01, concentration=0.5)
+    assert torch.equal(
+        ContrastiveLoss(24, 5, 0.2, rule, seed=3)(query, key), by_name("hard_weighting")(query, key)
+    )
+
+
+def test_masks_leave_out_older_keys_of_the_same_image_and_class() -> None:
+    """As if those keys had never been: a queue with others in their places gives the same loss."""
+    images, labels = torch.tensor([7, 8, 9, 4]), torch.tensor([0, 1, -1, 0])
+    first = by_name("debiased", masks=["same_image", "class_oracle"])
+    first.enqueue(embeddings(1), labels=labels, images=images)
+    other = copy.deepcopy(first)
+    query, key = embeddings(2, 1), embeddings(3, 1)
+    asked = {"labels": torch.tensor([1]), "images": torch.tensor([4])}  # rows 1 (class) and 3 (image)
+    other.queue.keys[[1, 3]] = F.normalize(embeddings(4, 2), dim=-1)
+    found = first(query, key, enqueue=False, **asked)
+    assert torch.equal(found, other(query, key, enqueue=False, **asked))
+    other.queue.keys[0] = -other.queue.keys[0]
+    assert not torch.equal(found, other(query, key, enqueue=False, **asked))
+    first(query, key, **asked)
+    assert first.queue.images[:6].tolist() == [7, 8, 9, 4, 4, -1]
+    assert first.queue.labels[:6].tolist() == [0, 1, -1, 0, 1, -1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "debaised"}, "rule: found 'debaised'; did you mean 'debiased'\\? allowed: debiased, "),
+        ({"rule": "same_image"}, "rule: found 'same_image'; allowed: debiased, "),
+        ({"rule": "moco", "masks": ["mochi"]}, "masks: found 'mochi'; allowed: class_oracle, same_image"),
+        ({"rule": "debiased", "positive_prio": 1}, "no setting of debiased; .* mean 'positive_prior'"),
+        ({"rule": "debiased", "positive_prior": 1}, "positive_prior: found 1; expected 0 or more"),
+        ({"rule": "mochi"}, "num_hardest, num_pair_.*: missing; the rule mochi"),
+        ({"rule": "synco"}, r"num_hardest: found 1024; expected 2 to 24 \(queue_size\)"),
+        ({"rule": HardWeighting(), "concentration": 2.0}, "concentration: found with a rule that is made"),
+    ],
+)  # fmt: skip
+def test_rules_that_cannot_be_made_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ContrastiveLoss(24, 5, 0.2, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "images: missing; a mask in .* needs them"),
+        ({"images": torch.arange(3)}, r"images: found torch.int64 of shape \(3,\); expected integers"),
+        ({"images": torch.zeros(4)}, "images: found torch.float32"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(given: dict[str, Tensor], message: str) -> None:
+    loss = by_name("moco", masks=["same_image"])
+    with pytest.raises(ValueError, match=message):
+        loss(embeddings(0), embeddings(1), **given)
+    assert int(loss.queue.num_enqueued) == 0
+
+
 def test_importing_mochi_is_light() -> None:
     """The command line imports the package, and the loss needs none of the pipeline's packages."""
     code = "import sys, mochi; assert mochi.__version__; print('torch' in sys.modules)"
@@ -445,7 +551,8 @@ def test_importing_mochi_is_light() -> None:
         "safetensors",
     ]
     code = (
-        "import sys; from mochi import KeyQueue, MoCHiLoss, contrastive_loss; "
+        "import sys; from mochi import ContrastiveLoss, KeyQueue, MoCHiLoss, contrastive_loss; "
+        "ContrastiveLoss(8, 2, 0.2, rule='synco', num_hardest=4); "
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     assert run_python(code) == "[]\n"

@@ -69,7 +69,7 @@ class Debiased(Rule):
     ) -> tuple[Tensor, Tensor]:
         """The two arguments of g, (B,) each, divided by e^{top/tau} as `of_negatives` is."""
         of_positive = ((positive - top) / temperature).exp()
-        estimate = (of_negatives - self.positive_prior * num * of_positive) / (1 - self.positive_prior)
+        estimate = (of_negatives - self.positive_prior * (num * of_positive)) / (1 - self.positive_prior)
         return estimate, num * ((-1 - top) / temperature).exp()
 
     def _loss(

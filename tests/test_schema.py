@@ -35,6 +35,8 @@ def test_every_experiment_fits_the_schema(schema: Any, path: Path) -> None:
         (["pretrain", "temprature"], 0.1),
         (["methods", "moco-v2", "epochs"], "many"),
         (["encoder", "width"], 0),
+        (["methods", "moco-v2", "negatives"], {"rule": "debiased", "prior": 0.1}),
+        (["methods", "moco-v2", "masks"], ["oracle"]),
         (["evaluation", "imagesize"], 32),
         (["evaluation", "knn", "kk"], 20),
         (["evaluation", "linear", "lr"], "fast"),

@@ -13,13 +13,12 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    GetJsonSchemaHandler,
     SerializeAsAny,
     ValidationError,
     create_model,
     model_validator,
 )
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mochi.config.reading import unknown_key
 from mochi.config.sections import Real, Section
@@ -45,12 +44,6 @@ class Negatives(Section):
         if type(self) is not Negatives:
             self.make()
         return self
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
-        if cls is not Negatives:
-            return handler(core)
-        return {"oneOf": [section_of(name).model_json_schema() for name in rules.names_of(Rule)]}
 
 
 @cache

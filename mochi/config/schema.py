@@ -6,8 +6,10 @@ from pydantic import BaseModel, create_model
 
 from mochi.config.evaluation import settings_of, task_names
 from mochi.config.experiment import Experiment
+from mochi.config.negatives import section_of
 from mochi.config.sections import CountOrZero, Section
 from mochi.config.training import Augmentation, SharedRecipe
+from mochi.contrast.rules import Mask, Rule, names_of
 
 
 def _optional(name: str, about: str, *models: type[BaseModel], **more: Any) -> type[Section]:
@@ -50,6 +52,7 @@ def schema() -> dict[str, Any]:
             reference if key == "pretrain" else {"type": "object", "additionalProperties": reference}
         ) | ({"description": about} if about else {})
     _add_tasks(whole)
+    _add_rules(whole)
     return whole
 
 
@@ -64,3 +67,14 @@ def _add_tasks(whole: dict[str, Any]) -> None:
         references.append({"$ref": f"#/$defs/{keys['title']}"})
         evaluation["properties"][name] = references[-1]
     evaluation["additionalProperties"] = {"anyOf": references}
+
+
+def _add_rules(whole: dict[str, Any]) -> None:
+    """The rules of negatives, each with its own keys, and the names of the masks."""
+    rules = {section.__name__: section.model_json_schema() for section in map(section_of, names_of(Rule))}
+    del whole["$defs"]["Negatives"]
+    whole["$defs"] |= rules
+    for model in (PRETRAIN_KEYS, METHOD_KEYS):
+        keys = whole["$defs"][model.__name__]["properties"]
+        keys["negatives"] = {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in rules]}
+        keys["masks"] = {"type": "array", "items": {"enum": names_of(Mask)}}

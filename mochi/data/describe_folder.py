@@ -75,10 +75,9 @@ def sides(files: Sequence[str]) -> NDArray[np.int64]:
     found = []
     for file in chosen:
         try:
-            with open(file, "rb") as content:  # noqa: PTH123 - names that are not UTF-8
-                width, height = decode.upright_size(decode.open_image(content.read()))
+            width, height = decode.image_size(Path(file))
             found.append((height, width))
-        except (OSError, decode.UnreadableError):
+        except decode.UnreadableError:
             continue
     if not found:
         raise DataError(
@@ -144,7 +143,7 @@ def _coco(folder: Path) -> Description | None:
 
 def _voc(folder: Path) -> Description | None:
     """`Annotations/` and `JPEGImages/`, in the folder itself or one below."""
-    below = sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir())
+    below = [folder / name for name in subfolders(folder)]
     homes = [home for home in (folder, *below) if _is_voc(home)]
     if not homes:
         return None

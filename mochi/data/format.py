@@ -9,7 +9,7 @@ Everything is memory-mapped, so a row costs no process any memory of its own.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,17 +85,8 @@ class StoredSplit:
         return np.flatnonzero(self.labels != UNLABELLED)
 
     def oversized(self) -> str:
-        """Which images are far larger than any view, in words; empty where there is none."""
-        longest = np.maximum(self.heights, self.widths)
-        count = int((longest > _LARGE_SIDE).sum())
-        if not count:
-            return ""
-        row = int(longest.argmax())
-        return (
-            f"{count} images of {self.name} have a side of more than {_LARGE_SIDE} px, such as "
-            f"{self.path(row)} ({self.widths[row]} x {self.heights[row]}), and are decoded whole each time "
-            f"they are read; dataset.max_side: {_LARGE_SIDE // 2} stores them smaller"
-        )
+        """As the function of that name says of these images."""
+        return oversized(self.name, self.heights, self.widths, self.path)
 
     def path(self, row: int) -> str:
         """Path of the image in its source."""
@@ -129,6 +120,22 @@ class StoredSplit:
     def encoded(self, row: int) -> pa.Buffer:
         """The bytes of a JPEG or PNG, a view of the file, for splits stored encoded."""
         return self._encoded[row].as_buffer()
+
+
+def oversized(
+    split: str, heights: NDArray[np.int32], widths: NDArray[np.int32], path: Callable[[int], str]
+) -> str:
+    """Which images (N,) are far larger than any view, in words; empty where there is none."""
+    longest = np.maximum(heights, widths)
+    count = int((longest > _LARGE_SIDE).sum())
+    if not count:
+        return ""
+    row = int(longest.argmax())
+    return (
+        f"{count} images of {split} have a side of more than {_LARGE_SIDE} px, such as {path(row)} "
+        f"({widths[row]} x {heights[row]}), and are decoded whole each time they are read; "
+        f"dataset.max_side: {_LARGE_SIDE // 2} stores them smaller"
+    )
 
 
 class StoredDataset:

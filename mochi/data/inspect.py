@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from mochi.config.datasets import Folder
+from mochi.data.format import oversized
 from mochi.data.ingest import classes, duplicates
 from mochi.data.ingest.raw import FileSplit, Progress, as_text, class_counts
 from mochi.data.ingest.sources.folder import list_images
@@ -60,6 +61,7 @@ def inspect(folder: Path, *, jobs: int, progress: Progress | None = None) -> dic
         "balance": _balance(facts.train_classes),
         "ignored": raw.ignored,
         "class_faults": [*classes.faults(counts), *classes.oddities(counts)],
+        "oversized": [said for name in splits if (said := summary.oversized(name))],
         "unreadable": summary.unreadable,
         "duplicates": summary.duplicates(raw.classes),
         "too_few": facts.num_train < FEWEST,
@@ -96,6 +98,18 @@ class _Summary:
             self.rows.append((name, int(split.labels[file.row]), path))
             self.hashes += file.sha256
             self.reencoded += result.reencoded is not None
+
+    def oversized(self, name: str) -> str:
+        """Which images of a split are far larger than any view, in words."""
+        own = [
+            (side, path)
+            for side, (split, _, path) in zip(self.sides, self.rows, strict=True)
+            if split == name
+        ]
+        if not own:
+            return ""
+        sides = np.array([side for side, _ in own], np.int32)
+        return oversized(name, sides[:, 0], sides[:, 1], lambda row: own[row][1])
 
     def labels_of(self, name: str) -> Any:
         """(n,) labels of a split's readable images."""
@@ -175,7 +189,7 @@ def render(report: dict[str, Any]) -> str:
         )
         lines += _section("  empty classes", balance["empty"])
     lines += _section("ignored", [f"{count} {reason}" for reason, count in report["ignored"].items()])
-    lines += [f"warning: {text}" for text in report["class_faults"]]
+    lines += [f"warning: {text}" for text in (*report["class_faults"], *report["oversized"])]
     bad = [f"{row['path']} ({row['bytes']} bytes): {row['reason']}" for row in report["unreadable"]]
     lines += _section(f"unreadable, will be quarantined: {len(bad)}", bad)
     lines += _duplicates(report["duplicates"])

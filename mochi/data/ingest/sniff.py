@@ -26,6 +26,7 @@ _SIGNATURES = (
     (0, b"FUJIFILMCCD-RAW", "camera raw (Fujifilm RAF)"),
     (0, b"FOVb", "camera raw (Sigma X3F)"),
     (0, b"\0MRM", "camera raw (Minolta MRW)"),
+    (8, b"CR\x02\0", "camera raw (Canon CR2)"),
     (0, b"\x76\x2f\x31\x01", "OpenEXR"),
     (0, b"#?RADIANCE", "Radiance HDR"),
     (0, b"DDS ", "DirectDraw DDS"),

@@ -4,6 +4,7 @@ against what Pillow shows of each.
 
 import csv
 import io
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,115 @@ def test_the_first_frame_stands_for_an_animation(picture: Picture) -> None:
 )
 def test_what_is_no_image_says_what_it_looks_like(data: bytes, reason: str) -> None:
     assert decode.check(data).reason == reason
+
+
+def iso_media(*brands: bytes) -> bytes:
+    content = b"ftyp" + brands[0] + bytes(4) + b"".join(brands)
+    return (4 + len(content)).to_bytes(4, "big") + content + bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (iso_media(b"heic", b"mif1"), "HEIC"),
+        (iso_media(b"mif1", b"heic"), "HEIC"),
+        (iso_media(b"crx ", b"isom"), "camera raw (Canon CR3)"),
+        (b"\xff\x0a" + bytes(100), "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "JPEG XL"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run", "PostScript"),
+        (b"\xc5\xd0\xd3\xc6" + bytes(100), "PostScript"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b"8BPS\0\x01" + bytes(100), "Photoshop's PSD"),
+        (b"IIRO" + bytes(100), "camera raw (Olympus ORF)"),
+        (b"IIU\0" + bytes(100), "camera raw (Panasonic RW2)"),
+        (b"FUJIFILMCCD-RAW 0201" + bytes(100), "camera raw (Fujifilm RAF)"),
+        (bytes(128) + b"DICM" + bytes(100), "DICOM"),
+        (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+    ],
+)
+def test_a_format_that_is_not_decoded_is_named_with_what_to_do(data: bytes, name: str) -> None:
+    assert decode.check(data).reason == f"{name}, which is not decoded here: convert it to JPEG or PNG"
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "TGA", "PCX", "ICO", "SGI", "XBM", "DDS"])
+def test_decoders_that_are_not_listed_are_never_run(picture: Picture, kind: str) -> None:
+    """Pillow hands PostScript to another program."""
+    image = picture().convert("1") if kind == "XBM" else picture()
+    assert decode.check(encoded(image, kind)).reason
+
+
+@pytest.mark.parametrize("kind", [kind for kind in decode.FORMATS if kind != "MPO"])
+def test_every_listed_format_is_decoded(picture: Picture, kind: str) -> None:
+    result = decode.check(encoded(picture(), kind))
+    assert (result.reason, result.format, result.width, result.height) == ("", kind, 32, 24)
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({50706: b"\1\4\0\0"}, "camera raw (DNG)"),
+        ({254: 1, 271: "NIKON CORPORATION"}, "camera raw (NIKON CORPORATION)"),
+        ({254: 1}, "TIFF whose first picture is a thumbnail"),
+    ],
+)
+def test_the_thumbnail_of_a_raw_file_is_no_photograph(
+    picture: Picture, tmp_path: Path, tags: dict[int, object], reason: str
+) -> None:
+    """NEF, DNG and CR2 files once became a set of thumbnails of 160 x 120."""
+    data = encoded(picture(), "TIFF", tiffinfo=tags)
+    expected = f"{reason}: only a preview of 32 x 24 pixels can be read; convert it to JPEG or PNG"
+    assert decode.check(data).reason == expected
+    path = tmp_path / "photo.dng"
+    path.write_bytes(data)
+    with pytest.raises(decode.UnreadableError, match="only a preview"):
+        decode.image_size(path)
+
+
+def test_a_canon_raw_file_is_told_by_its_header() -> None:
+    """A preview of 16 x 12 pixels, as Pillow reads one."""
+    values = {256: 16, 257: 12, 258: 8, 259: 1, 262: 1, 273: 200, 277: 1, 278: 12, 279: 192}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    preview = struct.pack("<2sHI8sH", b"II", 42, 16, b"CR\2\0" + bytes(4), len(values)) + entries
+    data = preview.ljust(200, b"\0") + bytes(192)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (16, 12)
+    assert decode.check(data).reason.startswith("camera raw (Canon CR2): only a preview of 16 x 12 pixels")
+    assert "camera raw (Canon CR2), which" in decode.check(preview[:60]).reason
+
+
+def test_an_ordinary_tiff_of_a_camera_is_a_photograph(picture: Picture) -> None:
+    assert decode.check(encoded(picture(), "TIFF", tiffinfo={271: "Canon", 254: 0})).reason == ""
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_larger_image_is_stored_with_the_largest_side(kind: str, orientation: int) -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((300, 200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, kind, exif=exif, **({"quality": 95} if kind in {"JPEG", "WEBP"} else {}))
+    result = decode.check(data, 90)
+    size = (90, 60) if orientation == 1 else (60, 90)
+    assert (result.width, result.height, result.shrunk) == (*size, True)
+    assert result.reencoded is not None
+    assert decode.open_image(result.reencoded).format == ("JPEG" if kind == "JPEG" else "PNG")
+    with Image.open(io.BytesIO(data)) as whole:
+        upright = ImageOps.exif_transpose(whole).convert("RGB")
+    expected = np.asarray(upright.resize(size, Image.Resampling.LANCZOS)).astype(int)
+    found = np.asarray(decode.open_image(result.reencoded).convert("RGB")).astype(int)
+    assert np.abs(found - expected).mean() < 2
+    assert decode.check(data, 300) == decode.check(data)
+
+
+def test_a_giant_is_decoded_to_about_what_is_kept_of_it() -> None:
+    """324 MB of pixels; the decoder may scale a JPEG while it reads it."""
+    data = encoded(Image.new("L", (12_000, 9_000), 128), "JPEG", quality=20)
+    image = decode.open_image(data)
+    image.draft(None, (2048, 1536))
+    assert max(image.size) <= 3000
+    result = decode.check(data, 1024)
+    assert (result.width, result.height, result.shrunk) == (1024, 768, True)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])

@@ -5,6 +5,7 @@ The edge cases are those that users reported: hidden files, empty classes, loops
 """
 
 import csv
+import errno
 import hashlib
 import importlib
 import json
@@ -22,8 +23,9 @@ from PIL import Image
 
 from mochi.config.datasets import Dataset, Folder
 from mochi.data.format import open_dataset
-from mochi.data.ingest import decode, sources, validate
+from mochi.data.ingest import decode, sources, validate, write
 from mochi.data.ingest.prepare import prepare
+from mochi.data.ingest.raw import ByteRange
 from mochi.errors import DataError
 
 Picture = Callable[..., Image.Image]
@@ -411,3 +413,96 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored(
     monkeypatch.setattr(decode, "check", check_and_overwrite)
     with pytest.raises(DataError, match=r"0.jpg: changed while it was read"):
         prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
+
+
+def test_a_largest_side_is_stated_and_kept(tree: Path, tmp_path: Path) -> None:
+    out, again = tmp_path / "data" / "photos", tmp_path / "again" / "photos"
+    manifest = prepare(folder(tree, max_side=50), out, jobs=1)
+    split = open_dataset(out).split("train")
+    assert max(split.widths.max(), split.heights.max()) == 50
+    assert manifest["options"]["max_side"] == 50
+    assert manifest["splits"]["train"]["shrunk"] == 18
+    prepare(folder(tree, max_side=50), again, jobs=2)
+    assert contents(out) == contents(again)
+    assert "max_side" not in prepare(folder(tree), again, jobs=1)["options"], "a default changes no digest"
+
+
+def test_images_of_another_order_of_size_are_named(tree: Path, tmp_path: Path) -> None:
+    Image.new("L", (3000, 2000)).save(tree / "train" / "ant" / "giant.jpg")
+    out = tmp_path / "data" / "photos"
+    prepare(folder(tree), out, jobs=1)
+    said = open_dataset(out).split("train").oversized()
+    assert said.startswith(
+        "1 images of train have a side of more than 2048 px, such as train/ant/giant.jpg"
+    )
+    assert "dataset.max_side: 1024 stores them smaller" in said
+    assert open_dataset(out).split("val").oversized() == ""
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
+def test_a_disk_that_fails_leaves_the_earlier_preparation(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, after: int
+) -> None:
+    out = tmp_path / "data" / "photos"
+    prepare(folder(tree), out, jobs=1)
+    before, calls = contents(out), []
+    real = write.write_index
+
+    def fail(*arguments: object) -> None:
+        calls.append(1)
+        if len(calls) > after % 2:
+            raise OSError(error, os.strerror(error))
+        real(*arguments)  # type: ignore[arg-type]
+
+    place = "write_index" if after < 3 else "write_encoded"
+    monkeypatch.setattr(write, place, fail if after < 3 else failing(error))
+    (tree / "train" / "ant" / "0.jpg").unlink()
+    with pytest.raises(DataError) as failed:
+        prepare(folder(tree), out, jobs=1)
+    said = str(failed.value)
+    assert said.startswith(f"{out}: cannot be written: {os.strerror(error)}; ")
+    assert "GB are free there" in said
+    assert "what was prepared there before is unchanged" in said
+    assert ("free some space" in said) == (error in {errno.ENOSPC, errno.EDQUOT})
+    assert contents(out) == before
+    monkeypatch.undo()
+    prepare(folder(tree), out, jobs=1)
+    assert len(open_dataset(out).split("train")) == 17
+
+
+def failing(error: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    return fail
+
+
+def test_a_file_that_vanishes_is_named(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its check and its copy: quarantine.csv would be too late."""
+    out, real = tmp_path / "data" / "photos", decode.check
+
+    def check_and_remove(data: bytes, max_side: None) -> decode.CheckResult:
+        (tree / "train" / "ant" / "0.jpg").unlink(missing_ok=True)
+        return real(data, max_side)
+
+    monkeypatch.setattr(decode, "check", check_and_remove)
+    with pytest.raises(DataError, match=r"ant/0.jpg: vanished while it was read"):
+        prepare(folder(tree), out, jobs=1)
+    assert not list(out.iterdir())
+
+
+def test_a_file_that_is_gone_when_it_is_checked_is_quarantined(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = validate._read
+
+    def stale(part: ByteRange) -> bytes:
+        if part.file.endswith("ant/0.jpg"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(part)
+
+    monkeypatch.setattr(validate, "_read", stale)
+    out = tmp_path / "data" / "photos"
+    prepare(folder(tree, max_unreadable=0.1), out, jobs=1)
+    assert {row[2] for row in rows_of(out / "quarantine.csv")} == {"cannot be read: Stale file handle"}

@@ -153,6 +153,16 @@ def plan(
 
 
 @app.command(rich_help_panel=_INSPECT)
+def status(config: ConfigArgument = DEFAULT_CONFIG) -> None:
+    """Show what of an experiment runs, failed, is done, stale or not started."""
+    from mochi import status as overview
+    from mochi.config import load_experiment
+
+    for line in overview.status(load_experiment(config)):
+        typer.echo(line)
+
+
+@app.command(rich_help_panel=_INSPECT)
 def adopt(
     config: ConfigArgument = DEFAULT_CONFIG,
     accept_code: Annotated[
@@ -538,6 +548,7 @@ def _work(
     """
     from mochi.layout import Layout
     from mochi.provenance.fingerprint import digest, file_digest
+    from mochi.runtime.job_status import reported
     from mochi.runtime.locks import holding
     from mochi.storage.atomic import require_writable
 
@@ -554,7 +565,7 @@ def _work(
     if os.environ.get("RANK", "0") != "0":
         yield work, events
         return
-    with holding(home):
+    with holding(home), reported(home):
         yield work, events
     for folder in (work, home, *home.parents):
         try:

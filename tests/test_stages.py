@@ -54,6 +54,7 @@ NO_NUMBERS = {
     "mochi.runtime.gpus": "which GPU",
     "mochi.runtime.launch": "which processes",
     "mochi.runtime.limits": "refuses what the host cannot do",
+    "mochi.runtime.job_status": "tells",
     "mochi.runtime.locks": "who waits",
     "mochi.runtime.monitoring": "stops, and tells",
     "mochi.runtime.progress": "tells",

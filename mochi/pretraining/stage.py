@@ -24,6 +24,7 @@ from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.record import Stopwatch, write_record
 from mochi.provenance.wanted import Result
 from mochi.runtime.distributed import pick_device, process_group, rank, world_size
+from mochi.runtime.job_status import report
 from mochi.runtime.monitoring import check_finite, training_status
 from mochi.runtime.precision import make_deterministic, use_bfloat16
 from mochi.runtime.progress import Progress
@@ -187,6 +188,7 @@ class _Session:
             self._label, row["epoch"], row["loss"], row["chance"], row["accuracy"],
             row["images_per_second"], f", {row['status']}" if "status" in row else "",
         )  # fmt: skip
+        report(now=True, health=row.get("status", ""), accuracy=row["accuracy"])
         if state.epoch == self._recipe.epochs:
             self._save()
         else:

@@ -10,6 +10,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from mochi.runtime.job_status import report
+
 
 def configure_logging() -> None:
     """Log plain messages on stderr: everything from info up; from ranks other than 0 warnings only."""
@@ -46,6 +48,9 @@ class Progress:
     def advance(self, note: str = "") -> None:
         """One more unit of work is done; `note` says how it goes."""
         self._done += 1
+        if self._shown:
+            rate, left = self._pace()
+            report(done=self._done, total=self._total, rate=rate, seconds_left=left, note=note)
         if self._bar:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update()
@@ -56,11 +61,15 @@ class Progress:
         now = time.monotonic()
         if now - self._last >= self._every or self._done == self._total:
             self._last = now
-            rate = (self._done - self._first) / max(now - self._start, 1e-9)
-            left = (self._total - self._done) / max(rate, 1e-9)
+            _, left = self._pace()
             line = f"{self._label}: {self._done}/{self._total}, {_clock(left)} left"
             sys.stderr.write(f"{line}, {note}\n" if note else f"{line}\n")
             sys.stderr.flush()
+
+    def _pace(self) -> tuple[float, float]:
+        """Units a second, and seconds left."""
+        rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        return rate, (self._total - self._done) / max(rate, 1e-9)
 
 
 def counter(label: str) -> Callable[[int, int], None]:

@@ -1,0 +1,103 @@
+"""`mochi status`: what runs, what ended badly and why, from the files that jobs write anyway."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mochi.layout import Layout
+from mochi.runtime import job_status
+from mochi.runtime.progress import Progress
+from tests.commands import refused, run
+
+TINY = str(Path(__file__).parents[1] / "tests/tiny.yaml")
+RUN = ["--config", TINY, "--method", "random-init", "--seed", "0"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOCHI_CONFIG", raising=False)
+
+
+def row(label: str) -> list[str]:
+    """The cells of a run's row."""
+    (line,) = (line for line in run("status", TINY).stdout.splitlines() if line.startswith(f"{label}  "))
+    return [cell.strip() for cell in line.removeprefix(label).split("  ") if cell.strip()]
+
+
+def test_nothing_has_started_and_nothing_is_written(tmp_path: Path) -> None:
+    said = run("status", TINY)
+    assert said.returncode == 0
+    assert said.stdout.startswith("tiny: ")
+    assert " not started" in said.stdout.splitlines()[0]
+    assert row("random-init seed 0")[0] == "not started"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_runs_shows_its_progress(tmp_path: Path) -> None:
+    home = Layout("tiny").work("mochi-16-24-8", 1, "pretrain")
+    home.mkdir(parents=True)
+    with job_status.reported(home), Progress("label", 40) as progress:
+        for _ in range(10):
+            progress.advance("loss 3.2")
+        job_status.report(now=True, health="learning", accuracy=0.125)
+        assert row("mochi-16-24-8 seed 1")[:2] == ["pretrain", "10/40 (25%)"]
+        assert row("mochi-16-24-8 seed 1")[-2:] == ["12.5%", "learning"]
+        assert "1 running" in run("status", TINY).stdout
+    assert row("mochi-16-24-8 seed 1")[0] == "not started"
+    assert list(home.iterdir()) == [], "a job that ends well leaves nothing"
+
+
+def test_a_failed_job_names_its_error_and_the_last_line_of_its_log(tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
+    assert run("pretrain", *RUN).returncode == 0
+    assert row("random-init seed 0")[0] == "waiting"
+    encoder = Layout("tiny").encoder("random-init", 0)
+    encoder.write_bytes(b"no encoder")
+    assert "cannot be read as safetensors" in refused("evaluate", "knn", *RUN)
+    log = Layout("tiny").log("random-init", 0, "knn.log")
+    log.parent.mkdir(parents=True)
+    log.write_text("reading\nerror: it is no encoder\nTraceback of something else\n")
+    said = run("status", TINY).stdout
+    assert "1 failed" in said.splitlines()[0]
+    assert "random-init seed 0 knn failed: " in said
+    assert f"{log}: error: it is no encoder" in said
+    assert "the same snakemake command continues" in said
+    assert row("random-init seed 0")[0] == "knn (failed)"
+
+
+def test_a_killed_job_is_interrupted_not_running(tmp_path: Path) -> None:
+    home = Layout("tiny").work("random-init", 0, "pretrain")
+    home.mkdir(parents=True)
+    code = (
+        "import os, sys; from pathlib import Path; from mochi.runtime import job_status\n"
+        "with job_status.reported(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code, str(home)], check=False, env=environment)
+    assert (home / "status.json").exists()
+    assert row("random-init seed 0")[0] == "pretrain (interrupted)"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"state": 1}', '{"state": "running", "strange": 2}'])
+def test_a_damaged_status_is_no_status(content: str, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(content)
+    assert job_status.read(tmp_path) is None
+
+
+def test_a_job_of_another_host_lives_as_long_as_it_reports(tmp_path: Path) -> None:
+    status = {"state": "running", "host": "elsewhere", "process": 1, "updated": time.time()}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    found = job_status.read(tmp_path)
+    assert found is not None
+    assert found.alive()
+    (tmp_path / "status.json").write_text(json.dumps(status | {"updated": time.time() - 300}))
+    found = job_status.read(tmp_path)
+    assert found is not None
+    assert not found.alive()

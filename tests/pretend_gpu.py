@@ -272,6 +272,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "set_device", lambda device: None),
         (torch.cuda, "get_device_properties", lambda device=0: properties),
+        (torch.cuda, "mem_get_info", lambda device=0: (1 << 30, 2 << 30)),
         (torch.cuda, "get_device_name", lambda device=0: "pretended"),
         (torch.cuda, "is_bf16_supported", lambda **options: True),
         (torch.cuda, "synchronize", lambda *device: None),

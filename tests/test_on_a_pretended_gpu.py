@@ -28,6 +28,7 @@ from mochi.detection.sets import read_splits
 from mochi.detection.training import FineTuning, FrozenBackbone, Recipe
 from mochi.encoders.files import save_encoder
 from mochi.evaluation import stage as evaluation_stage
+from mochi.evaluation.features import Features, Frozen
 from mochi.pretraining import stage as pretraining_stage
 from mochi.pretraining.loop import TrainState
 from mochi.provenance.wanted import evaluated
@@ -165,21 +166,40 @@ def test_one_set_of_workers_loads_all_epochs(
 @pytest.mark.parametrize("storage", ["pixels", "jpegs"])
 @pytest.mark.parametrize(
     ("task", "protocol"),
-    [("linear", {}), ("linear", {"min_scale": 0.3}), ("knn", {})],
-    ids=["linear on features", "linear on crops", "knn"],
+    [
+        ("linear", {}),
+        ("linear", {"min_scale": 0.3}),
+        ("knn", {}),
+        ("few", {"task": "few_label", "images_per_class": 1, "samples": 1}),
+    ],
+    ids=["linear on features", "linear on crops", "knn", "few labels"],
 )
+@pytest.mark.parametrize("features_on", ["device", "host"])
 def test_evaluations(
     gpu: PretendedGpu,
     data: dict[str, Path],
     photos: Path,
     tmp_path: Path,
     storage: str,
+    features_on: str,
     task: str,
     protocol: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Wherever the features are. The device is chosen while they fill at most half of its free memory."""
+    free = 1 << 30 if features_on == "device" else 1 << 10
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 << 30))
+    places, extract = set(), Frozen.features_of
+
+    def watched(self: Frozen, *arguments: Any) -> Features:
+        found = extract(self, *arguments)
+        places.update({found.values.device.type, found.labels.device.type})
+        return found
+
+    monkeypatch.setattr(Frozen, "features_of", watched)
     chosen = experiment(storage, photos=photos)
     content = chosen.model_dump(mode="json", exclude_unset=True)
-    content["evaluation"][task] |= protocol
+    content["evaluation"][task] = content["evaluation"].get(task, {}) | protocol
     chosen = parse_experiment(content, "tiny")
     weights = tmp_path / "encoder.safetensors"
     save_encoder(weights, encoders.build(chosen.encoder, seed=0))
@@ -187,6 +207,7 @@ def test_evaluations(
     result = replace(evaluated(chosen, METHOD, 0, task), folder=tmp_path / "out", inputs=inputs)
     evaluation_stage.run(probe_run(chosen, METHOD, 0, task), result, tmp_path / "work")
     assert 0 <= json.loads((tmp_path / "out" / "metrics.json").read_text())["top1"] <= 100
+    assert places == {"cuda" if features_on == "device" else "cpu"}
 
 
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])

@@ -1,6 +1,7 @@
 """A whole training step of each method of an experiment, and what it is made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,13 +41,27 @@ def main(
 
 
 def run(
-    experiment: Experiment, dataset: StoredDataset, *, rounds: int, device: torch.device
+    experiment: Experiment,
+    dataset: StoredDataset,
+    *,
+    rounds: int,
+    device: torch.device,
+    same_batch: bool = False,
+    more: Mapping[str, Callable[[], object]] | None = None,
 ) -> list[Measurement]:
     """Steps of every contrastive method on the same batches, the encoders alone and the data alone.
 
     The baseline is the first contrastive method without synthetic negatives. `encoders alone` is its step
     without loss, queue and update of the momentum encoder. With plain batch normalisation, without groups,
     it is the lower bound.
+
+    Args:
+        experiment: its contrastive rows are compared.
+        dataset: its images.
+        rounds: of the measurement.
+        device: computes.
+        same_batch: train on one batch again and again, so that no data is waited for.
+        more: alternatives to compare with.
     """
     runs = [
         pretrain_run(experiment, method, method_seeds(experiment, method)[0])
@@ -57,14 +72,16 @@ def run(
         raise typer.BadParameter(f"{experiment.name}: found no contrastive method; expected at least one")
     base = next((each for each in runs if _is_plain(each)), runs[0])
     alternatives: dict[str, Callable[[], object]] = {
-        each.method: _step(each, dataset, device)
+        each.method: _step(each, dataset, device, same_batch=same_batch)
         for each in sorted(runs, key=lambda each: each is not base)
     }
     alternatives["encoders alone"] = _encoders(base, dataset, device)
     alternatives["encoders alone, plain batch norm (lower bound)"] = _encoders(
         base, dataset, device, plain=True
     )
-    alternatives["data alone"] = _data(base, dataset, device)
+    if not same_batch:
+        alternatives["data alone"] = _data(base, dataset, device)
+    alternatives |= more or {}
     return compare(alternatives, rounds=rounds, device=device, memory=True)
 
 
@@ -81,13 +98,22 @@ def _objective(run: PretrainRun, dataset: StoredDataset, device: torch.device) -
 
 
 class _Endless:
-    """Batches of a training, over and over."""
+    """Batches of a training, over and over; with `same_batch` the first of them alone."""
 
-    def __init__(self, objective: ContrastiveObjective, run: PretrainRun, device: torch.device) -> None:
+    def __init__(
+        self,
+        objective: ContrastiveObjective,
+        run: PretrainRun,
+        device: torch.device,
+        *,
+        same_batch: bool = False,
+    ) -> None:
         assert isinstance(run.recipe, Contrastive)
         self._objective = objective
         self._loading = Loading(run.recipe.batch_size, device)
-        self._batches = objective.batches(self._loading, 0, 0)
+        self._batches: Iterator[Any] = objective.batches(self._loading, 0, 0)
+        if same_batch:
+            self._batches = repeat(next(self._batches))
 
     def next(self) -> Any:
         """The next batch."""
@@ -98,11 +124,13 @@ class _Endless:
         return batch
 
 
-def _step(run: PretrainRun, dataset: StoredDataset, device: torch.device) -> Callable[[], object]:
+def _step(
+    run: PretrainRun, dataset: StoredDataset, device: torch.device, *, same_batch: bool
+) -> Callable[[], object]:
     recipe = run.recipe
     assert isinstance(recipe, Contrastive)
     objective = _objective(run, dataset, device)
-    batches = _Endless(objective, run, device)
+    batches = _Endless(objective, run, device, same_batch=same_batch)
     parameters = [parameter for parameter in objective.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, foreach=True)
     last_epoch, steps = recipe.epochs - 1, iter(range(1 << 30))

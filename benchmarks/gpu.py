@@ -1,0 +1,249 @@
+"""What one GPU does with each part of the pipeline, in under eight minutes and without a data set.
+
+`python -m benchmarks.gpu` prints tables and writes them as JSON under the card's name. `--small` has sizes
+for a CPU: it shows that the script runs, and its numbers mean nothing.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from benchmarks import negatives, step
+from benchmarks.data.pictures import make_pictures, prepared
+from benchmarks.harness import Measurement, Rounds, compare, conditions, table
+from mochi import encoders
+from mochi.config import Experiment, load_experiment
+from mochi.data.format import StoredDataset, open_dataset
+from mochi.data.views.loading import Loading, two_views
+from mochi.detection.model import build as build_detector
+from mochi.evaluation.tasks.linear import LinearProbe
+from mochi.evaluation.tasks.linear.training import Probes
+from mochi.runtime.distributed import pick_device
+from mochi.runtime.precision import autocast, make_deterministic
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    num_images: int = 1024
+    image_size: int = 224
+    batch: int = 256
+    bn_groups: int = 8
+    queue: int = 65536
+    mixing: tuple[int, int, int] = (1024, 512, 256)
+    width: int = 64
+    features: int = 2048
+    classes: int = 1000
+    detection_images: int = 16
+    detection_side: tuple[int, int] = (800, 1216)
+    regions: tuple[int, int] = (12000, 2000)
+
+
+SMALL = Sizes(
+    num_images=32,
+    image_size=32,
+    batch=16,
+    bn_groups=2,
+    queue=64,
+    mixing=(16, 8, 4),
+    width=8,
+    features=32,
+    classes=10,
+    detection_images=2,
+    detection_side=(64, 96),
+    regions=(50, 10),
+)
+
+
+def main(
+    rounds: Rounds = 10,
+    out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("benchmarks/results"),
+    workers: Annotated[int | None, typer.Option(help="Loading processes. Default: cores - 1.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="Sizes for a CPU.")] = False,
+) -> None:
+    """Measure training steps, the loss, loading, probe and detection on one GPU."""
+    device = pick_device()
+    if device.type != "cuda" and not small:
+        raise typer.BadParameter("found no GPU; expected one, or --small to try the script on a CPU")
+    make_deterministic()
+    print(conditions(device))
+    found = run(
+        device,
+        SMALL if small else Sizes(),
+        rounds=rounds,
+        workers=max((os.cpu_count() or 1) - 1, 0) if workers is None else workers,
+    )
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{re.sub(r'[^a-z0-9]+', '-', card.lower())}.json"
+    path.write_text(json.dumps({"conditions": conditions(device), "tables": found}, indent=1) + "\n")
+    print(f"\n{path}")
+
+
+def run(device: torch.device, sizes: Sizes, *, rounds: int, workers: int) -> dict[str, Any]:
+    """All tables, printed as they come: title -> rows."""
+    found: dict[str, Any] = {}
+
+    def show(title: str, rows: list[Measurement], items: int, unit: str) -> None:
+        print("", title, *table(rows, items=items, unit=unit), sep="\n", flush=True)
+        found[title] = {"items": items, "unit": unit, "rows": [row._asdict() for row in rows]}
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_pictures(folder, sizes.num_images)
+        photos, small = (_dataset(folder, each) for each in ("photos", "small"))
+        rows = _training(_resnet50(sizes), photos, device, rounds)
+        show(f"ResNet-50 step, {sizes.image_size} px", rows, sizes.batch, "images")
+        share = 4 / 3 * rows[-1].ratios[len(rows[-1].ratios) // 2]
+        print(f"MoCo-v2 reaches {share:.0%} of its upper bound: three quarters of the supervised rate")
+        show(
+            "ResNet-18 step, 32 px", _training(_cifar(sizes), small, device, rounds), sizes.batch, "images"
+        )
+        show(
+            "Loss and gradient",
+            negatives.run(sizes.batch, sizes.queue, 128, *sizes.mixing, rounds=rounds, device=device),
+            sizes.batch,
+            "queries",
+        )
+        count = sizes.num_images // sizes.batch * sizes.batch
+        show("Loading from JPEG", _loading(photos, sizes, device, rounds, workers), count, "images")
+    show("Linear probe step", [_probe(sizes, device, rounds)], sizes.batch, "images")
+    show("Detection step", [_detection(sizes, device, rounds)], sizes.detection_images, "images")
+    return found
+
+
+def _dataset(folder: Path, name: str) -> StoredDataset:
+    prepared(folder, name)
+    return open_dataset(folder / "data" / name)
+
+
+def _resnet50(sizes: Sizes) -> Experiment:
+    """Two rows of the paper's ImageNet experiment."""
+    return _changed("config/imagenet1k.yaml", sizes, sizes.image_size)
+
+
+def _cifar(sizes: Sizes) -> Experiment:
+    return _changed("config/cifar10.yaml", sizes, 32)
+
+
+def _changed(config: str, sizes: Sizes, image_size: int) -> Experiment:
+    experiment = load_experiment(Path(config))
+    num_hardest, num_pairs, num_query = sizes.mixing
+    mixing = {
+        "rule": "mochi",
+        "num_hardest": num_hardest,
+        "num_pair_synthetics": num_pairs,
+        "num_query_synthetics": num_query,
+    }
+    shared = {"batch_size": sizes.batch, "queue_size": sizes.queue, "bn_groups": sizes.bn_groups}
+    return experiment.model_copy(
+        update={
+            "pretrain": experiment.pretrain | shared,
+            "methods": {"moco-v2": {}, "mochi-{}-{}-{}".format(*sizes.mixing): {"negatives": mixing}},
+            "encoder": experiment.encoder.model_copy(update={"width": sizes.width}),
+            "augmentation": experiment.augmentation.model_copy(update={"image_size": image_size}),
+        }
+    )
+
+
+def _training(
+    experiment: Experiment, dataset: StoredDataset, device: torch.device, rounds: int
+) -> list[Measurement]:
+    """Steps of both methods on a batch that is there, their parts, and a supervised step."""
+    more = {"supervised step": _supervised(experiment, device)}
+    return step.run(experiment, dataset, rounds=rounds, device=device, same_batch=True, more=more)
+
+
+def _supervised(experiment: Experiment, device: torch.device) -> Callable[[], object]:
+    """Forward and backward of one encoder with plain batch normalisation, without an optimizer."""
+    backbone = encoders.build(experiment.encoder)
+    module = nn.Sequential(backbone, nn.Linear(backbone.num_features, 1000)).to(device)
+    module.to(memory_format=torch.channels_last)
+    side, batch = experiment.augmentation.image_size, experiment.pretrain["batch_size"]
+    images = torch.randn(batch, 3, side, side, device=device).to(memory_format=torch.channels_last)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def work() -> None:
+        with autocast(device, "auto"):
+            logits = module(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+
+    return work
+
+
+def _loading(
+    dataset: StoredDataset, sizes: Sizes, device: torch.device, rounds: int, workers: int
+) -> list[Measurement]:
+    """An epoch of two views, in one process and with workers; their start counts."""
+    split = dataset.split("train")
+    augmentation = _resnet50(sizes).augmentation
+
+    def epoch(workers: int) -> Callable[[], None]:
+        def work() -> None:
+            for _ in two_views(split, augmentation, Loading(sizes.batch, device, workers), seed=0, epoch=0):
+                pass
+
+        return work
+
+    return compare(
+        {f"{workers} workers": epoch(workers), "no workers": epoch(0)}, rounds=rounds, device=device
+    )
+
+
+def _probe(sizes: Sizes, device: torch.device, rounds: int) -> Measurement:
+    """A step of the linear probe's classifiers on features that are there."""
+    experiment = load_experiment(Path("config/imagenet1k.yaml"))
+    protocol = experiment.evaluation.tasks["linear"]
+    assert isinstance(protocol, LinearProbe)
+    probes = Probes(protocol, sizes.features, sizes.classes, 0).to(device)
+    features = torch.randn(sizes.batch, sizes.features, device=device)
+    labels = torch.zeros(sizes.batch, dtype=torch.long, device=device)
+    held_out = torch.arange(sizes.batch, device=device) % 10 == 0
+    probes.start_epoch(0)
+    return compare(
+        {"probe": lambda: probes.step(features, labels, held_out)}, rounds=rounds, device=device
+    )[0]
+
+
+def _detection(sizes: Sizes, device: torch.device, rounds: int) -> Measurement:
+    """Forward and backward of Faster R-CNN C4, eight boxes an image."""
+    experiment = load_experiment(Path("config/imagenet1k.yaml"))
+    settings = experiment.evaluation.detection["voc0712"].model.model_copy(
+        update={
+            "proposals_train": list(sizes.regions),
+            "rpn_batch": 256,
+            "roi_batch": min(512, sizes.regions[1]),
+        }
+    )
+    encoder = experiment.encoder.model_copy(update={"width": sizes.width})
+    detector = build_detector(encoder, 20, settings).to(device).to(memory_format=torch.channels_last)
+    detector.train()
+    height, width = sizes.detection_side
+    count = sizes.detection_images
+    images = torch.randn(count, 3, height, width, device=device).to(memory_format=torch.channels_last)
+    corner = torch.rand(8, 2, device=device) * torch.tensor([width / 2, height / 2], device=device)
+    boxes = torch.cat([corner, corner + 0.4 * min(height, width)], 1)
+    targets = [
+        {"boxes": boxes, "labels": torch.ones(8, dtype=torch.long, device=device)} for _ in range(count)
+    ]
+
+    def work() -> None:
+        with autocast(device, "auto"):
+            losses: dict[str, Tensor] = detector(images, [(height, width)] * count, targets)
+        torch.stack(list(losses.values())).sum().backward()
+
+    return compare({"detection": work}, rounds=rounds, device=device)[0]
+
+
+if __name__ == "__main__":
+    typer.run(main)

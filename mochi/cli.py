@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -290,6 +290,67 @@ def neighbors(
     typer.echo(f"{out}: written")
     for path, reason in found.quarantined:
         typer.echo(f"left out: {path!r}: {reason}")
+
+
+@app.command("import", rich_help_panel=_USE)
+def import_(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint: .pth, .pkl, .safetensors.")],
+    out: Annotated[Path, typer.Option(help="Encoder file to write, X.safetensors.")],
+    which: Annotated[
+        str, typer.Option(help="query, momentum, or the prefix of one of several encoders.")
+    ] = "query",
+    architecture: Annotated[
+        str | None, typer.Option(help="Such as resnet50. Default: by the shapes of the tensors.")
+    ] = None,
+    stem: Annotated[
+        str | None, typer.Option(help="half or full: shapes do not tell the stride of a 3x3 stem.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images it was trained on, pixels.")
+    ] = None,
+    channel_order: Annotated[
+        Literal["RGB", "BGR"] | None, typer.Option(help="Of the images it was trained on. Default: RGB.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="What was subtracted from each channel: three numbers, a,b,c.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="What each channel was divided by: a,b,c.")] = None,
+) -> None:
+    """Turn a checkpoint of MoCo, lightly, solo-learn, VISSL, timm, detectron2, ... into an encoder file.
+
+    No code in the file is run. What is missing or foreign is listed and refused.
+    """
+    from mochi.encoders.importing import Choices, import_checkpoint
+
+    numbers = _numbers("--mean", mean), _numbers("--std", std)
+    choices = Choices(which, architecture, stem, image_size, channel_order, *numbers)
+    for line in import_checkpoint(file, out, choices):
+        typer.echo(line)
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option}: found {text!r}; expected numbers, such as 0.485,0.456,0.406") from None
+
+
+@app.command(rich_help_panel=_USE)
+def export(
+    file: Annotated[Path, typer.Argument(metavar="X.safetensors", help="An encoder file of this project.")],
+    format: Annotated[
+        Literal["torchvision", "timm", "detectron2", "moco"],
+        typer.Option(help="The program to write it for."),
+    ],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+) -> None:
+    """Write an encoder for torchvision, timm, detectron2 or MoCo's scripts."""
+    from mochi.encoders.exporting import export_encoder
+
+    for line in export_encoder(file, format, out):
+        typer.echo(line)
 
 
 @app.command(rich_help_panel=_STAGE)

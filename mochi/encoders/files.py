@@ -221,9 +221,13 @@ def load_encoder(path: Path, config: Encoder, device: torch.device) -> Backbone:
 
 
 def check_fit(
-    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], config: Encoder
+    path: Path,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    config: Encoder,
+    advice: str = "Use an encoder that was trained with this `encoder` section",
 ) -> None:
-    """Compare the tensors of a file with those of an encoder of `config`.
+    """Compare the tensors of a file with those of an encoder of `config`; `advice` ends the message.
 
     Raises:
         EncoderError: a tensor is missing, unknown, of another shape, or has NaN or Inf; they are listed.
@@ -238,7 +242,7 @@ def check_fit(
             f"{path} is not a {config}; "
             f"{len(wrong)} of {len(lines)} tensors do not fit:\n"
             + "\n".join(wrong[:_MAX_LISTED] + more)
-            + "\nUse an encoder that was trained with this `encoder` section"
+            + f"\n{advice}"
         )
 
 

@@ -1,0 +1,138 @@
+"""An encoder file for the programs of others. None of the formats holds code.
+
+Source of the names: torchvision/models/resnet.py; facebookresearch/moco main_lincls.py and
+detection/convert-pretrain-to-detectron2.py.
+"""
+
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mochi.config import Encoder
+from mochi.encoders import build
+from mochi.encoders.files import EncoderError, check_fit, check_pixels, read_encoder
+from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
+from mochi.storage.atomic import replacing
+
+Tensors = dict[str, Tensor]
+Format = Literal["torchvision", "timm", "detectron2", "moco"]
+
+
+class _Writer(NamedTuple):
+    """How a format is written, and how the file is used."""
+
+    write: Callable[[Path, Tensors, Encoder], None]
+    usage: str
+
+
+def export_encoder(path: Path, format: Format, out: Path) -> list[str]:
+    """Write the encoder in `path` to `out` in a format of others.
+
+    Returns:
+        Lines to print: how to load the file.
+
+    Raises:
+        EncoderError: the file cannot be read, or that format has no such encoder.
+    """
+    info, tensors = read_encoder(path)
+    if info is None:
+        raise EncoderError(
+            f"{path}: has no metadata, which names the architecture; `mochi import` writes a file that has"
+        )
+    config = info.config(path)
+    check_pixels(path, info)
+    with torch.device("meta"):
+        check_fit(path, tensors, build(config).state_dict(), config)
+    if reason := _impossible(config, format):
+        raise EncoderError(f"{path}: is a {config}; {reason}")
+    writer = _WRITERS[format]
+    with replacing(out) as temporary:
+        writer.write(temporary, tensors, config)
+    lines = [f"{out}: {config}, for {format}", f"  load: {writer.usage.format(out=out, **_names(config))}"]
+    if config.stem != "imagenet" and config.is_resnet:
+        stride = 2 if config.stem == "half" else 1
+        lines.append(
+            f"  before: model.conv1 = nn.Conv2d(3, 64, 3, {stride}, 1, bias=False); "
+            "model.maxpool = nn.Identity()"
+        )
+    return [*lines, f"  images: RGB in [0, 1], less {list(IMAGENET_MEAN)}, divided by {list(IMAGENET_STD)}"]
+
+
+def _names(config: Encoder) -> dict[str, str]:
+    """How to build the model there. No library has a plain ResNet-10, but each can make one."""
+    name = config.architecture.removeprefix("timm:")
+    if name == "resnet10":
+        return {
+            "torchvision": "models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])",
+            "timm": "timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=0)",
+        }
+    return {"torchvision": f"models.{name}()", "timm": f"timm.create_model('{name}', num_classes=0)"}
+
+
+def _impossible(config: Encoder, format: Format) -> str | None:
+    """Why a format cannot hold it."""
+    if not config.is_resnet:
+        return None if format == "timm" else "export it with --format timm"
+    if format in ("moco", "detectron2") and config.stem != "imagenet":
+        return f"{format} builds ResNets with the 7x7 stem (imagenet) only"
+    if format in ("moco", "detectron2") and config.architecture == "resnet10":
+        return f"{format} has no ResNet-10"
+    if config.width != 64 and format != "detectron2":
+        return f"{format}'s ResNets are 64 wide; load it with mochi.load_encoder"
+    return None
+
+
+def _write_torchvision(path: Path, tensors: Tensors, _: Encoder) -> None:
+    torch.save(tensors, path)
+
+
+def _write_timm(path: Path, tensors: Tensors, config: Encoder) -> None:
+    prefix = "" if config.is_resnet else "model."
+    save_file({name.removeprefix(prefix): value for name, value in tensors.items()}, path, {"format": "pt"})
+
+
+def _write_moco(path: Path, tensors: Tensors, config: Encoder) -> None:
+    state = {f"module.encoder_q.{name}": value for name, value in tensors.items()}
+    torch.save({"arch": config.architecture, "state_dict": state}, path)
+
+
+def _write_detectron2(path: Path, tensors: Tensors, _: Encoder) -> None:
+    content = {
+        "model": {_detectron2_name(name): value.numpy() for name, value in tensors.items()},
+        "__author__": "MoCHi",
+        "matching_heuristics": True,
+    }
+    with path.open("wb") as file:
+        pickle.dump(content, file, protocol=4)
+
+
+def _detectron2_name(name: str) -> str:
+    name = name.replace("downsample.1", "shortcut.norm").replace("downsample.0", "shortcut")
+    name = re.sub(r"bn(\d)", r"conv\1.norm", name)
+    if not name.startswith("layer"):
+        return f"stem.{name}"
+    return re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+
+
+_WRITERS: dict[Format, _Writer] = {
+    "torchvision": _Writer(
+        _write_torchvision,
+        "model = {torchvision}; model.fc = nn.Identity(); "
+        "model.load_state_dict(torch.load('{out}', weights_only=True))",
+    ),
+    "timm": _Writer(
+        _write_timm, "model = {timm}; model.load_state_dict(safetensors.torch.load_file('{out}'))"
+    ),
+    "detectron2": _Writer(
+        _write_detectron2,
+        "MODEL.WEIGHTS: {out}, INPUT.FORMAT: RGB, MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53], "
+        "MODEL.PIXEL_STD: [58.395, 57.12, 57.375], MODEL.RESNETS.STRIDE_IN_1X1: False",
+    ),
+    "moco": _Writer(_write_moco, "main_lincls.py --pretrained {out}"),
+}

@@ -1,0 +1,138 @@
+"""Exported encoders: other programs load them strictly and compute the same, and so does an import."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from mochi import load_encoder
+from mochi.config import Encoder
+from mochi.encoders import build
+from mochi.encoders.exporting import Format, export_encoder
+from mochi.encoders.files import EncoderError, EncoderInfo, digest, read_encoder, save_encoder
+from mochi.encoders.importing import Choices, import_checkpoint
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+FORMATS: tuple[Format, ...] = ("torchvision", "timm", "detectron2", "moco")
+
+
+def saved(folder: Path, architecture: str = "resnet18", stem: str = "imagenet", width: int = 64) -> Path:
+    config = Encoder.model_validate({"architecture": architecture, "stem": stem, "width": width})
+    encoder = build(config, seed=1)
+    encoder(IMAGES)  # statistics that are not those of the beginning
+    save_encoder(folder / "X.safetensors", encoder, EncoderInfo.of(config, method="moco-v2"))
+    return folder / "X.safetensors"
+
+
+def features(module: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = module.eval().double()(IMAGES.double())
+    return found
+
+
+def values(path: Path) -> str:
+    return digest(read_encoder(path).tensors)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_exported_and_imported_again_is_the_same(format: Format, tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    export_encoder(path, format, tmp_path / "exported")
+    import_checkpoint(str(tmp_path / "exported"), tmp_path / "again.safetensors")
+    assert digest(read_encoder(tmp_path / "again.safetensors").tensors) == digest(
+        read_encoder(path).tensors
+    )
+    again = load_encoder(tmp_path / "again.safetensors")
+    assert torch.equal(features(again), features(load_encoder(path)))
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50", "resnext50_32x4d", "resnet10"])
+def test_torchvision_and_timm_load_it_strictly(architecture: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    path = saved(tmp_path, architecture)
+    expected = features(load_encoder(path))
+    names: dict[str, Any] = {
+        "models": torchvision.models, "timm": timm, "nn": nn, "torch": torch, "safetensors": safetensors,
+    }  # fmt: skip
+    for program in FORMATS[:2]:
+        lines = export_encoder(path, program, tmp_path / "exported")
+        line = next(line for line in lines if line.startswith("  load: ")).removeprefix("  load: ")
+        with torch.random.fork_rng():
+            exec(line, names)  # noqa: S102 (what the user is told to run)
+        torch.testing.assert_close(features(names["model"]), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("stem", ["half", "full"])
+def test_a_small_stem_says_how_to_change_torchvisions(stem: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, stem=stem)
+    lines = export_encoder(path, "torchvision", tmp_path / "exported")
+    model = torchvision.models.resnet18()
+    model.fc = nn.Identity()
+    exec(next(line.split(": ", 1)[1] for line in lines if "before: " in line))  # noqa: S102
+    model.load_state_dict(torch.load(tmp_path / "exported", weights_only=True))
+    torch.testing.assert_close(features(model), features(load_encoder(path)), rtol=1e-6, atol=1e-6)
+    import_checkpoint(str(tmp_path / "exported"), tmp_path / "again.safetensors", Choices(stem=stem))
+    assert digest(read_encoder(tmp_path / "again.safetensors").tensors) == digest(
+        read_encoder(path).tensors
+    )
+
+
+def test_mocos_linear_classification_finds_all_but_its_classifier(tmp_path: Path) -> None:
+    """main_lincls.py, the lines that load a checkpoint."""
+    export_encoder(saved(tmp_path), "moco", tmp_path / "x.pth")
+    model = torchvision.models.resnet18()
+    state_dict = torch.load(tmp_path / "x.pth", weights_only=True)["state_dict"]
+    for k in list(state_dict.keys()):
+        if k.startswith("module.encoder_q") and not k.startswith("module.encoder_q.fc"):
+            state_dict[k[len("module.encoder_q.") :]] = state_dict[k]
+        del state_dict[k]
+    found = model.load_state_dict(state_dict, strict=False)
+    assert set(found.missing_keys) == {"fc.weight", "fc.bias"}
+    assert not found.unexpected_keys
+
+
+def test_detectron2s_file_has_its_names_and_arrays(tmp_path: Path) -> None:
+    path = saved(tmp_path, "resnet50", width=8)
+    export_encoder(path, "detectron2", tmp_path / "x.pkl")
+    content = pickle.loads((tmp_path / "x.pkl").read_bytes())  # noqa: S301 (written here)
+    assert content["matching_heuristics"] is True
+    assert content["__author__"] == "MoCHi"
+    assert content["model"]["stem.conv1.weight"].shape == (8, 3, 7, 7)
+    assert content["model"]["res5.2.conv3.norm.running_var"].shape == (256,)
+    assert content["model"]["res2.0.shortcut.norm.weight"].shape == (32,)
+    assert len(content["model"]) == len(safetensors.torch.load_file(path))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "format", "message"),
+    [
+        (("resnet10", "half", 8), "torchvision", "torchvision's ResNets are 64 wide"),
+        (("resnet18", "imagenet", 32), "timm", "timm's ResNets are 64 wide"),
+        (("resnet18", "half", 64), "moco", r"moco builds ResNets with the 7x7 stem"),
+        (("resnet18", "full", 64), "detectron2", "detectron2 builds ResNets with the 7x7 stem"),
+        (("resnet10", "imagenet", 64), "detectron2", "detectron2 has no ResNet-10"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(
+    encoder: tuple[str, str, int], format: Format, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(EncoderError, match=message):
+        export_encoder(saved(tmp_path, *encoder), format, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_an_encoder_of_timm_goes_back_to_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    encoder = build(Encoder(architecture="timm:resnet14t"), seed=0)
+    save_encoder(tmp_path / "X.safetensors", encoder)
+    export_encoder(tmp_path / "X.safetensors", "timm", tmp_path / "x.safetensors")
+    model = timm.create_model("resnet14t", num_classes=0)
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / "x.safetensors"))
+    torch.testing.assert_close(features(model), features(encoder))
+    with pytest.raises(EncoderError, match="export it with --format timm"):
+        export_encoder(tmp_path / "X.safetensors", "moco", tmp_path / "y")

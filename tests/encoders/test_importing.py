@@ -1,0 +1,341 @@
+"""Checkpoints of other projects: what is written is what their own encoder computes, or it is refused."""
+
+import argparse
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mochi import load_encoder
+from mochi.config import Encoder
+from mochi.encoders import build
+from mochi.encoders.exporting import _detectron2_name
+from mochi.encoders.files import EncoderError, EncoderInfo, digest, read_encoder, read_info, save_encoder
+from mochi.encoders.importing import Choices, import_checkpoint
+from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
+
+# Names and shapes are what matters, so a narrow one.
+CONFIG = Encoder(architecture="resnet18", stem="imagenet", width=8)
+Tensors = dict[str, Tensor]
+
+
+def weights(config: Encoder = CONFIG, seed: int = 0) -> Tensors:
+    """An encoder whose statistics and biases are not those of the beginning."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: Tensors = build(config, seed=seed).state_dict()
+    for name, value in tensors.items():
+        if value.ndim == 1:
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+        if name.endswith("num_batches_tracked"):
+            value.fill_(7)
+    return tensors
+
+
+WEIGHTS = weights()
+OTHERS = weights(seed=1)
+VALUES = digest(WEIGHTS)
+
+
+def below(prefix: str, tensors: Tensors = WEIGHTS) -> Tensors:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def renamed(change: Callable[[str], str], tensors: Tensors = WEIGHTS) -> Tensors:
+    return {change(name): value for name, value in tensors.items()}
+
+
+def numbered(first: int) -> Callable[[str], str]:
+    """The names in nn.Sequential(*list(resnet.children())[:-1])."""
+
+    def change(name: str) -> str:
+        head, _, rest = name.partition(".")
+        number = {"conv1": 0, "bn1": 1}.get(head)
+        return f"{number if number is not None else first + int(head[-1]) - 1}.{rest}"
+
+    return change
+
+
+def detectron2(tensors: Tensors = WEIGHTS) -> dict[str, Any]:
+    """moco detection/convert-pretrain-to-detectron2.py, line by line."""
+    model = {}
+    for name, value in tensors.items():
+        k = name
+        if "layer" not in k:
+            k = "stem." + k
+        for t in (1, 2, 3, 4):
+            k = k.replace(f"layer{t}", f"res{t + 1}")
+        for t in (1, 2, 3):
+            k = k.replace(f"bn{t}", f"conv{t}.norm")
+        k = k.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        model[k] = value.numpy()
+    return {"model": model, "__author__": "MOCO", "matching_heuristics": True}
+
+
+HEAD = torch.zeros(3, 2)
+MOCO = {**below("module.encoder_q."), **below("module.encoder_k.", OTHERS), "module.queue": HEAD}
+LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "torchvision": ({**WEIGHTS, "fc.weight": HEAD}, "torchvision"),
+    "module twice": ({"state_dict": below("module.module.")}, "a ResNet's backbone"),
+    "moco": ({"arch": "resnet18", "state_dict": {**MOCO, "module.encoder_q.fc.0.weight": HEAD}}, "MoCo"),
+    "moco-v3": (
+        {"state_dict": {**below("module.base_encoder."), **below("module.momentum_encoder.", OTHERS)}},
+        "MoCo-v3",
+    ),
+    "lightly": (
+        {"state_dict": below("backbone.", renamed(numbered(4))) | below("backbone_momentum.", OTHERS)},
+        "lightly",
+    ),
+    "lightly's benchmarks": (
+        {"state_dict": below("backbone.", OTHERS) | below("query_backbone.") | {"projection_head.0": HEAD}},
+        "lightly",
+    ),
+    "solo-learn": (
+        {
+            "state_dict": below("backbone.")
+            | below("momentum_backbone.", OTHERS)
+            | {"projector.0.bias": HEAD}
+        },
+        "solo-learn",
+    ),
+    "VISSL": (
+        {
+            "classy_state_dict": {
+                "base_model": {
+                    "model": {"trunk": below("_feature_blocks."), "heads": {"0.clf.weight": HEAD}}
+                }
+            }
+        },
+        "VISSL",
+    ),
+    "mmpretrain": ({"meta": {}, "state_dict": below("backbone.") | {"neck.fc.weight": HEAD}}, "mmpretrain"),
+    "mmselfsup": ({"state_dict": below("encoder_q.0.") | below("encoder_k.0.", OTHERS)}, "mmselfsup"),
+}
+
+
+def imported(file: Path, **choices: Any) -> Tensors:
+    out = file.with_name("out.safetensors")
+    import_checkpoint(str(file), out, Choices(**choices))
+    assert read_info(out) is not None
+    return read_encoder(out).tensors
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_recognised(name: str, zipped: bool, tmp_path: Path) -> None:
+    content, origin = LAYOUTS[name]
+    file = tmp_path / "x.pth"
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    assert digest(imported(file)) == VALUES
+    info = read_info(tmp_path / "out.safetensors")
+    assert info is not None
+    assert (info.architecture, info.stem, info.width, info.method) == ("resnet18", "imagenet", 8, origin)
+    assert str(info.source).startswith("x.pth sha256:")
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_detectron2s_pickles_are_recognised(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(detectron2(), protocol))
+    assert digest(imported(tmp_path / "x.pkl")) == VALUES
+
+
+def test_lightlys_own_resnets_are_recognised(tmp_path: Path) -> None:
+    own = renamed(lambda name: numbered(2)(name).replace("downsample", "shortcut"), stem_weights("full"))
+    torch.save({"state_dict": below("backbone.", own)}, tmp_path / "x.ckpt")
+    assert digest(imported(tmp_path / "x.ckpt")) == digest(stem_weights("full"))
+
+
+def stem_weights(stem: str) -> Tensors:
+    return weights(Encoder.model_validate({"architecture": "resnet18", "stem": stem, "width": 8}))
+
+
+def test_a_c4_detector_has_its_last_stage_in_the_region_heads(tmp_path: Path) -> None:
+    content = {
+        ("roi_heads." if name.startswith("res5") else "backbone.") + name: value
+        for name, value in detectron2()["model"].items()
+    }
+    content |= {"pixel_mean": torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)}
+    content |= {"pixel_std": torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)}
+    torch.save({"model": {k: torch.as_tensor(v) for k, v in content.items()}}, tmp_path / "x.pth")
+    assert digest(imported(tmp_path / "x.pth")) == VALUES
+
+
+@pytest.mark.parametrize("architecture", ["resnet10", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_the_architecture_is_that_of_the_shapes(architecture: str, tmp_path: Path) -> None:
+    config = Encoder(architecture=architecture, stem="imagenet", width=16)
+    save_file(build(config, seed=0).state_dict(), tmp_path / "x.safetensors")
+    imported(tmp_path / "x.safetensors")
+    assert load_encoder(tmp_path / "out.safetensors").config == config
+
+
+def test_momentum_encoders_are_taken_when_asked_for(tmp_path: Path) -> None:
+    for name in ("moco", "moco-v3", "lightly's benchmarks", "solo-learn", "mmselfsup"):
+        torch.save(LAYOUTS[name][0], tmp_path / "x.pth")
+        assert digest(imported(tmp_path / "x.pth", which="momentum")) == digest(OTHERS), name
+
+
+def test_one_of_several_encoders_is_chosen_by_its_prefix(tmp_path: Path) -> None:
+    torch.save({"left": WEIGHTS, "right": OTHERS}, tmp_path / "x.pth")
+    with pytest.raises(EncoderError, match=r"2 encoders for --which query; .* --which left, right"):
+        imported(tmp_path / "x.pth")
+    assert digest(imported(tmp_path / "x.pth", which="right")) == digest(OTHERS)
+
+
+def test_everything_in_the_file_is_named(tmp_path: Path) -> None:
+    torch.save(LAYOUTS["moco"][0], tmp_path / "x.pth")
+    lines = import_checkpoint(str(tmp_path / "x.pth"), tmp_path / "out.safetensors")
+    assert lines[0].endswith("torch zip, MoCo: 120 of 242 tensors, those below state_dict.module.encoder_q")
+    assert lines[1:4] == [
+        "  not used: state_dict.module.encoder_k (120 tensors)",
+        "  not used: state_dict.module.queue (1 tensors)",
+        "  not used: state_dict.module.encoder_q.fc (1 tensors)",
+    ]
+    assert lines[-1].endswith(f"120 tensors, sha256 of their values {VALUES[:16]}")
+
+
+def test_a_whole_pickled_model_gives_its_tensors(tmp_path: Path) -> None:
+    model = build(CONFIG)
+    model.load_state_dict(WEIGHTS)
+    torch.save({"model": model, "args": argparse.Namespace(lr=1.0)}, tmp_path / "x.pth")
+    assert digest(imported(tmp_path / "x.pth")) == VALUES
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_numbers_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    content = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in WEIGHTS.items()
+    }
+    torch.save(content, tmp_path / "x.pth")
+    lines = import_checkpoint(str(tmp_path / "x.pth"), tmp_path / "out.safetensors")
+    assert f"note: converted to float32 from {str(dtype)[6:]}" in lines
+    expected = {name: value.to(WEIGHTS[name].dtype) for name, value in content.items()}
+    assert digest(read_encoder(tmp_path / "out.safetensors").tensors) == digest(expected)
+
+
+def test_files_with_other_heads_give_the_same_encoder(tmp_path: Path) -> None:
+    torch.save({**WEIGHTS, "fc.weight": torch.zeros(5, 64)}, tmp_path / "x.pth")
+    without_counters = {k: v for k, v in WEIGHTS.items() if "num_batches" not in k}
+    torch.save({"model": without_counters, "head.bias": HEAD}, tmp_path / "y.pth")
+    first, second = imported(tmp_path / "x.pth"), imported(tmp_path / "y.pth")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in without_counters)
+
+
+def without(part: str) -> Tensors:
+    return {name: value for name, value in WEIGHTS.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("content", "choices", "message"),
+    [
+        (WEIGHTS, {"architecture": "resnet50"}, r"not a resnet50 (.|\n)*shapes fit a resnet18 with stem"),
+        (
+            dict(list(WEIGHTS.items())[::2]),
+            {},
+            r"not a resnet18 .*; 6\d of 120 tensors do not fit:\n  .*found no",
+        ),
+        (
+            without("running"),
+            {},
+            r"40 of 120 (.|\n)*bn1.running_mean: expected \[8\], found no such tensor",
+        ),
+        (
+            without("layer3.1.conv2"),
+            {},
+            r"1 of 120 tensors do not fit:\n  layer3.1.conv2.weight: expected \[32",
+        ),
+        ({**WEIGHTS, "layer1.0.conv4.weight": HEAD}, {}, "layer1.0.conv4.weight: expected no such tensor"),
+        ({**WEIGHTS, "bn1.bias": torch.full((8,), torch.inf)}, {}, "bn1.bias: found NaN or Inf"),
+        ({"a": HEAD}, {}, r"holds no encoder that is known: found a \(1\); expected the names of a ResNet"),
+        ({"x": 1}, {}, "holds no encoder that is known: found no tensors"),
+        ({**WEIGHTS, "conv1.weight": torch.zeros(8, 3, 5, 5)}, {}, r"conv1.weight: found \[8, 3, 5, 5\]"),
+        (WEIGHTS, {"stem": "half"}, "is not the first convolution of the stem half"),
+        (WEIGHTS, {"architecture": "resnet51"}, "--architecture: architecture: found 'resnet51'"),
+        (WEIGHTS, {"which": "momentum"}, "holds 0 encoders for --which momentum"),
+        (WEIGHTS, {"which": "student"}, "--which: found 'student'"),
+        (
+            {k: v.to(torch.int8) for k, v in WEIGHTS.items()},
+            {},
+            "found torch.int8; expected floating-point",
+        ),
+        (WEIGHTS, {"mean": [0.5, 0.5, 0.5]}, r"RGB mean \[0.5, 0.5, 0.5\], here .* zeros are padded"),
+        (WEIGHTS, {"std": [1.0]}, r"--std: found \[1.0\]; expected three numbers"),
+        (
+            {"backbone": stem_weights("full"), "projector.0": HEAD},
+            {},
+            "solo-learn's 3x3 stem pads images by 2",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    content: Any, choices: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=message):
+        imported(tmp_path / "x.pth", **choices)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_url_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="is a URL; only local files are read"):
+        import_checkpoint("https://example.org/x.pth", tmp_path / "out.safetensors")
+
+
+def test_the_stride_of_a_small_stem_is_the_users_to_say(tmp_path: Path) -> None:
+    torch.save(stem_weights("half"), tmp_path / "x.pth")
+    lines = import_checkpoint(str(tmp_path / "x.pth"), tmp_path / "out.safetensors")
+    assert any("taken as stem full (stride 1); --stem half for stride 2" in line for line in lines)
+    imported(tmp_path / "x.pth", stem="half")
+    assert load_encoder(tmp_path / "out.safetensors").config.stem == "half"
+
+
+def features(tensors: Tensors, pixels: Tensor) -> Tensor:
+    encoder = build(CONFIG).double().eval()
+    encoder.load_state_dict(tensors)
+    with torch.no_grad():
+        return encoder(pixels)
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_other_pixels_are_made_up_for_in_the_first_convolution(order: str, tmp_path: Path) -> None:
+    """detectron2's own models: bytes, less ImageNet's mean, not divided; to the border of the image."""
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({**detectron2(), "__author__": "Model Zoo"}))
+    numbers = [103.53, 116.28, 123.675] if order == "BGR" else [123.675, 116.28, 103.53]
+    with pytest.raises(EncoderError, match="does not say whether it was trained on RGB or BGR"):
+        imported(tmp_path / "x.pkl")
+    converted = imported(tmp_path / "x.pkl", channel_order=order, mean=numbers, std=[1.0, 1.0, 1.0])
+    if order == "BGR":
+        assert digest(imported(tmp_path / "x.pkl", channel_order="BGR")) == digest(converted)
+    images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).double()
+    channels = images.flip(1) if order == "BGR" else images
+    theirs = channels - torch.tensor(numbers).double()[:, None, None]
+    mean, std = (torch.tensor(value).double()[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = features(WEIGHTS, theirs)
+    torch.testing.assert_close(
+        features(converted, (images / 255 - mean) / std), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_an_encoder_file_of_other_pixels_is_converted_by_what_it_says(tmp_path: Path) -> None:
+    encoder = build(CONFIG)
+    encoder.load_state_dict(WEIGHTS | {"conv1.weight": WEIGHTS["conv1.weight"].flip(1)})
+    info = EncoderInfo.of(
+        CONFIG, channel_order="BGR", mean=IMAGENET_MEAN[::-1], std=IMAGENET_STD[::-1], method="m", seed=3
+    )
+    save_encoder(tmp_path / "x.safetensors", encoder, info)
+    with pytest.raises(EncoderError, match="trained on BGR"):
+        load_encoder(tmp_path / "x.safetensors")
+    assert digest(imported(tmp_path / "x.safetensors")) == VALUES
+    converted = read_info(tmp_path / "out.safetensors")
+    assert converted is not None
+    assert (converted.channel_order, converted.mean, converted.method, converted.seed) == (
+        "RGB", IMAGENET_MEAN, "m", 3,
+    )  # fmt: skip
+
+
+def test_detectron2s_names_are_those_of_its_converter() -> None:
+    assert {_detectron2_name(name) for name in WEIGHTS} == detectron2()["model"].keys()

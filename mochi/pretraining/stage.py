@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -84,19 +85,39 @@ def run(
 
 
 def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
-    """What a queue as long as the data set means; None for a shorter one.
+    """What a queue of more than half of the data set means; None for a shorter one, and where it is masked.
 
-    It always holds a stale key of the query's own image, a false negative (KaimingHe in
+    Queries then meet stale keys of their own image, which are false negatives (KaimingHe in
     facebookresearch/moco issue 24).
     """
-    if recipe.queue_size < num_images:
+    if recipe.queue_size <= num_images // 2 or "same_image" in recipe.masks:
         return None
-    share = recipe.queue_size / num_images
+    number, queries = stale_keys(recipe.queue_size, num_images, recipe.batch_size)
     return (
-        f"queue_size = {recipe.queue_size} is {share:.2f} times the {num_images} training images: "
-        f"every query meets about {share:.1f} stale keys of its own image among its negatives "
-        f"({share / recipe.queue_size:.2%} of the queue); at most {num_images // 2} is advisable"
+        f"queue_size = {recipe.queue_size} is {recipe.queue_size / num_images:.2f} times the {num_images} "
+        f"training images: {queries:.0%} of the queries meet stale keys of their own image among their "
+        f"negatives, {number:.2f} on average ({number / recipe.queue_size:.2%} of the queue); at most "
+        f"{num_images // 2} is advisable"
     )
+
+
+def stale_keys(queue_size: int, num_images: int, batch_size: int) -> tuple[float, float]:
+    """The mean number of a query's own stale keys in the queue, and the share of queries that meet any.
+
+    In an epoch's step t the queue holds no key of the query from the running epoch, whose images are
+    distinct, hence from that epoch none and max(0, K - t B) keys of earlier ones. Of one of those epochs
+    the last w keys hold the query's with probability w / N, for the orders are independent.
+    """
+    steps = max(1, num_images // batch_size)
+    numbers, shares = [], []
+    for step in range(steps):
+        left, none = max(0, queue_size - step * batch_size), 1.0
+        numbers.append(left / num_images)
+        while left > 0:
+            none *= 1 - min(left, steps * batch_size) / num_images
+            left -= steps * batch_size
+        shares.append(1 - none)
+    return fmean(numbers), fmean(shares)
 
 
 def _is_deterministic(run: PretrainRun) -> bool:

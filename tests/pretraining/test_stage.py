@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mochi.config import Experiment, parse_experiment, pretrain_run
+from mochi.config import Contrastive, Experiment, parse_experiment, pretrain_run
 from mochi.contrast import moco as moco_module
+from mochi.data.views.loading import Loading, _shuffled
 from mochi.encoders.heads import projection_head
 from mochi.encoders.resnet import ResNet
 from mochi.errors import DataError
@@ -267,13 +269,37 @@ def test_missing_data_names_what_to_run(tiny: Experiment, tmp_path: Path) -> Non
         train(tiny, tmp_path / "nothing", tmp_path)
 
 
-@pytest.mark.parametrize(("queue_size", "warned"), [(159, False), (160, True), (320, True)])
-def test_a_queue_as_long_as_the_data_is_warned_of(
-    queue_size: int, warned: bool, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("queue_size", "masks", "warned"),
+    [(80, [], False), (81, [], True), (320, [], True), (320, ["same_image"], False)],
+)
+def test_a_queue_of_more_than_half_of_the_data_is_warned_of(
+    queue_size: int, masks: list[str], warned: bool
 ) -> None:
-    train(with_recipe(queue_size=queue_size), tiny_data, tmp_path, "moco-v2")
-    message = f"queue_size = {queue_size} is {queue_size / 160:.2f} times the 160 training images"
-    assert (message in caplog.text) is warned
+    recipe = pretrain_run(with_recipe(queue_size=queue_size, masks=masks), "moco-v2", 0).recipe
+    assert isinstance(recipe, Contrastive)
+    text = stage.queue_warning(recipe, 160)
+    assert (text is not None) is warned
+    if text is not None:
+        assert f"queue_size = {queue_size} is {queue_size / 160:.2f} times the 160 training images" in text
+
+
+@pytest.mark.parametrize(("num_images", "batch_size"), [(50, 8), (48, 8), (30, 30)])
+@pytest.mark.parametrize("queue_size", [20, 45, 64, 130])
+def test_the_share_of_stale_keys_is_the_share_that_is_counted(
+    queue_size: int, num_images: int, batch_size: int
+) -> None:
+    """In the order in which trainings meet their images, over many epochs."""
+    rows, queue, counts = np.arange(num_images), [], []
+    loading = Loading(batch_size, torch.device("cpu"))
+    epochs = range(400)
+    for epoch, batch in _shuffled(rows, loading, 0, epochs, 0):
+        if epoch >= 6:  # the queue is full
+            counts += [queue.count(row) for row in batch.tolist()]
+        queue = (queue + batch.tolist())[-queue_size:]
+    number, share = stage.stale_keys(queue_size, num_images, batch_size)
+    assert number == pytest.approx(np.mean(counts), abs=0.02)
+    assert share == pytest.approx(np.mean(np.array(counts) > 0), abs=0.02)
 
 
 def test_a_loss_that_is_not_finite_stops(tiny_data: Path, tmp_path: Path) -> None:

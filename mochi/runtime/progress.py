@@ -15,8 +15,22 @@ from mochi.runtime.job_status import report
 
 def configure_logging() -> None:
     """Log plain messages on stderr: everything from info up; from ranks other than 0 warnings only."""
+    _open_standard_streams()
     level = logging.INFO if _is_first_rank() else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null where the caller has closed stdin, stdout or stderr, as cron jobs do.
+
+    Else the next files that are opened get their numbers, and what libraries print would go there.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 class Progress:

@@ -37,8 +37,8 @@ ConfigFile = Annotated[Path, typer.Option("--config", envvar="MOCHI_CONFIG", hel
 Method = Annotated[str, typer.Option(help="A row of the experiment, such as moco-v2.")]
 Seed = Annotated[int, typer.Option(min=0, help="A seed of that row.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes that decode images.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads to compute with.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads to compute with, for each GPU.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each GPU.")]
 EncoderFile = Annotated[
     Path | None, typer.Option("--encoder", help="Encoder file. Default: the one that this run trained.")
 ]
@@ -467,11 +467,10 @@ def pretrain(
         return
     _take_gpus(gpus, nodes)
     from mochi.pretraining import stage
-    from mochi.runtime.launch import local_share
 
-    _use_threads(local_share(threads))
+    _use_threads(threads)
     with _work(experiment.name, method, seed, "pretrain", result) as (work, events):
-        stage.run(run, result, work, workers=local_share(workers, at_least=0), events=events)
+        stage.run(run, result, work, workers=workers, events=events)
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -498,12 +497,11 @@ def evaluate(
         return
     _take_gpus(gpus)
     from mochi.evaluation import stage
-    from mochi.runtime.launch import local_share
 
-    _use_threads(local_share(threads))
+    _use_threads(threads)
     others = same_features(experiment, method, seed, task) if result == wanted else []
     with _work(experiment.name, method, seed, task, result) as (work, _):
-        stage.run(run, result, work, workers=local_share(workers, at_least=0), others=others)
+        stage.run(run, result, work, workers=workers, others=others)
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -543,12 +541,11 @@ def detect(
         return
     _take_gpus(gpus)
     from mochi.detection import stage
-    from mochi.runtime.launch import local_share
 
-    _use_threads(local_share(threads))
+    _use_threads(threads)
     asked = run.detection.training.workers if workers is None else workers
     with _work(experiment.name, method, seed, task, result) as (work, events):
-        stage.run(run, result, work, workers=local_share(asked, at_least=0), events=events)
+        stage.run(run, result, work, workers=asked, events=events)
 
 
 @app.command(rich_help_panel=_STAGE)

@@ -40,11 +40,6 @@ def on_gpus(count: int, nodes: int = 1) -> None:
         os.execvp(command[0], command)  # noqa: S606
 
 
-def local_share(total: int, at_least: int = 1) -> int:
-    """This process's part of something that the ranks on one host share, such as threads."""
-    return max(at_least, total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """The command that runs `python -m mochi ARGUMENTS` on `count` GPUs; empty where one process does.
 

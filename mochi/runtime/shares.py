@@ -2,6 +2,9 @@
 
 import os
 
+_MOST_THREADS = 8
+"""For one GPU."""
+
 
 def threads_per_run(num_gpus: int) -> int:
     """CPU threads of a run: its share of the cores with GPUs, one without.
@@ -9,7 +12,14 @@ def threads_per_run(num_gpus: int) -> int:
     Loaders of one GPU need some cores, but no GPU may wait for cores. On a CPU, two runs of one thread each
     are faster than one run of two threads.
     """
-    return max(1, min(8, (os.cpu_count() or 1) // num_gpus)) if num_gpus else 1
+    return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // num_gpus)) if num_gpus else 1
+
+
+def threads_of_job(num_gpus: int, gpus_of_job: int) -> int:
+    """CPU threads of a job on some GPUs, where this host has `num_gpus`; a login node has none."""
+    if not gpus_of_job:
+        return threads_per_run(0)
+    return gpus_of_job * (threads_per_run(num_gpus) if num_gpus else _MOST_THREADS)
 
 
 def workers_of(threads: int) -> int:

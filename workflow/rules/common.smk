@@ -15,7 +15,7 @@ from mochi.layout import Layout
 from mochi.provenance import wanted
 from mochi.runtime import gpus
 from mochi.runtime.locks import hold
-from mochi.runtime.shares import threads_per_run
+from mochi.runtime.shares import threads_of_job
 
 # One file is one experiment. Two would be merged key by key, so the default is read only if none is given.
 if not workflow.configfiles:
@@ -58,7 +58,20 @@ GPUS = gpus.visible()
 if workflow.is_main_process and "gpu" not in workflow.global_resources:
     workflow.register_resource("gpu", Resource("gpu", len(GPUS)))
 GPUS_PER_RUN = 1 if GPUS else 0
-THREADS_PER_RUN = threads_per_run(len(GPUS))
+
+
+def threads_of(rule):
+    """Threads of a job: a share of the cores for each of its GPUs, which --set-resources may change."""
+    changed = workflow.resource_settings.overwrite_resources.get(rule, {})
+    asked = changed["gpu"] if "gpu" in changed else GPUS_PER_RUN
+    return threads_of_job(len(GPUS), int(getattr(asked, "value", asked)))
+
+
+def share_of_a_gpu(nodes="1"):
+    """Options that share the threads, which a job has on each node, among its GPUs."""
+    gpus = "({resources.gpu} + ! {resources.gpu})"  # at least 1
+    share = f"({{threads}} * {nodes} + {gpus} - 1) / {gpus}"
+    return f" --threads $(( {share} )) --workers $(( {share} - 1 )) "
 
 
 # A job runs again when its settings or its code change: they are params of its rule. `mochi adopt` lets

@@ -6,7 +6,11 @@ PREPARED = {
         dataset,
         layout.dataset(name),
         # Listing a million files takes seconds: once, and not again in every job.
-        current_listing(dataset, layout.dataset(name)) if workflow.is_main_process else "",
+        (
+            current_listing(dataset, layout.dataset(name))
+            if workflow.is_main_process
+            else ""
+        ),
     )
     for name, dataset in datasets(EXPERIMENT).items()
 }

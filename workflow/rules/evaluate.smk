@@ -20,7 +20,7 @@ rule evaluate:
         PLACES.log("{method}", "{seed}", "{task}.tsv")
     wildcard_constraints:
         task="|".join(map(re.escape, PROBES)) or "nothing",
-    threads: THREADS_PER_RUN
+    threads: threads_of("evaluate")
     resources:
         gpu=GPUS_PER_RUN,
     params:
@@ -29,8 +29,7 @@ rule evaluate:
     shell:
         logged(
             "python -m mochi evaluate {wildcards.task:q} --method {wildcards.method:q}"
-            " --seed {wildcards.seed} --threads {threads}"
-            " --workers $(( {threads} - 1 )) --gpus {resources.gpu}"
+            " --seed {wildcards.seed}" + share_of_a_gpu() + "--gpus {resources.gpu}"
         )
 
 
@@ -48,7 +47,7 @@ rule detect:
         PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.tsv")
     wildcard_constraints:
         job="|".join(map(re.escape, FINE_TUNINGS)) or "nothing",
-    threads: THREADS_PER_RUN
+    threads: threads_of("detect")
     resources:
         gpu=GPUS_PER_RUN,
     params:
@@ -57,8 +56,7 @@ rule detect:
     shell:
         logged(
             "python -m mochi detect {wildcards.job:q} --method {wildcards.method:q}"
-            " --seed {wildcards.seed} --threads {threads}"
-            " --workers $(( {threads} - 1 )) --gpus {resources.gpu}"
+            " --seed {wildcards.seed}" + share_of_a_gpu() + "--gpus {resources.gpu}"
         )
 
 
@@ -77,7 +75,7 @@ rule search:
         PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.tsv")
     wildcard_constraints:
         job="|".join(map(re.escape, SEARCHES)) or "nothing",
-    threads: THREADS_PER_RUN
+    threads: threads_of("search")
     resources:
         gpu=GPUS_PER_RUN,
     params:
@@ -86,8 +84,7 @@ rule search:
     shell:
         logged(
             "python -m mochi detect {wildcards.job:q} --method {wildcards.method:q}"
-            " --seed {wildcards.seed} --threads {threads}"
-            " --workers $(( {threads} - 1 )) --gpus {resources.gpu}"
+            " --seed {wildcards.seed}" + share_of_a_gpu() + "--gpus {resources.gpu}"
         )
 
 

@@ -15,7 +15,7 @@ rule pretrain:
         PLACES.log("{method}", "{seed}", "pretrain.log"),
     benchmark:
         PLACES.log("{method}", "{seed}", "pretrain.tsv")
-    threads: THREADS_PER_RUN
+    threads: threads_of("pretrain")
     resources:
         gpu=GPUS_PER_RUN,
         nodes=1,
@@ -25,8 +25,8 @@ rule pretrain:
     shell:
         logged(
             "python -m mochi pretrain --method {wildcards.method:q} --seed {wildcards.seed}"
-            " --threads {threads} --workers $(( {threads} - 1 ))"
-            " --gpus {resources.gpu} --nodes {resources.nodes}"
+            + share_of_a_gpu("{resources.nodes}")
+            + "--gpus {resources.gpu} --nodes {resources.nodes}"
         )
 
 

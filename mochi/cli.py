@@ -569,6 +569,12 @@ def _is_current(result: Result) -> bool:
         typer.echo(f"{result.label}: up to date; to compute it again, remove {result.record}", err=True)
     elif reason != "missing":
         typer.echo(f"{result.label}: computed again, stale: {reason}", err=True)
+        if "recipe.epochs " in reason:
+            typer.echo(
+                "  from the beginning: with other epochs the learning rate differs at every step; the present "
+                "encoder stays until the new one is done; to keep both, add a row with the new epochs",
+                err=True,
+            )
     return reason is None
 
 

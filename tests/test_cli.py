@@ -204,6 +204,20 @@ def test_an_encoder_from_elsewhere_is_evaluated_into_a_folder_of_ones_choice(
     assert record["inputs"]["encoder"]["path"] == "mine.safetensors"
 
 
+def test_more_epochs_start_from_the_beginning_and_say_so(data: Path, tmp_path: Path) -> None:
+    """A schedule over more epochs has another rate at every step: there is nothing to continue."""
+    of_run = ["--method", MOCHI, "--seed", "0"]
+    assert run("pretrain", "--config", TINY, *of_run).returncode == 0
+    before = (tmp_path / f"results/tiny/encoders/{MOCHI}/seed0/encoder.safetensors").read_bytes()
+    content = yaml.safe_load(Path(TINY).read_text())
+    content["pretrain"] |= {"epochs": 3, "lr": 1.0e30}  # it diverges, so that the new one is never complete
+    done = run("pretrain", "--config", changed(tmp_path, content), *of_run)
+    assert done.returncode == 1
+    assert "recipe.epochs 2 -> 3" in done.stderr
+    assert "to keep both, add a row with the new epochs" in done.stderr
+    assert (tmp_path / f"results/tiny/encoders/{MOCHI}/seed0/encoder.safetensors").read_bytes() == before
+
+
 def test_own_images_from_the_command_line(tmp_path: Path) -> None:
     """What the README says of your own images: hidden files ignored, bad ones listed, the rest stored."""
     for split, number in (("train", 6), ("val", 2)):

@@ -8,16 +8,19 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils import get_total_norm
 
 from mochi.config import Contrastive, FromFile, PretrainRun, Training
 from mochi.data.format import open_dataset
-from mochi.data.views.loading import Loading, steps_per_epoch
+from mochi.data.views.loading import Loading, Views, steps_per_epoch
 from mochi.encoders import build_untrained
 from mochi.encoders.backbone import Backbone
 from mochi.encoders.files import EncoderInfo, load_encoder, save_encoder, write_tensors
+from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mochi.pretraining.loop import TrainState, train
 from mochi.pretraining.objectives import Objective, make_objective
 from mochi.pretraining.optimizers import make_optimizer
@@ -29,11 +32,16 @@ from mochi.runtime.job_status import report
 from mochi.runtime.monitoring import check_finite, training_status
 from mochi.runtime.precision import make_deterministic, use_bfloat16
 from mochi.runtime.progress import Progress
-from mochi.runtime.tensorboard import write_events
+from mochi.runtime.tensorboard import write_events, write_picture, write_step
 from mochi.storage import checkpoint
 from mochi.storage.atomic import publishing, require_space, write_rows
 
 logger = logging.getLogger(__name__)
+
+_POINTS = 10
+"""Points an epoch in TensorBoard."""
+_EXAMPLES = 8
+"""Images whose views TensorBoard shows."""
 
 
 def run(
@@ -160,12 +168,15 @@ class _Session:
         self.state = self._resume(result.code_digest)
         self._last_save = time.monotonic()
         self._loss_note = "loss not checked yet"
+        self._shown = (self.state.step, self.state.sums)
 
     def train(self, device: torch.device, workers: int) -> None:
         """All epochs that are left."""
         loading = Loading(self._recipe.batch_size, device, workers, rank(), world_size())
         done = self.state.epoch * self._num_steps + self.state.step
         require_space(self._needed())
+        if self._events is not None and rank() == 0 and not done:
+            write_picture(self._events, "views", self._example(device))
         with Progress(self._label, self._recipe.epochs * self._num_steps, done) as self._progress:
             train(self._objective, self._recipe, self._optimizer, self.state, loading, self)
 
@@ -181,6 +192,16 @@ class _Session:
             self._result_folder: _size(self._objective.backbone),
         }
 
+    def _example(self, device: torch.device) -> NDArray[np.uint8]:
+        """(H, W, 3): the views of some images as the encoder sees them, a row for each view."""
+        loading = Loading(min(_EXAMPLES, self._objective.num_images), device)
+        batch = next(self._objective.batches(loading, 0, 0))
+        views = (batch.query, batch.key) if isinstance(batch, Views) else (batch.images,)
+        mean, std = (torch.tensor(each)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
+        rows = [torch.cat([*(view.float().cpu() * std + mean)], dim=2) for view in views]
+        picture = torch.cat(rows, dim=1).clamp(0, 1).mul(255).round().byte()
+        return picture.permute(1, 2, 0).numpy()
+
     def step_done(self, state: TrainState) -> None:
         """Show progress."""
         self._progress.advance(f"epoch {state.epoch}, {self._loss_note}")
@@ -190,9 +211,22 @@ class _Session:
         norm = get_total_norm(self._objective.module.parameters()).item()
         check_finite(state.sums[0], step=step, lr=lr, last_good=self._saved, norm=norm)
         self._loss_note = f"loss {state.sums[0] / state.step:.3f}"
+        self._show_point(state, step, lr)
         # The last step's state is complete once its epoch's row is appended.
         if state.step < self._num_steps:
             self._save_if_due()
+
+    def _show_point(self, state: TrainState, step: int, lr: float) -> None:
+        """Some points an epoch for TensorBoard: means over the steps since the last one."""
+        last, before = self._shown if self._shown[0] < state.step else (0, [])
+        if state.step - last < self._num_steps / _POINTS:
+            return
+        if rank() == 0:
+            sums = before or [0.0] * len(state.sums)
+            means = [(now - then) / (state.step - last) for now, then in zip(state.sums, sums, strict=True)]
+            values = dict(zip(self._objective.metric_names, means, strict=True))
+            write_step(self._events, step, {"lr": lr, **values})
+        self._shown = (state.step, state.sums)
 
     def epoch_done(self, state: TrainState) -> None:
         """Log the epoch; save when it is time, and at the end."""

@@ -1,4 +1,4 @@
-"""TensorBoard events of a training, where tensorboard is installed."""
+"""TensorBoard events of a training, where tensorboard is installed: curves by epoch and by step, images."""
 
 import logging
 from collections.abc import Mapping
@@ -23,6 +23,23 @@ def write_events(folder: Path | None, row: Mapping[str, Any]) -> None:
     for name, value in row.items():
         if isinstance(value, int | float):
             writer.add_scalar(name, value, row["epoch"])
+    writer.flush()
+
+
+def write_step(folder: Path | None, step: int, values: Mapping[str, float]) -> None:
+    """Add points within an epoch, as `step/<name>` at the step since the beginning of the training."""
+    if folder is None or (writer := _writer(folder.resolve())) is None:
+        return
+    for name, value in values.items():
+        writer.add_scalar(f"step/{name}", value, step)
+    writer.flush()
+
+
+def write_picture(folder: Path | None, name: str, picture: Any) -> None:
+    """Add a picture (H, W, 3) uint8, such as a grid of views."""
+    if folder is None or (writer := _writer(folder.resolve())) is None:
+        return
+    writer.add_image(name, picture, 0, dataformats="HWC")
     writer.flush()
 
 

@@ -1,12 +1,18 @@
 """Events as TensorBoard reads them back, and a training that goes on without tensorboard."""
 
+import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mochi.config import Experiment
+from mochi.layout import Layout
 from mochi.runtime.tensorboard import write_events
+from tests.commands import run
+from tests.tiny import FILE
 
 
 def test_the_numbers_of_each_epoch_are_events(tmp_path: Path) -> None:
@@ -33,3 +39,25 @@ def test_without_tensorboard_one_line_says_so(tmp_path: Path) -> None:
     assert line.startswith("no TensorBoard events are written (")
     assert "mochi-pipeline[tensorboard]" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_shows_points_within_its_epochs_and_its_views_once(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
+    of_run = ["--config", str(FILE), "--method", "mochi-16-24-8", "--seed", "0"]
+    assert run("pretrain", *of_run).returncode == 0
+    folder = Layout(tiny.name).log("mochi-16-24-8", 0, "tensorboard-pretrain")
+    events = reader.EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    points = events.Scalars("step/loss")
+    assert [point.step for point in points] == list(range(10)), "two epochs of five steps"
+    with (Layout(tiny.name).pretrain("mochi-16-24-8", 0) / "metrics.csv").open() as file:
+        epochs = [float(row["loss"]) for row in csv.DictReader(file)]
+    means = [sum(point.value for point in points[first : first + 5]) / 5 for first in (0, 5)]
+    assert means == pytest.approx(epochs, rel=1e-5)
+    (views,) = events.Images("views")
+    size = tiny.augmentation.image_size
+    assert (views.width, views.height) == (8 * size, 2 * size)

@@ -8,16 +8,22 @@ min_version("9.18")
 container: "mochi.sif"
 
 
+# Of `snakemake --report`.
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/analyze.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/messages.smk"
 
 
 localrules:
     all,
+    analyses,
     data,
     encoders,
     evaluations,
@@ -31,6 +37,7 @@ rule all:
     input:
         rules.encoders.input,
         rules.evaluations.input,
+        rules.analyses.input,
         rules.report.output,
 
 

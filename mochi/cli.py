@@ -549,6 +549,34 @@ def detect(
 
 
 @app.command(rich_help_panel=_STAGE)
+def analyze(
+    method: Method,
+    seed: Seed,
+    config: ConfigFile = DEFAULT_CONFIG,
+    threads: Threads = 1,
+    workers: Workers = 0,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, max=1, help="0 or 1. Default: the first visible.")
+    ] = None,
+) -> None:
+    """Measure and draw what an encoder makes of the validation images."""
+    from mochi.config import analysis_run, load_experiment
+    from mochi.provenance.wanted import analyzed
+    from mochi.stages import ANALYSIS
+
+    experiment = load_experiment(config)
+    run = analysis_run(experiment, method, seed)
+    if _is_current(result := analyzed(experiment, method, seed)):
+        return
+    _take_gpus(gpus)
+    from mochi.analysis import stage
+
+    _use_threads(threads)
+    with _work(experiment.name, method, seed, ANALYSIS, result):
+        stage.run(run, result, workers=workers)
+
+
+@app.command(rich_help_panel=_STAGE)
 def report(config: ConfigFile = DEFAULT_CONFIG) -> None:
     """Write scores, tables, figures and records of a finished experiment."""
     from mochi.config import load_experiment

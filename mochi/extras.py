@@ -2,11 +2,12 @@
 
 EXTRAS = {
     "faster_coco_eval": "detection",
+    "jinja2": "report",
     "matplotlib": "report",
     "pandas": "report",
-    "scipy": "imagenet",
+    "scipy": "report",
     "skimage": "demo",
-    "sklearn": "demo",
+    "sklearn": "report",
     "timm": "timm",
 }
 

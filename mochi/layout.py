@@ -9,6 +9,9 @@ from pathlib import Path
 PUBLISHED = Path("workflow/published.csv")
 """The papers' numbers."""
 
+DEVIATIONS = Path("workflow/deviations.md")
+"""Where the method and the protocols differ from the paper: a list, one a line."""
+
 
 def dataset(name: str) -> Path:
     """Folder of a prepared data set."""

@@ -102,6 +102,18 @@ STAGES = {
             *_RUNTIME,
         ),
     ),
+    "analyze": Stage(
+        outputs=("analysis.json", "neighbours.jpg", "map.jpg"),
+        numbers=(
+            "mochi.analysis",
+            "mochi.encoders.heads",
+            "mochi.evaluation.features",
+            "mochi.runtime.seeding",
+            *_ENCODERS,
+            *_VIEWS,
+            *_RUNTIME,
+        ),
+    ),
     "search": Stage(outputs=("metrics.json",), numbers=_FINE_TUNING),
     "detect": Stage(
         outputs=("metrics.json", "detections.png", "precision_recall.csv", "precision_recall.png"),
@@ -116,6 +128,8 @@ STAGES = {
             "summary.csv",
             "summary.md",
             "summary.json",
+            "summary.tex",
+            "report.html",
         ),
         numbers=("mochi.report",),
     ),
@@ -123,6 +137,9 @@ STAGES = {
 
 UNTRAINED = _ENCODERS
 """What decides the weights of an encoder that is only initialised: no training loop."""
+
+ANALYSIS = "analysis"
+"""Folder of an encoder's analysis, next to its evaluations."""
 
 DETECTION = "detection-"
 """Prefix of the evaluations that fine-tune a detector; the name of the detection set follows."""

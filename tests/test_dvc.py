@@ -188,7 +188,7 @@ def test_a_clone_without_pull_says_what_is_missing(recorded: Project, tmp_path: 
         "tiny: 0 results are current, 11 will be computed",
     ):
         assert line in said
-    assert clone.jobs() == {"prepare": 1, "pretrain": 3, "evaluate": 6, "report": 1}
+    assert clone.jobs() == {"prepare": 1, "pretrain": 3, "evaluate": 6, "analyze": 3, "report": 1}
     said = clone.mochi("explain", MOCHI, "knn")
     assert "knn top1: " in said
     assert f"{ENCODER} sha256 " in said
@@ -208,7 +208,7 @@ CHANGES = {
     "fewer seeds": (CONFIG, ROW, ROW.replace(", 1]", "]"), {"encoders", "report"}),
     "data": (CONFIG, "train_per_photo: ", "train_per_photo: 1", {"data", "report"}),
     "formula": ("mochi/contrast/negatives.py", "0.5", "0.4", {"encoders", "evaluations"}),
-    "table": ("mochi/report/tables.py", '"top-1"', '"top1"', {"encoders", "evaluations", "report"}),
+    "table": ("mochi/report/tables.py", "value:+.1f", "value:+.2f", {"encoders", "evaluations", "report"}),
     "published": ("workflow/published.csv", "experiment,", "experiment ,", {"report"}),
 }
 

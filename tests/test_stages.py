@@ -27,6 +27,7 @@ START = {
     },
     "search": ["mochi.detection.stage"],
     "detect": ["mochi.detection.stage"],
+    "analyze": ["mochi.analysis.stage"],
     "report": ["mochi.report.stage"],
 }
 """Where each stage begins; what it looks up by name while it runs stands here too."""

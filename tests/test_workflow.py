@@ -108,7 +108,7 @@ def test_snakemake_finds_nothing_to_lint(project: Project) -> None:
     assert "your workflow is in a good condition" in project.succeed("snakemake", "--lint")
 
 
-NUMERIC = {"pretrain": 2, "evaluate": 4, "report": 1}
+NUMERIC = {"pretrain": 2, "evaluate": 4, "analyze": 2, "report": 1}
 """Jobs of the trained rows and all that follows; the untrained row is not concerned."""
 
 CHANGES = {
@@ -118,14 +118,14 @@ CHANGES = {
     "neighbours": (CONFIG, "k: 5", "k: 4", {"evaluate": 3, "report": 1}),
     "method": (CONFIG, "num_query_synthetics: 8, warmup_epochs: 1", "num_query_synthetics: 8, warmup_epochs: 0", NUMERIC),
     "fewer rows": (CONFIG, "seeds: [0, 1]}", "seeds: [0]}", {"report": 1}),
-    "data": (CONFIG, "train_per_photo: ", "train_per_photo: 1", {"prepare": 1, **NUMERIC, "evaluate": 6}),
+    "data": (CONFIG, "train_per_photo: ", "train_per_photo: 1", {"prepare": 1, **NUMERIC, "evaluate": 6, "analyze": 3}),
     "docstring": ("mochi/contrast/loss.py", "The contrastive loss over", "A new docstring of the loss over", {}),
     "formula": ("mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4", NUMERIC),
     "rule": ("mochi/contrast/rules/mochi.py", "some_excluded=some_excluded", "some_excluded=True", NUMERIC),
     "rule of no row": ("mochi/contrast/rules/debiased.py", "share * self.positive_prior", "share / 2", {}),
     "vote": ("mochi/evaluation/tasks/knn.py", "/ temperature).exp()", "/ temperature).exp() + 0", {"evaluate": 3, "report": 1}),
-    "initialisation": ("mochi/encoders/resnet.py", '"fan_out"', '"fan_in"', {"pretrain": 3, "evaluate": 6, "report": 1}),
-    "table": ("mochi/report/tables.py", '"top-1"', '"top1"', {"report": 1}),
+    "initialisation": ("mochi/encoders/resnet.py", '"fan_out"', '"fan_in"', {"pretrain": 3, "evaluate": 6, "analyze": 3, "report": 1}),
+    "table": ("mochi/report/tables.py", "value:+.1f", "value:+.2f", {"report": 1}),
     "error message": ("mochi/data/views/loading.py", "lower batch_size", "use a smaller batch_size", {}),
     "log message": ("mochi/pretraining/stage.py", "resumes at epoch", "continues at epoch", {}),
     "progress line": ("mochi/runtime/progress.py", "left", "to go", {}),
@@ -169,12 +169,12 @@ def test_a_removed_record_has_the_result_computed_again(copy: Project) -> None:
     assert copy.jobs() == {"evaluate": 1, "report": 1}
     shutil.rmtree(copy.folder / "results/tiny/encoders")
     shutil.rmtree(copy.folder / "results/tiny/evaluations")
-    assert copy.jobs() == {"pretrain": 3, "evaluate": 6, "report": 1}
+    assert copy.jobs() == {"pretrain": 3, "evaluate": 6, "analyze": 3, "report": 1}
 
 
 def test_adopt_says_what_will_be_computed_and_why(copy: Project) -> None:
     clone_of(copy)
-    assert "tiny: 11 results are current, 0 will be computed" in copy.mochi("adopt")
+    assert "tiny: 14 results are current, 0 will be computed" in copy.mochi("adopt")
     assert copy.jobs() == {}
     copy.edit(CONFIG, "k: 5", "k: 4")
     evaluations = copy.folder / "results/tiny/evaluations" / MOCHI
@@ -188,10 +188,10 @@ def test_adopt_says_what_will_be_computed_and_why(copy: Project) -> None:
         f"to compute: {MOCHI} seed 1 linear: results/tiny/evaluations/{MOCHI}/seed1/linear/provenance.json cannot",
         "to compute: random-init seed 0 pretrain: missing",
         "to compute: random-init seed 0 linear: input: results/tiny/encoders/random-init/seed0/encoder",
-        "tiny: 3 results are current, 8 will be computed",
+        "tiny: 5 results are current, 9 will be computed",
     ):  # fmt: skip
         assert line in said
-    expected = {"pretrain": 1, "evaluate": 6, "report": 1}
+    expected = {"pretrain": 1, "evaluate": 6, "analyze": 1, "report": 1}
     assert copy.jobs() == expected
     assert copy.snakemake().returncode == 0
     assert copy.jobs() == {}

@@ -16,23 +16,28 @@ from mochi.config.detection import (
 )
 from mochi.config.evaluation import Column, Evaluation, Task, task_names
 from mochi.config.experiment import (
+    ORACLE,
     Experiment,
     all_runs,
+    analysis_run,
+    baseline_of,
     columns,
     datasets,
     detection_run,
     detection_runs,
     load_experiment,
     method_seeds,
+    mixing_grid,
     parse_dataset,
     parse_experiment,
     pretrain_run,
     probe_run,
     probes,
+    with_oracle,
 )
 from mochi.config.negatives import Negatives
 from mochi.config.reading import ConfigError
-from mochi.config.runs import DetectionRun, PretrainRun, ProbeRun, Run
+from mochi.config.runs import AnalysisRun, DetectionRun, PretrainRun, ProbeRun, Run
 from mochi.config.sections import Count, Name, PositiveReal, Real, Section
 from mochi.config.training import (
     Augmentation,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mochi.evaluation.features import Frozen
 
 _TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"
-_TAKEN = ("pretrain", "detection-")
+_TAKEN = ("pretrain", "analysis", "detection-")
 """What names of tasks must not begin with: their results and logs would share folders."""
 
 

@@ -11,7 +11,7 @@ from mochi.config.datasets import Dataset
 from mochi.config.evaluation import Column, Evaluation
 from mochi.config.negatives import FORMER_KEYS, former_key
 from mochi.config.reading import ConfigError, read_value, read_yaml, unknown_key, validate
-from mochi.config.runs import DetectionRun, PretrainRun, ProbeRun
+from mochi.config.runs import AnalysisRun, DetectionRun, PretrainRun, ProbeRun
 from mochi.config.sections import CountOrZero, Name, Section, distinct_seeds
 from mochi.config.training import (
     Augmentation,
@@ -38,6 +38,8 @@ class Experiment(Section):
     methods: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     """Row name -> what differs. Besides recipe keys: `seeds`, `augmentation`."""
     evaluation: Evaluation
+    baseline: Name | None = None
+    """The row that the others are compared with; see `baseline_of`."""
 
     @field_validator("seeds")
     @classmethod
@@ -69,6 +71,9 @@ def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
         for seed in method_seeds(experiment, method, origin):
             pretrain_run(experiment, method, seed, origin)
     datasets(experiment, origin)
+    if experiment.baseline is not None and experiment.baseline not in experiment.methods:
+        known = list(experiment.methods)
+        raise ConfigError(f"{origin}: baseline: {unknown_key(experiment.baseline, known)}")
     for name, chosen in experiment.evaluation.detection.items():
         where = f"{origin}: evaluation.detection.{name}"
         if not experiment.encoder.is_resnet:
@@ -126,6 +131,32 @@ def method_seeds(experiment: Experiment, method: str, origin: str = "experiment"
 def all_runs(experiment: Experiment) -> list[tuple[str, int]]:
     """(method, seed) of every encoder, in the order of the file."""
     return [(method, seed) for method in experiment.methods for seed in method_seeds(experiment, method)]
+
+
+def baseline_of(experiment: Experiment) -> str | None:
+    """The row that the others are compared with: `baseline`, else `moco-v2` if there is such a row."""
+    if experiment.baseline is None and "moco-v2" in experiment.methods:
+        return "moco-v2"
+    return experiment.baseline
+
+
+ORACLE = "-oracle"
+"""Ends the name of a row that is another row with the class oracle."""
+
+
+def with_oracle(experiment: Experiment) -> list[str]:
+    """Rows that are there with the class oracle too."""
+    return [method for method in experiment.methods if f"{method}{ORACLE}" in experiment.methods]
+
+
+def mixing_grid(experiment: Experiment) -> dict[str, tuple[int, int, int]]:
+    """MoCHi row -> (N, s, s'), which its name carries; variants, whose names go on, are left out."""
+    found = {method: _MOCHI_NAME.match(method) for method in experiment.methods}
+    return {
+        method: (int(match[1]), int(match[2]), int(match[3]))
+        for method, match in found.items()
+        if match and match.end(3) == len(method)
+    }
 
 
 def probes(experiment: Experiment) -> list[str]:
@@ -233,6 +264,28 @@ def probe_run(experiment: Experiment, method: str, seed: int, task: str) -> Prob
         batch_size=evaluation.batch_size,
         features_on=evaluation.features_on,
         protocol=chosen,
+    )
+
+
+def analysis_run(experiment: Experiment, method: str, seed: int) -> AnalysisRun:
+    """How one frozen encoder is looked at.
+
+    Raises:
+        ConfigError: no such method or seed.
+    """
+    recipe = pretrain_run(experiment, method, seed).recipe
+    evaluation = experiment.evaluation
+    return AnalysisRun(
+        experiment=experiment.name,
+        method=method,
+        seed=seed,
+        encoder=experiment.encoder,
+        dataset=experiment.dataset,
+        image_size=evaluation.image_size,
+        resize=evaluation.resize,
+        batch_size=evaluation.batch_size,
+        head=recipe.head if isinstance(recipe, Contrastive) else None,
+        embedding_dim=recipe.embedding_dim if isinstance(recipe, Contrastive) else 0,
     )
 
 

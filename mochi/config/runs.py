@@ -87,6 +87,20 @@ class ProbeRun(Run):
         return settings
 
 
+class AnalysisRun(Run):
+    """Look at what one frozen encoder makes of the validation images."""
+
+    dataset: Dataset
+    image_size: Count
+    resize: Count
+    batch_size: Count
+    head: Literal["linear", "mlp"] | None = None
+    """Its projection head; None without a contrastive loss."""
+    embedding_dim: CountOrZero = 0
+
+    _ignored: ClassVar[dict[str, Any]] = {"dataset": True, "batch_size": True}
+
+
 class DetectionRun(Run):
     """Fine-tune one encoder as a detector."""
 

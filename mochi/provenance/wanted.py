@@ -19,18 +19,32 @@ from mochi.config import (
     DetectionRun,
     Experiment,
     FromFile,
+    Supervised,
     Training,
     all_runs,
+    analysis_run,
+    baseline_of,
     datasets,
     detection_run,
     detection_runs,
+    mixing_grid,
     pretrain_run,
     probe_run,
     probes,
+    with_oracle,
 )
 from mochi.layout import Layout
 from mochi.provenance.fingerprint import code_digest, digest, file_digest
-from mochi.stages import DETECTION, FINE_TUNING, LR_SEARCH, STAGES, UNTRAINED, numbers_of_task, stage_of
+from mochi.stages import (
+    ANALYSIS,
+    DETECTION,
+    FINE_TUNING,
+    LR_SEARCH,
+    STAGES,
+    UNTRAINED,
+    numbers_of_task,
+    stage_of,
+)
 
 RECORD = "provenance.json"
 
@@ -252,6 +266,25 @@ def fine_tuning_run(experiment: Experiment, method: str, seed: int, job: str) ->
     return run.model_copy(update={"detection": chosen, "searches": searches})
 
 
+def analyzed(experiment: Experiment, method: str, seed: int) -> Result:
+    """What one encoder makes of the validation images."""
+    places = Layout(experiment.name)
+    encoder = places.encoder(method, seed)
+    return Result(
+        stage="analyze",
+        label=f"{method} seed {seed} {ANALYSIS}",
+        folder=places.evaluation(method, seed, ANALYSIS),
+        outputs=STAGES["analyze"].outputs,
+        settings=analysis_run(experiment, method, seed).settings(),
+        inputs={
+            "encoder": encoder,
+            "head": encoder.with_name("head.safetensors"),
+            "data": layout.dataset(experiment.dataset.name) / "manifest.json",
+        },
+        modules=STAGES["analyze"].numbers,
+    )
+
+
 def evaluations(experiment: Experiment) -> list[tuple[str, int, str]]:
     """(method, seed, task) of every evaluation, in the order of the table."""
     frozen = [(method, seed, task) for task in probes(experiment) for method, seed in all_runs(experiment)]
@@ -276,37 +309,61 @@ def searches(experiment: Experiment) -> list[tuple[str, int, str]]:
 
 
 def figures(experiment: Experiment) -> list[str]:
-    """Names of the figures that have something to show."""
+    """Names of the figures that have something to show, which the experiment file alone decides.
+
+    Those of false negatives need labels: an evaluation or a row that uses labels says that there are some.
+    """
     recipes = [pretrain_run(experiment, *run).recipe for run in all_runs(experiment)]
-    return [
-        *(["accuracy"] if evaluations(experiment) else []),
-        *(["training"] if any(isinstance(recipe, Training) for recipe in recipes) else []),
-        *(["negatives"] if any(isinstance(recipe, Contrastive) for recipe in recipes) else []),
+    contrastive = [recipe for recipe in recipes if isinstance(recipe, Contrastive)]
+    frozen, detection = probes(experiment), experiment.evaluation.detection
+    labelled = bool(frozen) or any(isinstance(recipe, Supervised) for recipe in recipes)
+    grid = mixing_grid(experiment)
+    shown = {
+        "accuracy": bool(frozen or detection),
+        "loss": any(isinstance(recipe, Training) for recipe in recipes),
+        "proxy-task": bool(contrastive),
+        "matching": any(recipe.matching_epochs for recipe in contrastive),
+        "false-negatives": bool(contrastive) and labelled,
+        "false-parents": bool(grid) and labelled,
+        "alignment-uniformity": labelled,
+        "class-oracle": bool(frozen and with_oracle(experiment)),
+        "gain": bool(frozen) and len(grid) > 1 and baseline_of(experiment) is not None,
+    }
+    return [name for name, is_shown in shown.items() if is_shown] + [
+        f"precision-recall-{name}" for name in detection
     ]
 
 
 def reported(experiment: Experiment) -> Result:
-    """Scores, tables and figures."""
+    """Scores, tables, figures and the page that shows them."""
     stage = STAGES["report"]
     places = Layout(experiment.name)
     encoders = [places.pretrain(*run) for run in all_runs(experiment)]
-    scored = [places.evaluation(*one) for one in evaluations(experiment)]
+    others = [evaluated(experiment, *one) for one in evaluations(experiment)]
+    others += [analyzed(experiment, *run) for run in all_runs(experiment)]
     files = [folder / name for folder in encoders for name in ("metrics.csv", "matching.csv", RECORD)]
-    files += [folder / name for folder in scored for name in ("metrics.json", RECORD)]
+    files += [
+        other.folder / name
+        for other in others
+        for name in (*other.outputs, RECORD)
+        if name != "precision_recall.png"  # drawn again, all rows in one figure
+    ]
+    files += [evaluated(experiment, *one).record for one in searches(experiment)]
     return Result(
         stage="report",
         label="report",
         folder=places.results,
         outputs=(
             *stage.outputs,
-            *(f"{name}.{kind}" for name in figures(experiment) for kind in ("png", "svg")),
+            *(f"figures/{name}.{kind}" for name in figures(experiment) for kind in ("json", "png", "svg")),
         ),
         settings={
             "title": experiment.title,
+            "baseline": baseline_of(experiment),
             "runs": [list(run) for run in all_runs(experiment)],
             "evaluations": [list(one) for one in evaluations(experiment)],
         },
-        inputs={str(path): path for path in [*files, layout.PUBLISHED]},
+        inputs={str(path): path for path in [*files, layout.PUBLISHED, layout.DEVIATIONS]},
         modules=stage.numbers,
     )
 
@@ -327,5 +384,6 @@ def results(experiment: Experiment, listings: Mapping[str, str] | None = None) -
         *(pretrained(experiment, *run) for run in all_runs(experiment)),
         *(evaluated(experiment, *one) for one in searches(experiment)),
         *(evaluated(experiment, *one) for one in evaluations(experiment)),
+        *(analyzed(experiment, *run) for run in all_runs(experiment)),
         reported(experiment),
     ]

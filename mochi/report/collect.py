@@ -1,7 +1,8 @@
 """The results of an experiment, gathered from its folders into few files that git keeps."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,87 @@ import pandas as pd
 
 from mochi.config import Experiment, all_runs, columns
 from mochi.errors import UserError
-from mochi.layout import Layout
-from mochi.provenance.wanted import RECORD, evaluated, evaluations, pretrained, searches
+from mochi.provenance.wanted import (
+    RECORD,
+    Result,
+    analyzed,
+    evaluated,
+    evaluations,
+    pretrained,
+    searches,
+)
 from mochi.stages import column_of
 
 
 class MissingResultError(UserError):
-    """A result that the report needs is not there."""
+    """A result that is asked for is not there."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All that there is of an experiment, and what is not."""
+
+    scores: pd.DataFrame
+    """One row for each number: method, seed, task, metric, fine_tuning, value (percent).
+
+    A detection set has one row for each fine-tuning (MoCHi section 4.2); elsewhere `fine_tuning` is empty.
+    """
+    curves: pd.DataFrame
+    """metrics.csv of every pretraining, stacked."""
+    matching: pd.DataFrame
+    """matching.csv of every pretraining, stacked."""
+    confusion: pd.DataFrame
+    """confusion.csv of every evaluation, stacked: method, seed, task, class, predicted, images."""
+    precision: pd.DataFrame
+    """precision_recall.csv of every detection set, stacked."""
+    analyses: dict[tuple[str, int], dict[str, Any]]
+    """Run -> analysis.json."""
+    records: dict[str, dict[str, Any]]
+    """Folder -> provenance of every encoder, evaluation and analysis: what `mochi explain` reads."""
+    missing: list[str]
+    """What is not there or cannot be read, with what to do."""
+
+
+def collect(experiment: Experiment) -> Collected:
+    """Gather what there is; what is missing is named and left out."""
+    reader = _Reader()
+    frames: dict[str, list[pd.DataFrame]] = {
+        name: [] for name in ("metrics", "matching", "confusion", "precision")
+    }
+    scores: list[tuple[Any, ...]] = []
+    analyses = {}
+    for method, seed in all_runs(experiment):
+        result = pretrained(experiment, method, seed)
+        for name in ("metrics", "matching"):
+            frames[name] += reader.table(result.folder / f"{name}.csv", method=method, seed=seed)
+        reader.record(result)
+    for method, seed, task in evaluations(experiment):
+        result, column = evaluated(experiment, method, seed, task), column_of(task)
+        if (metrics := reader.json(result.folder / "metrics.json")) is not None:
+            numbers = _scores(metrics, columns(experiment, task))
+            scores += [(method, seed, column, *number) for number in numbers]
+        for name, file in (("confusion", "confusion.csv"), ("precision", "precision_recall.csv")):
+            if file in result.outputs:
+                frames[name] += reader.table(result.folder / file, method=method, seed=seed, task=column)
+        reader.record(result)
+    for method, seed, task in searches(experiment):
+        reader.record(evaluated(experiment, method, seed, task))
+    for method, seed in all_runs(experiment):
+        result = analyzed(experiment, method, seed)
+        if (analysis := reader.json(result.folder / "analysis.json")) is not None:
+            analyses[method, seed] = analysis
+        reader.record(result)
+    keys = ["method", "seed"]
+    return Collected(
+        scores=pd.DataFrame(scores, columns=[*keys, "task", "metric", "fine_tuning", "value"]),
+        curves=_stacked(frames["metrics"], [*keys, "epoch"]),
+        matching=_stacked(frames["matching"], [*keys, "epoch", "rank", "probability"]),
+        confusion=_stacked(frames["confusion"], [*keys, "task", "class", "predicted", "images"]),
+        precision=_stacked(frames["precision"], [*keys, "task", "class", "recall", "precision"]),
+        analyses=analyses,
+        records=reader.records,
+        missing=reader.missing,
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,55 +102,68 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MissingResultError(f"{path}: not found; run `snakemake {path}` first") from None
+        raise _not_found(path) from None
     except (OSError, ValueError) as error:
-        raise MissingResultError(f"{path}: cannot be read: {error}; compute it again") from None
-    assert isinstance(content, dict)
+        raise _unreadable(path, error) from None
+    if not isinstance(content, dict):
+        raise _unreadable(path, f"found {type(content).__name__}, expected an object")
     return content
 
 
-def scores(experiment: Experiment) -> pd.DataFrame:
-    """One row for each number: method, seed, task, metric, fine_tuning, value (percent).
-
-    A detection set has one row for each fine-tuning: its standard deviation is over those (MoCHi section
-    4.2); elsewhere `fine_tuning` is empty.
-    """
-    places, rows = Layout(experiment.name), []
-    for method, seed, task in evaluations(experiment):
-        metrics = read_json(places.evaluation(method, seed, task) / "metrics.json")
-        singles = metrics.get("fine_tunings", {"": metrics})
-        rows += [
-            (method, seed, column_of(task), metric, repeat, single[metric])
-            for repeat, single in singles.items()
-            for metric in columns(experiment, task)
-            if metric in single
-        ]
-    return pd.DataFrame(rows, columns=["method", "seed", "task", "metric", "fine_tuning", "value"])
+def _scores(metrics: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str, float]]:
+    """(metric, fine-tuning, value) of each number of a metrics.json that the tables show."""
+    singles = metrics.get("fine_tunings", {"": metrics})
+    return [
+        (metric, repeat, single[metric])
+        for repeat, single in singles.items()
+        for metric in names
+        if single.get(metric) is not None  # "not measured" is no number
+    ]
 
 
-def curves(experiment: Experiment, name: str) -> pd.DataFrame:
-    """A CSV of every pretraining (metrics.csv, matching.csv), stacked; untrained rows have none."""
-    frames = []
-    for method, seed in all_runs(experiment):
-        path = Layout(experiment.name).pretrain(method, seed) / name
-        if not path.exists():
-            raise MissingResultError(f"{path}: not found; run `snakemake {path}` first")
-        if len(frame := pd.read_csv(path)):
-            frame.insert(0, "method", method)
-            frame.insert(1, "seed", seed)
-            frames.append(frame)
-    if not frames:
-        return pd.DataFrame(columns=["method", "seed", "epoch"])
-    return pd.concat(frames, ignore_index=True)
+class _Reader:
+    """Reads files; notes those that are missing."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def json(self, path: Path) -> dict[str, Any] | None:
+        try:
+            return read_json(path)
+        except MissingResultError as error:
+            self.missing.append(str(error))
+            return None
+
+    def record(self, result: Result) -> None:
+        if (record := self.json(result.folder / RECORD)) is not None:
+            self.records[result.folder.as_posix()] = record
+
+    def table(self, path: Path, **keys: Any) -> list[pd.DataFrame]:
+        """The CSV with the keys as its first columns; no frame if it has no rows. Names stay text."""
+        try:
+            # Only curves have empty cells; elsewhere "NA" is the name of a class.
+            frame = pd.read_csv(path, na_filter=path.name == "metrics.csv")
+        except FileNotFoundError:
+            self.missing.append(str(_not_found(path)))
+            return []
+        except pd.errors.EmptyDataError:  # a set that has no such table
+            return []
+        except (OSError, ValueError) as error:
+            self.missing.append(str(_unreadable(path, error)))
+            return []
+        for place, (name, value) in enumerate(keys.items()):
+            frame.insert(place, name, value)
+        return [frame] if len(frame) else []
 
 
-def records(experiment: Experiment) -> dict[str, dict[str, Any]]:
-    """Folder -> provenance of every encoder and evaluation: what `mochi explain` reads."""
-    return {folder.as_posix(): read_json(folder / RECORD) for folder in _folders(experiment)}
+def _stacked(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
 
 
-def _folders(experiment: Experiment) -> Iterator[Path]:
-    for run in all_runs(experiment):
-        yield pretrained(experiment, *run).folder
-    for one in [*searches(experiment), *evaluations(experiment)]:
-        yield evaluated(experiment, *one).folder
+def _not_found(path: Path) -> MissingResultError:
+    return MissingResultError(f"{path}: not found; run `snakemake {path}` first")
+
+
+def _unreadable(path: Path, error: object) -> MissingResultError:
+    return MissingResultError(f"{path}: cannot be read: {error}; compute it again")

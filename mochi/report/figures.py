@@ -1,19 +1,22 @@
-"""Figures: accuracy, training curves and negatives."""
+"""Draw charts: one file each, readable in grey and by colour-blind readers."""
 
+import base64
+import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib as mpl
-import pandas as pd
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
-from mochi.config import Experiment, columns, probes
-from mochi.provenance.wanted import figures
+from mochi.report.analyses import Chart, Series
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; one for each method, in order.
-_COLOURS = ["#999999", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+# Okabe and Ito's colours, ordered so that neighbours also differ in lightness; each has its own marker.
+_COLOURS = ["#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F"]
+_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -22,157 +25,145 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "svg.hashsalt": "mochi",  # the same bytes from the same numbers
 }
+_MARKS = 8
+"""Markers on a line."""
+_PANELS = 4
+"""In a row."""
 
 
-def draw(
-    experiment: Experiment,
-    scores: pd.DataFrame,
-    epochs: pd.DataFrame,
-    matching: pd.DataFrame,
-    out: Path,
-) -> None:
-    """Write the figures of `wanted.figures` into the folder `out`, each as png and svg."""
-    methods = list(experiment.methods)
-    colours = {method: _COLOURS[index % len(_COLOURS)] for index, method in enumerate(methods)}
+def write(chart: Chart, methods: Sequence[str], out: Path) -> None:
+    """Write the chart into the folder `out`, as png and svg; see `draw`."""
     with mpl.rc_context(_STYLE):
-        for name in figures(experiment):
-            if name == "accuracy":
-                figure = _accuracy(experiment, scores, methods, colours)
-            elif name == "training":
-                figure = _training(epochs, methods, colours)
-            else:
-                figure = _negatives(epochs, matching, methods, colours)
-            _save(figure, out / name)
+        figure = draw(chart, methods)
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+            figure.savefig((out / chart.name).with_suffix(suffix), dpi=150, metadata=metadata)
 
 
-def _accuracy(
-    experiment: Experiment, scores: pd.DataFrame, methods: list[str], colours: dict[str, str]
-) -> Figure:
-    """The main number of every seed as a point, their mean as a line, for each task on frozen features.
+def draw(chart: Chart, methods: Sequence[str]) -> Figure:
+    """The chart as a figure. Without series it says so.
 
-    An experiment of detection sets alone shows their AP50, a point for each fine-tuning.
+    Args:
+        chart: what to draw.
+        methods: rows of the experiment; each has the same colour and marker in every chart.
     """
-    tasks = probes(experiment) or list(dict.fromkeys(scores["task"]))
-    main = {task: next(iter(columns(experiment, task))) for task in tasks}
-    shown = scores[scores["metric"] == scores["task"].map(main)]
-    figure = Figure(figsize=(4 * len(tasks), 0.5 * len(methods) + 1.2), layout="constrained")
-    for axes, task in zip(_row_of(figure, len(tasks), sharey=True), tasks, strict=True):
-        for place, method in enumerate(methods):
-            values = shown[(shown["task"] == task) & (shown["method"] == method)]["value"]
-            if values.empty:  # a detection set may be computed for some rows only
-                continue
-            mean = values.mean()
-            axes.plot([mean, mean], [place - 0.3, place + 0.3], color=colours[method], linewidth=2)
-            axes.scatter(values, [place] * len(values), color=colours[method], alpha=0.6, s=18, zorder=3)
-            spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
-            axes.annotate(
-                f"{mean:.1f}{spread}", (values.max(), place), xytext=(8, -3), textcoords="offset points"
-            )
+    panels = list(dict.fromkeys(series.panel for series in chart.series)) or [""]
+    columns = min(len(panels), _PANELS)
+    rows = -(-len(panels) // columns)
+    height = 3.4 if chart.categories is None else 0.45 * len(chart.categories) + 1.2
+    width = 6.4 if len(panels) == 1 else 3.0 * columns + 1.2
+    figure = Figure(figsize=(width, height * rows + 0.3), layout="constrained")
+    grid = figure.subplots(
+        rows, columns, squeeze=False, sharey=chart.categories is not None or chart.log, sharex=chart.log
+    ).flatten()
+    order = list(dict.fromkeys([*methods, *(series.method for series in chart.series)]))
+    if not any(series.method in methods for series in chart.series):
+        order = order[len(methods) :]
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw_panel(axes, chart, panel, order)
+    if chart.series and chart.categories is None:
+        _add_legend(figure, chart)
+    if not chart.series:
+        grid[0].text(0.5, 0.5, "nothing recorded", ha="center", va="center", transform=grid[0].transAxes)
+    return figure
+
+
+def _draw_panel(axes: Axes, chart: Chart, panel: str, methods: list[str]) -> None:
+    for series in chart.series:
+        if series.panel == panel:
+            _draw_series(axes, chart, series, methods.index(series.method))
+    if panel and chart.x:
+        axes.set_title(panel, fontsize=9)
+    axes.set_xlabel(chart.x or panel)
+    axes.set_ylabel(chart.y)
+    if chart.log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    if chart.categories is not None:
+        axes.set_yticks(range(len(chart.categories)), chart.categories)
+        axes.set_ylim(len(chart.categories) - 0.5, -0.5)
         axes.margins(x=0.35)
-        axes.set_yticks(range(len(methods)), methods)
-        axes.set_ylim(len(methods) - 0.5, -0.5)
-        column = columns(experiment, task)[main[task]]
-        axes.set_xlabel(f"{task} {column.name} ({column.unit})")
-    return figure
 
 
-def _training(epochs: pd.DataFrame, methods: list[str], colours: dict[str, str]) -> Figure:
-    """Loss with its chance level, and the proxy task with and without synthetic negatives (figure 2b)."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    loss_axes, accuracy_axes = _row_of(figure, 2)
-    for method, mean, low, high in _bands(epochs, methods, "loss"):
-        _band(loss_axes, method, colours[method], mean, low, high)
-    if "queue_fill" in epochs:
-        for method in methods:
-            rows = epochs[(epochs["method"] == method) & epochs["queue_fill"].notna()]
-            if len(rows):
-                chance = rows.groupby("epoch")["chance"].first()
-                loss_axes.plot(chance.index, chance, color=colours[method], linestyle=":", linewidth=1)
-    loss_axes.set_ylabel("loss (nats); dotted: chance")
-    contrastive = [method for method, *_ in _bands(epochs, methods, "accuracy_with_synthetics")]
-    for method, mean, low, high in _bands(epochs, contrastive, "accuracy"):
-        _band(accuracy_axes, method, colours[method], 100 * mean, 100 * low, 100 * high)
-    for method, mean, _, _ in _bands(epochs, methods, "accuracy_with_synthetics"):
-        accuracy_axes.plot(mean.index, 100 * mean, color=colours[method], linestyle="--", linewidth=1)
-    accuracy_axes.set_ylabel("proxy task accuracy (%)\ndashed: synthetic negatives count")
-    for axes in (loss_axes, accuracy_axes):
-        axes.set_xlabel("epoch")
-    if loss_axes.lines:
-        several = epochs.groupby("method")["seed"].nunique().max() > 1
-        loss_axes.legend(frameon=False, title="band: lowest to highest seed" if several else None)
-    return figure
+def _add_legend(figure: Figure, chart: Chart) -> None:
+    """Below the axes, which it would hide part of; each name once, whatever the number of panels."""
+    seeds = max(series.seeds for series in chart.series)
+    spread = "band" if any(series.style for series in chart.series) else "bars"
+    title = f"{spread}: standard deviation over up to {seeds} seeds" if seeds > 1 else None
+    keys = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    widest = max(map(len, keys))
+    figure.legend(
+        keys.values(), keys.keys(), loc="outside lower center", frameon=False, fontsize=8, title=title,
+        title_fontsize=8, ncols=max(1, min(len(keys), round(figure.get_figwidth() * 13 / (widest + 7)))),
+    )  # fmt: skip
 
 
-def _negatives(
-    epochs: pd.DataFrame, matching: pd.DataFrame, methods: list[str], colours: dict[str, str]
-) -> Figure:
-    """Matching probabilities of the hardest (figure 2a) and false negatives (figures 2c, 3c)."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    matching_axes, false_axes = _row_of(figure, 2)
-    shown = [method for method in methods if (matching["method"] == method).any()]
-    last = matching["epoch"].max() if len(matching) else 0
-    for method in shown:
-        for epoch, rows in matching[matching["method"] == method].groupby("epoch"):
-            curve = rows.groupby("rank")["probability"].mean()
-            label = method if epoch == last else None
-            strength = 0.25 + 0.75 * (float(str(epoch)) + 1) / (last + 1)
-            matching_axes.plot(curve.index, curve, color=colours[method], alpha=strength, label=label)
-    if shown:
-        matching_axes.set_xscale("log")
-        matching_axes.set_yscale("log")
-        drawn = ", ".join(str(epoch) for epoch in sorted(matching["epoch"].unique()))
-        matching_axes.legend(frameon=False, title=f"darker: later epoch ({drawn})")
-    matching_axes.set_xlabel("rank of the negative")
-    matching_axes.set_ylabel("mean matching probability")
-    kinds: list[tuple[str, Literal["-", "--", ":"], str]] = [
-        ("false_negatives", "-", "hardest negatives (up to 1024)"),
-        ("false_parents_any", "--", "mixes: one parent or both"),
-        ("false_parents_all", ":", "mixes: both parents"),
-    ]
-    for column, style, _ in kinds:
-        for place, (method, mean, _, _) in enumerate(_bands(epochs, methods, column)):
-            # Wide below narrow: lines of two methods often overlap.
-            width = max(2.8 - 0.8 * place, 1.2)
-            false_axes.plot(mean.index, 100 * mean, style, color=colours[method], linewidth=width)
-    false_axes.set_xlabel("epoch")
-    false_axes.set_ylabel("of the query's class (%)")
-    if false_axes.lines:
-        keys = [Line2D([], [], color="black", linestyle=style, label=text) for _, style, text in kinds]
-        false_axes.legend(handles=keys, frameon=False)
-    return figure
+def _draw_series(axes: Axes, chart: Chart, series: Series, index: int) -> None:
+    x, mean = np.asarray(series.x), np.asarray(series.mean)
+    colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+    if not series.style:
+        axes.errorbar(
+            x, mean, yerr=series.std, xerr=series.x_std, color=colour, marker=marker, markersize=6,
+            capsize=3, linestyle="none", label=None if chart.categories else series.method,
+        )  # fmt: skip
+        if chart.annotate:
+            reach = 0.0 if series.x_std is None else series.x_std[0]
+            text = f"{x[0]:.1f}" + (f" ± {reach:.1f}" if series.x_std else "")
+            axes.annotate(text, (x[0] + reach, mean[0]), xytext=(8, -3), textcoords="offset points")
+        return
+    every = _marks(len(x), index, log=chart.log)
+    axes.plot(
+        x, mean, series.style, color=colour, marker=None if series.style == ":" else marker,
+        linewidth=max(2.8 - 0.5 * index, 1.2),  # wide below narrow: lines of two methods often coincide
+        markersize=4, markevery=every, label=series.label or series.method,
+    )  # fmt: skip
+    if series.std is not None:
+        spread = np.asarray(series.std)
+        low = mean - spread
+        if chart.log:  # no band below what is drawn
+            low = np.maximum(low, mean / 10)
+        axes.fill_between(x, low, mean + spread, color=colour, alpha=0.15, linewidth=0)
 
 
-def _bands(
-    epochs: pd.DataFrame, methods: list[str], column: str
-) -> list[tuple[str, "pd.Series[float]", "pd.Series[float]", "pd.Series[float]"]]:
-    """(method, mean, min, max over seeds) by epoch, for the methods that have the column."""
-    if column not in epochs:
-        return []
-    bands = []
-    for method in methods:
-        rows = epochs[(epochs["method"] == method) & epochs[column].notna()]
-        if len(rows):
-            grouped = rows.groupby("epoch")[column]
-            bands.append((method, grouped.mean(), grouped.min(), grouped.max()))
-    return bands
+def _marks(num: int, index: int, *, log: bool) -> list[int]:
+    """Points of a line that carry a marker: other ones for each line, so that none hides another."""
+    if num <= 2 * _MARKS:
+        return list(range(index % 2, num, 2)) or [0]
+    if log:
+        places = np.unique(np.geomspace(1, num, _MARKS).astype(int) - 1)
+        return [int(place) for place in places]
+    step = num / _MARKS
+    return sorted({int((place + index % 4 / 4) * step) for place in range(_MARKS)})
 
 
-def _band(
-    axes: Axes,
-    label: str,
-    colour: str,
-    mean: "pd.Series[float]",
-    low: "pd.Series[float]",
-    high: "pd.Series[float]",
-) -> None:
-    axes.plot(mean.index, mean, color=colour, label=label, linewidth=1.5)
-    axes.fill_between(mean.index.to_numpy(), low, high, color=colour, alpha=0.15, linewidth=0)
+def confusion_picture(counts: NDArray[np.float64], title: str) -> str:
+    """Rows: classes, columns: predictions, darker: a larger share of the class. A data URI of a PNG."""
+    side = min(4.5, 1.6 + 0.16 * len(counts))
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(side, side), layout="constrained")
+        axes = figure.subplots()
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xlabel("predicted class (number in the table)")
+        axes.set_ylabel("class")
+        axes.set_title(title, fontsize=9)
+        if len(counts) <= 20:
+            axes.set_xticks(
+                range(len(counts)), [str(place) for place in range(1, len(counts) + 1)], fontsize=6
+            )
+            axes.set_yticks(
+                range(len(counts)), [str(place) for place in range(1, len(counts) + 1)], fontsize=6
+            )
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return data_uri(buffer.getvalue(), "image/png")
 
 
-def _row_of(figure: Figure, num: int, *, sharey: bool = False) -> list[Axes]:
-    return list(figure.subplots(1, num, squeeze=False, sharey=sharey)[0])
-
-
-def _save(figure: Figure, path: Path) -> None:
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        figure.savefig(path.with_suffix(suffix), dpi=150, metadata=metadata)
+def data_uri(content: bytes, kind: str) -> str:
+    """A file inside the page."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,46 +1,68 @@
-"""The report stage: scores, curves, records, tables and figures of a finished experiment."""
+"""The report stage: scores, curves, records, tables, figures and the page of an experiment."""
 
+import logging
 from pathlib import Path
 
-from mochi.config import Experiment
-from mochi.layout import PUBLISHED
+from mochi.config import Experiment, baseline_of
+from mochi.layout import DEVIATIONS, PUBLISHED
 from mochi.provenance.record import Stopwatch, write_record
 from mochi.provenance.wanted import Result
-from mochi.report import figures, tables
-from mochi.report.collect import curves, records, scores
+from mochi.provenance.wanted import figures as wanted_figures
+from mochi.report import figures, page, tables
+from mochi.report.analyses import chart
+from mochi.report.collect import collect
 from mochi.storage.atomic import publishing, write_json, write_text
 
+logger = logging.getLogger(__name__)
 
-def run(experiment: Experiment, result: Result, published: Path = PUBLISHED) -> Path:
+
+def run(
+    experiment: Experiment, result: Result, published: Path = PUBLISHED, deviations: Path = DEVIATIONS
+) -> Path:
     """Write everything that git keeps of an experiment.
+
+    What is missing is named in the page and in the log, and left out; then there is no provenance.json, so
+    that the report is made again once it is there.
 
     Args:
         experiment: whose results.
         result: receives scores.csv (every number), curves.csv and matching.csv (training), records.json
-            (provenance of each number), summary.{csv,md,json}, and the figures.
-        published: CSV of the papers' numbers: experiment, method, task, metric, value, std, source.
+            (provenance of each number), summary.{csv,md,tex,json}, a json, png and svg of each figure in
+            figures/, and report.html.
+        published: CSV of the papers' numbers: experiment, method, task, metric, value, std, source, table.
+        deviations: list of differences from the paper, for the page.
 
     Returns:
         The table to read, summary.md.
-
-    Raises:
-        MissingResultError: a run has not been trained or evaluated.
     """
     watch = Stopwatch()
-    numbers, epochs = scores(experiment), curves(experiment, "metrics.csv")
-    matching = curves(experiment, "matching.csv")
-    summary = tables.summarize(numbers, tables.read_published(published, experiment.name))
+    found = collect(experiment)
+    for line in found.missing:
+        logger.warning("missing: %s", line)
+    summary = tables.summarize(
+        found.scores, tables.read_published(published, experiment.name), baseline_of(experiment)
+    )
+    grids = tables.layouts(experiment, summary)
+    charts = [chart(name, experiment, found) for name in wanted_figures(experiment)]
+    if found.missing:
+        charts = [each for each in charts if each.series]
     with publishing(result.folder) as new:
         for name, table in (
-            ("scores", numbers),
-            ("curves", epochs),
-            ("matching", matching),
+            ("scores", found.scores),
+            ("curves", found.curves),
+            ("matching", found.matching),
             ("summary", summary),
         ):
             write_text(new / f"{name}.csv", table.to_csv(index=False))
-        write_json(new / "records.json", records(experiment))
-        write_text(new / "summary.md", tables.markdown(experiment, summary))
+        write_json(new / "records.json", found.records)
+        write_text(new / "summary.md", tables.markdown(experiment, grids))
+        write_text(new / "summary.tex", tables.latex(experiment, grids))
         write_json(new / "summary.json", tables.nested(summary))
-        figures.draw(experiment, numbers, epochs, matching, new)
-        write_record(new, result, watch)
+        drawn = new / "figures"
+        for each in charts:
+            write_json(drawn / f"{each.name}.json", each.json())
+            figures.write(each, list(experiment.methods), drawn)
+        write_text(new / "report.html", page.render(experiment, found, grids, charts, drawn, deviations))
+        if not found.missing:
+            write_record(new, result, watch)
     return result.folder / "summary.md"

@@ -26,7 +26,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     savefig = Figure.savefig
 
     def watched(self: Figure, path: Path, **options: Any) -> None:
-        figures[Path(path).stem] = self
+        if isinstance(path, Path):  # others go into the page
+            figures[path.stem] = self
         savefig(self, path, **options)
 
     monkeypatch.setattr(Figure, "savefig", watched)

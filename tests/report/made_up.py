@@ -37,7 +37,8 @@ def make_up(experiment: Experiment, metrics: Metrics, *, with_records: bool = Tr
     """
     assert not Path("mochi").exists(), "not into the project itself"
     layout.PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
-    layout.PUBLISHED.write_text("experiment,method,task,metric,value,std,source\n")
+    layout.PUBLISHED.write_text("experiment,method,task,metric,value,std,source,table\n")
+    layout.DEVIATIONS.write_text("- A pair is of two `different` negatives ([why](x.md)).\n")
     if with_records:
         for result in wanted.results(experiment):
             if result.stage in ("prepare", "scenes"):
@@ -53,7 +54,36 @@ def make_up(experiment: Experiment, metrics: Metrics, *, with_records: bool = Tr
         files = dict.fromkeys(STAGES[result.stage].outputs, "") | {
             "metrics.json": json.dumps(metrics(*one))
         }
+        if result.stage == "evaluate":
+            files["confusion.csv"] = f"class,predicted,images\n{CLASS},{CLASS},3\n{CLASS},NA,1\nNA,NA,4\n"
+        else:
+            files["precision_recall.csv"] = (
+                "class,recall,precision\na,0.0,1.0\na,1.0,0.5\nb,0.0,0.5\nb,1.0,0.0\n"
+            )
         _finish(result, files, with_records=with_records)
+    for method, seed in wanted.all_runs(experiment):
+        result = wanted.analyzed(experiment, method, seed)
+        files = {
+            "analysis.json": json.dumps(analysis(seed, "head" in result.settings)),
+            "map.jpg": "",
+            "neighbours.jpg": "",
+        }
+        _finish(result, files, with_records=with_records)
+
+
+CLASS = "<script>alert('class')</script>"
+"""A name of a class that must not do anything."""
+
+
+def analysis(seed: int, embedded: bool) -> dict[str, Any]:
+    """analysis.json: alignment 0.5 + seed and uniformity -1 - seed, half of it once embedded."""
+    pooled = {"dim": 64, "alignment": 0.5 + seed, "uniformity": -1.0 - seed}
+    half = {"dim": 16, "alignment": (0.5 + seed) / 2, "uniformity": (-1.0 - seed) / 2}
+    spaces = {"pooled": pooled} | ({"embedded": half} if embedded else {})
+    near = [{"image": "b.png", "class": None, "similarity": 0.5}]
+    query = {"image": "a.png", "class": CLASS, **dict.fromkeys(spaces, near)}
+    about = {"split": "val", "num_images": 8, "num_labelled": 8, "map_method": "t-SNE, perplexity 2"}
+    return about | {"spaces": spaces, "queries": [query]}
 
 
 def fine_tunings(*values: float) -> dict[str, Any]:
@@ -109,9 +139,9 @@ def published_in(folder: Path) -> Path:
     """A table with a number of the tiny experiment and one of another."""
     file = folder / "published.csv"
     file.write_text(
-        "experiment,method,task,metric,value,std,source\n"
-        "tiny,mochi-16-24-8,linear,top1,79.0,0.4,table 1\n"
-        "other,random-init,linear,top1,1.0,,table 9\n"
+        "experiment,method,task,metric,value,std,source,table\n"
+        "tiny,mochi-16-24-8,linear,top1,79.0,0.4,table 1,\n"
+        "other,random-init,linear,top1,1.0,,table 9,9\n"
     )
     return file
 

@@ -7,9 +7,9 @@ import pytest
 
 from mochi.config import Experiment
 from mochi.layout import Layout
-from mochi.report.collect import curves, scores
+from mochi.report.collect import collect
 from tests.detection.sets import small_set
-from tests.report.made_up import make_up
+from tests.report.made_up import CLASS, make_up
 from tests.tiny import MOCHI
 
 
@@ -33,7 +33,7 @@ def numbers(method: str, seed: int, task: str) -> dict[str, Any]:
 
 def test_every_number_of_the_tables_and_no_other(experiment: Experiment) -> None:
     make_up(experiment, numbers, with_records=False)
-    table = scores(experiment)
+    table = collect(experiment).scores
     own = table[(table["method"] == MOCHI) & (table["seed"] == 1)]
     found = [tuple(row) for row in own.drop(columns=["method", "seed"]).to_numpy().tolist()]
     assert found == [
@@ -50,12 +50,19 @@ def test_every_number_of_the_tables_and_no_other(experiment: Experiment) -> None
 
 def test_curves_are_stacked_and_untrained_rows_have_none(experiment: Experiment) -> None:
     make_up(experiment, numbers, with_records=False)
-    table = curves(experiment, "metrics.csv")
+    table = collect(experiment).curves
     assert table[["method", "seed", "epoch"]].to_numpy().tolist() == [
         [MOCHI, 0, 0], [MOCHI, 0, 1], [MOCHI, 1, 0], [MOCHI, 1, 1]
     ]  # fmt: skip
     for run in ((MOCHI, 0), (MOCHI, 1)):
         (Layout("tiny").pretrain(*run) / "metrics.csv").write_text("epoch\n")
-    empty = curves(experiment, "metrics.csv")
+    empty = collect(experiment).curves
     assert empty.empty
     assert list(empty.columns) == ["method", "seed", "epoch"]
+
+
+def test_names_of_classes_are_text(experiment: Experiment) -> None:
+    make_up(experiment, numbers, with_records=False)
+    table = collect(experiment).confusion
+    assert set(table["class"]) == {CLASS, "NA"}
+    assert table.groupby(["method", "seed", "task"])["images"].sum().unique().tolist() == [8]

@@ -1,83 +1,162 @@
 """Figures show the numbers, all of them, with their names."""
 
+import json
 from pathlib import Path
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mochi.config import Experiment, parse_experiment
 from mochi.provenance.wanted import reported
 from mochi.report import stage
+from mochi.report.figures import _marks
 from tests.detection.sets import small_set
 from tests.report.made_up import fine_tunings, is_detection, make_up, top1_of
 from tests.tiny import MOCHI, TINY
 
 
-def points(axes: Axes) -> list[list[float]]:
-    """(x, y) of all scattered points."""
-    return [list(map(float, point)) for dots in axes.collections for point in dots.get_offsets()]  # type: ignore[union-attr]
+def means(axes: Axes) -> list[list[float]]:
+    """(x, y) of all points with bars."""
+    lines = [
+        container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)
+    ]
+    return [[float(line.get_xdata()[0]), float(line.get_ydata()[0])] for line in lines]  # type: ignore[index]
 
 
 def curve(line: Line2D) -> dict[float, float]:
     return dict(zip(map(float, line.get_xdata()), map(float, line.get_ydata()), strict=True))  # type: ignore[arg-type]
 
 
-def legend(axes: Axes) -> list[str]:
-    found = axes.get_legend()
-    assert found is not None
-    return [text.get_text() for text in found.get_texts()]
-
-
 def test_accuracy(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
-    """Each seed a point, the mean a stroke with its standard deviation in words."""
+    """The mean of each row as a point, with its standard deviation as a bar and in words."""
     stage.run(tiny, reported(tiny))
     linear, knn = drawn["accuracy"].axes
     assert [linear.get_xlabel(), knn.get_xlabel()] == ["linear top-1 (%)", "knn top-1 (%)"]
     assert [text.get_text() for text in linear.get_yticklabels()] == ["random-init", MOCHI]
     for axes in (linear, knn):
-        assert points(axes) == [[10.0, 0.0], [50.0, 1.0], [53.0, 1.0]]
-        assert [line.get_xdata()[0] for line in axes.lines] == [10.0, 51.5]  # type: ignore[index]
+        assert means(axes) == [[10.0, 0.0], [51.5, 1.0]]
         assert [text.get_text() for text in axes.texts] == ["10.0", "51.5 ± 2.1"]
 
 
-def test_training(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
-    """The mean over seeds, the band of all seeds, the chance level; the proxy task with and without
-    synthetic negatives."""
+def test_loss(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
+    """The mean over seeds, a band of their standard deviation, the chance level."""
     stage.run(tiny, reported(tiny))
-    loss, accuracy = drawn["training"].axes
-    mean, chance = loss.lines
+    (axes,) = drawn["loss"].axes
+    mean, chance = axes.lines
     assert curve(mean) == {0.0: 4.5, 1.0: 3.5}
     assert (curve(chance), chance.get_linestyle()) == ({0.0: 4.6, 1.0: 4.6}, ":")
-    (band,) = loss.collections
-    bounds = band.get_datalim(loss.transData)
-    assert (bounds.y0, bounds.y1) == (3.0, 5.0)
-    assert legend(loss) == [MOCHI]
-    alone, with_synthetics = accuracy.lines
-    assert curve(alone) == {0.0: 20.0, 1.0: 20.0}
-    assert (curve(with_synthetics), with_synthetics.get_linestyle()) == ({0.0: 10.0, 1.0: 10.0}, "--")
-    assert loss.get_ylabel().startswith("loss (nats)")
-    assert accuracy.get_ylabel().startswith("proxy task accuracy (%)")
+    (band,) = axes.collections
+    bounds = band.get_datalim(axes.transData)
+    assert (bounds.y0, bounds.y1) == pytest.approx((3.5 - 0.5**0.5, 4.5 + 0.5**0.5))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "loss (nats)")
+    (legend,) = drawn["loss"].legends
+    assert [text.get_text() for text in legend.get_texts()] == [MOCHI, f"{MOCHI}, chance"]
+    assert legend.get_title().get_text() == "band: standard deviation over up to 2 seeds"
 
 
-def test_negatives(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
+def test_proxy_task(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
+    """With and without synthetic negatives."""
     stage.run(tiny, reported(tiny))
-    matching, false = drawn["negatives"].axes
-    assert [curve(line) for line in matching.lines] == [
+    (axes,) = drawn["proxy-task"].axes
+    alone, with_synthetics = axes.lines
+    assert (curve(alone), alone.get_linestyle()) == ({0.0: 20.0, 1.0: 20.0}, "-")
+    assert (curve(with_synthetics), with_synthetics.get_linestyle()) == ({0.0: 10.0, 1.0: 10.0}, "--")
+    assert axes.get_ylabel() == "accuracy (%)"
+
+
+def test_matching(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
+    stage.run(tiny, reported(tiny))
+    (axes,) = drawn["matching"].axes
+    assert [curve(line) for line in axes.lines] == [
         pytest.approx({float(rank): 0.1 / rank for rank in range(1, 10)})
     ] * 2
-    assert legend(matching) == [MOCHI], "each method once, whatever the number of epochs"
-    first, last = (line.get_alpha() for line in matching.lines)
-    assert first is not None
-    assert last is not None
-    assert first < last, "later epochs are darker"
-    assert [(line.get_linestyle(), curve(line)) for line in false.lines] == [
-        ("-", pytest.approx({0.0: 6.0, 1.0: 6.0})),
-        ("--", pytest.approx({0.0: 11.0, 1.0: 11.0})),
-        (":", pytest.approx({0.0: 1.0, 1.0: 1.0})),
+    assert axes.get_title() == MOCHI
+    assert [line.get_label() for line in axes.lines] == ["epoch 0", "epoch 1"]
+    assert len({line.get_linestyle() for line in axes.lines}) == 2, "told apart in grey"
+    assert axes.get_yscale() == "log"
+
+
+def test_false_negatives_and_parents(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
+    stage.run(tiny, reported(tiny))
+    (hardest,) = drawn["false-negatives"].axes
+    assert [curve(line) for line in hardest.lines] == [pytest.approx({0.0: 6.0, 1.0: 6.0})]
+    (parents,) = drawn["false-parents"].axes
+    assert [(line.get_linestyle(), curve(line)) for line in parents.lines] == [
+        ("-", pytest.approx({0.0: 11.0, 1.0: 11.0})),
+        ("--", pytest.approx({0.0: 1.0, 1.0: 1.0})),
     ]
-    assert len(legend(false)) == 3
+
+
+def test_alignment_and_uniformity(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
+    stage.run(tiny, reported(tiny))
+    pooled, embedded = drawn["alignment-uniformity"].axes
+    assert [pooled.get_title(), embedded.get_title()] == ["pooled features", "embedded features"]
+    assert means(pooled) == [[-1.0, 0.5], [-1.5, 1.0]]
+    assert means(embedded) == [[-0.75, 0.5]], "random-init has no head"
+
+
+def test_a_row_looks_the_same_in_every_figure(
+    tiny: Experiment, results: Path, drawn: dict[str, Figure]
+) -> None:
+    stage.run(tiny, reported(tiny))
+    found = {
+        (line.get_color(), line.get_marker())
+        for name in ("loss", "proxy-task", "false-negatives")
+        for line in drawn[name].axes[0].lines
+        if line.get_linestyle() != ":"
+    }
+    assert len(found) == 1
+
+
+def test_gain_and_oracle(tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid of (N, s, s') less the baseline, paired over seeds; and the class oracle."""
+    monkeypatch.chdir(tmp_path)
+    recipe = dict(TINY["methods"][MOCHI], seeds=[0, 1])
+    mixing = dict(recipe["negatives"], num_query_synthetics=0)
+    content = TINY | {
+        "methods": {
+            "moco-v2": {"seeds": [0, 1]},
+            "moco-v2-oracle": {"masks": ["class_oracle"]},
+            MOCHI: recipe,
+            "mochi-16-24-0": dict(recipe, negatives=mixing),
+        }
+    }
+    experiment = parse_experiment(content, "x.yaml")
+    values = {
+        "moco-v2": (40.0, 42.0),
+        "moco-v2-oracle": (50.0,),
+        MOCHI: (41.0, 45.0),
+        "mochi-16-24-0": (40.0, 40.0),
+    }
+    make_up(
+        experiment, lambda method, seed, task: {"top1": values[method][seed], "k": 5}, with_records=False
+    )
+    stage.run(experiment, reported(experiment))
+    (gain,) = drawn["gain"].axes
+    assert gain.get_title() == "N = 16"
+    assert [text.get_text() for text in gain.get_yticklabels()] == ["24, 0", "24, 8"]
+    assert sorted(means(gain)) == [[-1.0, 0.0], [2.0, 1.0]]
+    assert sorted(text.get_text() for text in gain.texts) == [
+        "-1.0 ± 12.7",
+        "2.0 ± 12.7",
+    ]  # t(1) = 12.7, s = sqrt 2
+    assert gain.get_xlabel() == "gain over moco-v2 (%)"
+    (oracle,) = drawn["class-oracle"].axes
+    assert [text.get_text() for text in oracle.get_yticklabels()] == ["moco-v2", "moco-v2-oracle"]
+    assert means(oracle) == [[41.0, 0.0], [50.0, 1.0]]
+    content = json.loads(Path("results/tiny/figures/gain.json").read_text())
+    assert [series["method"] for series in content["series"]] == [MOCHI, "mochi-16-24-0"]
+
+
+def test_many_points_have_few_markers() -> None:
+    for num, log in ((1, False), (10, False), (200, False), (1024, True)):
+        for index in range(9):
+            marks = _marks(num, index, log=log)
+            assert 1 <= len(marks) <= 8
+            assert set(marks) <= set(range(num))
 
 
 def test_a_figure_that_would_be_empty_is_not_made(
@@ -86,7 +165,7 @@ def test_a_figure_that_would_be_empty_is_not_made(
     monkeypatch.chdir(tmp_path)
     untrained = TINY | {"methods": {"random-init": {"objective": "none"}}}
     for name, content, expected in (
-        ("one", untrained, {"accuracy"}),
+        ("one", untrained, {"accuracy", "alignment-uniformity"}),
         ("two", untrained | {"evaluation": {"image_size": 16, "resize": 16}}, set()),
     ):
         experiment = parse_experiment(content | {"name": name}, "x.yaml")
@@ -94,7 +173,7 @@ def test_a_figure_that_would_be_empty_is_not_made(
         drawn.clear()
         stage.run(experiment, reported(experiment))
         assert set(drawn) == expected
-        pictures = {path.stem for path in Path("results", name).glob("*.svg")}
+        pictures = {path.stem for path in Path("results", name, "figures").glob("*.svg")}
         assert pictures == expected
 
 
@@ -113,9 +192,11 @@ def test_rows_without_a_detection_set_stay_empty(
     assert few_axes.get_xlabel() == "detection-few AP50 (%)"
     assert many_axes.get_xlabel() == "detection-many AP50 (%)"
     assert [text.get_text() for text in few_axes.get_yticklabels()] == ["random-init", MOCHI]
-    assert points(few_axes) == [[40.0, 0.0], [42.0, 0.0]]
+    assert means(few_axes) == [[41.0, 0.0]]
     assert [text.get_text() for text in few_axes.texts] == ["41.0 ± 1.4"]
-    assert points(many_axes)[2:] == [[40.0, 1.0], [42.0, 1.0], [41.0, 1.0], [43.0, 1.0]]
+    assert means(many_axes) == [[41.0, 0.0], [41.5, 1.0]]
+    (precision,) = drawn["precision-recall-few"].axes
+    assert [curve(line) for line in precision.lines] == [{0.0: 0.75, 1.0: 0.25}], "the mean over classes"
 
 
 def test_a_probe_comes_before_detection(

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mochi.config import load_experiment, probes
-from mochi.provenance.wanted import RECORD, reported
+from mochi.provenance.wanted import reported
 from mochi.report import stage
 from tests.report.made_up import fine_tunings, is_detection, make_up
 
@@ -38,8 +38,15 @@ def test_the_report(
     make_up(experiment, Numbers(), with_records=False)
     result = reported(experiment)
     stage.run(experiment, result, ROOT / "workflow/published.csv")
-    assert {path.name for path in result.folder.iterdir() if path.is_file()} == {*result.outputs, RECORD}
-    assert set(drawn) == {"accuracy", "training", "negatives"}
+    assert all((result.folder / name).stat().st_size for name in result.outputs)
+    assert result.record.exists()
+    assert {"accuracy", "loss", "proxy-task", "matching"} <= set(drawn)
+    assert not [
+        name
+        for name, figure in drawn.items()
+        for axes in figure.axes
+        if axes.texts and "nothing" in axes.texts[0].get_text()
+    ]
 
     evaluated = probes(experiment)
     panels = {axes.get_xlabel(): axes for axes in drawn["accuracy"].axes}

@@ -1,6 +1,9 @@
 """The report is written whole, from the results alone, and is current until one of them changes."""
 
+import html
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -8,9 +11,8 @@ import pytest
 
 from mochi.config import Experiment
 from mochi.layout import Layout
-from mochi.provenance.wanted import RECORD, reported
+from mochi.provenance.wanted import RECORD, Result, reported
 from mochi.report import stage
-from mochi.report.collect import MissingResultError
 from tests.report.made_up import published_in, redirected
 from tests.tiny import MOCHI
 
@@ -18,10 +20,9 @@ from tests.tiny import MOCHI
 def test_what_is_written(tiny: Experiment, results: Path) -> None:
     result = reported(tiny)
     assert stage.run(tiny, result) == Path("results/tiny/summary.md")
-    own = {path.name for path in result.folder.iterdir() if path.is_file()}
-    assert own == {*result.outputs, RECORD}
-    assert {"accuracy.png", "accuracy.svg", "training.png", "negatives.svg"} < own
-    assert (result.folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert files_of_report(result) == {*result.outputs, RECORD}
+    assert {"report.html", "summary.tex", "figures/accuracy.png", "figures/loss.svg"} < {*result.outputs}
+    assert (result.folder / "figures/accuracy.png").read_bytes().startswith(b"\x89PNG")
 
     scores = pd.read_csv(result.folder / "scores.csv", keep_default_na=False)
     rows = [tuple(row) for row in scores.to_numpy().tolist()]
@@ -45,7 +46,7 @@ def test_records_are_those_of_every_encoder_and_evaluation(tiny: Experiment, res
     places = Layout("tiny")
     runs = [("random-init", 0), (MOCHI, 0), (MOCHI, 1)]
     folders = [places.pretrain(*run) for run in runs]
-    folders += [places.evaluation(*run, task) for task in ("linear", "knn") for run in runs]
+    folders += [places.evaluation(*run, task) for task in ("linear", "knn", "analysis") for run in runs]
     expected = {str(folder): json.loads((folder / RECORD).read_text()) for folder in folders}
     assert json.loads((places.results / "records.json").read_text()) == expected
 
@@ -71,24 +72,49 @@ def test_the_same_results_give_the_same_bytes(tiny: Experiment, results: Path) -
     "missing",
     [
         Layout("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json",
+        Layout("tiny").evaluation(MOCHI, 1, "knn") / "confusion.csv",
         Layout("tiny").evaluation(MOCHI, 1, "knn") / RECORD,
+        Layout("tiny").evaluation(MOCHI, 1, "analysis") / "analysis.json",
         Layout("tiny").pretrain(MOCHI, 1) / "metrics.csv",
         Layout("tiny").pretrain("random-init", 0) / "matching.csv",
         Layout("tiny").pretrain("random-init", 0) / RECORD,
     ],
     ids=str,
 )
-def test_a_missing_result_is_named_and_nothing_is_written(
-    missing: Path, tiny: Experiment, results: Path
+def test_what_is_missing_is_named_and_left_out(
+    missing: Path, tiny: Experiment, results: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     missing.unlink()
-    with pytest.raises(MissingResultError, match=f"{missing}: not found; run `snakemake {missing}` first"):
-        stage.run(tiny, redirected(reported(tiny), Path("report")))
-    assert not list(Path("report").rglob("*"))
+    result = redirected(reported(tiny), Path("report"))
+    stage.run(tiny, result)
+    expected = f"{missing}: not found; run `snakemake {missing}` first"
+    assert f"missing: {expected}" in caplog.text
+    page = Path("report/report.html").read_text()
+    assert "Missing: 1 file" in page
+    assert html.escape(expected, quote=False) in html.unescape(page)
+    assert not result.record.exists(), "so that it is made again"
 
 
-def test_a_damaged_result_is_named(tiny: Experiment, results: Path) -> None:
+def test_without_any_result_there_is_a_report_all_the_same(tiny: Experiment, results: Path) -> None:
+    shutil.rmtree("results")
+    stage.run(tiny, reported(tiny))
+    page = Path("results/tiny/report.html").read_text()
+    assert "No evaluation has a result." in page
+    assert "Nothing has been computed." in page
+    assert not list(Path("results/tiny/figures").glob("*.svg"))
+
+
+def test_a_damaged_result_is_named(
+    tiny: Experiment, results: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     metrics = Layout("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json"
-    metrics.write_text('{"top1": 5')
-    with pytest.raises(MissingResultError, match=f"{metrics}: cannot be read: .*; compute it again"):
+    for content, reason in (('{"top1": 5', "delimiter"), ("[1]", "found list, expected an object")):
+        metrics.write_text(content)
         stage.run(tiny, reported(tiny))
+        assert re.search(f"missing: {metrics}: cannot be read: .*{reason}.*; compute it again", caplog.text)
+
+
+def files_of_report(result: Result) -> set[str]:
+    """Files in its folder, without the runs' own."""
+    files = [*result.folder.glob("*"), *(result.folder / "figures").glob("*")]
+    return {path.relative_to(result.folder).as_posix() for path in files if path.is_file()}

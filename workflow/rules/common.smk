@@ -97,11 +97,34 @@ def evaluated(wildcards):
     return wanted.evaluated(EXPERIMENT, wildcards.method, int(wildcards.seed), named)
 
 
-def results_of(folder, stage):
+def analyzed(wildcards):
+    return wanted.analyzed(EXPERIMENT, wildcards.method, int(wildcards.seed))
+
+
+# Pictures that `snakemake --report` shows.
+PICTURES = {
+    "neighbours.jpg": "Encoders",
+    "map.jpg": "Encoders",
+    "detections.png": "Detections",
+    "precision_recall.png": "Detections",
+}
+
+
+def in_report(path, category, caption, **labels):
+    """The path, marked for `snakemake --report`; the caption is a file of workflow/report."""
+    caption = f"../report/{caption}.rst"
+    return report(path, caption=caption, category=category, labels=labels)
+
+
+def results_of(folder, stage, **labels):
     """The files of a result. Snakemake keeps them while a job runs: the job replaces them at its end."""
-    return update(
-        [f"{folder}/{name}" for name in (*wanted.STAGES[stage].outputs, wanted.RECORD)]
-    )
+    files = []
+    for name in (*wanted.STAGES[stage].outputs, wanted.RECORD):
+        path, kind = f"{folder}/{name}", Path(name).stem
+        if name in PICTURES:
+            path = in_report(path, PICTURES[name], kind, **labels, picture=kind)
+        files.append(path)
+    return update(files)
 
 
 def logged(command):

@@ -40,6 +40,9 @@ rule detect:
         results_of(
             PLACES.evaluation("{method}", "{seed}", f"{wanted.DETECTION}{{job}}"),
             "detect",
+            set="{set}",
+            method="{method}",
+            seed="{seed}",
         ),
     log:
         PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.log"),

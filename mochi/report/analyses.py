@@ -1,0 +1,376 @@
+"""The paper's analyses: what each figure shows, as numbers that are also written as JSON.
+
+A chart has series of points, each the mean over seeds with its standard deviation. `mochi.report.figures`
+draws charts and knows nothing of what they are about.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from mochi.config import (
+    ORACLE,
+    Column,
+    Experiment,
+    Supervised,
+    all_runs,
+    baseline_of,
+    columns,
+    mixing_grid,
+    pretrain_run,
+    probes,
+    with_oracle,
+)
+from mochi.report.collect import Collected
+from mochi.report.statistics import paired
+from mochi.stages import DETECTION
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart."""
+
+    method: str
+    """Decides colour and marker."""
+    x: list[float]
+    mean: list[float]
+    std: list[float] | None = None
+    """Over seeds; None for a single seed."""
+    x_std: list[float] | None = None
+    seeds: int = 1
+    label: str = ""
+    style: str = "-"
+    """Of the line, as matplotlib names it; empty: markers alone."""
+    panel: str = ""
+    """Series of a panel share axes; panels stand side by side."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What one figure shows."""
+
+    name: str
+    """Of its files."""
+    title: str
+    caption: str
+    x: str
+    """Label of the axis, with its unit."""
+    y: str
+    series: list[Series] = field(default_factory=list)
+    log: bool = False
+    """Both axes."""
+    categories: list[str] | None = None
+    """Names of the places 0, 1, ... on the y axis, for charts that have methods there."""
+    annotate: bool = False
+    """Write each mean next to its point."""
+
+    def json(self) -> dict[str, Any]:
+        """For a file; numbers as they are drawn."""
+        return asdict(self)
+
+
+def chart(name: str, experiment: Experiment, found: Collected) -> Chart:
+    """One of `wanted.figures`; without series if nothing was recorded."""
+    if name.startswith("precision-recall-"):
+        return precision_recall(experiment, found, name.removeprefix("precision-recall-"))
+    makers: dict[str, Callable[[Experiment, Collected], Chart]] = {
+        "accuracy": accuracy,
+        "loss": loss,
+        "proxy-task": proxy_task,
+        "matching": matching,
+        "false-negatives": false_negatives,
+        "false-parents": false_parents,
+        "alignment-uniformity": alignment_uniformity,
+        "class-oracle": class_oracle,
+        "gain": gain,
+    }
+    return makers[name](experiment, found)
+
+
+def accuracy(experiment: Experiment, found: Collected) -> Chart:
+    """The main number of each frozen evaluation; without one that of each detection set."""
+    methods = list(experiment.methods)
+    tasks = probes(experiment) or [f"{DETECTION}{name}" for name in experiment.evaluation.detection]
+    series = []
+    for task in tasks:
+        metric, column = main_number(experiment, task)
+        shown = found.scores[(found.scores["task"] == task) & (found.scores["metric"] == metric)]
+        series += [
+            Series(
+                str(method),
+                [float(values.groupby("seed")["value"].mean().mean())],
+                [methods.index(str(method))],
+                x_std=None if len(values) == 1 else [float(values["value"].std())],
+                seeds=len(values),
+                style="",
+                panel=f"{task} {column.name} ({column.unit})",
+            )
+            for method, values in shown.groupby("method", sort=False)
+        ]
+    return Chart(
+        "accuracy",
+        "Accuracy",
+        "The main number of each evaluation, the mean over seeds or fine-tunings; bars: standard "
+        "deviation.",
+        "",
+        "",
+        series,
+        categories=methods,
+        annotate=True,
+    )
+
+
+def main_number(experiment: Experiment, task: str) -> tuple[str, Column]:
+    """The number of an evaluation that is drawn: its key in metrics.json and its column."""
+    return next(iter(columns(experiment, task).items()))
+
+
+def loss(experiment: Experiment, found: Collected) -> Chart:
+    """Mean loss of each epoch, and the loss of guessing."""
+    lines = [*_lines(experiment, found.curves, "loss")]
+    for method, rows in found.curves.groupby("method", sort=False):
+        if "chance" in rows:
+            chance = rows.groupby("epoch")["chance"].first()
+            lines.append(Series(str(method), *_points(chance), label=f"{method}, chance", style=":"))
+    return Chart(
+        "loss",
+        "Training loss",
+        "Mean loss of each epoch; dotted: chance, ln(1 + negatives) or ln(classes). While the queue fills "
+        "with images, and when mixing begins, a contrastive loss rises.",
+        "epoch",
+        "loss (nats)",
+        lines,
+    )
+
+
+def proxy_task(experiment: Experiment, found: Collected) -> Chart:
+    """How often the key outranks every negative, with and without the synthetic ones."""
+    curves = found.curves
+    if "accuracy_with_synthetics" not in curves:
+        curves = curves.iloc[:0].assign(accuracy=[], accuracy_with_synthetics=[])
+    curves = curves[curves["accuracy_with_synthetics"].notna()]
+    lines = [*_lines(experiment, curves, "accuracy", scale=100)]
+    mixing = curves[curves["accuracy_with_synthetics"] != curves["accuracy"]]["method"].unique()
+    lines += _lines(
+        experiment, curves[curves["method"].isin(mixing)], "accuracy_with_synthetics", scale=100,
+        note="synthetic negatives count", style="--",
+    )  # fmt: skip
+    return Chart(
+        "proxy-task",
+        "Proxy task (figures 2b and 3)",
+        "Share of queries whose key is more similar than every negative of the queue; dashed: than every "
+        "synthetic negative too.",
+        "epoch",
+        "accuracy (%)",
+        lines,
+    )
+
+
+def matching(experiment: Experiment, found: Collected) -> Chart:
+    """How much each of the hardest negatives counts in the softmax, at several epochs."""
+    lines = []
+    styles = ["-", "--", "-.", ":"]
+    epochs = sorted(found.matching["epoch"].unique())
+    for method in experiment.methods:
+        rows = found.matching[found.matching["method"] == method]
+        for epoch, own in rows.groupby("epoch"):
+            place = epochs.index(epoch)
+            lines += [
+                Series(
+                    f"epoch {epoch}", each.x, each.mean, each.std, seeds=each.seeds,
+                    label=f"epoch {epoch}", style=styles[place % len(styles)], panel=method,
+                )
+                for each in _lines(experiment, own, "probability", by="rank")
+            ]  # fmt: skip
+    return Chart(
+        "matching",
+        "Matching probability (figure 2a)",
+        "Mean probability that the softmax over the key and the queue gives to each of a query's hardest "
+        "negatives, hardest first, in the last batch of an epoch.",
+        "rank of the negative",
+        "matching probability",
+        lines,
+        log=True,
+    )
+
+
+def false_negatives(experiment: Experiment, found: Collected) -> Chart:
+    """How many of the hardest negatives are of the query's class."""
+    return Chart(
+        "false-negatives",
+        "False negatives among the hardest (figure 2c)",
+        "Share of the hardest negatives of the queue (up to 1024) that are of the query's class by label, "
+        "in the last batch of each epoch. The class oracle excludes them from the loss, not from this "
+        "count.",
+        "epoch",
+        "of the query's class (%)",
+        [*_lines(experiment, found.curves, "false_negatives", scale=100)],
+    )
+
+
+def false_parents(experiment: Experiment, found: Collected) -> Chart:
+    """How many synthetic negatives are mixed from false ones."""
+    one = _lines(experiment, found.curves, "false_parents_any", scale=100, note="at least one parent")
+    every = _lines(
+        experiment, found.curves, "false_parents_all", scale=100, note="every parent", style="--"
+    )
+    return Chart(
+        "false-parents",
+        "False negatives among the parents (figure 3c)",
+        "Share of synthetic negatives with at least one parent (whole line), or with such parents only "
+        "(dashed), of the query's class by label, in the last batch of each epoch.",
+        "epoch",
+        "of the query's class (%)",
+        [*one, *every],
+    )
+
+
+def alignment_uniformity(experiment: Experiment, found: Collected) -> Chart:
+    """Alignment against uniformity of the validation features, pooled and embedded."""
+    series = []
+    for method in experiment.methods:
+        runs = [analysis for (row, _), analysis in found.analyses.items() if row == method]
+        for space in ("pooled", "embedded"):
+            points = [run["spaces"][space] for run in runs if space in run["spaces"]]
+            frame = pd.DataFrame(points, columns=["alignment", "uniformity"]).astype(float).dropna()
+            if len(frame):
+                std = frame.std() if len(frame) > 1 else None
+                series.append(
+                    Series(
+                        method,
+                        [frame["uniformity"].mean()],
+                        [frame["alignment"].mean()],
+                        None if std is None else [std["alignment"]],
+                        None if std is None else [std["uniformity"]],
+                        len(frame),
+                        style="",
+                        panel=f"{space} features",
+                    )
+                )
+    return Chart(
+        "alignment-uniformity",
+        "Alignment and uniformity (figure 3)",
+        "Wang & Isola 2020 on the validation images: mean squared distance of two images of a class, and "
+        "logarithm of the mean Gaussian potential of two images. Lower is better for both. Pooled: what "
+        "the evaluations use; embedded: after the projection head.",
+        "uniformity",
+        "alignment",
+        series,
+    )
+
+
+def class_oracle(experiment: Experiment, found: Collected) -> Chart:
+    """What is left to gain from false negatives: each row, the same with the class oracle, and labels."""
+    pairs = with_oracle(experiment)
+    methods = [*itertools.chain(*((row, f"{row}{ORACLE}") for row in pairs))]
+    methods += [method for method in experiment.methods if _objective(experiment, method) is Supervised]
+    task = probes(experiment)[0]
+    metric, column = main_number(experiment, task)
+    shown = found.scores[(found.scores["task"] == task) & (found.scores["metric"] == metric)]
+    series = []
+    for place, method in enumerate(methods):
+        values = shown[shown["method"] == method]["value"]
+        if len(values):
+            std = None if len(values) == 1 else [float(values.std())]
+            series.append(
+                Series(method, [values.mean()], [place], x_std=std, seeds=len(values), style="", panel=task)
+            )
+    return Chart(
+        "class-oracle",
+        "Gap to the class oracle",
+        "Without negatives of the query's class, by label, the same method is an upper bound of itself.",
+        f"{column.name} ({column.unit})",
+        "",
+        series,
+        categories=methods,
+        annotate=True,
+    )
+
+
+def gain(experiment: Experiment, found: Collected) -> Chart:
+    """Gain over the baseline for each (N, s, s')."""
+    baseline, task = baseline_of(experiment) or "", probes(experiment)[0]
+    metric, column = main_number(experiment, task)
+    shown = found.scores[(found.scores["task"] == task) & (found.scores["metric"] == metric)]
+    values = {
+        str(method): rows.set_index("seed")["value"].to_dict() for method, rows in shown.groupby("method")
+    }
+    settings = mixing_grid(experiment)
+    tags = [f"{s}, {query}" for s, query in sorted({(s, query) for _, s, query in settings.values()})]
+    series = []
+    for method, (hardest, s, query) in settings.items():
+        difference = paired(values.get(method, {}), values.get(baseline, {}))
+        if difference is not None:
+            half = None if difference.high is None else [difference.high - difference.mean]
+            series.append(
+                Series(
+                    method, [difference.mean], [tags.index(f"{s}, {query}")], x_std=half,
+                    seeds=difference.num, style="", panel=f"N = {hardest}",
+                )
+            )  # fmt: skip
+    return Chart(
+        "gain",
+        "Gain over the baseline by N, s and s' (figure 4)",
+        f"{task} {column.name} less that of {baseline}, paired over seeds; bars: 95% interval "
+        "(Student's t), which a single seed does not have.",
+        f"gain over {baseline} ({column.unit})",
+        "s, s'",
+        sorted(series, key=lambda each: int(each.panel.removeprefix("N = "))),
+        categories=tags,
+        annotate=True,
+    )
+
+
+def precision_recall(experiment: Experiment, found: Collected, name: str) -> Chart:
+    """Precision of each row by recall, the mean over classes."""
+    rows = found.precision[found.precision["task"] == f"{DETECTION}{name}"]
+    means = rows.groupby(["method", "seed", "recall"], sort=False)["precision"].mean().reset_index()
+    return Chart(
+        f"precision-recall-{name}",
+        f"Precision and recall, {name}",
+        "Precision at each recall for boxes that overlap by at least .5, the mean over classes, of "
+        "each encoder's first fine-tuning, or of all that are jobs of their own.",
+        "recall",
+        "precision",
+        [*_lines(experiment, means, "precision", by="recall")],
+    )
+
+
+def _lines(
+    experiment: Experiment,
+    table: pd.DataFrame,
+    column: str,
+    *,
+    by: str = "epoch",
+    scale: float = 1,
+    note: str = "",
+    style: str = "-",
+) -> Iterator[Series]:
+    """A series for each method that has the column."""
+    if column not in table:
+        return
+    for method in experiment.methods:
+        rows = table[(table["method"] == method) & table[column].notna()]
+        if len(rows):
+            grouped = rows.groupby(by)[column]
+            seeds = rows["seed"].nunique()
+            yield Series(
+                method,
+                *_points(scale * grouped.mean()),
+                std=(scale * grouped.std(ddof=1)).fillna(0).tolist() if seeds > 1 else None,
+                seeds=seeds,
+                label=f"{method}, {note}" if note else method,
+                style=style,
+            )
+
+
+def _points(values: "pd.Series[float]") -> tuple[list[float], list[float]]:
+    return [float(str(place)) for place in values.index], [float(value) for value in values]
+
+
+def _objective(experiment: Experiment, method: str) -> type:
+    seeds = [seed for row, seed in all_runs(experiment) if row == method]
+    return type(pretrain_run(experiment, method, seeds[0]).recipe)

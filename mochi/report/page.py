@@ -1,0 +1,322 @@
+"""report.html: one file that shows everything and loads nothing.
+
+No script, no request: a content security policy says so to the browser. Everything that comes from files is
+escaped by the template.
+"""
+
+import io
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from mochi.config import Experiment, all_runs, baseline_of, pretrain_run
+from mochi.layout import Layout
+from mochi.provenance.wanted import analyzed, evaluated, evaluations, searches
+from mochi.report.analyses import Chart
+from mochi.report.collect import Collected
+from mochi.report.figures import confusion_picture, data_uri
+from mochi.report.tables import Grid, notes
+from mochi.stages import DETECTION, column_of
+
+_MAX_MATRIX = 200
+"""Classes of a confusion matrix that is drawn."""
+_MAX_CLASSES = 2000
+"""Rows of a table of classes."""
+_MAX_CONFUSED = 10
+"""Pairs of classes that are listed."""
+_WIDTH, _QUALITY = 900, 80
+"""Of the pictures of detections: pixels, and JPEG's quality."""
+
+
+def render(
+    experiment: Experiment,
+    found: Collected,
+    grids: list[Grid],
+    charts: Sequence[Chart],
+    figures: Path,
+    deviations: Path,
+) -> str:
+    """The page.
+
+    Args:
+        experiment: whose.
+        found: its results, as far as they are there.
+        grids: the tables.
+        charts: what the figures show.
+        figures: folder with an svg of each chart.
+        deviations: text file, a list with one item a line; missing: none is shown.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        experiment=experiment,
+        baseline=baseline_of(experiment),
+        missing=found.missing,
+        work=_work(found),
+        machines=_machines(found),
+        settings=_settings(experiment),
+        grids=grids,
+        notes=notes(experiment, grids),
+        anchor=_anchor,
+        charts=[
+            (chart, data_uri((figures / f"{chart.name}.svg").read_bytes(), "image/svg+xml"))
+            for chart in charts
+        ],
+        classes=[*_classes(experiment, found)],
+        encoders=[*_encoders(experiment, found)],
+        detections=[*_detections(experiment)],
+        health=[*_health(experiment, found)],
+        deviations=_deviations(deviations),
+        numbers=[*_numbers(experiment, found)],
+    )
+
+
+def duration(seconds: float) -> str:
+    """In the largest units that matter."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _work(found: Collected) -> list[tuple[str, int, str, str]]:
+    """Stage, number of runs, time in all, mean time."""
+    records = pd.DataFrame(
+        [(record.get("stage", "?"), record.get("wall_seconds", 0.0)) for record in found.records.values()],
+        columns=["stage", "seconds"],
+    )
+    rows = records.groupby("stage", sort=False)["seconds"]
+    return [(str(stage), len(own), duration(own.sum()), duration(own.mean())) for stage, own in rows]
+
+
+def _machines(found: Collected) -> list[str]:
+    """Every machine, set of versions and commit that took part, each once."""
+    return list(
+        dict.fromkeys(_machine(record) for record in found.records.values() if "hardware" in record)
+    )
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    hardware, versions = record["hardware"], record.get("versions", {})
+    device = ", ".join(hardware.get("gpus", [])) or hardware.get("cpu", "unknown processor")
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{device}, {hardware.get('cores', '?')} cores; {packages}; commit {commit(record)}"
+
+
+def commit(record: Mapping[str, Any]) -> str:
+    """Short commit of a record."""
+    git = record.get("git")
+    if not git:
+        return "unknown"
+    return f"{git['commit'][:12]}{' with uncommitted changes' if git['dirty'] else ''}"
+
+
+def _settings(experiment: Experiment) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each row with the settings of its first run."""
+    rows = []
+    for method in experiment.methods:
+        seed = next(seed for row, seed in all_runs(experiment) if row == method)
+        settings = pretrain_run(experiment, method, seed).settings()
+        rows.append((method, [*_flat(settings.get("recipe", {})), *_flat(settings.get("encoder", {}))]))
+    return rows
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def _anchor(method: str, task: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", f"{method}--{task}")
+
+
+def _classes(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
+    """Per-class accuracy of each frozen evaluation, its confusions and what is confused most."""
+    for task, table in found.confusion.groupby("task", sort=False):
+        names = list(dict.fromkeys([*table["class"], *table["predicted"]]))
+        methods = [method for method in experiment.methods if (table["method"] == method).any()]
+        matrices = {method: _matrix(table[table["method"] == method], names) for method in methods}
+        shares = {method: _right(matrix) for method, matrix in matrices.items()}
+        sizes = [matrix.sum(1) / _seeds(table, method) for method, matrix in matrices.items()]
+        totals = np.max(sizes, axis=0)
+        yield {
+            "task": task,
+            "methods": methods,
+            "rows": [
+                (place + 1, name, round(totals[place]), [shares[method][place] for method in methods])
+                for place, name in enumerate(names[:_MAX_CLASSES])
+            ],
+            "left_out": max(0, len(names) - _MAX_CLASSES),
+            "pictures": [
+                (method, confusion_picture(matrix, f"{method}, {task}"))
+                for method, matrix in matrices.items()
+                if len(names) <= _MAX_MATRIX
+            ],
+            "confused": [(method, _most_confused(matrix, names)) for method, matrix in matrices.items()],
+        }
+
+
+def _seeds(table: pd.DataFrame, method: str) -> int:
+    return int(table[table["method"] == method]["seed"].nunique())
+
+
+def _matrix(table: pd.DataFrame, names: list[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(C, C) images by class and predicted class, added up over seeds."""
+    places = {name: place for place, name in enumerate(names)}
+    matrix = np.zeros((len(names), len(names)))
+    for true, predicted, images in zip(table["class"], table["predicted"], table["images"], strict=True):
+        matrix[places[true], places[predicted]] += images
+    return matrix
+
+
+def _right(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> list[float | None]:
+    """Accuracy of each class in percent; None without an image."""
+    return [
+        100 * matrix[place, place] / total if total else None for place, total in enumerate(matrix.sum(1))
+    ]
+
+
+def _most_confused(
+    matrix: np.ndarray[Any, np.dtype[np.float64]], names: list[str]
+) -> list[tuple[str, str, float]]:
+    """(class, taken for, share of the class in percent), the largest first."""
+    shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    np.fill_diagonal(shares, 0)
+    order = np.argsort(-shares, axis=None, kind="stable")[:_MAX_CONFUSED]
+    places = [np.unravel_index(place, shares.shape) for place in order]
+    return [(names[a], names[b], float(shares[a, b])) for a, b in places if shares[a, b] > 0]
+
+
+def _encoders(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
+    """Neighbours and map of the first seed of each row."""
+    for method in experiment.methods:
+        seeds = [seed for row, seed in found.analyses if row == method]
+        for seed in seeds[:1]:
+            folder = analyzed(experiment, method, seed).folder
+            pictures = {name: _inlined(folder / f"{name}.jpg") for name in ("neighbours", "map")}
+            yield {"method": method, "seed": seed, **found.analyses[method, seed], **pictures}
+
+
+def _detections(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
+    """Set, row and picture of the first encoder of each row, of its first fine-tuning."""
+    shown = set()
+    for method, seed, task in evaluations(experiment):
+        column = column_of(task)
+        if column.startswith(DETECTION) and (method, column) not in shown:
+            picture = _inlined(evaluated(experiment, method, seed, task).folder / "detections.png")
+            if picture:
+                shown.add((method, column))
+                yield column.removeprefix(DETECTION), f"{method}, seed {seed}", picture
+
+
+def _inlined(path: Path) -> str:
+    """A picture as a JPEG of limited size in the page; empty if it is not there."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".jpg":
+            return data_uri(content, "image/jpeg")
+        with Image.open(io.BytesIO(content)) as picture:
+            small = picture.convert("RGB")
+    except OSError:
+        return ""
+    small.thumbnail((_WIDTH, 4 * _WIDTH))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=_QUALITY)
+    return data_uri(buffer.getvalue(), "image/jpeg")
+
+
+def _health(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
+    """The last epoch of each training, and its speed."""
+    for method, seed in all_runs(experiment):
+        rows = found.curves[(found.curves["method"] == method) & (found.curves["seed"] == seed)]
+        if not len(rows):
+            continue
+        last = rows.iloc[-1].to_dict()
+        known = {name: None if pd.isna(value) else value for name, value in last.items()}
+        yield {
+            "method": method,
+            "seed": seed,
+            "epochs": len(rows),
+            "loss": known.get("loss"),
+            "chance": known.get("chance"),
+            "accuracy": known.get("accuracy"),
+            "status": known.get("status"),
+            "queue_fill": known.get("queue_fill"),
+            "images_per_second": _mean(rows, "images_per_second"),
+            "data_wait": _mean(rows, "data_wait"),
+        }
+
+
+def _mean(rows: pd.DataFrame, column: str) -> float | None:
+    return float(rows[column].mean()) if column in rows and rows[column].notna().any() else None
+
+
+def _deviations(path: Path) -> list[str]:
+    """The items of the list, links as their text."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    items = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    return [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", item).replace("`", "") for item in items]
+
+
+def _numbers(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
+    """For each cell its scores and the records of its evaluations and encoders."""
+    places = Layout(experiment.name)
+    jobs = [*searches(experiment), *evaluations(experiment)]
+    for (method, task), scores in found.scores.groupby(["method", "task"], sort=False):
+        folders = [
+            folder
+            for seed in scores["seed"].unique()
+            for folder in (
+                *(
+                    places.evaluation(row, own, job)
+                    for row, own, job in jobs
+                    if (row, own, column_of(job)) == (method, seed, task)
+                ),
+                places.pretrain(str(method), seed),
+            )
+        ]
+        yield {
+            "anchor": _anchor(str(method), str(task)),
+            "method": method,
+            "task": task,
+            "scores": [
+                (metric, ", ".join(f"{value:.2f}" for value in values["value"]))
+                for metric, values in scores.groupby("metric", sort=False)
+            ],
+            "links": [
+                _link(folder, found.records[folder.as_posix()])
+                for folder in folders
+                if folder.as_posix() in found.records
+            ],
+        }
+
+
+def _link(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": record.get("result", folder.as_posix()),
+        "command": shlex.join(record.get("command", [])),
+        "settings": record.get("settings_digest", "unknown"),
+        "code": record.get("code_digest", "unknown"),
+        "accepted": bool(record.get("accepted_code")),
+        "commit": commit(record),
+        "inputs": [(entry["path"], entry["sha256"]) for entry in record.get("inputs", {}).values()],
+        "took": duration(record.get("wall_seconds", 0.0)),
+    }

@@ -1,0 +1,39 @@
+# Analyses of the encoders: geometry of the features, nearest images, a map.
+ANALYSES = [
+    PLACES.evaluation(*run, wanted.ANALYSIS) / name
+    for run in all_runs(EXPERIMENT)
+    for name in ("analysis.json", wanted.RECORD)
+]
+
+
+rule analyze:
+    input:
+        lambda wildcards: list(analyzed(wildcards).inputs.values()),
+    output:
+        results_of(
+            PLACES.evaluation("{method}", "{seed}", wanted.ANALYSIS),
+            "analyze",
+            method="{method}",
+            seed="{seed}",
+        ),
+    log:
+        PLACES.log("{method}", "{seed}", f"{wanted.ANALYSIS}.log"),
+    benchmark:
+        PLACES.log("{method}", "{seed}", f"{wanted.ANALYSIS}.tsv")
+    threads: THREADS_PER_RUN
+    resources:
+        gpu=GPUS_PER_RUN,
+    params:
+        settings=lambda wildcards: settings_of(analyzed(wildcards)),
+        code=lambda wildcards: code_of(analyzed(wildcards)),
+    shell:
+        logged(
+            "python -m mochi analyze --method {wildcards.method:q} --seed {wildcards.seed}"
+            " --threads {threads} --workers $(( {threads} - 1 )) --gpus {resources.gpu}"
+        )
+
+
+# `snakemake analyses`: what DVC keeps of them, and no report.
+rule analyses:
+    input:
+        ANALYSES,

@@ -599,7 +599,7 @@ def _is_current(result: Result) -> bool:
         typer.echo(f"{result.label}: computed again, stale: {reason}", err=True)
         if "recipe.epochs " in reason:
             typer.echo(
-                "  from the beginning: with other epochs the learning rate differs at every step; the present "
+                "  from the beginning: with other epochs the rate differs at every step; the present "
                 "encoder stays until the new one is done; to keep both, add a row with the new epochs",
                 err=True,
             )

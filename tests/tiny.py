@@ -31,8 +31,8 @@ def with_recipe(**recipe: Any) -> Experiment:
     return parse_experiment(data, "tiny")
 
 
-def with_protocol(task: str, **protocol: Any) -> Experiment:
+def with_protocol(task: str, /, **protocol: Any) -> Experiment:
     """The experiment with other keys of one evaluation."""
     data = copy.deepcopy(TINY)
-    data["evaluation"][task] |= protocol
+    data["evaluation"][task] = data["evaluation"].get(task, {}) | protocol
     return parse_experiment(data, "tiny")

@@ -16,7 +16,6 @@ from tests.evaluation.runs import result_in
 def evaluate_all(config: Path, encoder: Path, data: Path, folder: Path) -> None:
     """Every evaluation of the experiment into `folder`/<task>."""
     torch.set_num_threads(1)
-    features._PRECISION = "float32"  # whatever this processor has: numbers are compared
     experiment = load_experiment(config)
 
     def result(task: str) -> Result:
@@ -29,6 +28,7 @@ def evaluate_all(config: Path, encoder: Path, data: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    features._PRECISION = "float32"  # conftest.py's choice, in every process
     with distributed.process_group(torch.device("cpu")):
         stage.distributed.process_group = lambda device: nullcontext()
         evaluate_all(*map(Path, sys.argv[1:]))

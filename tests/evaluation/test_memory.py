@@ -13,6 +13,7 @@ from mochi.config import Experiment, probe_run
 from mochi.config.datasets import PhotoPatches
 from mochi.data.format import open_dataset
 from mochi.data.ingest.prepare import prepare
+from mochi.evaluation.feature_files import FeatureFiles
 from mochi.evaluation.features import Frozen
 from mochi.evaluation.resume import ResumePoint
 from mochi.provenance.record import Stopwatch
@@ -21,7 +22,7 @@ from tests.tiny import with_protocol
 
 NUM_FEATURES = 2048
 CONSTANT = 128 << 20
-"""What knn.py and linear.py say beside the features."""
+"""What the tasks say beside the features."""
 STATUS = Path("/proc/self/status")
 
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="the system does not say a process's peak")
@@ -43,7 +44,13 @@ def peak() -> int:
 
 
 def growth(
-    experiment: Experiment, task: str, encoder_file: Path, small: Path, large: Path, work: Path
+    experiment: Experiment,
+    task: str,
+    shared: bool,
+    encoder_file: Path,
+    small: Path,
+    large: Path,
+    work: Path,
 ) -> int:
     """By how much evaluating the large set, after the small one, raises this process's peak."""
     torch.set_num_threads(1)
@@ -52,8 +59,11 @@ def growth(
     peaks = []
     for data in (small, large):
         resume_point = ResumePoint(work, result_in(work, experiment, task, encoder_file, data), Stopwatch())
-        frozen = Frozen(run, encoder, open_dataset(data), torch.device("cpu"), 0, resume_point)
-        run.protocol.evaluate(frozen)
+        result = result_in(work, experiment, task, encoder_file, data)
+        files = FeatureFiles(work / "features" / data.parent.name, result, [], [result]) if shared else None
+        for _ in range(1 + shared):  # the second time from the files of the first
+            frozen = Frozen(run, encoder, open_dataset(data), torch.device("cpu"), 0, resume_point, files)
+            run.protocol.evaluate(frozen)
         peaks.append(peak())
     return peaks[1] - peaks[0]
 
@@ -68,17 +78,20 @@ def large_data(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize(
-    ("task", "protocol", "rows"),
+    ("task", "protocol", "shared", "rows"),
     [
-        ("knn", {"k": 200}, 24_000 + 1600),
-        ("linear", {"epochs": 1, "lr_drops": [], "batch_size": 256}, 24_000 + 1600),
-        ("linear", {"epochs": 1, "lr_drops": [], "batch_size": 256, "min_scale": 0.2}, 2400 + 1600),
+        ("knn", {"k": 200}, False, 24_000 + 1600),
+        ("knn", {"k": 200}, True, 24_000 + 1600),
+        ("linear", {"epochs": 1, "lr_drops": [], "batch_size": 256}, False, 24_000 + 1600),
+        ("linear", {"epochs": 1, "lr_drops": [], "batch_size": 256, "min_scale": 0.2}, False, 2400 + 1600),
+        ("few", {"task": "few_label", "images_per_class": 5, "samples": 1}, False, 24_000 + 1600),
     ],
-    ids=["knn", "linear on features", "linear on crops"],
+    ids=["knn", "knn from files", "linear on features", "linear on crops", "few labels"],
 )
 def test_features_are_in_memory_once(
     task: str,
     protocol: dict[str, Any],
+    shared: bool,
     rows: int,
     encoder_file: Path,
     tiny_data: Path,
@@ -86,7 +99,7 @@ def test_features_are_in_memory_once(
     tmp_path: Path,
 ) -> None:
     experiment = with_protocol(task, **protocol)
-    arguments = experiment, task, encoder_file, tiny_data, large_data, tmp_path
+    arguments = experiment, task, shared, encoder_file, tiny_data, large_data, tmp_path
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         grown = pool.submit(growth, *arguments).result()
     features = rows * NUM_FEATURES * torch.float32.itemsize

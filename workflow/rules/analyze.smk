@@ -20,7 +20,7 @@ rule analyze:
         PLACES.log("{method}", "{seed}", f"{wanted.ANALYSIS}.log"),
     benchmark:
         PLACES.log("{method}", "{seed}", f"{wanted.ANALYSIS}.tsv")
-    threads: THREADS_PER_RUN
+    threads: threads_of("analyze")
     resources:
         gpu=GPUS_PER_RUN,
     params:
@@ -29,7 +29,8 @@ rule analyze:
     shell:
         logged(
             "python -m mochi analyze --method {wildcards.method:q} --seed {wildcards.seed}"
-            " --threads {threads} --workers $(( {threads} - 1 )) --gpus {resources.gpu}"
+            + share_of_a_gpu()
+            + "--gpus {resources.gpu}"
         )
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import box_iou
 
 from mochi.detection.model import Detector, build
 from tests.detection.sets import ENCODER, small_model
@@ -148,18 +147,30 @@ def test_each_class_has_a_box_of_its_own() -> None:
 
 
 def test_detections_of_a_class_are_suppressed_at_a_half() -> None:
-    regions = overlapping(1.0, 0.49, 0.51)
-    logits = torch.tensor([[0.0, 9.0, -9.0, -9.0], [0.0, 8.0, -9.0, -9.0], [0.0, 7.0, -9.0, -9.0]])
-    found = detections(logits, torch.zeros(3, 12), regions, score_threshold=0.5)
-    assert len(found["boxes"]) == 2
-    assert float(box_iou(*found["boxes"].split(1))) == pytest.approx(0.49)
-    # Another class is not in the way.
-    logits[2] = torch.tensor([0.0, -9.0, 7.0, -9.0])
-    assert detections(logits, torch.zeros(3, 12), regions, score_threshold=0.5)["labels"].tolist() == [
-        1,
-        1,
-        2,
-    ]
+    def labels(overlap: float, *classes: int) -> list[int]:
+        logits = torch.full((2, 4), -9.0)
+        logits[:, 0] = 0.0
+        for row, (label, score) in enumerate(zip(classes, (9.0, 8.0), strict=True)):
+            logits[row, label] = score
+        regions = overlapping(1.0, overlap)
+        found = detections(logits, torch.zeros(2, 12), regions, score_threshold=0.5)["labels"]
+        result: list[int] = found.tolist()
+        return result
+
+    assert labels(0.49, 1, 1) == [1, 1]
+    assert labels(0.51, 1, 1) == [1]
+    assert labels(0.51, 1, 2) == [1, 2]  # another class is not in the way
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_boxes_are_predicted_from_the_mean_of_a_region(training: bool) -> None:
+    model = detector().train(training)
+    seen: list[Tensor] = []
+    model.heads.box_head.register_forward_hook(lambda *call: seen.append(call[2].mean(dim=(2, 3))))
+    model.heads.box_predictor.register_forward_hook(lambda *call: seen.append(call[1][0]))
+    targets = [{"boxes": torch.tensor([[4.0, 5.0, 30.0, 24.0]]), "labels": torch.tensor([1])}]
+    model(torch.randn(1, 3, 64, 64), [(64, 64)], targets if training else None)
+    assert torch.equal(seen[0], seen[1])
 
 
 def test_the_best_detections_above_the_threshold_are_kept() -> None:

@@ -21,9 +21,11 @@ from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotat
 from mochi.detection.check_images import misfit
 from mochi.detection.coco import decode_masks
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
+from mochi.runtime.limits import make_room_for_workers
 from mochi.runtime.seeding import numpy_generator
 from mochi.runtime.shared_memory import fitting_workers
 from mochi.runtime.transfer import arrays_to, to_device
+from mochi.runtime.watchdog import LOOK_SECONDS, Pulse, end_worker_that_cannot_send, watched
 
 Target = dict[str, Tensor]
 
@@ -257,10 +259,11 @@ class PlainItems:
 class _Collated(Dataset[Batch | AnnotationError]):
     """On a worker. An error is returned: DataLoader would hide a raised one under a worker's traceback."""
 
-    def __init__(self, items: Any) -> None:
-        self._items = items
+    def __init__(self, items: Any, pulse: Pulse) -> None:
+        self._items, self._pulse = items, pulse
 
     def __getitem__(self, key: Any) -> Batch | AnnotationError:
+        self._pulse.beat()
         try:
             return collate(self._items[key])
         except AnnotationError as error:
@@ -281,18 +284,24 @@ def stream(
 
     Raises:
         AnnotationError: an image cannot be used.
+        UserError: the workers hang.
     """
     workers, ahead = fitting_workers(workers, batch_bytes)
+    if workers:
+        make_room_for_workers()
+    pulse = Pulse()
     loader: DataLoader[Batch | AnnotationError] = DataLoader(
-        _Collated(items),
+        _Collated(items, pulse),
         batch_size=None,
         sampler=keys,
         num_workers=workers,
         prefetch_factor=ahead,
+        timeout=LOOK_SECONDS if workers else 0,
+        worker_init_fn=end_worker_that_cannot_send,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the default one samples anchors and regions
     )
-    for batch in loader:
+    for batch in watched(loader, pulse):
         if isinstance(batch, AnnotationError):
             raise batch
         yield batch

@@ -109,7 +109,7 @@ def test_the_jobs_that_snakemake_announces(folder: Path) -> None:
     }  # fmt: skip
     (folder / "workflow").symlink_to(ROOT / "workflow")
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     output = done.stdout + done.stderr
     jobs = dict(re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE))
     assert jobs["scenes"] == "1"

@@ -40,7 +40,7 @@ rule detect:
         results_of(
             PLACES.evaluation("{method}", "{seed}", f"{wanted.DETECTION}{{job}}"),
             "detect",
-            set="{set}",
+            set="{job}",
             method="{method}",
             seed="{seed}",
         ),

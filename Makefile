@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 help:
 	@echo "make reproduce   environment from the lock, then the embedded experiment, end to end"
 	@echo "make test        environment, then the whole test suite"
-	@echo "make test-slow   kills, scale, Slurm, the image: needs root, slurm-wlm, munge, buildah, debootstrap"
+	@echo "make test-slow   kills, scale, Slurm, the image: needs root, slurm-wlm, munge, buildah, debootstrap, chromium"
 	@echo "make lint        environment, then format, lint, spelling, types, import rules, workflow, documentation"
 	@echo "make docs        the documentation as HTML, in build/docs"
 	@echo "make mutants     change the numeric code bit by bit; list what no test notices (hours)"

@@ -268,12 +268,12 @@ def _mean(rows: pd.DataFrame, column: str) -> float | None:
 
 
 def _deviations(path: Path) -> list[str]:
-    """The items of the list, links as their text."""
+    """The items of the list, each on one line, links as their text."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    items = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
-    return [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", item).replace("`", "") for item in items]
+    items = re.findall(r"^- (.*(?:\n  .*)*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    texts = [" ".join(item.split()) for item in items]
+    return [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "") for text in texts]
 
 
 def _numbers(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:

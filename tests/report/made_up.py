@@ -38,7 +38,7 @@ def make_up(experiment: Experiment, metrics: Metrics, *, with_records: bool = Tr
     assert not Path("mochi").exists(), "not into the project itself"
     layout.PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
     layout.PUBLISHED.write_text("experiment,method,task,metric,value,std,source,table\n")
-    layout.DEVIATIONS.write_text("- A pair is of two `different` negatives ([why](x.md)).\n")
+    layout.DEVIATIONS.write_text("- A pair is of two `different`\n  negatives ([why](x.md)).\n- Another.\n")
     if with_records:
         for result in wanted.results(experiment):
             if result.stage in ("prepare", "scenes"):

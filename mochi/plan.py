@@ -182,13 +182,17 @@ def _probes(
     first = next(iter(experiment.methods))
     seed = method_seeds(experiment, first)[0]
     image: Seconds | None = None
+    shared = set[tuple[str, int, int]]()
     for task in probes(experiment):
         run = probe_run(experiment, first, seed, task)
         images = dataset if run.dataset == experiment.dataset else _prepared(run)
         if images is None:
             yield f"{task}: {runs} evaluations; data set {run.dataset.name} is not prepared yet"
             continue
-        encoded = _encoded_images(run, images)
+        encoded, features = _encoded_images(run, images), (run.dataset.name, run.image_size, run.resize)
+        if run.protocol.encodings_of_train == 1:
+            encoded = 0 if features in shared else encoded
+            shared.add(features)
         text = f"{task}: {runs} evaluations that encode {encoded} images each"
         if measure:
             image = image or _seconds_per_image(run, images, machine, budget.share())

@@ -193,7 +193,8 @@ def _probes(
         if run.protocol.encodings_of_train == 1:
             encoded = 0 if features in shared else encoded
             shared.add(features)
-        text = f"{task}: {runs} evaluations that encode {encoded} images each"
+        does = f"that encode {encoded} images each" if encoded else "on features that another one computes"
+        text = f"{task}: {runs} evaluations {does}"
         if measure:
             image = image or _seconds_per_image(run, images, machine, budget.share())
             jobs += [image.times(encoded).plus(_START)] * runs

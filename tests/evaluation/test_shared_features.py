@@ -1,6 +1,7 @@
 """Features are computed once for all evaluations of an encoder; their files are gone with the last."""
 
 import multiprocessing
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,29 @@ def test_evaluations_at_the_same_time_wait_for_each_other(
     assert len(list(FILES.iterdir())) == 2, "one file for each split, for the evaluations that are left"
     done = [result_of(task, experiment, encoder_file, tiny_data).why_stale() for task in ("knn", "few")]
     assert done == [None, None]
+
+
+def test_killed_at_random_moments(experiment: Experiment, encoder_file: Path, tiny_data: Path) -> None:
+    """SIGKILL while features are computed, written or read; what is left serves, or harms nobody."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.evaluation.test_shared_features"])
+    tasks = ["knn", "knn-1", "few", "linear"]
+    for task in tasks:
+        evaluate(experiment, task, encoder_file, tiny_data, Path("alone", task))
+    moments = random.Random(0)
+    for task in tasks:
+        for _ in range(2):
+            process = context.Process(target=run, args=(task, experiment, encoder_file, tiny_data))
+            process.start()
+            process.join(moments.uniform(0.05, 0.6))
+            process.kill()
+            process.join()
+        assert (
+            run(task, experiment, encoder_file, tiny_data)
+            == Path("alone", task, "metrics.json").read_bytes()
+        )
+    assert not FILES.exists()
+    assert not list(Path("work").rglob(".*.lock"))
 
 
 def test_a_result_that_is_stale_needs_features_again(

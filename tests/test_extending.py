@@ -1,10 +1,13 @@
 """docs/extending.md, followed to the letter: its file and its lines in an experiment, and nothing else."""
 
+import csv
 import json
+import math
 import re
 from pathlib import Path
 
 from tests.project import CONFIG, ROOT, Project
+from tests.tiny import TINY
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 
@@ -38,3 +41,23 @@ def test_a_new_evaluation_is_one_file_and_one_line(finished: Project, tmp_path: 
     project.edit(CONFIG, "center: true", "centre: true")
     said = project.run("python", "-m", "mochi", "check").stderr
     assert "evaluation.centered.centre: unknown key 'centre'; did you mean 'center'?" in said
+
+
+def test_a_new_rule_of_negatives_is_one_file_and_one_line(finished: Project, tmp_path: Path) -> None:
+    code = block("python", "class Hardest(Rule)")
+    assert len(code.splitlines()) < 30
+    project = finished.copy(tmp_path / "project")
+    (project.folder / "mochi/contrast/rules/hardest.py").write_text(code)
+    row = block("yaml", "rule: hardest").replace("num_hardest: 32", "num_hardest: 32, warmup_epochs: 1")
+    project.edit(CONFIG, "methods:\n", f"methods:\n  {row}")
+    assert project.jobs() == {"pretrain": 1, "evaluate": 2, "report": 1}, "no row that was there changes"
+    project.mochi("pretrain", "--method", "moco-hardest", "--seed", "0")
+    (metrics,) = project.folder.glob("results/tiny/**/moco-hardest/**/metrics.csv")
+    with metrics.open() as file:
+        first, second = csv.DictReader(file)
+    assert math.isclose(float(first["chance"]), math.log(1 + TINY["pretrain"]["queue_size"]))
+    assert math.isclose(float(second["chance"]), math.log(1 + 32))
+    assert 0 < float(second["loss"]) < 2 * float(second["chance"])
+    project.edit(CONFIG, "num_hardest: 32,", "num_hardest: 101,")
+    said = project.run("python", "-m", "mochi", "check").stderr
+    assert "methods.moco-hardest: negatives.num_hardest: found 101; expected 1 to 100 (queue_size)" in said

@@ -53,6 +53,12 @@ def test_the_checkpoint_restores_the_queue(page: dict[str, Any]) -> None:
     assert criterion.steps == 100
 
 
+def test_another_rule_by_its_name(page: dict[str, Any]) -> None:
+    weighted = page["weighted"]
+    assert math.isfinite(page["loss"].item())
+    assert weighted.queue.images[:64].tolist() == list(range(64))
+
+
 def test_the_encoder_is_the_one_in_the_file(page: dict[str, Any]) -> None:
     backbone = page["backbone"]
     assert page["features"].shape == (2, backbone.num_features) == (2, 256)

@@ -45,17 +45,14 @@ class StoredSplit:
 
     @cached_property
     def _index(self) -> pa.Table:
-        return read_arrow(self.folder / f"{self.name}-index.arrow")
+        index = read_arrow(self.folder / f"{self.name}-index.arrow", INDEX_SCHEMA)
+        self._expect(len(index), "the index")
+        return index
 
     def _column(self, name: str, dtype: type[np.generic], width: int = 1) -> NDArray[Any]:
         """A column of numbers as a view of the file. (Arrow's own to_numpy imports pandas.)"""
         if len(self) == 0:
             return np.empty(0, dtype)
-        if len(self._index) != len(self):
-            raise DataError(
-                f"{self.folder}: found {len(self._index)} rows in the index of {self.name}; expected "
-                f"{len(self)} as in manifest.json; prepare the data again: {_how(self.folder)}"
-            )
         buffer = self._index[name].chunk(0).buffers()[1]
         return np.frombuffer(buffer, dtype, count=width * len(self))
 
@@ -102,13 +99,26 @@ class StoredSplit:
             array: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path}: is corrupt ({error}); prepare the data again") from None
+        self._expect(len(array), "images")
         return array
 
     @cached_property
     def _encoded(self) -> pa.ChunkedArray:
         files = [shard["file"] for shard in self.entry["shards"]]
-        shards = [read_arrow(self.folder / file) for file in files if "-images-" in file]
-        return pa.concat_tables(shards)["image"]
+        shards = [read_arrow(self.folder / file, IMAGE_SCHEMA) for file in files if "-images-" in file]
+        images = pa.chunked_array(
+            [chunk for shard in shards for chunk in shard["image"].chunks], pa.binary()
+        )
+        self._expect(len(images), "images")
+        return images
+
+    def _expect(self, rows: int, what: str) -> None:
+        """Refuse files that do not fit the manifest."""
+        if rows != self.entry["count"]:
+            raise DataError(
+                f"{self.folder}: found {rows} rows of {what} in {self.name}; expected {self.entry['count']} as "
+                f"in manifest.json; prepare the data again: {_how(self.folder)}"
+            )
 
     def image(self, row: int) -> NDArray[np.uint8]:
         """(H, W, 3), upright RGB."""
@@ -167,7 +177,10 @@ class StoredDataset:
                     f"{path}: found {'no file' if found is None else f'{found} bytes'}; expected "
                     f"{shard['bytes']} bytes; prepare the data again: {_how(self.folder)}"
                 )
-        return self._opened.setdefault(name, StoredSplit(self.folder, name, splits[name]))
+        split = StoredSplit(self.folder, name, splits[name])
+        if splits[name]["count"]:
+            _ = split.labels  # does the index fit?
+        return self._opened.setdefault(name, split)
 
     def damaged(self) -> list[Path]:
         """Files that are missing or whose sha256 is not the manifest's; reads all of them."""
@@ -230,16 +243,19 @@ def _how(folder: Path) -> str:
     return f"by Snakemake, or `mochi prepare --config FILE --out {folder}`"
 
 
-def read_arrow(path: Path) -> pa.Table:
+def read_arrow(path: Path, schema: pa.Schema) -> pa.Table:
     """A memory-mapped Arrow file as a table; nothing is copied.
 
     Raises:
-        DataError: not an Arrow file, or a corrupt one.
+        DataError: not an Arrow file, a corrupt one, or with other columns.
     """
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is corrupt ({type(error).__name__}); prepare the data again") from None
+    if table.schema != schema:
+        raise DataError(f"{path}: found columns {table.schema.names}; prepare the data again")
+    return table
 
 
 INDEX_SCHEMA = pa.schema(

@@ -55,6 +55,7 @@ def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotation
     mistakes.refuse()
     objects: dict[_Id, list[_Object]] = {identity: [] for identity in images}
     seen: set[_Id] = set()
+    known = f"a category: {_some(labels)}"
     for index, value in enumerate(data.items("annotations")):
         with mistakes.collected():
             item = _Object(path, index, value)
@@ -62,7 +63,7 @@ def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotation
                 raise AnnotationError(f"{item.where}: found this id twice; expected ids that are unique")
             seen.add(item.identity)
             image_id = item.reference("image_id", images, "among the images")
-            item.reference("category_id", labels, f"a category: {_some(labels)}")
+            item.reference("category_id", labels, known)
             objects[image_id].append(item)
     mistakes.refuse()
     annotated, dropped = [], list[str]()
@@ -221,8 +222,8 @@ class _Object:
             return None, "a box without area"
         if max(abs(x), abs(y), w, h) > _FAR:
             return None, "a box outside the image"
-        inside = clip(np.array([[x, y, x + w, y + h]], np.float64), height, width)[0]
-        if (inside[2:] <= inside[:2]).any():
+        # In the precision of the boxes: a thousandth of a pixel may be nothing there.
+        if not (_extent(x, x + w, width) > 0 and _extent(y, y + h, height) > 0):
             return None, "a box outside the image"
         if not masks:
             return None, ""
@@ -234,6 +235,11 @@ class _Object:
         if "area" not in self.fields.values:
             return self.box[2] * self.box[3]
         return self.fields.number("area", at_least=0)
+
+
+def _extent(low: float, high: float, side: int) -> float:
+    """Of an interval cut to [0, side]."""
+    return float(np.float32(min(max(high, 0.0), side)) - np.float32(min(max(low, 0.0), side)))
 
 
 def _some(ids: Mapping[_Id, object]) -> str:

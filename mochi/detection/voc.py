@@ -49,7 +49,10 @@ def read_sets(
     Source: VOC2007 and VOC2012 development kits; detectron2 data/datasets/pascal_voc.py for the 1.
     Deviation: a set with a box that starts at 0 loses no 1; broken boxes do not end up in training.
     """
-    labels = {nfc(name): 1 + index for index, name in enumerate(classes)}
+    classes = [nfc(name) for name in classes]
+    labels = {name: 1 + index for index, name in enumerate(classes)}
+    if len(labels) < len(classes):
+        raise AnnotationError(f"classes: found {', '.join(classes)}; two are one name in two Unicode forms")
     mistakes, founds, drops = Mistakes(), [Counter[str]() for _ in sets], [list[str]() for _ in sets]
     files: list[list[_File]] = []
     for (root, image_set), found, dropped in zip(sets, founds, drops, strict=True):

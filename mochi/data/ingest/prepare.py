@@ -1,8 +1,6 @@
 """From any source to a folder of shards, as `mochi.data.format` describes it."""
 
 import csv
-import errno
-import shutil
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -38,17 +36,15 @@ def prepare(
     folder that it is given.
 
     Raises:
-        DataError: the source is missing, another one, empty or contradicts itself, more of it is unreadable
-            than allowed, or `out` cannot be written.
+        DataError: the source is missing, another one, empty or contradicts itself, or more of it is unreadable
+            than allowed.
+        StorageError: `out` cannot be written.
     """
     raw = collect(dataset, cache or out.parent / ".cache")
-    try:
-        with publishing(out) as new:
-            manifest = _write(raw, dataset, new, out, jobs, progress, shard_bytes)
-            if finish is not None:
-                finish(new)
-    except OSError as error:  # every read of the source has its own message
-        raise DataError(_not_written(out, error)) from None
+    with publishing(out) as new:
+        manifest = _write(raw, dataset, new, out, jobs, progress, shard_bytes)
+        if finish is not None:
+            finish(new)
     listed = {file["file"] for entry in manifest["splits"].values() for file in entry["shards"]}
     for path in (*out.glob("*-images*"), *out.glob("*-index.arrow")):
         if path.name not in listed:  # of an earlier preparation
@@ -102,24 +98,6 @@ def _write(
     }
     write_json(new / "manifest.json", manifest)
     return manifest
-
-
-def _not_written(out: Path, error: OSError) -> str:
-    """The message on an error of writing."""
-    try:
-        free = f"; {shutil.disk_usage(out).free / 1e9:.1f} GB are free there"
-    except OSError:
-        free = ""
-    place = f" ({error.filename})" if error.filename else ""
-    advice = (
-        "free some space or quota, or prepare elsewhere"
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}
-        else "check the folder and its file system"
-    )
-    return (
-        f"{out}: cannot be written{place}: {error.strerror or error}{free}; {advice}; "
-        "what was prepared there before is unchanged"
-    )
 
 
 def collect(dataset: Dataset, cache: Path) -> RawDataset:

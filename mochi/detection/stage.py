@@ -22,6 +22,7 @@ from mochi.detection.inference import detect
 from mochi.detection.model import Detector
 from mochi.detection.sets import oddities, read_splits
 from mochi.detection.training import FineTuning, FrozenBackbone, Recipe
+from mochi.errors import UserError
 from mochi.provenance.fingerprint import digest, file_digest
 from mochi.provenance.record import Stopwatch, write_record
 from mochi.provenance.wanted import Result
@@ -80,10 +81,8 @@ def run(
         }
         label = f"{run.method} seed {run.seed}, {run.set_name}"
         tunings = _FineTunings(label, recipe, frozen, identity, work, events)
-        if "lr" in result.inputs:
-            search = json.loads(result.inputs["lr"].read_text(encoding="utf-8"))
-        else:
-            search = tunings.search_lr(train)
+        found = result.inputs.get("lr")
+        search = tunings.search_lr(train) if found is None else read_search(found, chosen.training.lr)
         extra: dict[str, Any] = {
             "annotations": {"train": train_images.annotations.report(), "test": test.report()},
             "annotations_sha256": digests,
@@ -106,6 +105,25 @@ def run(
                 write_json(new / "metrics.json", metrics)
                 write_record(new, result, watch, **extra)
             tunings.clear()
+
+
+def read_search(path: Path, candidates: list[float]) -> dict[str, Any]:
+    """What a search for the learning rate wrote.
+
+    Raises:
+        UserError: it is not that, or of other candidates.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        search = {name: content[name] for name in ("lr", "lr_candidates_AP50")}
+    except (ValueError, KeyError, TypeError):
+        search = {"lr": None}
+    if search["lr"] not in candidates:
+        raise UserError(
+            f"{path}: found no learning rate of {', '.join(f'{lr:g}' for lr in candidates)}; remove "
+            "it, and search again"
+        )
+    return search
 
 
 def annotations_digest(annotations: Annotations) -> str:

@@ -165,6 +165,22 @@ def test_hand_made_cases() -> None:
     assert coco_metrics(single, edge)["AP50"] == pytest.approx(100, abs=0.01)
 
 
+def test_each_overlap_has_its_threshold() -> None:
+    """An overlap of .72 passes .5, .55, .6, .65 and .7: half of the ten, and not .75."""
+    truth = Annotations(("a",), (image([[0, 0, 100, 100]], [1]),))
+    metrics = headline(truth, detections([(0, [0, 0, 100, 72], 0.9, 1)]))
+    assert [metrics[name] for name in ("AP", "AP50", "AP75")] == pytest.approx([50, 100, 0])
+    assert coco_metrics(truth, detections([(0, [0, 0, 100, 72], 0.9, 1)]))["AP75"] == 0
+
+
+def test_a_recall_of_three_tenths_is_just_too_low() -> None:
+    """The public evaluator's fourth point is 0.30000000000000004."""
+    boxes = [[10.0 * place, 0.0, 10.0 * place + 8, 10.0] for place in range(10)]
+    truth = Annotations(("a",), (image(boxes, [1] * 10),))
+    found = detections([(0, box, 0.9 - place / 10, 1) for place, box in enumerate(boxes[:3])])
+    assert headline(truth, found)["AP50"] == pytest.approx(100 * 3 / 11)
+
+
 def test_difficult_objects_neither_help_nor_hurt() -> None:
     square, other = [10.0, 10.0, 30.0, 30.0], [50.0, 50.0, 90.0, 90.0]
     truth = Annotations(("a",), (image([square, other], [1, 1], [False, True]),))

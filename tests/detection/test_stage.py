@@ -103,6 +103,9 @@ def test_fine_tunings_apart_are_those_together(
         assert own["fine_tunings"] == {seed: singles[seed]}
         assert (own["num_fine_tunings"], own["lr"]) == (1, together["lr"])
         assert (tmp_path / f"fine-tuning{seed}" / "detections.png").exists()
+    (tmp_path / "lr-search" / "metrics.json").write_text('{"lr": 0.5, "lr_candidates_AP50": {}}')
+    with pytest.raises(UserError, match=r"lr-search.metrics\.json: found no .* of 0\.001, 0\.02"):
+        stage.run(*detection(tiny, chosen, weights, tmp_path / "x", "few/fine-tuning3"), tmp_path / "work")
     first = [(tmp_path / each / "detections.png").read_bytes() for each in ("out", "fine-tuning3")]
     assert first[0] == first[1]
     assert list((tmp_path / "work").iterdir()) == []

@@ -104,6 +104,13 @@ def test_blur_equals_torchvision(images: Tensor) -> None:
         assert (ours[row] - expected).abs().max() < LEVEL / 4
 
 
+def test_an_accelerators_blur_is_the_same(images: Tensor) -> None:
+    sigma = np.linspace(0.1, 2.0, COUNT)
+    ours, kernels = images.clone(), plan(images, sigma=sigma).kernels
+    augment.blur_(ours, plan(images, sigma=sigma))
+    assert (augment._convolved(images, kernels) - ours).abs().max() < 1e-6
+
+
 def test_blur_is_close_to_the_official_codes(images: Tensor, picture: Callable[..., Image.Image]) -> None:
     """MoCo blurs with PIL's GaussianBlur(radius=sigma): three box passes that approximate a Gaussian of
     that deviation, over a repeated border. Away from the border the two stay within a few levels."""

@@ -249,6 +249,16 @@ class _Autocast(_RealAutocast):
         super().__init__("cpu", dtype, enabled, **options)
 
 
+class _Stream:
+    """Whatever is queued has happened."""
+
+    def __init__(self, device: Any) -> None:
+        pass
+
+    def wait_stream(self, other: "_Stream") -> None:
+        """Nothing is left to wait for."""
+
+
 def _replacements() -> list[tuple[Any, str, Any]]:
     """(object, attribute, what it is on a machine with a GPU)."""
     init, iterate = DataLoader.__init__, DataLoader.__iter__
@@ -277,6 +287,10 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "is_bf16_supported", lambda **options: True),
         (torch.cuda, "synchronize", lambda *device: None),
         (torch.cuda, "manual_seed_all", lambda seed: None),
+        (torch.cuda, "Stream", _Stream),
+        (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+        (torch.cuda, "current_stream", _Stream),
+        (Tensor, "record_stream", lambda tensor, stream: None),
         (DataLoader, "__init__", unpinned),
         (DataLoader, "__iter__", pinning),
     ]

@@ -360,4 +360,4 @@ def test_a_training_step_waits_for_nothing(
     assert not sum(waits, Counter())
     # For each view its crop's windows and its parameters or pixels; the rows, the labels, the shuffle and
     # its inverse.
-    assert max(copies) <= (4 if row == "supervised" else 8)
+    assert max(copies) <= (4 if row == "supervised" else 9)

@@ -1,6 +1,8 @@
 """From the host's memory to a device, without making the host wait for it."""
 
 import math
+from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,3 +37,40 @@ def arrays_to(device: torch.device, *arrays: NDArray[np.generic]) -> list[Tensor
         moved[place].view(tensor.dtype).view(tensor.shape)
         for place, tensor in zip(places, tensors, strict=True)
     ]
+
+
+Batch = TypeVar("Batch")
+
+
+def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches; a GPU makes each on a stream of its own while it computes on the one before.
+
+    Args:
+        batches: nested lists and tuples of tensors, made when they are asked for.
+        device: where; on a CPU nothing is gained, and nothing done.
+    """
+    if device.type == "cpu":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))  # for what earlier loaders left in caches
+    while True:
+        # Queued when the user of the batch before has queued all work on it, which goes on meanwhile.
+        with torch.cuda.stream(side):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(side)
+        for tensor in _tensors(batch):
+            if tensor.is_cuda:
+                tensor.record_stream(main)  # its memory is used again only when `main` is done with it
+        yield batch
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -24,7 +24,7 @@ from mochi.data.views.stored_crops import CentreCrop, Cut, RandomCrops, Rows
 from mochi.errors import DataError
 from mochi.runtime.limits import make_room_for_workers
 from mochi.runtime.shared_memory import fitting_workers
-from mochi.runtime.transfer import to_device
+from mochi.runtime.transfer import ahead, to_device
 from mochi.runtime.watchdog import LOOK_SECONDS, Pulse, end_worker_that_cannot_send, watched
 
 
@@ -238,9 +238,14 @@ def _batches(
         if pixels is None
         else _cropped_on_device(pixels, parts, cut, finish)
     )
+    yield from ahead(_with_labels(split, loading.device, loaded), loading.device)
+
+
+def _with_labels(
+    split: StoredSplit, device: torch.device, loaded: Iterator[tuple[Rows, list[Tensor]]]
+) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
     for rows, views in loaded:
-        labels = to_device(torch.from_numpy(split.labels[rows]), loading.device)
-        yield views, labels, torch.from_numpy(rows)
+        yield views, to_device(torch.from_numpy(split.labels[rows]), device), torch.from_numpy(rows)
 
 
 def _cropped_on_device(

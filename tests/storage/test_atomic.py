@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from mochi.errors import UserError
-from mochi.storage.atomic import publishing, replacing, require_writable, write_text
+from mochi.storage.atomic import publishing, replacing, require_space, require_writable, write_text
 
 HOST = socket.gethostname()
 
@@ -223,3 +224,56 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="results cannot be written there"):
         require_writable(tmp_path / "file" / "below")
+
+
+def test_a_full_disk_is_explained_and_nothing_is_lost(tmp_path: Path) -> None:
+    """By a limit on the size of files, which a process without rights can set for itself."""
+    kept = tmp_path / "encoder.safetensors"
+    kept.write_text("old")
+    code = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from safetensors.torch import save_file\n"
+        "from mochi.errors import UserError\n"
+        "from mochi.storage.atomic import publishing, replacing, write_text\n"
+        "folder = Path(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "def tensors(path): save_file({'a': torch.zeros(1000)}, path)\n"
+        "def inside():\n"
+        "    with publishing(folder) as new: tensors(new / 'encoder.safetensors')\n"
+        "def alone():\n"
+        "    with replacing(folder / 'encoder.safetensors') as path: tensors(path)\n"
+        "def text(): write_text(folder / 'encoder.safetensors', 'x' * 9999)\n"
+        "for write in (inside, alone, text):\n"
+        "    try: write()\n"
+        "    except UserError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    for line in lines:
+        assert "cannot be written: File too large; raise the limit on the size of files" in line
+        assert line.startswith(str(tmp_path))
+        assert ".tmp" not in line
+    assert names(tmp_path) == {kept.name}
+    assert kept.read_text() == "old"
+
+
+def test_errors_that_are_not_of_the_writing_stay_what_they_are(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere" / "missing"
+    with pytest.raises(FileNotFoundError, match="missing"), replacing(tmp_path / "out" / "table.csv"):
+        elsewhere.read_text()
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    require_space({tmp_path / "not" / "there": 1000, tmp_path: 1000})
+    with pytest.raises(UserError, match=r"not/there, .*MB of free disk space; this run writes"):
+        require_space({tmp_path / "not" / "there": free // 3 * 2, tmp_path: free // 3 * 2})
+    assert not names(tmp_path)

@@ -28,6 +28,7 @@ _BOMS = (  # UTF-32's begins with UTF-16's
 _DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?\bencoding\s*=\s*["']([A-Za-z0-9._:-]{1,40})["']""")
 _DECLARATION = re.compile(r"^\s*<\?xml[^>]*\?>")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 _LARGEST_XML = 64 << 20
 
 
@@ -44,7 +45,10 @@ def read_text(path: Path, expected: str) -> str:
     Raises:
         DataError: missing, unreadable, or of an encoding that it does not tell.
     """
-    return _decode(_read(path, expected), path)
+    text = _decode(_read(path, expected), path)
+    if "\0" in text:
+        raise DataError(f"{path}: found zero bytes in it; expected {expected}, which is text")
+    return text
 
 
 def read_lines(path: Path, expected: str) -> list[str]:
@@ -118,6 +122,9 @@ def _decode(data: bytes, path: Path) -> str:
         declared = _DECLARED.match(data)
         if declared is not None and declared[1].lower() not in {b"utf-8", b"utf8"}:
             return _strictly(data, declared[1].decode(), path)
+        for signature, kind in _PACKED.items():
+            if data.startswith(signature):
+                raise DataError(f"{path}: found {kind} data; expected text: unpack it") from None
         line = data[: error.start].count(b"\n") + 1
         found = data[error.start : error.start + 4].hex(" ")
     raise DataError(

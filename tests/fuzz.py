@@ -12,7 +12,7 @@ from tests.mutations import KINDS
 
 def fuzz(kind: str, folder: Path, mutations: int) -> None:
     """Change a valid file in `mutations` ways, up to three changes at once, and read each."""
-    path, changes, read = KINDS[kind](folder / "set")
+    path, changes, read = KINDS[kind](folder)
     valid = path.read_bytes()
     read()
     refused = 0

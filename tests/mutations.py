@@ -215,7 +215,7 @@ def _listed(root: Path) -> Kind:
 
 
 def _kaggle(root: Path) -> Kind:
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     path = root / "LOC_val_solution.csv"
     rows = "".join(f"ILSVRC2012_val_{n:08d},n01440764 1 2 30 40\n" for n in (1, 2, 3))
     path.write_text(f"ImageId,PredictionString\n{rows}")

@@ -35,7 +35,8 @@ class DetectionData(Section):
     rule: Literal["11-point", "all-point"] | None = None
     """voc: the average precision that fills AP, AP50 and AP75; the others are reported too."""
     broken_objects: Literal["drop", "fail"]
-    """What happens to an object without a usable box. Dropped ones are counted and named."""
+    """An object without a usable box (none, not four numbers, reversed, without area, outside the image)
+    or, with masks, without a usable segmentation: drop it, counted and named, or fail."""
     empty_images: Literal["keep", "drop"]
     """Training images without a usable box: backgrounds to learn from, or left out (detectron2)."""
     scenes: PhotoScenes | None = None

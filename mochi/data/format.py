@@ -116,8 +116,8 @@ class StoredSplit:
         """Refuse files that do not fit the manifest."""
         if rows != self.entry["count"]:
             raise DataError(
-                f"{self.folder}: found {rows} rows of {what} in {self.name}; expected {self.entry['count']} as "
-                f"in manifest.json; prepare the data again: {_how(self.folder)}"
+                f"{self.folder}: found {rows} rows of {what} in {self.name}; expected "
+                f"{self.entry['count']} as in manifest.json; prepare the data again: {_how(self.folder)}"
             )
 
     def image(self, row: int) -> NDArray[np.uint8]:

@@ -116,8 +116,11 @@ def _read(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations
         halves = [name.rpartition("/") for name in names]
         places = [(Path(data.path) / folder, image_set) for folder, _, image_set in halves]
         parts = voc.read_sets(places, data.classes, data.broken_objects)
-    train, test = merge(parts[: len(data.train)]), merge(parts[len(data.train) :])
-    require_same_classes(train.classes, test.classes)
+    try:
+        train, test = merge(parts[: len(data.train)]), merge(parts[len(data.train) :])
+        require_same_classes(train.classes, test.classes)
+    except AnnotationError as error:
+        raise AnnotationError(f"{data.path}: {', '.join(names)}: {error}") from None
     try:
         for_training(train, data.empty_images)
     except AnnotationError as error:

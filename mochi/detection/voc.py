@@ -186,7 +186,9 @@ class _Reader:
         """The image of an XML file: by the image set's name, or else by the file's own `filename`."""
         stated = (stated or "").strip().replace("\\", "/").rpartition("/")[2]
         found = self._images.image(name) or (self._images.find(stated) if stated else None)
-        if found is None or not found.is_file():
+        if found is not None and not found.is_file():
+            raise AnnotationError(f"{found}: a broken link, or not a regular file; expected the image")
+        if found is None:
             raise AnnotationError(
                 f"{self._images.folder / name}: no image of that name{self._images.alike(name)}; "
                 f"expected one of {', '.join(IMAGE_SUFFIXES)}"

@@ -155,7 +155,8 @@ class Names:
         below, _, base = name.rpartition("/")
         wanted = nfc(base).casefold()
         for entry, own in self._names(below).items():
-            if wanted in {entry.casefold(), entry.rpartition(".")[0].casefold()}:
+            stem = entry.rpartition(".")[0]
+            if wanted in {entry.casefold(), stem.casefold()} and nfc(base) not in {entry, stem}:
                 return f"; found {own!r}, which differs by case"
         return ""
 

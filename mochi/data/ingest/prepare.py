@@ -36,8 +36,8 @@ def prepare(
     folder that it is given.
 
     Raises:
-        DataError: the source is missing, another one, empty or contradicts itself, or more of it is unreadable
-            than allowed.
+        DataError: the source is missing, another one, empty or contradicts itself, or more of it is
+            unreadable than allowed.
         StorageError: `out` cannot be written.
     """
     raw = collect(dataset, cache or out.parent / ".cache")

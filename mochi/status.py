@@ -17,6 +17,7 @@ from mochi.layout import Layout, dataset
 from mochi.provenance import wanted
 from mochi.provenance.wanted import Result
 from mochi.runtime.job_status import JobStatus, read
+from mochi.stages import ANALYSIS
 
 _SHOWN = 5  # stale results, each with its reason
 
@@ -69,13 +70,16 @@ def _jobs(experiment: Experiment) -> tuple[list[_Job], list[tuple[str, ...]]]:
     of_run: dict[tuple[str, int], list[_Job]] = {run: [] for run in all_runs(experiment)}
     tasks = [*wanted.searches(experiment), *wanted.evaluations(experiment)]
     for method, seed in all_runs(experiment):
-        names = ["pretrain", *(task for m, s, task in tasks if (m, s) == (method, seed))]
-        for task in names:
-            result = (
-                wanted.pretrained(experiment, method, seed)
-                if task == "pretrain"
-                else wanted.evaluated(experiment, method, seed, task)
-            )
+        results = {
+            "pretrain": wanted.pretrained(experiment, method, seed),
+            ANALYSIS: wanted.analyzed(experiment, method, seed),
+            **{
+                task: wanted.evaluated(experiment, method, seed, task)
+                for m, s, task in tasks
+                if (m, s) == (method, seed)
+            },
+        }
+        for task, result in results.items():
             found = read(places.work(method, seed, task))
             job = _job(result, found, places.log(method, seed, f"{task}.log"))
             of_run[method, seed].append(job)

@@ -53,7 +53,7 @@ class Curve:
             return float("nan")
         best_after = np.maximum.accumulate(self.precision[::-1])[::-1]
         if rule == "11-point":
-            # The fourth is 0.30000000000000004, as the public evaluator's, which decides ties at recall 0.3.
+            # The fourth is 0.30000000000000004, as in the public evaluator: it decides ties at recall 0.3.
             places = np.searchsorted(self.recall, np.arange(0.0, 1.1, 0.1), side="left")
             return float(np.append(best_after, 0.0)[places].mean())
         steps = np.diff(self.recall, prepend=0.0)

@@ -578,7 +578,7 @@ def analyze(
 
 @app.command(rich_help_panel=_STAGE)
 def report(config: ConfigFile = DEFAULT_CONFIG) -> None:
-    """Write scores, tables, figures and records of a finished experiment."""
+    """Write tables, figures, records and report.html of an experiment; name what is missing."""
     from mochi.config import load_experiment
     from mochi.provenance.wanted import reported
 

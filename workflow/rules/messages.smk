@@ -22,6 +22,7 @@ def show_how_to_continue(logs):
         errors = [line for line in log.read_text().splitlines() if "error: " in line]
         print(f"{log}: {(errors or ['no error line'])[-1]}", file=sys.stderr)
     print(
-        "run the same command to continue: finished jobs are kept, interrupted ones resume",
+        "run the same command to continue: finished jobs are kept, interrupted ones resume\n"
+        f"`mochi report --config {CONFIG}` makes the report of what is there so far",
         file=sys.stderr,
     )

@@ -18,6 +18,7 @@ from mochi.encoders.exporting import _detectron2_name
 from mochi.encoders.files import EncoderError, EncoderInfo, digest, read_encoder, read_info, save_encoder
 from mochi.encoders.importing import Choices, import_checkpoint
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
+from tests.commands import refused, run
 
 # Names and shapes are what matters, so a narrow one.
 CONFIG = Encoder(architecture="resnet18", stem="imagenet", width=8)
@@ -339,3 +340,38 @@ def test_an_encoder_file_of_other_pixels_is_converted_by_what_it_says(tmp_path: 
 
 def test_detectron2s_names_are_those_of_its_converter() -> None:
     assert {_detectron2_name(name) for name in WEIGHTS} == detectron2()["model"].keys()
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    """A file of MoCo in, an encoder out, and on to detectron2; mistakes end in one message."""
+    torch.save(LAYOUTS["moco"][0], tmp_path / "x.pth")
+    here = {name: str(tmp_path / name) for name in ("x.pth", "X.safetensors", "x.pkl", "none")}
+    given = (
+        "--which",
+        "momentum",
+        "--image-size",
+        "224",
+        "--channel-order",
+        "RGB",
+        "--std",
+        "58.395,57.12,57.375",
+    )
+    done = run(
+        "import", here["x.pth"], "--out", here["X.safetensors"], *given, "--mean", "123.675,116.28,103.53"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not used: state_dict.module.queue (1 tensors)" in done.stdout
+    assert "the file does not say what pixels" not in done.stdout
+    info = read_info(tmp_path / "X.safetensors")
+    assert info is not None
+    assert info.image_size == 224
+    done = run("export", here["X.safetensors"], "--format", "detectron2", "--out", here["x.pkl"])
+    assert done.returncode == 0, done.stderr
+    assert "MODEL.RESNETS.STRIDE_IN_1X1: False" in done.stdout
+    assert digest(imported(tmp_path / "x.pkl")) == digest(OTHERS)
+    out = ("--out", here["none"])
+    assert "only local files are read" in refused("import", "https://example.org/x.pth", *out)
+    assert "--mean: found 'grey'" in refused("import", here["x.pth"], *out, "--mean", "grey")
+    assert "64 wide" in refused("export", here["X.safetensors"], "--format", "timm", *out)
+    assert "cannot be read as safetensors" in refused("export", here["x.pth"], "--format", "timm", *out)
+    assert not Path(here["none"]).exists()

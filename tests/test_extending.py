@@ -50,7 +50,8 @@ def test_a_new_rule_of_negatives_is_one_file_and_one_line(finished: Project, tmp
     (project.folder / "mochi/contrast/rules/hardest.py").write_text(code)
     row = block("yaml", "rule: hardest").replace("num_hardest: 32", "num_hardest: 32, warmup_epochs: 1")
     project.edit(CONFIG, "methods:\n", f"methods:\n  {row}")
-    assert project.jobs() == {"pretrain": 1, "evaluate": 2, "report": 1}, "no row that was there changes"
+    new = {"pretrain": 1, "analyze": 1, "evaluate": 2, "report": 1}
+    assert project.jobs() == new, "no row that was there changes"
     project.mochi("pretrain", "--method", "moco-hardest", "--seed", "0")
     (metrics,) = project.folder.glob("results/tiny/**/moco-hardest/**/metrics.csv")
     with metrics.open() as file:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.queues import Queue
 from typing import NoReturn, TypeVar
@@ -93,7 +93,8 @@ def watching(store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
         raise
     done.set()
     watch.join()
-    own.set(f"beat/{rank}", _GONE.decode())
+    with suppress(RuntimeError):
+        own.set(f"beat/{rank}", _GONE.decode())
 
 
 def _watch(store: dist.Store, rank: int, world_size: int, done: threading.Event) -> None:

@@ -1,0 +1,82 @@
+"""What several processes exchange, against the same with everything gathered."""
+
+import pytest
+import torch
+from torch import nn
+
+from mochi.runtime import distributed
+from mochi.runtime.distributed import AveragedGradients, exchange, gather, own_slice, rank, world_size
+from tests.detection.ranks import run_ranks
+
+
+def exchanged() -> None:
+    """Rows of any shape and layout, in orders that keep all, move all, and are random."""
+    for shape in ((4,), (4, 5), (4, 3, 6, 2)):
+        rows = torch.randn(shape, generator=torch.Generator().manual_seed(rank()))
+        total = world_size() * len(rows)
+        orders = [torch.arange(total), torch.arange(total).roll(len(rows)), torch.arange(total).flip(0)]
+        orders += [
+            torch.randperm(total, generator=torch.Generator().manual_seed(seed)) for seed in range(5)
+        ]
+        for order in orders:
+            expected = own_slice(gather(rows)[order])
+            assert torch.equal(exchange(rows, order), expected)
+            assert torch.equal(exchange(exchange(rows, order), order.argsort()), rows)
+
+
+def averaged() -> None:
+    """Gradients of several buckets, of which one has a parameter that one rank does not use."""
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)))
+    module.to(memory_format=torch.channels_last)
+    module[1].bias.requires_grad_(requires_grad=False)
+    unused = nn.Parameter(torch.ones(7))
+    parameters = [*module.parameters(), unused]
+    gradients = AveragedGradients(parameters, bucket_bytes=400)
+    assert len(gradients._buckets) > 2
+    for step in range(3):
+        images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(10 * step + rank()))
+        expected = torch.zeros(())
+        for other in range(world_size()):
+            views = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(10 * step + other))
+            expected = expected + module(views).square().mean() / world_size()
+        wanted = torch.autograd.grad(
+            expected, [parameter for parameter in module.parameters() if parameter.requires_grad]
+        )
+        for parameter in parameters:
+            parameter.grad = None
+        loss = module(images).square().mean()
+        (loss + unused.sum() if rank() == 0 else loss).backward()
+        gradients.wait()
+        found = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for parameter, mean in zip(found, wanted, strict=True):
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, mean)
+            assert parameter.grad.stride() == parameter.stride()
+        assert unused.grad is not None
+        torch.testing.assert_close(unused.grad, torch.full((7,), 1 / world_size()))
+        assert module[1].bias.grad is None
+
+
+def everything() -> None:
+    exchanged()
+    averaged()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_exchange_rows_and_average_gradients(processes: int) -> None:
+    run_ranks(everything, processes)
+
+
+def test_one_process_does_neither() -> None:
+    rows = torch.randn(6, 2)
+    order = torch.randperm(6)
+    assert torch.equal(exchange(rows, order), rows[order])
+    module = nn.Linear(2, 1)
+    gradients = AveragedGradients(module.parameters())
+    module(rows).sum().backward()
+    assert module.weight.grad is not None
+    before = module.weight.grad.clone()
+    gradients.wait()
+    assert torch.equal(module.weight.grad, before)
+    assert distributed.world_size() == 1

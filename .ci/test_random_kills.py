@@ -1,6 +1,6 @@
 """Twenty SIGKILLs at random moments of pretraining, of all processes or of one: the same bytes each time.
 
-One and two processes, none and two loading workers; images that are stored encoded, so that workers load them.
+One and two processes, none and two loading workers; images stored encoded, which workers load.
 """
 
 import csv
@@ -96,7 +96,7 @@ def children(process: int) -> list[int]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_change_nothing(processes: int, workers: int, data: Path, tmp_path: Path) -> None:
     expected = Training(tmp_path / "whole", data, processes, 0).result()
-    training, moments = Training(tmp_path / "killed", data, processes, workers), random.Random(0)
+    training, moments = Training(tmp_path / "killed", data, processes, workers), random.Random(0)  # noqa: S311
     done = 0
     for target in sorted(moments.randrange(1, 5 * EPOCHS - 8) for _ in range(KILLS)):
         process = training.start()

@@ -5,6 +5,7 @@ Ranks send signs of life through the store at which they met; loading workers by
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
@@ -22,7 +24,7 @@ from mochi.errors import UserError
 START_SECONDS = 45.0
 """For all ranks to start."""
 RANK_SECONDS = 25.0
-"""Without a sign of life for so long, a rank counts as dead; torchrun then gives it 30 s to end."""
+"""Without a sign of life for so long, a rank counts as dead."""
 WORKER_SECONDS = 45.0
 """The same for loading workers, for none of which an image is ready."""
 LOOK_SECONDS = 5
@@ -64,6 +66,7 @@ def meet() -> tuple[dist.Store, int, int]:
             f"rank {own} of {number}: the other processes cannot be reached in "
             f"{START_SECONDS:.0f} s: {str(error).splitlines()[0]}"
         ) from None
+    store.set(f"process/{rank}", str(os.getpid()))
     store.set(f"beat/{rank}", "0")
     try:
         store.wait([f"beat/{other}" for other in range(world_size)], limit)
@@ -118,7 +121,16 @@ def _watch(store: dist.Store, rank: int, world_size: int, done: threading.Event)
             if slept or beat == _GONE or beat != beats[other]:
                 beats[other], heard[other] = beat, now
             elif now - heard[other] > RANK_SECONDS:
+                _kill_sibling(int(store.get(f"process/{other}")))
                 _end(rank, world_size, f"rank {other} gave no sign of life for {RANK_SECONDS:.0f} s")
+
+
+def _kill_sibling(process: int) -> None:
+    """Kill a rank that torchrun started on this host: it would wait 30 s for one that is suspended."""
+    parent = os.getppid()
+    with suppress(OSError):  # no Linux, or it has ended
+        if str(process) in Path(f"/proc/{parent}/task/{parent}/children").read_text("ascii").split():
+            os.kill(process, signal.SIGKILL)
 
 
 def _end(rank: int, world_size: int, why: str) -> NoReturn:

@@ -264,8 +264,8 @@ def _objects(annotations: Names, name: str) -> tuple[Path, ET.Element, list[ET.E
     elsewhere = sum(1 for _ in tree.iter("object")) - len(items)
     if elsewhere:
         raise AnnotationError(
-            f"{path}: found {elsewhere} objects that are not objects of the image (looked for <object> "
-            "directly below <annotation>); move them there"
+            f"{path}: found {elsewhere} <object> deeper in the file (looked for <object> directly below "
+            "<annotation>); move them there"
         )
     return path, tree, items
 

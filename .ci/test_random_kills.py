@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,15 @@ def children(process: int) -> list[int]:
     return [int(each) for each in listed]
 
 
+def kill_all(process: int) -> None:
+    """A process and all below it; torchrun's ranks are groups of their own."""
+    with suppress(OSError):  # it has just ended
+        below = children(process)
+        os.kill(process, signal.SIGKILL)
+        for each in below:
+            kill_all(each)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_change_nothing(processes: int, workers: int, data: Path, tmp_path: Path) -> None:
@@ -111,8 +121,9 @@ def test_kills_change_nothing(processes: int, workers: int, data: Path, tmp_path
             os.kill(moments.choice(below), signal.SIGKILL)
             assert process.wait(60) != 0
         else:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(process.pid)
             process.wait(60)
         done += 1
     assert done == KILLS
     assert training.result() == expected
+    assert training.said.read_text().count(" resumes at ") == KILLS

@@ -136,3 +136,13 @@ def logged(command):
         "touch {log:q}.part && ln -f {log:q}.part {log:q}"
         f" && {command} 2>&1 | tee -a {{log:q}} && rm {{log:q}}.part"
     )
+
+
+def shown(folder, name):
+    """A file of the report; those to look at are marked for `snakemake --report`."""
+    path = str(folder / name)
+    if name.endswith(".svg"):
+        return in_report(path, "Figures", "figure", figure=Path(name).stem)
+    if name in ("summary.csv", "report.html"):
+        return in_report(path, "Tables", name, file=name)
+    return path

@@ -2,21 +2,13 @@
 REPORT = wanted.reported(EXPERIMENT)
 
 
-def shown(name):
-    """A file of the report; those to look at are marked for `snakemake --report`."""
-    path = str(REPORT.folder / name)
-    if name.endswith(".svg"):
-        return in_report(path, "Figures", "figure", figure=Path(name).stem)
-    if name in ("summary.csv", "report.html"):
-        return in_report(path, "Tables", name, file=name)
-    return path
-
-
 rule report:
     input:
         list(REPORT.inputs.values()),
     output:
-        update([shown(name) for name in (*REPORT.outputs, wanted.RECORD)]),
+        update(
+            [shown(REPORT.folder, name) for name in (*REPORT.outputs, wanted.RECORD)]
+        ),
     log:
         f"logs/{NAME}/report.log",
     params:

@@ -45,7 +45,7 @@ from mochi.layout import Layout
 from mochi.plan import disk_needed, encoder_bytes
 from mochi.pretraining.stage import queue_warning
 from mochi.provenance.wanted import prepared
-from mochi.runtime.distributed import pick_device
+from mochi.runtime.distributed import check_gpus, driver, pick_device
 from mochi.runtime.gpus import visible
 from mochi.runtime.progress import counter
 from mochi.runtime.shares import runs_at_once
@@ -84,6 +84,7 @@ def check(experiment: Experiment, *, verify: bool = False) -> list[Finding]:
 def _machine(experiment: Experiment) -> Iterator[Finding]:
     device = pick_device()
     yield Finding("note", f"computing on {device}, {os.cpu_count()} CPU cores")
+    yield from _gpus()
     shared = Path("/dev/shm")  # noqa: S108 (read, not written)
     if shared.exists() and (size := shutil.disk_usage(shared).total) < _SMALL_SHARED_MEMORY:
         yield Finding(
@@ -113,16 +114,39 @@ def _machine(experiment: Experiment) -> Iterator[Finding]:
         yield from _gpu_memory(experiment, bytes_a_run)
 
 
+def _gpus() -> Iterator[Finding]:
+    """Whether torch can use every visible GPU, and whether its kernels run on each card."""
+    if not (names := visible()):
+        return
+    try:
+        check_gpus(len(names))
+    except UserError as error:
+        yield Finding("error", str(error))
+        return
+    compiled = [int(name.removeprefix("sm_")) for name in torch.cuda.get_arch_list() if name[3:].isdigit()]
+    for number in range(len(names)):
+        card, (major, minor) = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
+        yield Finding(
+            "note", f"GPU {number}: {card}, driver {driver()}, torch for CUDA {torch.version.cuda}"
+        )
+        # A kernel runs on cards of its own major version, from its minor version on.
+        if not any(each // 10 == major and each % 10 <= minor for each in compiled):
+            yield Finding(
+                "error",
+                f"GPU {number}, {card}: found compute capability {major}.{minor}; this torch has kernels "
+                f"for {', '.join(f'{each // 10}.{each % 10}' for each in compiled)}; install a torch built for "
+                "an older CUDA (docs/cluster.md), or hide the card with CUDA_VISIBLE_DEVICES",
+            )
+
+
 def _packages(experiment: Experiment) -> Iterator[str]:
     """Optional packages that some stage imports."""
-    yield from ("matplotlib", "pandas")
+    yield from ("jinja2", "matplotlib", "pandas", "scipy", "sklearn")
     sets = experiment.evaluation.detection.values()
     if sets:
         yield "faster_coco_eval"
     if experiment.dataset.source == "photo-patches" or any(each.data.scenes for each in sets):
-        yield from ("skimage", "sklearn")
-    if experiment.dataset.source == "imagenet":
-        yield "scipy"
+        yield "skimage"
 
 
 def _gpu_memory(experiment: Experiment, bytes_a_run: int) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ from mochi.detection.sets import read_splits
 from mochi.encoders.files import load_encoder
 from mochi.errors import UserError
 from mochi.evaluation.features import Frozen
-from mochi.preflight import check
+from mochi.preflight import _gpus, check
 from mochi.pretraining.objectives import make_objective
 
 TINY = Path(__file__).parents[1] / "tests/tiny.yaml"
@@ -307,3 +307,31 @@ def test_everything_is_said_at_once(place: Path, tmp_path: Path, monkeypatch: py
         "unknown class",
     ):
         assert part in said
+
+
+def gpu_findings(monkeypatch: pytest.MonkeyPatch, usable: int, capability: tuple[int, int]) -> list[str]:
+    """What is said of two visible GPUs, of which torch can use some."""
+    monkeypatch.setattr("mochi.preflight.visible", lambda: ["GPU-a", "GPU-b"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(usable))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_120"])
+    return [str(finding) for finding in _gpus() if finding.level == "error"]
+
+
+def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = gpu_findings(monkeypatch, 1, (8, 0))
+    assert "2 were asked for" in text
+    assert "driver" in text
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"), [((7, 0), False), ((7, 5), True), ((8, 6), True), ((10, 0), False)]
+)
+def test_cards_without_kernels_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
+) -> None:
+    found = gpu_findings(monkeypatch, 2, capability)
+    assert len(found) == (0 if runs else 2)
+    assert all("7.5, 8.0, 9.0" in text for text in found)

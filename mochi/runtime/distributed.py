@@ -54,18 +54,10 @@ def pick_device() -> torch.device:
         UserError: GPUs were asked for (`--gpus`) and torch cannot use as many.
     """
     requested = int(os.environ.get(REQUESTED_GPUS, "0"))
-    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if os.environ.get("MOCHI_DEVICE") == "cpu":
         return torch.device("cpu")
-    if usable < requested:
-        wheel = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        raise UserError(
-            f"GPUs: {requested} were asked for, and torch {torch.__version__} can use {usable}; its wheel "
-            f"is {wheel}, the driver is {_driver()}, CUDA_VISIBLE_DEVICES is {shown}; check `nvidia-smi`, "
-            "update the driver, or pass --gpus 0 to compute on the CPU"
-        )
-    if not usable:
+    check_gpus(requested)
+    if not (torch.cuda.is_available() and torch.cuda.device_count()):
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     # Else helper threads and libraries open a context on GPU 0 in every process.
@@ -73,7 +65,20 @@ def pick_device() -> torch.device:
     return device
 
 
-def _driver() -> str:
+def check_gpus(requested: int) -> None:
+    """Raise UserError where torch cannot use as many GPUs."""
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if usable < requested:
+        wheel = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise UserError(
+            f"GPUs: {requested} were asked for, and torch {torch.__version__} can use {usable}; its wheel "
+            f"is {wheel}, the driver is {driver()}, CUDA_VISIBLE_DEVICES is {shown}; check `nvidia-smi`, "
+            "update the driver, or pass --gpus 0 to compute on the CPU"
+        )
+
+
+def driver() -> str:
     """The version of NVIDIA's kernel driver."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")

@@ -134,8 +134,8 @@ def _gpus() -> Iterator[Finding]:
             yield Finding(
                 "error",
                 f"GPU {number}, {card}: found compute capability {major}.{minor}; this torch has kernels "
-                f"for {', '.join(f'{each // 10}.{each % 10}' for each in compiled)}; install a torch built for "
-                "an older CUDA (docs/cluster.md), or hide the card with CUDA_VISIBLE_DEVICES",
+                f"for {', '.join(f'{each // 10}.{each % 10}' for each in compiled)}; install a torch built "
+                "for an older CUDA (docs/cluster.md), or hide the card with CUDA_VISIBLE_DEVICES",
             )
 
 

@@ -387,7 +387,7 @@ def seconds_per_iteration(run: DetectionRun, machine: Machine, seconds: float) -
     """
     from mochi.detection.annotations import for_training  # noqa: PLC0415 (an extra)
     from mochi.detection.batches import Images  # noqa: PLC0415
-    from mochi.detection.stage import read_splits  # noqa: PLC0415
+    from mochi.detection.sets import read_splits  # noqa: PLC0415
     from mochi.detection.training import FineTuning, FrozenBackbone, Recipe  # noqa: PLC0415
 
     chosen = run.detection

@@ -99,7 +99,7 @@ def render(found: Contents) -> str:
     lines = []
     for split, counts in found.counts.items():
         lines.append(f"boxes of {split}: {counts['objects']} in {counts['images']} images")
-        classes = [f"{name} {count}" for name, count in counts.pop("classes").items()]
+        classes = [f"{name} {count}" for name, count in counts["classes"].items()]
         lines.append(f"  {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}")
         lines += [f"  {name}: {value}" for name, value in counts.items() if name not in _SHOWN_APART]
     lines += [f"warning: {text}" for text in found.warnings]

@@ -143,7 +143,8 @@ class _Reader:
         """The CSV with the keys as its first columns; no frame if it has no rows. Names stay text."""
         try:
             # Only curves have empty cells; elsewhere "NA" is the name of a class.
-            frame = pd.read_csv(path, na_filter=path.name == "metrics.csv")
+            names = {"class": str, "predicted": str}  # "01" is not 1
+            frame = pd.read_csv(path, dtype=names, na_filter=path.name == "metrics.csv")
         except FileNotFoundError:
             self.missing.append(str(_not_found(path)))
             return []

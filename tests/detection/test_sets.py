@@ -15,7 +15,7 @@ from PIL import Image
 from mochi.config import DetectionData
 from mochi.detection import coco, voc
 from mochi.detection.annotations import Annotations
-from mochi.detection.sets import read_splits
+from mochi.detection.sets import inspect, read_splits, render
 from mochi.errors import DataError
 from tests.commands import run
 from tests.detection.sets import small_set, voc_object
@@ -417,3 +417,12 @@ def test_check_and_inspect_tell_what_a_training_would_stop_at(
     assert "bytes): JPEG does not decode" in run("inspect", str(voc_set)).stdout
     edit(voc_set / "Annotations" / "a2.xml", "<name>bar</name>", "<name></name>")
     assert "a2.xml: object 2: found no name" in run("inspect", str(voc_set)).stdout
+
+
+def test_a_printed_report_keeps_its_classes(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        coco_file(tmp_path, split)
+    data = {"format": "coco", "path": str(tmp_path), "train": ["train"], "test": ["test"]}
+    found = inspect(data, jobs=1)
+    assert "square 1, bar 1" in render(found)
+    assert found.counts["train"]["classes"] == {"square": 1, "bar": 1}

@@ -66,3 +66,7 @@ def test_names_of_classes_are_text(experiment: Experiment) -> None:
     table = collect(experiment).confusion
     assert set(table["class"]) == {CLASS, "NA"}
     assert table.groupby(["method", "seed", "task"])["images"].sum().unique().tolist() == [8]
+    for path in Path().rglob("confusion.csv"):
+        path.write_text("class,predicted,images\n01,02,3\n")
+    numbered = collect(experiment).confusion
+    assert numbered[["class", "predicted"]].drop_duplicates().to_numpy().tolist() == [["01", "02"]]

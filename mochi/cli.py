@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -19,6 +19,10 @@ from mochi.errors import UserError
 from mochi.extras import EXTRAS, not_installed
 from mochi.provenance.wanted import Result
 from mochi.runtime.progress import configure_logging
+
+if TYPE_CHECKING:
+    from mochi.inference.encoder import LoadedEncoder, Overrides
+    from mochi.inference.folder import FolderFeatures
 
 app = typer.Typer(
     help="MoCHi: hard negative mixing for contrastive learning, from raw images to the paper's tables.",
@@ -222,22 +226,12 @@ def features(
 ) -> None:
     """Write the features of every image in a folder: paths and vectors."""
     _take_gpus(gpus)
-    from mochi.inference.encoder import Overrides, load
-    from mochi.inference.folder import encode_folder
-    from mochi.inference.write import require_kind, write_features
-    from mochi.runtime.distributed import pick_device
-    from mochi.runtime.progress import counter
+    from mochi.inference.encoder import Overrides
+    from mochi.inference.write import FEATURES, require_kind, write_features
 
-    require_kind(out)
+    require_kind(out, FEATURES)
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
-    loaded = load(encoder, overrides, pick_device())
-    found = encode_folder(
-        loaded,
-        images,
-        batch_size=batch_size,
-        threads=jobs or os.cpu_count() or 1,
-        progress=counter("encode"),
-    )
+    _, found = _encoded(encoder, overrides, images, batch_size, jobs)
     listed = write_features(out, found)
     typer.echo(f"{out}: {len(found.paths)} images, vectors of {found.vectors.shape[1]} numbers")
     if listed is not None:
@@ -270,22 +264,13 @@ def neighbors(
 ) -> None:
     """Draw queries and their most similar images of a folder as one picture."""
     _take_gpus(gpus)
-    from mochi.inference.encoder import Overrides, load
-    from mochi.inference.folder import encode_folder
-    from mochi.inference.neighbors import require_kind, sheet
-    from mochi.runtime.distributed import pick_device
-    from mochi.runtime.progress import counter
+    from mochi.inference.encoder import Overrides
+    from mochi.inference.neighbors import PICTURES, sheet
+    from mochi.inference.write import require_kind
 
-    require_kind(out)
+    require_kind(out, PICTURES)
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
-    loaded = load(encoder, overrides, pick_device())
-    found = encode_folder(
-        loaded,
-        images,
-        batch_size=batch_size,
-        threads=jobs or os.cpu_count() or 1,
-        progress=counter("encode"),
-    )
+    loaded, found = _encoded(encoder, overrides, images, batch_size, jobs)
     sheet(loaded, images, found, query or [], out, k=k, num_queries=num_queries, hardest=hardest)
     typer.echo(f"{out}: written")
     for path, reason in found.quarantined:
@@ -611,6 +596,22 @@ def _redirected(result: Result, encoder: Path | None, out: Path | None) -> Resul
     if encoder is not None:
         result = replace(result, inputs={**result.inputs, "encoder": encoder})
     return result if out is None else replace(result, folder=out)
+
+
+def _encoded(
+    encoder: Path, overrides: "Overrides", images: Path, batch_size: int, threads: int | None
+) -> "tuple[LoadedEncoder, FolderFeatures]":
+    """The encoder, and its features of a folder."""
+    from mochi.inference.encoder import load
+    from mochi.inference.folder import encode_folder
+    from mochi.runtime.distributed import pick_device
+    from mochi.runtime.progress import counter
+
+    loaded = load(encoder, overrides, pick_device())
+    threads = threads or os.cpu_count() or 1
+    return loaded, encode_folder(
+        loaded, images, batch_size=batch_size, threads=threads, progress=counter("encode")
+    )
 
 
 def _take_gpus(count: int | None, nodes: int = 1) -> None:

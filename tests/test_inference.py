@@ -188,6 +188,13 @@ def test_neighbors_are_those_of_all_pairs_and_hardest_negatives_of_other_classes
     assert len(unlabelled) == 39, "without a class all other images are negatives"
 
 
+def test_a_query_is_known_however_its_path_is_given(encoder: Path, images: Path) -> None:
+    for name, query in (("a", images.absolute()), ("b", Path("images")), ("c", Path("images/../images"))):
+        of = ["--encoder", str(encoder), "--images", "images", "--k", "3", "--out", f"{name}.png"]
+        assert run("neighbors", *of, "--query", str(query / "cat" / "1.png")).returncode == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes() == Path("c.png").read_bytes()
+
+
 def test_classes_of_a_folder(images: Path) -> None:
     assert classes_of(images) == {}, "a loose image: the folders are no classes"
     (images / "loose.png").unlink()

@@ -1,5 +1,6 @@
 """Queries and their nearest images, or their hardest negatives, as one picture."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,21 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from mochi.analysis.neighbours import spread
 from mochi.config.datasets import Folder
 from mochi.data.describe_folder import describe
 from mochi.data.ingest.decode import open_image, to_rgb
 from mochi.data.ingest.raw import FileSplit, as_text
 from mochi.data.ingest.sources.folder import list_images
-from mochi.errors import DataError, UserError
+from mochi.errors import DataError
 from mochi.inference.encoder import LoadedEncoder
 from mochi.inference.folder import FolderFeatures, encode_files
 from mochi.storage.atomic import replacing
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _SIDE, _GAP, _CAPTION = 112, 8, 26  # pixels
 _FRAME = 3
 _SAME, _OTHER, _PLAIN = "#2a7f3f", "#b3261e", "#555555"
 _ROWS_AT_ONCE = 256
-_KINDS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,6 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
 
 
-def require_kind(out: Path) -> None:
-    """Refuse what is no picture before anything is computed.
-
-    Raises:
-        UserError: the name ends otherwise.
-    """
-    if out.suffix.lower() not in _KINDS:
-        raise UserError(f"--out: found {out}; expected a name that ends in {', '.join(_KINDS)}")
-
-
 def sheet(
     encoder: LoadedEncoder,
     folder: Path,
@@ -130,8 +122,9 @@ def sheet(
     """
     classes = classes_of(folder)
     row_of = {path: row for row, path in enumerate(found.paths)}
-    files = list(queries) or [folder / found.paths[row] for row in spread_queries(found.paths, num_queries)]
-    inside = [str(file.relative_to(folder)) if file.is_relative_to(folder) else "" for file in files]
+    chosen = spread(len(found.paths), num_queries).tolist()
+    files = list(queries) or [folder / found.paths[row] for row in chosen]
+    inside = [_name_in(folder, file) for file in files]
     outside = [file for file, name in zip(files, inside, strict=True) if name not in row_of]
     encoded = encode_files(encoder, outside, batch_size=64, threads=1)
     if encoded.unreadable:
@@ -143,10 +136,10 @@ def sheet(
     draw(out, folder, files, rows, classes)
 
 
-def spread_queries(paths: Sequence[str], count: int) -> list[int]:
-    """Rows of `count` images spread evenly over the folder."""
-    rows = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
-    return [int(row) for row in np.unique(rows)]
+def _name_in(folder: Path, file: Path) -> str:
+    """The file's path in the folder, however both are given; empty if it is elsewhere."""
+    file, folder = (Path(os.path.abspath(each)) for each in (file, folder))  # noqa: PTH100 (keeps links)
+    return str(file.relative_to(folder)) if file.is_relative_to(folder) else ""
 
 
 def draw(
@@ -171,8 +164,7 @@ def draw(
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for line, (query, row) in enumerate(zip(queries, rows, strict=True)):
         top = _GAP + line * (step + _CAPTION)
-        inside = as_text(str(query.relative_to(folder))) if query.is_relative_to(folder) else ""
-        own = classes.get(inside, "")
+        own = classes.get(_name_in(folder, query), "")
         cells = [(query, _PLAIN, "query", own or query.name)]
         for each in row:
             label = classes.get(each.path, "")

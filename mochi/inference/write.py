@@ -1,6 +1,6 @@
 """Features of a folder as a file: NumPy's .npz or Parquet."""
 
-import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +10,19 @@ import pyarrow.parquet as pq
 from mochi.data.ingest.raw import as_text
 from mochi.errors import UserError
 from mochi.inference.folder import FolderFeatures
-from mochi.storage.atomic import replacing
+from mochi.storage.atomic import replacing, write_rows
 
-KINDS = (".npz", ".parquet")
+FEATURES = (".npz", ".parquet")
 
 
-def require_kind(out: Path) -> None:
-    """Refuse other files before anything is computed.
+def require_kind(out: Path, kinds: Sequence[str]) -> None:
+    """Refuse a file of another kind before anything is computed.
 
     Raises:
         UserError: the name ends otherwise.
     """
-    if out.suffix.lower() not in KINDS:
-        raise UserError(f"--out: found {out}; expected a name that ends in {' or '.join(KINDS)}")
+    if out.suffix.lower() not in kinds:
+        raise UserError(f"--out: found {out}; expected a name that ends in {' or '.join(kinds)}")
 
 
 def write_features(out: Path, found: FolderFeatures) -> Path | None:
@@ -43,8 +43,6 @@ def write_features(out: Path, found: FolderFeatures) -> Path | None:
     if not found.quarantined:
         listed.unlink(missing_ok=True)
         return None
-    with replacing(listed) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("path", "reason"))
-        writer.writerows((as_text(path), reason) for path, reason in found.quarantined)
+    rows = [{"path": as_text(path), "reason": reason} for path, reason in found.quarantined]
+    write_rows(listed, ["path", "reason"], rows)
     return listed

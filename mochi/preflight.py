@@ -42,13 +42,13 @@ from mochi.encoders.files import EncoderError, load_encoder
 from mochi.errors import DataError, UserError
 from mochi.extras import not_installed
 from mochi.layout import Layout
-from mochi.plan import disk_needed, encoder_bytes
+from mochi.plan import Machine, disk_needed, encoder_bytes
 from mochi.pretraining.stage import queue_warning
 from mochi.provenance.wanted import prepared
 from mochi.runtime.distributed import check_gpus, driver, pick_device
 from mochi.runtime.gpus import visible
 from mochi.runtime.progress import counter
-from mochi.runtime.shares import runs_at_once
+from mochi.storage.atomic import nearest_existing
 
 _MOST_DECODED = 20_000  # images; of more, a part
 _SMALL_SHARED_MEMORY = 1 << 30
@@ -95,11 +95,10 @@ def _machine(experiment: Experiment) -> Iterator[Finding]:
     for package in _packages(experiment):
         if find_spec(package) is None:
             yield Finding("error", not_installed(package))
-    at_once = runs_at_once(len(visible()) if device.type == "cuda" else 0)
     bytes_a_run = encoder_bytes(experiment.encoder)
-    needed = disk_needed(len(all_runs(experiment)), bytes_a_run, at_once)
+    needed = disk_needed(len(all_runs(experiment)), bytes_a_run, Machine.here().at_once)
     for place in (Layout(experiment.name).results, Path("work"), layout.dataset(experiment.dataset.name)):
-        existing = next(each for each in (place, *place.absolute().parents) if each.exists())
+        existing = nearest_existing(place)
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             text = f"{place}: cannot be written: expected a folder that this user may write"
             yield Finding("error", text)

@@ -17,6 +17,7 @@ from mochi.layout import Layout, dataset
 from mochi.provenance import wanted
 from mochi.provenance.wanted import Result
 from mochi.runtime.job_status import JobStatus, read
+from mochi.runtime.progress import clock
 from mochi.stages import ANALYSIS
 
 _SHOWN = 5  # stale results, each with its reason
@@ -44,7 +45,7 @@ def status(experiment: Experiment) -> Iterator[str]:
     running = [job for job in jobs if job.state == "running"]
     if running:
         longest = max((job.status.seconds_left or 0 for job in running if job.status), default=0)
-        yield f"the running jobs end in {_clock(longest)}"
+        yield f"the running jobs end in {clock(longest)}"
     yield ""
     yield from _table([("run", "stage", "progress", "speed", "left", "accuracy", "health"), *rows])
     for job in jobs:
@@ -118,7 +119,7 @@ def _row(method: str, seed: int, jobs: Sequence[_Job]) -> tuple[str, ...]:
         now = active.status
         done = f"{now.done}/{now.total} ({now.done / now.total:.0%})" if now.total else "starting"
         speed = f"{now.rate:.3g}/s" if now.rate and active.state == "running" else ""
-        left = _clock(now.seconds_left) if now.seconds_left is not None and speed else ""
+        left = clock(now.seconds_left) if now.seconds_left is not None and speed else ""
         reached = accuracy if now.accuracy is None else f"{now.accuracy:.1%}"
         stage = active.result.label.removeprefix(f"{label} ")
         stage = stage if active.state == "running" else f"{stage} ({active.state})"
@@ -170,9 +171,3 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = {place: max(len(row[place]) for row in rows) for place in kept}
     for row in rows:
         yield "  ".join(row[place].ljust(widths[place]) for place in kept).rstrip()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

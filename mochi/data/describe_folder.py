@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from mochi.config.datasets import Folder
 from mochi.data.ingest import decode
-from mochi.data.ingest.files import subfolders, walk
+from mochi.data.ingest.files import SPLITS, subfolders, walk
 from mochi.data.ingest.raw import FileSplit, RawDataset, as_text, class_counts
-from mochi.data.ingest.sources.folder import SPLITS, UNLABELLED_FOLDERS, list_images
+from mochi.data.ingest.sources.folder import UNLABELLED_FOLDERS, list_images
 from mochi.errors import DataError
 
 VAL_SHARE = 0.2
@@ -122,9 +122,7 @@ def _are_classes(folder: Path, top: list[str]) -> bool:
     classes = [name for name in top if name not in UNLABELLED_FOLDERS]
     if all(_DATE.fullmatch(name) for name in classes):
         return False
-    loose = [path for path in walk(folder) if "/" not in path]
-    nested = [path for path in walk(folder) if path.count("/") > 1]
-    return len(classes) >= 2 and not loose and not nested
+    return len(classes) >= 2 and all(path.count("/") == 1 for path in walk(folder))
 
 
 def _coco(folder: Path) -> Description | None:
@@ -174,16 +172,16 @@ def _is_voc(home: Path) -> bool:
 
 
 def _train_and_test(place: Path, names: list[str]) -> tuple[list[str], list[str]]:
-    """The splits to train on and to test on: test on `test`, else on `val`.
+    """The splits to train on and to test on: test on `test`, else on `val`. Names may end in a year.
 
     Raises:
         DataError: there is no such pair.
     """
-
-    def like(kind: str) -> list[str]:
-        return [name for name in names if name.rstrip("0123456789").lower() in SPLITS_OF[kind]]
-
-    both, train, val, test = (like(kind) for kind in ("trainval", "train", "val", "test"))
+    known = {**SPLITS, "trainval": "trainval"}
+    of_kind: dict[str | None, list[str]] = {}
+    for name in names:
+        of_kind.setdefault(known.get(name.rstrip("0123456789").lower()), []).append(name)
+    both, train, val, test = (of_kind.get(kind, []) for kind in ("trainval", "train", "val", "test"))
     if test and (both or train):
         return (both[:1] or [train[0], *val[:1]]), test[:1]
     if train and val:
@@ -193,12 +191,3 @@ def _train_and_test(place: Path, names: list[str]) -> tuple[list[str], list[str]
         "on: for VOC ImageSets/Main/train.txt and val.txt, one image name a line; for COCO "
         "annotations/instances_train.json with train/ and instances_val.json with val/"
     )
-
-
-SPLITS_OF = {
-    "trainval": {"trainval"},
-    "train": {"train"},
-    "val": {"val", "valid", "validation"},
-    "test": {"test"},
-}
-"""Names, years left out, of a detection set's splits."""

@@ -76,7 +76,7 @@ class Progress:
         if now - self._last >= self._every or self._done == self._total:
             self._last = now
             _, left = self._pace()
-            line = f"{self._label}: {self._done}/{self._total}, {_clock(left)} left"
+            line = f"{self._label}: {self._done}/{self._total}, {clock(left)} left"
             sys.stderr.write(f"{line}, {note}\n" if note else f"{line}\n")
             sys.stderr.flush()
 
@@ -103,7 +103,8 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -172,9 +172,9 @@ def require_space(needed: Mapping[Path, int]) -> None:
     """
     disks: dict[int, list[Path]] = {}
     for folder in needed:
-        disks.setdefault(_existing(folder).stat().st_dev, []).append(folder)
+        disks.setdefault(nearest_existing(folder).stat().st_dev, []).append(folder)
     for folders in disks.values():
-        free = shutil.disk_usage(_existing(folders[0])).free
+        free = shutil.disk_usage(nearest_existing(folders[0])).free
         wanted = sum(needed[folder] for folder in folders) + _MARGIN
         if free < wanted:
             raise StorageError(
@@ -183,7 +183,7 @@ def require_space(needed: Mapping[Path, int]) -> None:
             )
 
 
-def _existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 

@@ -6,6 +6,8 @@ Names are in Unicode's composed form already: é as one character and as two are
 from collections.abc import Mapping
 from itertools import pairwise
 
+from mochi.data.ingest.files import SPLITS
+
 Counts = Mapping[str, Mapping[str, int]]
 """Split -> class name -> number of images."""
 
@@ -17,7 +19,7 @@ def faults(counts: Counts) -> list[str]:
         return []
     text = f"no class has images in both train ({_some(train)}) and val ({_some(val)})"
     for split, names in (("train", train), ("val", val)):
-        if len(names) == 1 and next(iter(names)).lower() in {"train", "val", "valid", "validation", "test"}:
+        if len(names) == 1 and next(iter(names)).lower() in SPLITS:
             text += (
                 f"; the only class of {split} is called {next(iter(names))!r}: a folder too many was "
                 "unpacked, move its folders up"

@@ -16,6 +16,9 @@ from mochi.text import nfc, read_lines
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif")
 """In the order in which the image of a name is looked for, in either case."""
 
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""Folder name, in any case -> split; without a `val` the `test` images are `val`, for evaluations."""
+
 _OTHER_SUFFIXES = (
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".py",
     ".ipynb", ".sh", ".ini", ".mat", ".npy", ".npz", ".pkl", ".h5", ".parquet", ".zip", ".tar", ".gz",

@@ -13,15 +13,13 @@ import numpy as np
 from mochi.config.datasets import Dataset, Folder
 from mochi.data.format import UNLABELLED
 from mochi.data.ingest import classes
-from mochi.data.ingest.files import read_list, subfolders, walk
+from mochi.data.ingest.files import SPLITS, read_list, subfolders, walk
 from mochi.data.ingest.raw import ByteRange, FileSplit, RawDataset, as_text
 from mochi.errors import DataError
 from mochi.text import nfc
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""Folder name, in any case -> split; without a `val` the `test` images are `val`, for evaluations."""
 UNLABELLED_FOLDERS = ("unlabeled", "unlabelled")
 
 

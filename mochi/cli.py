@@ -1,7 +1,7 @@
 """The command line: one command for each stage, and commands that check, inspect and explain.
 
 Only this module prints or exits. Imports of heavy modules are inside the commands that need them, so that
-`--help` and a stage that is up to date answer at once.
+`--help` and a stage that is up to date return at once.
 """
 
 import os
@@ -41,14 +41,14 @@ ConfigFile = Annotated[Path, typer.Option("--config", envvar="MOCHI_CONFIG", hel
 Method = Annotated[str, typer.Option(help="A row of the experiment, such as moco-v2.")]
 Seed = Annotated[int, typer.Option(min=0, help="A seed of that row.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes that decode images.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads to compute with, for each GPU.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each GPU.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads for computing, per GPU.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, per GPU.")]
 EncoderFile = Annotated[
-    Path | None, typer.Option("--encoder", help="Encoder file. Default: the one that this run trained.")
+    Path | None, typer.Option("--encoder", help="Encoder file. Default: the one trained by this run.")
 ]
 OneGpu = Annotated[
     int | None,
-    typer.Option("--gpus", min=0, max=1, help="0 or 1. Default: the first visible, not claimed."),
+    typer.Option("--gpus", min=0, max=1, help="0 or 1. Default: the first visible, without claiming it."),
 ]
 EncoderPath = Annotated[Path, typer.Option("--encoder", help="Encoder file.")]
 EncoderConfig = Annotated[
@@ -56,18 +56,20 @@ EncoderConfig = Annotated[
     typer.Option("--config", help="Experiment file with the encoder and its image size."),
 ]
 ImageFolder = Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of images.")]
-Architecture = Annotated[str | None, typer.Option(help="Of an encoder without metadata: resnet18, ...")]
-Stem = Annotated[str | None, typer.Option(help="Of an encoder without metadata: imagenet, half or full.")]
-Width = Annotated[int | None, typer.Option(min=1, help="Of an encoder without metadata: 64, ...")]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the crop. Default: the training's.")]
+Architecture = Annotated[str | None, typer.Option(help="For an encoder without metadata: resnet18, ...")]
+Stem = Annotated[str | None, typer.Option(help="For an encoder without metadata: imagenet, half or full.")]
+Width = Annotated[int | None, typer.Option(min=1, help="For an encoder without metadata: 64, ...")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the crop. Default: as in training.")]
 Resize = Annotated[
-    int | None, typer.Option(min=1, help="Short side before the crop. Default: 8/7 of it from 64 px.")
+    int | None, typer.Option(min=1, help="Short side before the crop. Default: 8/7 of the crop from 64 px.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images encoded at once.")]
-DecodingThreads = Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: the cores.")]
+DecodingThreads = Annotated[
+    int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")
+]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Results folder. Default: in results/.")]
 Gpus = Annotated[
-    int | None, typer.Option(min=0, help="GPUs in all, one torchrun rank each. Default: the first visible.")
+    int | None, typer.Option(min=0, help="Total GPUs, one torchrun rank each. Default: the first visible.")
 ]
 
 
@@ -127,9 +129,9 @@ def inspect(
 @app.command(rich_help_panel=_INSPECT)
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, a VOC or a COCO tree.")],
-    out: Annotated[Path, typer.Option(help="Experiment file to write; its name is the experiment's.")],
+    out: Annotated[Path, typer.Option(help="Experiment file to write; the experiment gets its name.")],
     hours: Annotated[
-        float | None, typer.Option(help="Fit epochs and image size to so many hours on this machine.")
+        float | None, typer.Option(help="Choose epochs and image size for this many hours on this machine.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
@@ -147,7 +149,7 @@ def plan(
 ) -> None:
     """Estimate the runs, steps, hours, memory and disk of an experiment on this machine.
 
-    Measures for a minute at most, with the threads and workers that the workflow gives each run.
+    Measures for at most a minute, with the threads and workers that a run has in the workflow.
     """
     from mochi import plan as planning
     from mochi.config import load_experiment
@@ -158,7 +160,7 @@ def plan(
 
 @app.command(rich_help_panel=_INSPECT)
 def status(config: ConfigArgument = DEFAULT_CONFIG) -> None:
-    """Show what of an experiment runs, failed, is done, stale or not started."""
+    """Show which runs of an experiment are running, failed, done, stale or not started."""
     from mochi import status as overview
     from mochi.config import load_experiment
 
@@ -174,7 +176,7 @@ def adopt(
         typer.Option("--accept-code", help="Keep results whose code changed; recorded in provenance.json."),
     ] = False,
     restore: Annotated[
-        bool, typer.Option("--restore", help="Replace stale results by current ones of DVC's cache.")
+        bool, typer.Option("--restore", help="Replace stale results with current ones from DVC's cache.")
     ] = False,
 ) -> None:
     """Compare existing results with the experiment and tell Snakemake which are current."""
@@ -191,7 +193,7 @@ def explain(
     task: Annotated[str, typer.Argument(help="An evaluation, such as linear.")],
     config: ConfigFile = DEFAULT_CONFIG,
 ) -> None:
-    """Print the chain behind one number: commands, settings, code, data, machine."""
+    """Trace one number to its commands, settings, code, data and machine."""
     from mochi.config import load_experiment
     from mochi.report.explain import explain as trace
 
@@ -235,7 +237,7 @@ def features(
     listed = write_features(out, found)
     typer.echo(f"{out}: {len(found.paths)} images, vectors of {found.vectors.shape[1]} numbers")
     if listed is not None:
-        typer.echo(f"{len(found.quarantined)} files are no usable images; they are listed in {listed}")
+        typer.echo(f"{len(found.quarantined)} files are not usable images; see {listed}")
 
 
 @app.command(rich_help_panel=_USE)
@@ -245,7 +247,7 @@ def neighbors(
     out: Annotated[Path, typer.Option(help="Picture to write, for example sheet.png.")],
     query: Annotated[
         list[Path] | None,
-        typer.Option(help="Image to look for; may be repeated. Default: some of DIR."),
+        typer.Option(help="Query image; may be repeated. Default: some of DIR."),
     ] = None,
     num_queries: Annotated[int, typer.Option(min=1, help="Queries taken from DIR without --query.")] = 8,
     k: Annotated[int, typer.Option(min=1, help="Neighbors of each query.")] = 8,
@@ -274,36 +276,34 @@ def neighbors(
     sheet(loaded, images, found, query or [], out, k=k, num_queries=num_queries, hardest=hardest)
     typer.echo(f"{out}: written")
     for path, reason in found.quarantined:
-        typer.echo(f"left out: {path!r}: {reason}")
+        typer.echo(f"skipped: {path!r}: {reason}")
 
 
 @app.command("import", rich_help_panel=_USE)
 def import_(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint: .pth, .pkl, .safetensors.")],
     out: Annotated[Path, typer.Option(help="Encoder file to write, X.safetensors.")],
-    which: Annotated[
-        str, typer.Option(help="query, momentum, or the prefix of one of several encoders.")
-    ] = "query",
+    which: Annotated[str, typer.Option(help="query, momentum, or the prefix of an encoder.")] = "query",
     architecture: Annotated[
-        str | None, typer.Option(help="Such as resnet50. Default: by the shapes of the tensors.")
+        str | None, typer.Option(help="Such as resnet50. Default: from the shapes of the tensors.")
     ] = None,
     stem: Annotated[
-        str | None, typer.Option(help="half or full: shapes do not tell the stride of a 3x3 stem.")
+        str | None, typer.Option(help="half or full: shapes do not show the stride of a 3x3 stem.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images it was trained on, pixels.")
+        int | None, typer.Option(min=1, help="Side of the training images, pixels.")
     ] = None,
     channel_order: Annotated[
-        Literal["RGB", "BGR"] | None, typer.Option(help="Of the images it was trained on. Default: RGB.")
+        Literal["RGB", "BGR"] | None, typer.Option(help="Of the training images. Default: RGB.")
     ] = None,
     mean: Annotated[
-        str | None, typer.Option(help="What was subtracted from each channel: three numbers, a,b,c.")
+        str | None, typer.Option(help="Mean subtracted from each channel: three numbers, a,b,c.")
     ] = None,
-    std: Annotated[str | None, typer.Option(help="What each channel was divided by: a,b,c.")] = None,
+    std: Annotated[str | None, typer.Option(help="Divisor of each channel: a,b,c.")] = None,
 ) -> None:
-    """Turn a checkpoint of MoCo, lightly, solo-learn, VISSL, timm, detectron2, ... into an encoder file.
+    """Convert a checkpoint of MoCo, lightly, solo-learn, VISSL, timm, detectron2, ... to an encoder file.
 
-    No code in the file is run. What is missing or foreign is listed and refused.
+    No code in the file is run. Missing or unknown tensors are listed and refused.
     """
     from mochi.encoders.importing import Choices, import_checkpoint
 
@@ -327,7 +327,7 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="X.safetensors", help="An encoder file of this project.")],
     format: Annotated[
         Literal["torchvision", "timm", "detectron2", "moco"],
-        typer.Option(help="The program to write it for."),
+        typer.Option(help="The library to write it for."),
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
@@ -342,13 +342,13 @@ def export(
 def prepare(
     data: Annotated[
         str | None,
-        typer.Argument(metavar="[DATASET]", help="Name of a data set of the experiment. Default: its own."),
+        typer.Argument(metavar="[DATASET]", help="A data set of the experiment. Default: the main one."),
     ] = None,
     config: ConfigFile = DEFAULT_CONFIG,
     source: Annotated[
         str | None, typer.Option(help="Source of the images, instead of an experiment file.")
     ] = None,
-    path: Annotated[str | None, typer.Option(help="Where the images are, with --source.")] = None,
+    path: Annotated[str | None, typer.Option(help="Location of the images, with --source.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to prepare, with --source: data/NAME.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Further options of the source, as key=value.")
@@ -403,10 +403,10 @@ def prepare(
 
 @app.command(rich_help_panel=_STAGE)
 def scenes(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make: `data.path` of a set.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write: `data.path` of a set.")],
     config: ConfigFile = DEFAULT_CONFIG,
 ) -> None:
-    """Make a detection set from photographs, as VOC and as COCO files."""
+    """Generate a detection set from photographs, as VOC and COCO files."""
     from mochi.config import load_experiment
     from mochi.provenance.wanted import scenes as wanted
 
@@ -495,7 +495,7 @@ def detect(
         str,
         typer.Argument(
             metavar="SET",
-            help="A detection set of the experiment, or one job of it: SET/fine-tuning0, SET/lr-search.",
+            help="A detection set of the experiment, or one of its jobs: SET/fine-tuning0, SET/lr-search.",
         ),
     ],
     method: Method,
@@ -509,7 +509,7 @@ def detect(
     ] = None,
     gpus: Gpus = None,
 ) -> None:
-    """Fine-tune an encoder as a detector and evaluate the detector; a whole set once for each seed."""
+    """Fine-tune a detector on an encoder and evaluate it, once for each fine-tuning seed of the set."""
     from mochi.config import load_experiment
     from mochi.provenance.wanted import detection_jobs, evaluated, fine_tuning_run
     from mochi.stages import DETECTION
@@ -544,7 +544,7 @@ def analyze(
         int | None, typer.Option(min=0, max=1, help="0 or 1. Default: the first visible.")
     ] = None,
 ) -> None:
-    """Measure and draw what an encoder makes of the validation images."""
+    """Analyse an encoder on the validation images: alignment, uniformity, neighbours, map."""
     from mochi.config import analysis_run, load_experiment
     from mochi.provenance.wanted import analyzed
     from mochi.stages import ANALYSIS
@@ -563,7 +563,7 @@ def analyze(
 
 @app.command(rich_help_panel=_STAGE)
 def report(config: ConfigFile = DEFAULT_CONFIG) -> None:
-    """Write tables, figures, records and report.html of an experiment; name what is missing."""
+    """Write tables, figures, records and report.html of an experiment; list what is missing."""
     from mochi.config import load_experiment
     from mochi.provenance.wanted import reported
 
@@ -576,7 +576,7 @@ def report(config: ConfigFile = DEFAULT_CONFIG) -> None:
 
 
 def _is_current(result: Result) -> bool:
-    """Whether the result is current; prints so, or why it is computed again."""
+    """Whether the result is current; print this, or why it is computed again."""
     reason = result.why_stale()
     if reason is None:
         typer.echo(f"{result.label}: up to date; to compute it again, remove {result.record}", err=True)
@@ -584,15 +584,16 @@ def _is_current(result: Result) -> bool:
         typer.echo(f"{result.label}: computed again, stale: {reason}", err=True)
         if "recipe.epochs " in reason:
             typer.echo(
-                "  from the beginning: with other epochs the rate differs at every step; the present "
-                "encoder stays until the new one is done; to keep both, add a row with the new epochs",
+                "  from the beginning, because `epochs` changes the learning rate at every step; the "
+                "existing encoder is kept until the new one is done; to keep both, add a row with the "
+                "new epochs",
                 err=True,
             )
     return reason is None
 
 
 def _redirected(result: Result, encoder: Path | None, out: Path | None) -> Result:
-    """The result with another encoder or in another folder, by the user's options."""
+    """The result with another encoder or in another folder, as the user's options say."""
     if encoder is not None:
         result = replace(result, inputs={**result.inputs, "encoder": encoder})
     return result if out is None else replace(result, folder=out)
@@ -615,11 +616,11 @@ def _encoded(
 
 
 def _take_gpus(count: int | None, nodes: int = 1) -> None:
-    """Claim GPUs before anything heavy is imported: this process may become torchrun here."""
+    """Claim GPUs before heavy imports: this process may become torchrun here."""
     from mochi.runtime.launch import on_gpus
 
     if count is None and nodes > 1:
-        raise UserError(f"--nodes: found {nodes} without --gpus; give the number of GPUs in all")
+        raise UserError(f"--nodes: found {nodes} without --gpus; give the total number of GPUs")
     if count is not None:
         on_gpus(count, nodes)
 
@@ -636,8 +637,8 @@ def _work(
 ) -> Iterator[tuple[Path, Path]]:
     """The folder of resume checkpoints, locked while in use, and the folder of TensorBoard events.
 
-    Each version of the settings and inputs has its own checkpoints: changing a setting and changing it
-    back continues where each of them was.
+    Each version of the settings and inputs has its own checkpoints: after a change
+    of a setting and back, each version continues from its own.
     """
     from mochi.layout import Layout
     from mochi.provenance.fingerprint import digest, file_digest
@@ -663,12 +664,12 @@ def _work(
     for folder in (work, home, *home.parents):
         try:
             folder.rmdir()
-        except OSError:  # not empty: another job's, or checkpoints of other settings
+        except OSError:  # not empty: files of another job, or checkpoints of other settings
             break
 
 
 def main() -> NoReturn:
-    """Run a command; a user's mistake ends in its message and exit code 1, never in a traceback."""
+    """Run a command; a user's mistake ends with its message and exit code 1, without a traceback."""
     configure_logging()
     try:
         app()

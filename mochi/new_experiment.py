@@ -1,4 +1,4 @@
-"""From a folder of images to an experiment file: every setting with its reason, valid, for this machine."""
+"""Write an experiment file for a folder of images and this machine, with reasons for settings."""
 
 import math
 import os
@@ -26,7 +26,7 @@ from mochi.storage.atomic import write_text
 from mochi.text import read_json
 
 _WIDTH = 104  # of a line of the file
-_OVERHEAD = 0.85  # share of the hours that goes into computing; the rest starts processes and writes
+_OVERHEAD = 0.85  # fraction of the hours for computing; the rest is for starting processes and writing
 _JOB_SECONDS = 8.0  # imports of one job
 _ENOUGH_EPOCHS = 30  # a larger view is worth it only if this many epochs fit
 _MEASURED_IMAGES = 256
@@ -34,7 +34,7 @@ _MEASURED_IMAGES = 256
 
 @dataclass(frozen=True)
 class _Shape:
-    """What costs time: the views and the encoder."""
+    """What determines the time: the views and the encoder."""
 
     size: int
     architecture: str
@@ -43,7 +43,7 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Fit:
-    """What a shape costs here."""
+    """The times of a shape on this machine."""
 
     shape: _Shape
     epoch: float
@@ -51,25 +51,25 @@ class _Fit:
     fixed: float
     """Seconds of everything that does not depend on the epochs."""
     epochs: int
-    """That fit, for one seed; may be negative."""
+    """Epochs that fit, for one seed; may be negative."""
 
 
 def new_experiment(folder: Path, out: Path, *, hours: float | None, force: bool) -> list[str]:
-    """Write an experiment file for a folder; returns what to tell the user.
+    """Write an experiment file for a folder; return lines to print.
 
     Args:
         folder: images with or without classes, a VOC or a COCO tree.
         out: the file; its name is the experiment's.
-        hours: the epochs are such that the whole experiment takes about so long on this machine.
+        hours: choose the epochs so that the experiment takes about this long on this machine.
         force: replace an existing file.
 
     Raises:
-        UserError: the file exists, or its name is no name of an experiment.
+        UserError: the file exists, or its name is not valid for an experiment.
         DataError: the folder cannot be used, or has too few images.
     """
     if out.exists() and not force:
         raise UserError(
-            f"{out}: exists already; choose another file with --out, or replace it with --force"
+            f"{out}: already exists; choose another file with --out, or replace it with --force"
         )
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).strip("-._")
     if not name or out.suffix not in {".yaml", ".yml"}:
@@ -91,7 +91,7 @@ def new_experiment(folder: Path, out: Path, *, hours: float | None, force: bool)
 
 
 class _Draft:
-    """An experiment that is still to be changed."""
+    """A draft of an experiment."""
 
     def __init__(self, folder: Path, name: str, found: Description) -> None:
         self._folder, self._name, self._found = folder, name, found
@@ -109,7 +109,7 @@ class _Draft:
         self._boxes = None if not found.detection else _read_boxes(found)
 
     def summary(self) -> list[str]:
-        """What the folder is."""
+        """Lines that describe the folder."""
         found = self._found
         kinds = {
             "classes": f"{len(found.train_classes)} classes, {sum(found.val_classes.values())} for val",
@@ -120,16 +120,16 @@ class _Draft:
         if self._boxes:
             lines.append(f"boxes: {len(self._boxes.short)} of {len(self._boxes.classes)} classes")
         if len(found.files) < FEWEST:
-            lines.append(f"warning: {len(found.files)} images are too few to learn anything from")
+            lines.append(f"warning: {len(found.files)} images are too few to learn from")
         return lines
 
     def text(self) -> str:
-        """The file."""
+        """The text of the file."""
         content, comments = self._content()
         return _render(content, comments, self._header())
 
     def fit(self, hours: float) -> list[str]:
-        """Choose views, encoder and epochs that take so many hours here; returns what was measured."""
+        """Choose views, encoder and epochs for `hours` here; return lines with measurements."""
         seconds = 3600 * hours
         self._seeds, self._fitted = [0], True
         lines: list[str] = []
@@ -162,16 +162,16 @@ class _Draft:
         return lines
 
     def _shapes(self, size: int) -> list[_Shape]:
-        """Views and encoders from the one that suits the images to the cheapest."""
+        """Views and encoders, from the one that suits the images to the cheapest."""
         if self._on_gpu:
             deep = [_Shape(size, "resnet50", 64)] if len(self._found.files) > 100_000 else []
             return [*deep, _Shape(size, "resnet18", 64)]
-        # Below 64 px the stem keeps the sides, so that smaller images are no cheaper.
+        # Below 64 px the stem does not downsample, so smaller images are not cheaper.
         smaller = [each for each in SIZES if min(size, 64) <= each <= size]
         return [_Shape(each, "resnet10", 32) for each in reversed(smaller)]
 
     def _measured(self, folder: Path) -> StoredDataset:
-        """Some of the images, prepared as the pipeline prepares them."""
+        """A sample of the images, prepared as in the pipeline."""
         files = self._found.files
         labelled = any(self._found.train_classes)
         for number, index in enumerate(
@@ -185,7 +185,7 @@ class _Draft:
         return open_dataset(folder / "measured")
 
     def _seconds_per_epoch(self, dataset: StoredDataset) -> tuple[list[Seconds], float]:
-        """An epoch of every trained row, and images/s of the first."""
+        """Seconds of an epoch of every trained row, and images/s of the first."""
         content, _ = self._content()
         count = len(self._found.files)
         batch = min(content["pretrain"]["batch_size"], len(dataset.split("train")))
@@ -198,13 +198,13 @@ class _Draft:
         row = "moco-v2"
         step = seconds_per_step(pretrain_run(experiment, row, 0), dataset, self._machine.threads, 3.0)
         rows = [name for name in content["methods"] if name not in {"random-init", "supervised"}]
-        # A supervised epoch has one view and no key encoder: about half; it is trained for half as long.
+        # A supervised epoch has one view and no key encoder: about half the time, for half as many epochs.
         epoch = step.times(count / batch)
         quarter = [epoch.times(0.25)] if "supervised" in content["methods"] else []
         return [*([epoch] * len(rows)), *quarter], batch / step.low
 
     def _fixed_seconds(self, images_a_second: float) -> float:
-        """Preparation, evaluations and the start of every job, side by side as the workflow runs them."""
+        """Seconds of preparation, evaluations and job starts, run concurrently as in the workflow."""
         found = self._found
         methods = 4 if found.train_classes else 3
         tasks = 2 if self._has_probes() else 0
@@ -232,7 +232,7 @@ class _Draft:
     # ------------------------------------------------------------ the content
 
     def _has_probes(self) -> bool:
-        """Labels in train and in val, of two classes at least."""
+        """Whether train and val have labels of at least two classes."""
         return len(self._found.val_classes.keys() & self._found.train_classes.keys()) >= 2
 
     def _advice(self) -> dict[str, Any]:
@@ -258,7 +258,9 @@ class _Draft:
         few_steps = steps < 20_000
         lr = float(value["pretrain.lr"]) * (4 if few_steps else 1)
         if few_steps:
-            comments["pretrain.lr"] = "four times MoCo's 0.03 for a batch of 256: there are few steps"
+            comments["pretrain.lr"] = (
+                "four times MoCo's 0.03 for a batch of 256, because there are few steps"
+            )
         if self._epochs is not None:
             comments["pretrain.epochs"] = f"{steps:,} steps, fitted to the hours that were given"
         content: dict[str, Any] = {
@@ -292,11 +294,11 @@ class _Draft:
         }
         comments |= {
             "dataset.class_folders": "the folders are the classes; remove it if they are not",
-            "dataset.val_share": "there is no folder val: this share of each class is kept from training",
-            "dataset.only_listed": "images to test detectors on are not trained on",
-            "seeds": "a spread needs several; one costs a third"
+            "dataset.val_share": "there is no folder val: this share of each class is held out",
+            "dataset.only_listed": "test images of detection are not used for pretraining",
+            "seeds": "a standard deviation needs several; one takes a third"
             if len(self._seeds) > 1
-            else "add 1, 2 for a spread",
+            else "add 1, 2 for a standard deviation",
             "encoder.architecture": ""
             if self._on_gpu
             else "one basic block a stage: no GPU here; else resnet18",
@@ -311,14 +313,14 @@ class _Draft:
             "pretrain.head": "moco README, MoCo-v2",
             "pretrain.embedding_dim": "moco builder.py",
             "pretrain.temperature": "moco README, MoCo-v2",
-            "pretrain.bn_groups": "groups of the batch with statistics of their own, instead of GPUs",
+            "pretrain.bn_groups": "groups of the batch with separate statistics, instead of GPUs",
             "pretrain.matching_epochs": "figure 2a of the paper",
             "evaluation.detection": "transfer to detection; docs/detection.md explains the keys",
         }
         return content, comments
 
     def _methods(self, queue: int, epochs: int) -> dict[str, Any]:
-        """The untrained baseline, the upper bound where there are labels, MoCo-v2, and MoCHi."""
+        """The untrained baseline, the upper bound if there are labels, MoCo-v2, and MoCHi."""
         hardest = max(min(queue // 16, 1024), 4)
         hardest = 2 ** int(math.log2(hardest))
         rows: dict[str, Any] = {"random-init": {"objective": "none"}}
@@ -359,7 +361,7 @@ class _Draft:
             [
                 f"Written by `mochi init` for {_plain(self._folder)}.",
                 "  mochi check FILE; snakemake --cores all --configfile FILE; mochi status FILE",
-                "A row of the table is a line of `methods`; docs/data.md and docs/detection.md have more.",
+                "A row of the table is a line of `methods`; see docs/data.md and docs/detection.md.",
             ]
         )
 
@@ -398,7 +400,7 @@ def _probes(train_classes: Mapping[str, int], k: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Boxes:
-    """What settings of a detector depend on."""
+    """The properties of a set that a detector's settings depend on."""
 
     classes: tuple[str, ...]
     images: NDArray[np.int64]  # (n, 2) height and width
@@ -413,7 +415,7 @@ def _read_boxes(found: Description) -> _Boxes:
     """Read the training boxes.
 
     Raises:
-        UserError: annotations that cannot be used, or no box at all.
+        UserError: the annotations cannot be used, or there are no boxes.
     """
     from mochi.detection import annotations as boxes  # noqa: PLC0415 (an extra)
 
@@ -422,7 +424,7 @@ def _read_boxes(found: Description) -> _Boxes:
     if not any(len(image.boxes) for image in merged.images):
         raise DataError(
             f"{found.detection['path']}: found no box in {', '.join(found.detection['train'])}; a "
-            "detector has nothing to learn; for a set without boxes give the folder of the images alone"
+            "detector has nothing to learn; for a set without boxes give only the folder of the images"
         )
     short, ratio, most = [], [], 1
     for image in merged.images:
@@ -441,7 +443,7 @@ def _read_boxes(found: Description) -> _Boxes:
 
 
 def _annotations(data: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...], bool]:
-    """The training splits as read, the classes of all splits, and whether all have masks."""
+    """The training splits, the classes of all splits, and whether all have masks."""
     root = Path(data["path"])
     splits = [*data["train"], *data["test"]]
     if data["format"] == "coco":
@@ -460,7 +462,7 @@ def _annotations(data: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...], b
 
 
 def _has_masks(root: Path, split: str) -> bool:
-    """Does every object of a split carry a segmentation?"""
+    """Whether every object of a split has a segmentation."""
     content = read_json(root / "annotations" / f"instances_{split}.json", "COCO's instances format")
     return all(item.get("segmentation") for item in content["annotations"])
 
@@ -468,7 +470,7 @@ def _has_masks(root: Path, split: str) -> bool:
 def _detection(
     data: Mapping[str, Any], boxes: _Boxes, iterations: int | None, *, on_gpu: bool
 ) -> dict[str, Any]:
-    """A detection set with sizes, anchors and iterations from its boxes."""
+    """A detection set, with sizes, anchors and iterations derived from its boxes."""
     size = _test_size(boxes, on_gpu=on_gpu)
     batch = min(8, max(len(boxes.images) // 2, 1))
     iterations = iterations or int(
@@ -517,7 +519,7 @@ def _detection(
 
 
 def _test_size(boxes: _Boxes, *, on_gpu: bool) -> int:
-    """Short side of test images: the images' own, or the least at which small boxes cover a cell."""
+    """Short side of test images: the images' own, or the smallest at which small boxes cover a cell."""
     own = int(np.median(boxes.images.min(axis=1)))
     small = float(np.quantile(boxes.short, 0.1))
     needed = 16 / max(small, 1e-3)
@@ -526,7 +528,7 @@ def _test_size(boxes: _Boxes, *, on_gpu: bool) -> int:
 
 
 def _anchors(sizes: NDArray[np.float64]) -> list[int]:
-    """Sides of anchors in pixels: quantiles of the boxes', none twice."""
+    """Distinct sides of anchors in pixels: quantiles of the boxes'."""
     chosen: list[int] = []
     for size in np.quantile(sizes, (0.1, 0.37, 0.63, 0.9)):
         rounded = max(round(float(size)), 4)
@@ -553,7 +555,7 @@ def _plain(text: object) -> str:
 
 
 def _render(content: Mapping[str, Any], comments: Mapping[str, str], header: str) -> str:
-    """Keys in order, a reason behind each that has one, an empty line between sections."""
+    """Keys in order, each with its reason if it has one, and an empty line between sections."""
     lines = [f"# {line}" if line else "#" for line in header.splitlines()]
     for key, value in content.items():
         if isinstance(value, dict) or key == "seeds":
@@ -588,7 +590,7 @@ def _above(comment: str, indent: str) -> list[str]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text that is not printable with escapes, so that it stays on its line."""
+    """Write unprintable text with escapes, so that it stays on one line."""
 
 
 def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:

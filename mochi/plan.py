@@ -1,4 +1,4 @@
-"""How much work an experiment is, and how long it takes here: a few real steps of each kind, timed."""
+"""Estimate the work and time of an experiment on this machine from a few timed steps of each kind."""
 
 import resource
 import shutil
@@ -45,7 +45,7 @@ from mochi.runtime.shares import runs_at_once, threads_per_run, workers_of
 MEASURING_SECONDS = 60.0
 _STEPS = 12
 _SIDE_BY_SIDE = 1.25
-"""Runs side by side share caches and memory: the upper end of the range allows for so much."""
+"""Concurrent runs share caches and memory: the upper end of the range allows for this factor."""
 
 
 class Seconds(NamedTuple):
@@ -59,7 +59,7 @@ class Seconds(NamedTuple):
         return Seconds(self.low * count, self.high * count)
 
     def plus(self, other: "Seconds") -> "Seconds":
-        """Both, one after the other."""
+        """The sum of both."""
         return Seconds(self.low + other.low, self.high + other.high)
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ def _two_digits(value: float) -> str:
 
 @dataclass
 class Machine:
-    """What a run gets here."""
+    """The resources of a run on this machine."""
 
     device: torch.device
     threads: int
@@ -82,7 +82,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> "Machine":
-        """This machine, shared as the workflow shares it."""
+        """This machine, with the workflow's resources per run."""
         device = pick_device()
         count = len(gpus.visible()) if device.type == "cuda" else 0
         return cls(device, threads_per_run(count), runs_at_once(count))
@@ -95,7 +95,7 @@ class Machine:
 
 
 class _Budget:
-    """Time for what is still to be measured, shared equally."""
+    """The remaining time for measurements, divided equally."""
 
     def __init__(self, seconds: float, items: int) -> None:
         self._end, self._left = time.monotonic() + seconds, items
@@ -108,19 +108,19 @@ class _Budget:
 
 
 _START = Seconds(2.0, 8.0)
-"""Of a job: imports and the reading of what was computed before."""
+"""Of a job: imports and reading earlier results."""
 
 
 def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SECONDS) -> Iterator[str]:
-    """Lines of the plan, each as soon as it is known: runs, steps, hours, memory, disk.
+    """Yield the lines of the plan: runs, steps, hours, memory, disk.
 
     Args:
         experiment: what is to be computed.
-        measure: time some steps of every row, of the encoding and of every detection set.
-        seconds: for all measurements together, about.
+        measure: time some steps of every row, of encoding and of every detection set.
+        seconds: for all measurements together, approximately.
 
     Raises:
-        DataError: the data set is not prepared, or is not the one of this experiment: the number of steps
+        DataError: the data set is not prepared, or is not the one of this experiment; the number of steps
             depends on it.
     """
     folder = layout.dataset(experiment.dataset.name)
@@ -193,7 +193,11 @@ def _probes(
         if run.protocol.encodings_of_train == 1:
             encoded = 0 if features in shared else encoded
             shared.add(features)
-        does = f"that encode {encoded} images each" if encoded else "on features that another one computes"
+        does = (
+            f"that encode {encoded} images each"
+            if encoded
+            else "on features that another evaluation computes"
+        )
         text = f"{task}: {runs} evaluations {does}"
         if measure:
             image = image or _seconds_per_image(run, images, machine, budget.share())
@@ -203,7 +207,7 @@ def _probes(
 
 
 def _prepared(run: ProbeRun) -> StoredDataset | None:
-    """The data set of an evaluation that has another than the experiment's."""
+    """The data set of an evaluation, if it is not the experiment's."""
     try:
         return open_dataset(layout.dataset(run.dataset.name))
     except DataError:
@@ -211,7 +215,7 @@ def _prepared(run: ProbeRun) -> StoredDataset | None:
 
 
 def _encoded_images(run: ProbeRun, dataset: StoredDataset) -> int:
-    """Images that pass through the encoder: with random crops all of train in every epoch."""
+    """Number of encoded images: with random crops, all of train in every epoch."""
     splits = dataset.manifest["splits"]
     labelled = {name: int(entry["count"] - entry["unlabelled"]) for name, entry in splits.items()}
     return run.protocol.encodings_of_train * labelled.get("train", 0) + labelled.get("val", 0)
@@ -240,9 +244,9 @@ def _detection(
         try:
             step, num_test = seconds_per_iteration(run, machine, share)
         except UserError as error:
-            yield f"{text}; its hours are not counted: {str(error).splitlines()[0]}"
+            yield f"{text}; its hours are not included: {str(error).splitlines()[0]}"
             return
-        # Predicting takes about half of training on as many images.
+        # Prediction takes about half the time of training on as many images.
         evaluated = len(training.seeds) * num_test / (2 * training.batch_size)
         each = step.times(steps + evaluated)
         jobs += [each.plus(_START)] * len(runs)
@@ -281,15 +285,16 @@ def _totals(
 
 
 def disk_needed(num_runs: int, bytes_a_run: int, at_once: int) -> int:
-    """Bytes of the encoders, and of the resume checkpoints of runs side by side.
+    """Bytes of the encoders, and of the resume checkpoints of concurrent runs.
 
-    A checkpoint has two encoders and the momentum of one, and is written next to the one before it.
+    A checkpoint has two encoders and the momentum of one, and is written before the previous one is
+    removed.
     """
     return num_runs * bytes_a_run + at_once * 2 * 3 * bytes_a_run
 
 
 def makespan(jobs: Sequence[Seconds], at_once: int) -> Seconds:
-    """Jobs on so many places: at least their mean load, and at least the longest of them."""
+    """Time of concurrent jobs: at least the mean load, and at least the longest job."""
     if not jobs:
         return Seconds(0.0, 0.0)
     low = max(*(job.low for job in jobs), sum(job.low for job in jobs) / at_once)
@@ -298,11 +303,11 @@ def makespan(jobs: Sequence[Seconds], at_once: int) -> Seconds:
 
 
 class _EnoughError(Exception):
-    """The time to measure is over."""
+    """The time for the measurement is over."""
 
 
 class _Timer:
-    """An observer of a training that times its steps and ends it."""
+    """An observer that times the steps of a training run and ends it."""
 
     def __init__(self, seconds: float) -> None:
         self.times: list[float] = []
@@ -310,7 +315,7 @@ class _Timer:
         self._end = self._last + seconds
 
     def step_done(self, state: TrainState) -> None:
-        """Take the time; stop after enough steps or seconds, but not before the second step."""
+        """Record the time; stop after enough steps or seconds, but not before the second step."""
         del state
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -321,20 +326,20 @@ class _Timer:
             raise _EnoughError
 
     def check(self, state: TrainState, step: int, lr: float) -> None:
-        """Nothing: a few steps harm nothing."""
+        """Do nothing: no check is needed for a few steps."""
 
     def epoch_done(self, state: TrainState) -> None:
         """Nothing."""
 
 
 def seconds_per_step(run: PretrainRun, dataset: StoredDataset, threads: int, seconds: float) -> Seconds:
-    """Time of a training step with its loading, in the training loop itself.
+    """Time of a training step including loading, in the training loop.
 
     Args:
         run: a row that is trained.
         dataset: its data.
-        threads: of the run, as the workflow gives them.
-        seconds: for the measurement, about; at least two steps are taken.
+        threads: of the run, as in the workflow.
+        seconds: for the measurement, approximately; at least two steps are run.
     """
     recipe = run.recipe
     assert isinstance(recipe, Training)
@@ -342,7 +347,7 @@ def seconds_per_step(run: PretrainRun, dataset: StoredDataset, threads: int, sec
     objective = make_objective(run, dataset)
     objective.module.to(device).to(memory_format=torch.channels_last)
     steps = steps_per_epoch(objective.num_images, recipe.batch_size)
-    # The last epochs: past any warm-up.
+    # The last epochs, after any warm-up.
     state = TrainState(epoch=max(recipe.epochs - 1 - _STEPS // steps, 0))
     timer = _Timer(seconds)
     loading = Loading(recipe.batch_size, device, workers_of(threads))
@@ -380,10 +385,10 @@ def _seconds_per_image(run: ProbeRun, dataset: StoredDataset, machine: Machine, 
 
 
 def seconds_per_iteration(run: DetectionRun, machine: Machine, seconds: float) -> tuple[Seconds, int]:
-    """Time of an iteration of a detector's fine-tuning from an untrained encoder; number of test images.
+    """Time of a fine-tuning iteration from an untrained encoder, and the number of test images.
 
     Raises:
-        UserError: the set cannot be used, or is not there yet.
+        UserError: the set cannot be used, or does not exist yet.
     """
     from mochi.detection.annotations import for_training  # noqa: PLC0415 (an extra)
     from mochi.detection.batches import Images  # noqa: PLC0415
@@ -393,7 +398,7 @@ def seconds_per_iteration(run: DetectionRun, machine: Machine, seconds: float) -
     chosen = run.detection
     train_part, test = read_splits(chosen.data, masks=chosen.model.masks)
     images = Images(for_training(train_part, chosen.data.empty_images))
-    # Statistics are computed once a fine-tuning: not part of an iteration.
+    # Statistics are computed once per fine-tuning: not part of an iteration.
     few = {"precise_bn_batches": min(chosen.training.precise_bn_batches, 1)}
     settings = chosen.model_copy(update={"training": chosen.training.model_copy(update=few)})
     times: list[float] = []

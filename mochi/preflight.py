@@ -1,4 +1,4 @@
-"""Everything that a later stage would refuse, found before anything is computed."""
+"""Find everything that a later stage would refuse, before anything is computed."""
 
 import os
 import shutil
@@ -50,13 +50,13 @@ from mochi.runtime.gpus import visible
 from mochi.runtime.progress import counter
 from mochi.storage.atomic import nearest_existing
 
-_MOST_DECODED = 20_000  # images; of more, a part
+_MOST_DECODED = 20_000  # images; of larger sets, a sample
 _SMALL_SHARED_MEMORY = 1 << 30
-_USUAL_SIZE = 224  # of views, whatever the size of the images
+_USUAL_SIZE = 224  # of views, for any image size
 
 
 class Finding(NamedTuple):
-    """One thing to know; an error would stop a later stage."""
+    """One message; an error would stop a later stage."""
 
     level: Literal["error", "warning", "note"]
     text: str
@@ -66,12 +66,12 @@ class Finding(NamedTuple):
 
 
 def check(experiment: Experiment, *, verify: bool = False) -> list[Finding]:
-    """Everything that can be said about an experiment whose file is valid.
+    """Check an experiment whose file is valid.
 
     Args:
         experiment: what is to be computed.
-        verify: read the prepared files whole and compare their sha256 with the manifest's; decode every
-            image, however many there are.
+        verify: read the prepared files and compare their sha256 with the manifest's; decode all images
+            instead of a sample.
     """
     return [
         *_machine(experiment),
@@ -164,7 +164,7 @@ def _gpu_memory(experiment: Experiment, bytes_a_run: int) -> Iterator[Finding]:
 
 
 def _rows(experiment: Experiment) -> list[PretrainRun]:
-    """One run of every row."""
+    """One run per row."""
     return [
         pretrain_run(experiment, method, method_seeds(experiment, method)[0])
         for method in experiment.methods
@@ -172,7 +172,7 @@ def _rows(experiment: Experiment) -> list[PretrainRun]:
 
 
 def _encoder_files(experiment: Experiment) -> Iterator[Finding]:
-    """Encoders that are not trained here must be there and fit."""
+    """Check that imported encoders exist and fit."""
     for run in _rows(experiment):
         if isinstance(run.recipe, FromFile):
             try:
@@ -185,7 +185,7 @@ def _encoder_files(experiment: Experiment) -> Iterator[Finding]:
 
 
 def _detection(experiment: Experiment) -> Iterator[Finding]:
-    """Files, contents and images of every set that is there; the others must be made here."""
+    """Check files, annotations and images of every existing set; the others must be generated here."""
     for name, chosen in experiment.evaluation.detection.items():
         where = f"evaluation.detection.{name}"
         if chosen.data.scenes is not None:
@@ -199,7 +199,7 @@ def _detection(experiment: Experiment) -> Iterator[Finding]:
 
 
 def _scenes(where: str, data: DetectionData) -> Iterator[Finding]:
-    """Scenes are made from photographs by name."""
+    """Check the photographs that scenes are made from."""
     known = [photo.name for photo in PHOTOGRAPHS]
     classes = data.classes or []
     if unknown := [name for name in classes if name not in known]:
@@ -211,7 +211,7 @@ def _scenes(where: str, data: DetectionData) -> Iterator[Finding]:
 
 
 def _set(where: str, chosen: DetectionSet) -> Iterator[Finding]:
-    """What the detection stage would refuse of a set that is there, and what is odd in it."""
+    """What the detection stage would refuse about an existing set, and warnings about it."""
     from mochi.detection import sets  # noqa: PLC0415 (detection is an extra)
 
     found = sets.contents(chosen.data, masks=chosen.model.masks, jobs=os.cpu_count() or 1)
@@ -226,19 +226,19 @@ def _set(where: str, chosen: DetectionSet) -> Iterator[Finding]:
 
 
 class _Contents(NamedTuple):
-    """How many images there are, in the prepared data or in the folder that will be prepared."""
+    """Numbers of images, in the prepared data or in the folder to be prepared."""
 
     images: dict[str, int]
     labelled: dict[str, dict[str, int]]
-    """Split -> class -> number."""
+    """Split -> class -> number of images."""
 
     def count(self, split: str) -> int:
-        """Labelled images of a split."""
+        """Number of labelled images of a split."""
         return sum(self.labelled.get(split, {}).values())
 
 
 def _data(experiment: Experiment, *, verify: bool) -> Iterator[Finding]:
-    """Every data set, and what rows and evaluations ask of it."""
+    """Check every data set, and what rows and evaluations need from it."""
     contents: dict[str, _Contents | None] = {}
     tasks = [probe_run(experiment, *all_runs(experiment)[0], task) for task in probes(experiment)]
     for config in (experiment.dataset, *(run.dataset for run in tasks)):
@@ -260,7 +260,7 @@ def _data(experiment: Experiment, *, verify: bool) -> Iterator[Finding]:
 
 
 def _contents(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[Finding]]:
-    """Counts of the prepared data if it is the set that is wanted, else of the source; None: unknown."""
+    """Counts of the prepared data if it is the requested set, otherwise of the source; None: unknown."""
     folder = layout.dataset(config.name)
     findings: list[Finding] = []
     try:
@@ -289,7 +289,7 @@ def _contents(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[
 
 
 def _classes(contents: _Contents) -> Iterator[Finding]:
-    """Classes of train and val that contradict each other, or probably do."""
+    """Check that the classes of train and val agree."""
     yield from (Finding("error", text) for text in classes.faults(contents.labelled))
     yield from (Finding("warning", text) for text in classes.oddities(contents.labelled))
 
@@ -303,7 +303,7 @@ def _of_manifest(dataset: StoredDataset) -> _Contents:
 
 
 def _of_source(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[Finding]]:
-    """Counts of images that lie in a folder; None for what is downloaded or made.
+    """Counts of images in a folder; None for downloaded or generated ones.
 
     Raises:
         DataError: as preparation would.
@@ -325,7 +325,7 @@ def _of_source(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list
 
 
 def _unreadable(raw: RawDataset, labels: dict[str, NDArray[np.int64]], *, verify: bool) -> list[Finding]:
-    """Decode the images, or some of many; removes the labels of those that preparation would quarantine."""
+    """Decode the images, or a sample; remove labels of those that preparation would quarantine."""
     splits = {name: split for name, split in raw.splits.items() if isinstance(split, FileSplit)}
     total = sum(len(split.ranges) for split in splits.values())
     every = 1 if verify else -(-total // _MOST_DECODED)
@@ -355,12 +355,12 @@ def _unreadable(raw: RawDataset, labels: dict[str, NDArray[np.int64]], *, verify
             text += f"; more than max_unreadable = {raw.max_unreadable}; remove them, or raise it"
             findings.append(Finding("error", text))
         else:
-            findings.append(Finding("warning", f"{text}; they will be left out"))
+            findings.append(Finding("warning", f"{text}; they will be skipped"))
     return findings
 
 
 def _prepared(dataset: StoredDataset, *, verify: bool) -> Iterator[Finding]:
-    """Files that are missing or cut, or with `verify` damaged; images that are large for no purpose."""
+    """Find missing, truncated or (with `verify`) corrupt files, and images that are larger than needed."""
     for split in dataset.manifest["splits"]:
         try:
             said = dataset.split(split).oversized()
@@ -375,7 +375,7 @@ def _prepared(dataset: StoredDataset, *, verify: bool) -> Iterator[Finding]:
 
 
 def _image_size(experiment: Experiment) -> Iterator[Finding]:
-    """Views much smaller than the prepared images waste what is in them."""
+    """Warn if views are much smaller than the prepared images."""
     try:
         train = open_dataset(layout.dataset(experiment.dataset.name)).split("train")
     except DataError:
@@ -391,7 +391,7 @@ def _image_size(experiment: Experiment) -> Iterator[Finding]:
 
 
 def _recipe(run: PretrainRun, contents: _Contents) -> Iterator[Finding]:
-    """Batch, queue and labels of one row."""
+    """Check batch, queue and labels of one row."""
     recipe = run.recipe
     if not isinstance(recipe, Training):
         return
@@ -421,7 +421,7 @@ def _recipe(run: PretrainRun, contents: _Contents) -> Iterator[Finding]:
 
 
 def _labels(run: ProbeRun, contents: _Contents) -> Iterator[Finding]:
-    """A task learns from labelled images of train and is evaluated on those of val."""
+    """Check labels and numbers of images for a task."""
     where = f"evaluation.{run.name}"
     missing = [split for split in ("train", "val") if not contents.count(split)]
     for split in missing:
@@ -449,7 +449,7 @@ def _labels(run: ProbeRun, contents: _Contents) -> Iterator[Finding]:
 
 
 def _evaluation_size(experiment: Experiment) -> Iterator[Finding]:
-    """Features of other sizes than the training's are worse."""
+    """Warn if the evaluation's image size is not the training's."""
     size, found = experiment.augmentation.image_size, experiment.evaluation.image_size
     if probes(experiment) and (found * 2 <= size or found >= 2 * size):
         yield Finding(
@@ -459,4 +459,4 @@ def _evaluation_size(experiment: Experiment) -> Iterator[Finding]:
         )
 
 
-_VAL = " (`dataset.val_share` takes a share of train, where the source is a folder)"
+_VAL = " (`dataset.val_share` takes a share of train, if the source is a folder)"

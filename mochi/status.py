@@ -1,7 +1,7 @@
-"""An experiment at a glance: what runs, how far it is, what failed and why. Nothing is written.
+"""Show the state of an experiment: what is running, its progress, what failed and why. Writes nothing.
 
-Everything comes from files that the stages write: results with their provenance, the status of a job in its
-work folder, and its log.
+The information comes from files that the stages write: results with their provenance, the status of a job
+in its work folder, and its log.
 """
 
 import csv
@@ -25,7 +25,7 @@ _SHOWN = 5  # stale results, each with its reason
 
 @dataclass(frozen=True)
 class _Job:
-    """One result, and the job that computes it now or did not end."""
+    """One result, and the job that computes it or was interrupted."""
 
     result: Result
     state: str
@@ -66,7 +66,7 @@ def status(experiment: Experiment) -> Iterator[str]:
 
 
 def _jobs(experiment: Experiment) -> tuple[list[_Job], list[tuple[str, ...]]]:
-    """All results in their order, and a row of the table for each run."""
+    """All results in order, and a row of the table for each run."""
     places = Layout(experiment.name)
     of_run: dict[tuple[str, int], list[_Job]] = {run: [] for run in all_runs(experiment)}
     tasks = [*wanted.searches(experiment), *wanted.evaluations(experiment)]
@@ -102,14 +102,14 @@ def _job(result: Result, found: JobStatus | None, log: Path | None) -> _Job:
     reason = result.why_stale()
     if reason is None:
         return _Job(result, "done", "", None, log)
-    if found is not None:  # killed where it still says that it runs
+    if found is not None:  # killed while its status says running
         state = "failed" if found.state == "failed" else "interrupted"
         return _Job(result, state, found.error, found, log)
     return _Job(result, "not started" if reason == "missing" else "stale", reason, None, log)
 
 
 def _row(method: str, seed: int, jobs: Sequence[_Job]) -> tuple[str, ...]:
-    """What a run is doing: its running job, else the one that did not end, else how much is done."""
+    """The state of a run: its running job, else its interrupted job, else the number of finished jobs."""
     label = f"{method} seed {seed}"
     active = next(
         (job for state in ("running", "failed", "interrupted") for job in jobs if job.state == state), None
@@ -131,7 +131,7 @@ def _row(method: str, seed: int, jobs: Sequence[_Job]) -> tuple[str, ...]:
 
 
 def _trained(result: Result) -> tuple[str, str]:
-    """(accuracy of the proxy task, health) after the last epoch of a finished training."""
+    """(proxy-task accuracy, health) after the last epoch of a finished training run."""
     try:
         with (result.folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -153,7 +153,7 @@ def _score(job: _Job) -> str:
 
 
 def _last_line(log: Path) -> str:
-    """The last line that names an error, else the last line."""
+    """The last line with an error, else the last line."""
     try:
         with log.open("rb") as file:
             file.seek(max(log.stat().st_size - 65536, 0))
@@ -166,7 +166,7 @@ def _last_line(log: Path) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Columns aligned to the left; empty ones left out."""
+    """Left-aligned columns; empty ones are omitted."""
     kept = [place for place in range(len(rows[0])) if any(row[place] for row in rows[1:])]
     widths = {place: max(len(row[place]) for row in rows) for place in kept}
     for row in rows:

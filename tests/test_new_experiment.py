@@ -117,7 +117,7 @@ def test_what_cannot_be_an_experiment(tmp_path: Path) -> None:
     images(tmp_path / "photos", 20)
     assert "expected a name such as" in refused("init", "photos", "--out", "mine.txt")
     (tmp_path / "mine.yaml").write_text("kept")
-    assert "exists already" in refused("init", "photos", "--out", "mine.yaml")
+    assert "already exists" in refused("init", "photos", "--out", "mine.yaml")
     assert (tmp_path / "mine.yaml").read_text() == "kept"
 
 

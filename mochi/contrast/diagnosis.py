@@ -1,6 +1,6 @@
-"""What the negatives of a training step look like: the measurements of MoCHi's figures 2 and 3.
+"""Measurements on the negatives of a training step (MoCHi's figures 2 and 3).
 
-Computed on one batch an epoch from what the loss saw, apart from the loss, which stays free of it.
+Computed on one batch per epoch from the inputs of the loss, separately from the loss.
 """
 
 import torch
@@ -10,7 +10,7 @@ from mochi.contrast.moco import Step
 from mochi.contrast.rules import Candidates
 
 NUM_MATCHED = 1024
-"""The paper looks at the 1024 hardest negatives (figures 2a and 2c)."""
+"""The paper analyses the 1024 hardest negatives (figures 2a and 2c)."""
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def matching_probabilities(step: Step, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def false_negatives(step: Step, labels: Tensor) -> dict[str, float]:
-    """Shares of false negatives, same class by label (figures 2c and 3c); empty without labels.
+    """Fractions of false negatives, of the same class by label (figures 2c and 3c); empty without labels.
 
     Args:
         step: the training step.
@@ -61,7 +61,7 @@ def false_negatives(step: Step, labels: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def measured_by_the_rule(step: Step, temperature: float) -> dict[str, Tensor]:
-    """What the step's rule of negatives wants measured, () means over the queries."""
+    """The measurements of the step's rule of negatives, () means over the queries."""
     positive = (step.query * step.key).sum(-1)
     similarity = _as_the_loss_saw_it(step, step.query @ step.queue.T)
     found = step.rule.measure(positive, similarity, temperature)
@@ -69,7 +69,7 @@ def measured_by_the_rule(step: Step, temperature: float) -> dict[str, Tensor]:
 
 
 def _parents(step: Step, similarity: Tensor) -> list[Tensor]:
-    """(B, S, P) the columns that each kind of synthetic comes from, of other draws of the same step."""
+    """(B, S, P) the parents of each kind of synthetic, for a new sample in the same step."""
     masked = step.excluded is not None
     candidates = Candidates(step.query, similarity, step.queue, masked, step.generator)
     return [synthetic.parents for synthetic in step.rule.synthetics(candidates)]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 class KeyQueue(nn.Module):
     """A ring of `size` unit keys that takes batches of any size, exactly first-in first-out.
 
-    Rows that no batch has replaced yet hold random unit vectors, as in MoCo. Everything is a persistent
+    Rows that no batch has replaced yet are random unit vectors, as in MoCo. Everything is a persistent
     buffer, so a checkpoint of the module is a checkpoint of the queue.
 
     Source: facebookresearch/moco moco/builder.py (`queue`, `_dequeue_and_enqueue`).
@@ -37,8 +37,9 @@ class KeyQueue(nn.Module):
         """Replace the oldest rows.
 
         Args:
-            keys: (B, C) unit keys, the same on every rank. Of more than K, the last K stay.
-            labels: (B,) their classes, -1 where unknown, as everywhere without it.
+            keys: (B, C) unit keys, the same on every rank. If there are more than K, only the last K are
+                stored.
+            labels: (B,) their classes, -1 where unknown; None: all unknown.
             images: (B,) indices of their images, likewise.
         """
         size, batch = len(self.keys), len(keys)
@@ -50,5 +51,5 @@ class KeyQueue(nn.Module):
         self.num_enqueued.add_(batch)
 
     def fill(self) -> float:
-        """The share of rows that hold real keys, 0 to 1."""
+        """The fraction of rows that are real keys, 0 to 1."""
         return min(self.num_enqueued.item() / len(self.keys), 1.0)

@@ -7,12 +7,12 @@ A synthetic h is a weighted sum of its parents (see `negatives`), so with p the 
     dL/dq = ( (p_k - 1) k + sum_n p_n n + sum_h p_h (v_q q + sum_p v_p n_p) ) / tau.
 
 Adding each p_h v_p to the probability of its parent's column leaves one product of the (B, K)
-probabilities with the queue. The forward pass makes this gradient while the probabilities are at hand: no
-synthetic vector, no second (B, K) buffer, no scatter in a backward pass. Mixing costs less than MoCo's
-loss written with autograd.
+probabilities with the queue. The forward pass computes this gradient while the probabilities are
+available: no synthetic vector, no second (B, K) buffer, no scatter in a backward pass. Mixing costs less
+than MoCo's loss written with autograd.
 
-Other rules of negatives (`mochi.contrast.rules`) have another L and other p. Where a rule says how to
-compute them in place it costs as little; else autograd differentiates its loss, a few queries at a time.
+Other rules of negatives (`mochi.contrast.rules`) have another L and other p. A rule that computes them
+in place costs as little; otherwise autograd differentiates its loss, a few queries at a time.
 """
 
 from typing import Any, NamedTuple
@@ -23,12 +23,12 @@ from torch import Tensor
 from mochi.contrast.rules import Candidates, Rule, Similarities
 from mochi.contrast.rules.moco import MoCo
 
-# Queries that a processor takes at once. Fewer would read the queue too often, more would fill memory.
+# Queries that a CPU processes at once. Fewer would read the queue too often, more would use more memory.
 _QUERY_CHUNK = 64
 
 
 class Contrast(NamedTuple):
-    """A loss and what is worth knowing about it."""
+    """A loss and its statistics."""
 
     loss: Tensor  # () mean over queries, nats
     positive: Tensor  # (B,) q.k
@@ -45,7 +45,7 @@ def contrastive_loss(
     excluded: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Contrast:
-    """The loss of queries and keys against the queue, by a rule of negatives.
+    """Compute the loss of queries and keys against the queue, by a rule of negatives.
 
     Computed in float32 even under autocast (float64 for float64 inputs). Only `query` gets a gradient.
 
@@ -55,9 +55,9 @@ def contrastive_loss(
         queue: (K, C) unit keys, the negatives.
         temperature: tau, > 0; divides synthetic logits too.
         rule: how much each negative counts, and which synthetics are added; None: MoCo.
-        excluded: (B, K) bool, negatives to leave out of the loss and of every mix. A query without any
-            negative left has neither loss nor gradient.
-        generator: of the synthetics' draws; None: torch's global one of the device.
+        excluded: (B, K) bool, negatives to exclude from the loss and from every mix. A query without any
+            negative left contributes neither loss nor gradient.
+        generator: for the synthetics; None: torch's global one of the device.
 
     Source: Kalantidis et al. 2020, eq. 1 and section 3; He et al. 2020, eq. 1.
     """
@@ -68,7 +68,7 @@ def contrastive_loss(
 
 
 def chance_level(rule: Rule, queue_size: int, temperature: float) -> float:
-    """The rule's loss where all similarities are equal, nats: of an encoder that has learnt nothing."""
+    """The rule's loss if all similarities are equal, nats: that of an encoder that has learnt nothing."""
     equal = torch.zeros(1, 1 + queue_size + rule.num_synthetics, dtype=torch.float64)
     return rule.loss(equal[:, 0], equal[:, 1:], temperature).item()
 
@@ -87,7 +87,7 @@ class _Contrast(torch.autograd.Function):
         excluded: Tensor | None,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A GPU takes all queries at once; a processor a few, in a buffer that stays warm."""
+        """A GPU processes all queries at once; a CPU a few, in a buffer that stays in its cache."""
         few = query.device.type == "cpu" or rule.makes_vectors
         size = min(_QUERY_CHUNK, len(query)) if few else len(query)
         buffer = query.new_empty(size if rule.is_fused else 0, len(queue))
@@ -133,7 +133,7 @@ def _fused_rows(
     generator: torch.Generator | None,
     p: Tensor,
 ) -> _Rows:
-    """By the rule's own derivatives. `p` (B, K) holds similarities first and weights in the end."""
+    """By the rule's own derivatives. `p` (B, K) contains first similarities, finally weights."""
     torch.mm(query, queue.T, out=p)
     if excluded is not None:
         p.masked_fill_(excluded, -torch.inf)
@@ -167,13 +167,13 @@ def _differentiated_rows(
     excluded: Tensor | None,
     generator: torch.Generator | None,
 ) -> _Rows:
-    """By autograd, here and now: what it stores is of these queries alone."""
+    """By autograd, immediately, so that it stores activations of these queries only."""
     with torch.enable_grad():
         query = query.detach().requires_grad_()
         positive = (query * key).sum(-1)
         similarity = query @ queue.T
         if excluded is not None:
-            # Not of a query that has no other: its loss counts as nothing, and must be without NaN.
+            # Except for a query without other negatives: its loss is set to 0 later, but must not be NaN.
             excluded = excluded & ~excluded.all(1, keepdim=True)
             similarity = similarity.masked_fill(excluded, -torch.inf)
         synthetics = rule.synthetics(Candidates(query, similarity, queue, excluded is not None, generator))

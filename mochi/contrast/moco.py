@@ -32,9 +32,9 @@ class Step(NamedTuple):
     key: Tensor  # (B, C) unit keys, float32
     queue: Tensor  # (K, C) the negatives the loss saw
     queue_labels: Tensor  # (K,) their classes
-    excluded: Tensor | None  # (B, K) bool, what of it the masks left out
+    excluded: Tensor | None  # (B, K) bool, which of them the masks excluded
     rule: Rule  # how each negative counted
-    generator: torch.Generator  # of the rule's draws; used again it gives more of the same kind
+    generator: torch.Generator  # of the rule's random numbers; reuse gives further samples
 
 
 class MoCo(nn.Module):
@@ -43,7 +43,7 @@ class MoCo(nn.Module):
     Args:
         encoder: the backbone's architecture.
         recipe: the method's hyper-parameters.
-        seed: of the weights, the queue's first rows, the shuffles and the mixes.
+        seed: of the weights, the initial queue, the shuffles and the mixes.
 
     Raises:
         ConfigError: the processes cannot share the batch-norm groups evenly.
@@ -82,10 +82,10 @@ class MoCo(nn.Module):
         synthesize: bool,
         images: Tensor | None = None,
     ) -> Step:
-        """One step of MoCo with the recipe's rule of negatives, up to the loss.
+        """Run one step of MoCo with the recipe's rule of negatives, up to the loss.
 
-        The queue is left as the loss saw it: call `enqueue` once the step's losses are all computed, so
-        that no key is a negative of its own query.
+        The queue is not changed: call `enqueue` after all losses of the step, so that no key is a negative
+        of its own query.
 
         Args:
             query_images: (B, 3, H, W) first views of this rank's images.
@@ -108,12 +108,12 @@ class MoCo(nn.Module):
         return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, excluded, rule, draws)
 
     def enqueue(self, key: Tensor, labels: Tensor, images: Tensor | None = None) -> None:
-        """Replace the oldest keys by this step's, gathered in rank order: the same queue on every rank."""
+        """Replace the oldest keys, gathered in rank order: the same queue on every rank."""
         images = torch.full_like(labels, -1) if images is None else images
         self.queue.enqueue(gather(key), *gather(torch.stack((labels, images), 1)).unbind(1))
 
     def _update_momentum_encoder(self) -> None:
-        """theta_k <- m theta_k + (1 - m) theta_q, parameters only: batch-norm statistics are its own."""
+        """theta_k <- m theta_k + (1 - m) theta_q, parameters only, not batch-norm statistics."""
         torch._foreach_lerp_(
             list(self.momentum_encoder.parameters()),
             list(self.query_encoder.parameters()),
@@ -123,18 +123,19 @@ class MoCo(nn.Module):
     def _encode_keys(self, images: Tensor, step: int) -> Tensor:
         """Keys of this rank's images, each normalised in a batch-norm group of a shuffled batch.
 
-        The positive of a query would otherwise be betrayed by the statistics that both share (MoCo
-        section 3.3). On one device the groups stand for GPUs: a permutation alone would change nothing.
+        Otherwise the statistics that a query and its positive share would leak information about the
+        positive (MoCo section 3.3). On one device the groups play the role of GPUs: a permutation alone
+        would change nothing.
         """
         shuffle = generator("shuffle keys", self.seed, step)  # the same on every rank
         order = torch.randperm(world_size() * len(images), generator=shuffle)
-        rows = images.permute(0, 2, 3, 1)  # channels last, as they lie in memory
+        rows = images.permute(0, 2, 3, 1)  # channels last, as in memory
         shuffled = unit(self.momentum_encoder(exchange(rows, order).permute(0, 3, 1, 2)))
         return exchange(shuffled, order.argsort())
 
 
 def _groups_of_a_rank(bn_groups: int) -> int:
-    """This rank's share of the batch-norm groups, which are of the global batch whoever computes it."""
+    """This rank's number of batch-norm groups; `bn_groups` counts those of the global batch."""
     if bn_groups % world_size():
         fits = ", ".join(str(n) for n in range(1, bn_groups + 1) if bn_groups % n == 0)
         raise ConfigError(
@@ -145,5 +146,5 @@ def _groups_of_a_rank(bn_groups: int) -> int:
 
 
 def unit(features: Tensor) -> Tensor:
-    """(B, C) -> (B, C) of length 1, in float32 whatever the encoder computed in."""
+    """(B, C) -> (B, C) of length 1, in float32, whatever the encoder's precision."""
     return F.normalize(features.float(), dim=-1)

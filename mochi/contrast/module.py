@@ -1,4 +1,4 @@
-"""The contrastive loss with its queue as one module, for a training loop of one's own.
+"""The contrastive loss and its queue as one module, for your own training loop.
 
 `from mochi import ContrastiveLoss, MoCHiLoss`; docs/library.md shows them in use.
 """
@@ -37,10 +37,10 @@ class ContrastiveLoss(nn.Module):
         temperature: tau.
         rule: how much each negative counts: a name (`moco`, `mochi`, `debiased`, `hard_weighting`,
             `decoupled`, `synco`, or a file of your own in mochi/contrast/rules/), or a `Rule`.
-        masks: negatives to leave out: `class_oracle` needs labels in each call, `same_image` images.
-        seed: makes the draws a function of (seed, step, rank), and the first rows of the queue one of the
-            seed; None: draws come from torch's global generator of the queries' device.
-        **settings: of the rule, where it is a name.
+        masks: negatives to exclude: `class_oracle` needs labels in each call, `same_image` images.
+        seed: makes the random numbers a function of (seed, step, rank), and the initial queue a function
+            of the seed; None: they come from torch's global generator of the queries' device.
+        **settings: of the rule, if it is given by name.
 
     Raises:
         UserError: no such rule, or a setting is outside its range (a ValueError).
@@ -62,7 +62,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         if settings and isinstance(rule, Rule):
             raise UserError(
-                f"{', '.join(settings)}: found with a rule that is made already; expected the rule's name"
+                f"{', '.join(settings)}: found with a rule that is already built; expected the rule's name"
             )
         if not 0 < temperature < math.inf:
             raise UserError(f"temperature: found {temperature}; expected a number above 0, such as 0.2")
@@ -94,14 +94,14 @@ class ContrastiveLoss(nn.Module):
         labels: Tensor | None = None,
         images: Tensor | None = None,
     ) -> Tensor:
-        """The loss against the queue as it is; in training mode the keys then enter the queue.
+        """Compute the loss against the current queue; in training mode, enqueue the keys afterwards.
 
         Computed in float32 even under autocast (float64 for float64 inputs). Only `query` gets a gradient.
 
         Args:
             query: (B, C) embeddings of one view, of any length.
             key: (B, C) embeddings of the other view, from the momentum encoder.
-            enqueue: False leaves the queue alone: call `enqueue` after the step's last loss.
+            enqueue: False leaves the queue unchanged: call `enqueue` after the last loss of the step.
             synthesize: False: MoCo's loss, as in a rule's warm-up (`rule.is_active(epoch)`).
             labels: (B,) classes of the images, -1 where unknown, for `class_oracle`.
             images: (B,) indices of the images, -1 where unknown, for `same_image`.
@@ -110,7 +110,7 @@ class ContrastiveLoss(nn.Module):
             () mean over this rank's queries, nats. NaN in the inputs gives NaN.
 
         Raises:
-            UserError: inputs that do not fit each other or the queue (a ValueError).
+            UserError: the inputs do not fit each other or the queue (a ValueError).
         """
         self._check(query=query, key=key)
         identities = self._identities(key, labels, images)
@@ -135,15 +135,15 @@ class ContrastiveLoss(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, key: Tensor, labels: Tensor | None = None, images: Tensor | None = None) -> None:
-        """Replace the oldest keys by these, gathered from all ranks in rank order.
+        """Replace the oldest keys with these, gathered from all ranks in rank order.
 
         Args:
-            key: (B, C) embeddings, of any length; as many on every rank.
+            key: (B, C) embeddings, of any length; the same number on every rank.
             labels: (B,) their classes, -1 where unknown.
             images: (B,) indices of their images, -1 where unknown.
 
         Raises:
-            UserError: keys that do not fit the queue (a ValueError).
+            UserError: the keys do not fit the queue (a ValueError).
         """
         self._check(key=key)
         self._check_fits_queue(key)
@@ -151,11 +151,11 @@ class ContrastiveLoss(nn.Module):
         self._replace_oldest(_unit(key, torch.promote_types(key.dtype, torch.float32)), *identities)
 
     def get_extra_state(self) -> Tensor:
-        """The number of training steps, of which `seed` makes the draws."""
+        """Return the number of training steps, which the random numbers depend on if there is a `seed`."""
         return torch.tensor(self.steps, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on from what `get_extra_state` returned."""
+        """Restore what `get_extra_state` returned."""
         self.steps = int(state)
 
     def extra_repr(self) -> str:
@@ -171,7 +171,7 @@ class ContrastiveLoss(nn.Module):
         self.queue.enqueue(gather(unit_key), *gather(torch.stack((labels, images), 1)).unbind(1))
 
     def _draws(self, device: torch.device) -> torch.Generator | None:
-        """The random numbers of this step's synthetics, as in pretraining where there is a seed."""
+        """The generator of this step's synthetics, the same as in pretraining if there is a seed."""
         if self.seed is None:
             return None
         return generator("mix negatives", self.seed, self.steps, rank(), device=device)
@@ -198,7 +198,7 @@ class ContrastiveLoss(nn.Module):
         return found[0], found[1]
 
     def _check(self, **inputs: Tensor) -> None:
-        """Compare `query` and `key` with the queue and with each other.
+        """Check that `query` and `key` fit the queue and each other.
 
         Raises:
             UserError: they do not fit.
@@ -228,7 +228,7 @@ class ContrastiveLoss(nn.Module):
             )
 
     def _check_fits_queue(self, key: Tensor) -> None:
-        """Compare the batch of all ranks with the queue.
+        """Check that the batch of all ranks fits into the queue.
 
         Raises:
             UserError: keys would be lost.
@@ -237,7 +237,7 @@ class ContrastiveLoss(nn.Module):
         if batch > size:
             raise UserError(
                 f"queue_size: found {size}, and {batch} keys a step ({len(key)} on each of {world_size()} "
-                f"ranks); expected a queue of at least a batch; raise `queue_size` or use smaller batches"
+                f"ranks); expected a queue of at least one batch; raise `queue_size` or use smaller batches"
             )
 
 
@@ -247,10 +247,10 @@ def _unit(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _made(key: str, name: str, kind: type[_Part], settings: Mapping[str, Any]) -> _Part:
-    """The rule or mask of a name.
+    """The rule or mask with a name.
 
     Raises:
-        UserError: there is none, or it has other settings.
+        UserError: it does not exist, or a setting is unknown or missing.
     """
     found = rules.find(name) if name in rules.names() else None
     if found is None or not issubclass(found, kind):
@@ -281,9 +281,9 @@ class MoCHiLoss(ContrastiveLoss):
         dim: C, of the embedding.
         temperature: tau.
         num_hardest: N, the hardest negatives of each query, from which synthetics are mixed.
-        num_pair_synthetics: s, mixed from pairs of them.
-        num_query_synthetics: s', mixed from them and the query.
-        through_query: let the gradient into the query inside a query mix.
+        num_pair_synthetics: s, mixed from pairs of these.
+        num_query_synthetics: s', mixed from one of these and the query.
+        through_query: let the gradient flow through the query inside a query mix.
         masks: see `ContrastiveLoss`.
         seed: see `ContrastiveLoss`.
 

@@ -1,12 +1,12 @@
-r"""Synthetic hard negatives as sparse combinations of logits that exist (MoCHi section 3).
+r"""Synthetic hard negatives as sparse combinations of existing logits (MoCHi section 3).
 
 A synthetic negative is mixed from rows of the queue (its *parents*) and perhaps the query. Its similarity
-to the query is then a weighted sum of similarities that MoCo has computed already, and so is its gradient.
-A rule that mixes (`mochi.contrast.rules`) therefore returns which columns and which weights, not vectors:
+to the query is then a weighted sum of similarities that MoCo computes anyway, and so is its gradient.
+A rule that mixes (`mochi.contrast.rules`) therefore returns columns and weights, not vectors:
 
     q . h  =  w_q q.q + sum_p w_p (q . n_p),        d(q . h)/dq  =  v_q q + sum_p v_p n_p
 
-with v = w where the synthetic is a constant to the gradient, as here unless said otherwise.
+with v = w if the synthetic is a constant for the gradient, which is the default.
 
 Shapes: B queries, K queue rows, C embedding, N hardest, S synthetics of one kind, P parents of each.
 """
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 MAX_QUERY_SHARE = 0.5
 """b ~ U(0, 0.5): in a query mix the negative always dominates (MoCHi section 3.3)."""
 
-# Pairs that a CPU multiplies at once: their gathered rows stay in its cache.
+# Pairs that a CPU multiplies at once, so that their gathered rows stay in its cache.
 _PAIRS_AT_ONCE = 1024
 
 
@@ -38,7 +38,7 @@ class Synthetics(Protocol):
         """Add each synthetic's weight p_h (B, S) times v_p to its parents' columns of `p` (B, K)."""
 
     def remaining(self, p_h: Tensor, query: Tensor) -> Tensor | None:
-        """(B, C) what of sum_h p_h dh/dq is no row of the queue; None: nothing."""
+        """(B, C) the part of sum_h p_h dh/dq outside the queue's rows; None: zero."""
 
 
 class SparseSynthetics(NamedTuple):
@@ -46,7 +46,7 @@ class SparseSynthetics(NamedTuple):
 
     parents: Tensor  # (B, S, P) columns of the queue
     weights: Tensor  # (B, S, P) w_p
-    query_weight: Tensor | None  # (B, S) w_q; None where the query is no parent
+    query_weight: Tensor | None  # (B, S) w_q; None if the query is not a parent
     gradient_weights: Tensor  # (B, S, P) v_p
     gradient_query_weight: Tensor | None  # (B, S) v_q
 
@@ -62,14 +62,14 @@ class SparseSynthetics(NamedTuple):
         p.scatter_add_(1, self.parents.flatten(1), (p_h[..., None] * self.gradient_weights).flatten(1))
 
     def remaining(self, p_h: Tensor, query: Tensor) -> Tensor | None:
-        """The query's own part."""
+        """The query's part."""
         if self.gradient_query_weight is None:
             return None
         return (p_h * self.gradient_query_weight).sum(1)[:, None] * query
 
 
 class VectorSynthetics(NamedTuple):
-    """Vectors, for what is no sum of rows; constants to the gradient."""
+    """Vectors, for synthetics that are not sums of rows; constants for the gradient."""
 
     parents: Tensor  # (B, S, P) columns of the queue that they come from
     vectors: Tensor  # (B, S, C) of length 1
@@ -97,15 +97,15 @@ class Pool(NamedTuple):
 
 
 def hardest(similarity: Tensor, num_hardest: int, *, some_excluded: bool = False) -> Pool:
-    """The N negatives most similar to each query, real ones only, chosen anew at every step.
+    """The N real negatives most similar to each query.
 
-    Exact, in two steps that look at far fewer numbers than one `topk` over K: whatever is among the N
-    largest lies in one of the N blocks with the largest maxima.
+    Exact, in two steps that compare far fewer numbers than one `topk` over K: each of the N largest is
+    in one of the N blocks with the largest maxima.
 
     Args:
         similarity: (B, K), -inf for columns that may not be chosen.
         num_hardest: N <= K.
-        some_excluded: whether there are such columns; they are then sorted behind all others.
+        some_excluded: whether there are such columns; they are then sorted last.
     """
     if some_excluded:
         values, columns = similarity.topk(num_hardest, sorted=True)
@@ -130,7 +130,7 @@ def mix_pairs(queue: Tensor, pool: Pool, num: int, generator: torch.Generator | 
     Both are unit vectors, so r^2 = a^2 + (1-a)^2 + 2 a (1-a) n_i.n_j, w_i = a / r and w_j = (1-a) / r.
 
     Source: Kalantidis et al. 2020, section 3.2.
-    Deviation: i and j are always distinct; the paper does not say (a pair i = i is no mix).
+    Deviation: i and j are always distinct; the paper does not say (i = j would not be a mix).
 
     Args:
         queue: (K, C) unit keys.
@@ -138,7 +138,7 @@ def mix_pairs(queue: Tensor, pool: Pool, num: int, generator: torch.Generator | 
         num: s, may exceed N.
         generator: the only source of randomness; None: torch's global one of the device.
     """
-    first = _draw(pool.size, num, generator)  # (B, s), places in the pool
+    first = _draw(pool.size, num, generator)  # (B, s), positions in the pool
     shift = 1 + _draw((pool.size - 1).clamp(min=1), num, generator)
     second = (first + shift) % pool.size
     parents = torch.stack((pool.columns.gather(1, first), pool.columns.gather(1, second)), -1)
@@ -161,20 +161,20 @@ def mix_with_query(
     r"""Mix each query with its own hardest negatives: s' points harder than any real one (section 3.3).
 
     h' = (b q + (1 - b) n_j) / r with r = ||b q + (1 - b) n_j||, b ~ U(0, 0.5), j from the pool. With
-    x = q.n_j, r^2 = b^2 + (1-b)^2 + 2 b (1-b) x, w_q = b / r and w_n = (1-b) / r: nothing new is computed.
+    x = q.n_j, r^2 = b^2 + (1-b)^2 + 2 b (1-b) x, w_q = b / r and w_n = (1-b) / r: no new product is needed.
 
     With `through_query` the gradient also flows through the q inside h'. Then
     d(q.h')/dq = h' + w_q (q - (q.h') h'), so with c = 1 - w_q (q.h'): v_n = c w_n and v_q = c w_q + w_q.
 
     Source: Kalantidis et al. 2020, section 3.3.
-    Deviation: none; the paper leaves the gradient open, and h' is a constant by default.
+    Deviation: none; the paper does not specify the gradient; by default h' is a constant.
 
     Args:
         similarity: (B, K), -inf where excluded.
         pool: the hardest negatives of each query.
         num: s', may exceed N.
         generator: the only source of randomness; None: torch's global one of the device.
-        through_query: let the gradient into h'.
+        through_query: let the gradient flow through h'.
     """
     parents = draw_parents(pool, num, generator)
     x = similarity.gather(1, parents)
@@ -186,7 +186,7 @@ def sum_with_query(
     x: Tensor, parents: Tensor, share: Tensor | float, rest: Tensor | float, *, through_query: bool = False
 ) -> SparseSynthetics:
     """(share q + rest n) / r with r its length, from x = q.n and the columns of n, (B, S) each."""
-    # An empty pool hands out excluded columns: finite weights, and a similarity that stays -inf.
+    # An empty pool gives excluded columns: the weights are finite, the similarity stays -inf.
     x = x.clamp(min=-1) if through_query else x.detach().clamp(min=-1)
     length = (share * share + rest * rest + 2 * share * rest * x).sqrt()
     query_weight, weight = share / length, rest / length
@@ -222,7 +222,7 @@ def uniform(shape: torch.Size, like: Tensor, generator: torch.Generator | None) 
 
 
 def _pair_products(queue: Tensor, parents: Tensor) -> Tensor:
-    """n_i . n_j for parents (B, s, 2) -> (B, s); on a CPU only a few pairs' rows at once."""
+    """n_i . n_j for parents (B, s, 2) -> (B, s); on a CPU the rows of a few pairs at a time."""
     pairs = parents.flatten(0, 1)
     products = [
         (F.embedding(some[:, 0], queue) * F.embedding(some[:, 1], queue)).sum(-1)

@@ -19,7 +19,7 @@ def build(
     Args:
         config: its architecture.
         norm_layer: number of channels -> normalisation layer.
-        seed: of the weights, which leaves torch's generator as it was; None: draw from torch's generator.
+        seed: of the weights, without changing torch's generator; None: use torch's generator.
 
     Raises:
         ConfigError: timm has no model of that name.

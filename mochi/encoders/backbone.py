@@ -1,4 +1,4 @@
-"""What an encoder is to the rest of the project."""
+"""The interface of an encoder."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,10 @@ from mochi.config import Encoder
 
 
 class Backbone(nn.Module):
-    """Images to features. Losses and probes ask for no more; a detector needs the stages of a `ResNet`."""
+    """Images to features. Losses and probes need only this; a detector needs the stages of a `ResNet`."""
 
     config: Encoder
-    """What was asked for: enough to build it again."""
+    """The architecture, from which it can be built again."""
     num_features: int
     """D."""
 

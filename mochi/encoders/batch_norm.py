@@ -13,8 +13,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     mean over the groups.
 
     Source: SplitBatchNorm of the MoCo Colab demo (facebookresearch/moco, branch colab-notebook).
-    Deviation: groups are runs of consecutive images, not every G-th image; a batch that G does not
-    divide gives groups whose sizes differ by one.
+    Deviation: groups are consecutive images, not every G-th image; if G does not divide the batch,
+    group sizes differ by one.
     """
 
     def __init__(self, num_features: int, num_groups: int) -> None:
@@ -41,10 +41,10 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 
 class _Grouped(torch.autograd.Function):
-    """Each group into its part of one output, without a copy of all of them at the end.
+    """Write each group into its part of one output, without a final concatenation.
 
-    On a CPU it is bit-equal to `F.batch_norm` on each group. On CUDA it is torch's own kernel where that
-    one may take cuDNN's, whose last bits differ.
+    On a CPU it is bit-equal to `F.batch_norm` on each group. On CUDA it is torch's native kernel where
+    `F.batch_norm` may use cuDNN's, which differs in the last bits.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """For input, weight and bias, where they are wanted."""
+        """For input, weight and bias, where required."""
         images, weight, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         of_input = torch.empty_like(images)
@@ -93,7 +93,7 @@ class _Grouped(torch.autograd.Function):
                 part.copy_(found[0])
             of_weight.append(found[1])
             of_bias.append(found[2])
-        # Last group first: the order in which autograd would add up.
+        # Last group first: the order in which autograd would sum.
         return (
             of_input if wanted[0] else None,
             sum(reversed(of_weight[:-1]), of_weight[-1]) if wanted[1] else None,

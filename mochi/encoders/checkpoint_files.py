@@ -1,6 +1,6 @@
-"""Checkpoints of other projects, as containers of tensors: no code of a file is run.
+"""Read tensors from checkpoints of other projects without running code.
 
-Forms: torch.save's zip, what it wrote before 2020 (pickles one after another, or a tar), plain pickles of
+Formats: torch.save's zip, its older formats until 2020 (consecutive pickles, or a tar), plain pickles of
 numpy arrays (detectron2), safetensors.
 
 Source: torch/serialization.py `_load` and `_legacy_load`.
@@ -46,18 +46,18 @@ Load = Callable[[], Tensor]
 
 
 class Checkpoint(NamedTuple):
-    """What is in a file."""
+    """The content of a file."""
 
     form: str
-    """For messages."""
+    """Name of the format, for messages."""
     tensors: dict[str, "Entry"]
     """Path in the file, joined by dots -> tensor."""
     values: dict[str, object]
-    """Text and numbers at the top, such as detectron2's `__author__`."""
+    """Text and numbers at the top level, such as detectron2's `__author__`."""
 
 
 class Entry(NamedTuple):
-    """A tensor that is read when it is asked for."""
+    """A tensor that is read on demand."""
 
     shape: tuple[int, ...]
     load: Load
@@ -65,17 +65,17 @@ class Entry(NamedTuple):
 
 @contextmanager
 def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
-    """The tensors of a checkpoint, which can be loaded while it is open.
+    """The tensors of a checkpoint, loadable while it is open.
 
     Raises:
-        EncoderError: not a file, or of no form that is known; what was found is named.
+        EncoderError: not a file, or of an unknown format, which the message describes.
     """
     _require_file(path)
     try:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as file:
             yield _opened(path, file)
     except (PickleError, zipfile.BadZipFile, tarfile.TarError, struct.error, SafetensorError) as error:
-        raise EncoderError(f"{path}: cannot be read, damaged or cut off: {error}; {_EXPECTED}") from None
+        raise EncoderError(f"{path}: cannot be read, corrupt or truncated: {error}; {_EXPECTED}") from None
 
 
 def _require_file(path: Path) -> None:
@@ -108,7 +108,7 @@ def _opened(path: Path, file: mmap.mmap) -> Checkpoint:
     try:
         return _pickles(file)  # of protocol 0, which begins like text
     except PickleError:
-        kind = "text" if re.fullmatch(rb"[\t\n\r\x20-\x7e\x80-\xff]*", start) else "of no known form"
+        kind = "text" if re.fullmatch(rb"[\t\n\r\x20-\x7e\x80-\xff]*", start) else "of an unknown format"
         raise EncoderError(f"{path}: is {kind}; {_EXPECTED}") from None
 
 
@@ -144,7 +144,7 @@ def _zip(path: Path) -> Checkpoint:
         return archive.read(name)
 
     if f"{root}byteorder" in members and content(f"{root}byteorder") != b"little":
-        raise PickleError("its numbers are big-endian")
+        raise PickleError("its data are big-endian")
     with _mapped(content(found[0])) as file:
         tree = inert_pickle.read(file, _storage)
     return _checkpoint("torch zip", tree, lambda key: content(f"{root}data/{key}"))
@@ -158,7 +158,7 @@ def _mapped(content: bytes) -> Iterator[mmap.mmap]:
 
 
 def _pickles(file: mmap.mmap) -> Checkpoint:
-    """A pickle, or torch's five: magic number, version, system, the object, keys of storages; and those."""
+    """A plain pickle, or torch's: magic number, version, system, object, storage keys, storages."""
     file.seek(0)
     tree = inert_pickle.read(file, _storage)
     if tree != _LEGACY_MAGIC:
@@ -188,7 +188,7 @@ def _pickles(file: mmap.mmap) -> Checkpoint:
 
 def _part(file: mmap.mmap, places: dict[str, tuple[int, int]], key: str) -> bytes:
     if key not in places:
-        raise PickleError(f"the numbers of storage {key} are missing")
+        raise PickleError(f"the data of storage {key} are missing")
     start, size = places[key]
     return file[start : start + size]
 
@@ -235,11 +235,11 @@ def _tar(path: Path) -> Checkpoint:
 
 
 def _no_storage(key: str) -> bytes:
-    raise PickleError(f"the numbers of storage {key} are not in the file")
+    raise PickleError(f"the data of storage {key} are not in the file")
 
 
 def _storage(found: object) -> object:
-    """What a persistent id of torch.save stands for."""
+    """Resolve a persistent id of torch.save."""
     if not isinstance(found, tuple) or len(found) < 5 or found[0] not in ("storage", b"storage"):
         return Placeholder("persistent id", found)
     _, kind, key, _, numel, *view = found
@@ -277,7 +277,7 @@ def _checkpoint(form: str, tree: object, content: Callable[[str], bytes]) -> Che
 
 
 def _flat(tree: object) -> Iterator[tuple[str, StoredTensor | np.ndarray[Any, Any]]]:
-    """Path and value of every tensor. A whole model's tensors have the names of its `state_dict()`."""
+    """Path and value of every tensor; in a pickled model, the names of its `state_dict()`."""
     waiting: list[tuple[tuple[str, ...], object]] = [((), tree)]
     seen: set[int] = set()
     while waiting:

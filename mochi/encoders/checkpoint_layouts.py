@@ -11,7 +11,7 @@
 | mmselfsup, mmpretrain | backbone.*; encoder_q.0.*, encoder_k.0.* |
 | detectron2 | stem.conv1.weight, stem.conv1.norm.*, res2.0.conv1.weight, res2.0.shortcut.weight |
 
-Any of them may lie deeper, such as in `state_dict` or `model`, with or without `module.`.
+Any of them may be nested, such as in `state_dict` or `model`, with or without `module.`.
 """
 
 import re
@@ -41,7 +41,7 @@ class Found:
     """A ResNet in a checkpoint."""
 
     prefix: str
-    """What its names begin with: "" or a path that ends with a dot."""
+    """Prefix of its names: "" or a path that ends with a dot."""
     naming: str
     names: dict[str, str] = field(default_factory=dict)
     """torchvision's name -> path in the checkpoint; an unknown tensor has its own name."""
@@ -69,14 +69,14 @@ def find_encoders(paths: Iterable[str]) -> list[Found]:
             rest = path.removeprefix(each.prefix)
             below = path.startswith(each.prefix) and path not in known
             if below and _OF_AN_ENCODER.fullmatch(rest.split(".")[0]):
-                each.names[rest] = path  # unknown there, and so to be refused
+                each.names[rest] = path  # unknown there, and therefore refused
         twins = {_QUERY_TWIN.sub("", prefix) for prefix in prefixes if _QUERY_TWIN.search(prefix)}
         each.is_momentum = bool(_MOMENTUM.search(each.prefix)) or each.prefix in twins
     return found
 
 
 def _has_stages(names: Iterable[str]) -> bool:
-    """Whether there are several stages: a lone stage is part of something else."""
+    """Whether there are several stages: a single stage is part of another model."""
     return len({name.split(".")[0] for name in names if name.count(".") > 1 and name[:4] != "stem"}) > 1
 
 

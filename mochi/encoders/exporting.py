@@ -1,4 +1,4 @@
-"""An encoder file for the programs of others. None of the formats holds code.
+"""Export an encoder file to other libraries. None of the formats contains code.
 
 Source of the names: torchvision/models/resnet.py; facebookresearch/moco main_lincls.py and
 detection/convert-pretrain-to-detectron2.py.
@@ -25,25 +25,25 @@ Format = Literal["torchvision", "timm", "detectron2", "moco"]
 
 
 class _Writer(NamedTuple):
-    """How a format is written, and how the file is used."""
+    """How a format is written, and how the file is loaded."""
 
     write: Callable[[Path, Tensors, Encoder], None]
     usage: str
 
 
 def export_encoder(path: Path, format: Format, out: Path) -> list[str]:
-    """Write the encoder in `path` to `out` in a format of others.
+    """Write the encoder in `path` to `out` in another library's format.
 
     Returns:
         Lines to print: how to load the file.
 
     Raises:
-        EncoderError: the file cannot be read, or that format has no such encoder.
+        EncoderError: the file cannot be read, or the format does not support the encoder.
     """
     info, tensors = read_encoder(path)
     if info is None:
         raise EncoderError(
-            f"{path}: has no metadata, which names the architecture; `mochi import` writes a file that has"
+            f"{path}: has no metadata with the architecture; `mochi import` writes a file that has"
         )
     config = info.config(path)
     check_pixels(path, info)
@@ -65,7 +65,7 @@ def export_encoder(path: Path, format: Format, out: Path) -> list[str]:
 
 
 def _names(config: Encoder) -> dict[str, str]:
-    """How to build the model there. No library has a plain ResNet-10, but each can make one."""
+    """How to build the model there. No library names a plain ResNet-10, but each can build one."""
     name = config.architecture.removeprefix("timm:")
     if name == "resnet10":
         return {
@@ -76,7 +76,7 @@ def _names(config: Encoder) -> dict[str, str]:
 
 
 def _impossible(config: Encoder, format: Format) -> str | None:
-    """Why a format cannot hold it."""
+    """Why a format does not support it."""
     if not config.is_resnet:
         return None if format == "timm" else "export it with --format timm"
     if format in ("moco", "detectron2") and config.stem != "imagenet":

@@ -1,8 +1,8 @@
-"""Encoder files: safetensors with the names of the encoder's `state_dict()`, which say what they hold.
+"""Encoder files: safetensors with the names of the encoder's `state_dict()` and metadata.
 
 A backbone loaded with mismatched names, or fed with pixels it was not trained on, fails silently and
-lowers the scores. Here every tensor must match by name and shape and be finite, the description must be
-that of the encoder asked for, and its pixels must be normalised as here, or the file is refused.
+lowers the scores. Here every tensor must match by name and shape and be finite, the metadata must be
+those of the requested encoder, and its pixels must be normalised as here; otherwise the file is refused.
 """
 
 import hashlib
@@ -29,18 +29,19 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "mochi"
 """The only key of the metadata; its value is an `EncoderInfo` as JSON.
 
-One key, because safetensors writes several in an order that differs from process to process.
+One key, because safetensors
+writes several in an order that differs from process to process.
 """
 
 _MAX_LISTED = 10
 
 
 class EncoderError(UserError):
-    """An encoder file that is missing, unreadable, or not the encoder that was asked for."""
+    """An encoder file that is missing, unreadable, or not the requested encoder."""
 
 
 class EncoderInfo(BaseModel):
-    """What an encoder file says of itself."""
+    """The metadata of an encoder file."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -48,31 +49,31 @@ class EncoderInfo(BaseModel):
     stem: str | None
     width: int | None
     image_size: int | None = None
-    """Side of the images in training, pixels; None: not known."""
+    """Side of the images in training, pixels; None: unknown."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Of each channel, in `channel_order`, on the scale from 0 to 1."""
+    """Of each channel, in `channel_order`, for pixels in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
     channel_order: Literal["RGB", "BGR"] = "RGB"
     method: str | None = None
-    """Row of the experiment, or the kind of checkpoint that it was imported from."""
+    """Row of the experiment, or the kind of checkpoint it was imported from."""
     experiment: str | None = None
     seed: int | None = None
     settings_digest: str | None = None
     """Of the run that trained it, as in its provenance.json."""
     code_digest: str | None = None
     source: str | None = None
-    """Name and sha256 of the file that it was imported from."""
+    """Name and sha256 of the file it was imported from."""
 
     @classmethod
     def of(cls, config: Encoder, **about: object) -> Self:
-        """The description of an encoder of `config`; `about` are more fields."""
+        """The metadata of an encoder of `config`; `about` are further fields."""
         return cls.model_validate({**config.model_dump(), **about})
 
     def config(self, path: Path) -> Encoder:
         """The architecture.
 
         Raises:
-            EncoderError: there is no such architecture; `path` is named.
+            EncoderError: there is no such architecture; the message names `path`.
         """
         try:
             return Encoder.model_validate(
@@ -80,16 +81,14 @@ class EncoderInfo(BaseModel):
             )
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise EncoderError(
-                f"{path}: its metadata names an encoder that is not known: {reason}"
-            ) from None
+            raise EncoderError(f"{path}: its metadata names an unknown encoder: {reason}") from None
 
 
 class EncoderFile(NamedTuple):
-    """What is in an encoder file."""
+    """The content of an encoder file."""
 
     info: EncoderInfo | None
-    """None in files of before there was metadata."""
+    """None in older files, which have no metadata."""
     tensors: dict[str, Tensor]
 
 
@@ -99,16 +98,16 @@ def save_encoder(path: Path, encoder: Backbone, info: EncoderInfo | None = None)
     Args:
         path: the file.
         encoder: what to write.
-        info: what the file says of itself; None: the architecture and the pixels.
+        info: the metadata; None: the architecture and the pixels.
 
     Raises:
-        OSError: the disk is full or the folder read-only; an existing file is as it was.
+        OSError: the disk is full or the folder read-only; an existing file is unchanged.
     """
     write_tensors(path, encoder.state_dict(), info or EncoderInfo.of(encoder.config))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: EncoderInfo | None) -> None:
-    """Write the tensors of an encoder, or without `info` of something else; see `save_encoder`."""
+    """Write the tensors of an encoder, or, without `info`, other tensors; see `save_encoder`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {METADATA_KEY: info.model_dump_json()} if info else {"format": "pt"}
     with replacing(path) as temporary:
@@ -116,12 +115,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: EncoderInfo |
 
 
 def read_info(path: Path) -> EncoderInfo | None:
-    """The description alone; see `read_encoder`."""
+    """The metadata only; see `read_encoder`."""
     return _read(path, tensors=False).info
 
 
 def read_encoder(path: Path) -> EncoderFile:
-    """Description and tensors, on the CPU.
+    """Metadata and tensors, on the CPU.
 
     Raises:
         EncoderError: no such file, not safetensors, or metadata that cannot be read.
@@ -131,9 +130,7 @@ def read_encoder(path: Path) -> EncoderFile:
 
 def _read(path: Path, *, tensors: bool) -> EncoderFile:
     if not path.exists():
-        raise EncoderError(
-            f"{path}: no such encoder; first run the pretraining of this run, or `mochi import`"
-        )
+        raise EncoderError(f"{path}: no such encoder; run the pretraining first, or `mochi import`")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -141,7 +138,7 @@ def _read(path: Path, *, tensors: bool) -> EncoderFile:
     except (OSError, SafetensorError) as error:
         raise EncoderError(
             f"{path}: cannot be read as safetensors: {error}; expected an encoder that pretraining wrote; "
-            "`mochi import` makes one of a checkpoint of another kind"
+            "`mochi import` converts other checkpoints"
         ) from None
     return EncoderFile(_info(path, metadata), found)
 
@@ -165,19 +162,19 @@ def read_tensors(path: Path, config: Encoder, expected: Mapping[str, Tensor]) ->
 
     Args:
         path: the file.
-        config: the architecture that is wanted.
+        config: the requested architecture.
         expected: its tensors, by name.
 
     Raises:
-        EncoderError: the file cannot be read, its tensors do not fit, or it says that it is another encoder
-            or was trained on pixels that are normalised otherwise.
+        EncoderError: the file cannot be read, its tensors do not fit, or its metadata name another
+            encoder or a different normalisation of pixels.
     """
     info, tensors = read_encoder(path)
     check_fit(path, tensors, expected, config)
     if info is None:
         logger.warning(
-            "%s: has no metadata: taken for an encoder of RGB images with ImageNet's mean and standard "
-            "deviation; `mochi import` writes a file that says so",
+            "%s: has no metadata: assuming RGB images with ImageNet's mean and standard "
+            "deviation; `mochi import` writes a file with metadata",
             path,
         )
         return tensors
@@ -191,10 +188,10 @@ def read_tensors(path: Path, config: Encoder, expected: Mapping[str, Tensor]) ->
 
 
 def check_pixels(path: Path, info: EncoderInfo) -> None:
-    """Compare the pixels an encoder was trained on with those of this project.
+    """Check that an encoder was trained on pixels normalised as in this project.
 
     Raises:
-        EncoderError: another channel order, mean or standard deviation.
+        EncoderError: the channel order, mean or standard deviation differs.
     """
     found = (info.channel_order, info.mean, info.std)
     if found != (expected := ("RGB", IMAGENET_MEAN, IMAGENET_STD)):
@@ -230,7 +227,8 @@ def check_fit(
     """Compare the tensors of a file with those of an encoder of `config`; `advice` ends the message.
 
     Raises:
-        EncoderError: a tensor is missing, unknown, of another shape, or has NaN or Inf; they are listed.
+        EncoderError: a tensor is missing, unknown, of another shape, or has NaN or Inf; the message lists
+            them.
     """
     lines = [
         _mismatch(name, found.get(name), expected.get(name)) for name in sorted(found.keys() | expected)
@@ -247,7 +245,7 @@ def check_fit(
 
 
 def _mismatch(name: str, found: Tensor | None, expected: Tensor | None) -> str:
-    """One line of the table, or nothing where the tensor fits."""
+    """One line of the table; none if the tensor fits."""
     if found is None or expected is None or found.shape != expected.shape:
         return f"  {name}: expected {_shape(expected)}, found {_shape(found)}"
     if found.is_floating_point() and not torch.isfinite(found).all():
@@ -264,7 +262,7 @@ def digest(tensors: Mapping[str, Tensor], part: str | None = None) -> str:
 
     Args:
         tensors: by name, such as a `state_dict()`.
-        part: count only tensors below this name, such as "conv1" or "layer4".
+        part: include only tensors below this name, such as "conv1" or "layer4".
     """
     total = hashlib.sha256()
     for name in sorted(tensors):

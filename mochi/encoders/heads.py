@@ -1,4 +1,4 @@
-"""Projection heads: what maps an encoder's features to the space of the loss. Dropped after pretraining."""
+"""Projection heads: map an encoder's features to the space of the loss. Dropped after pretraining."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""A checkpoint of another project as an encoder file of this one, or the reason why not."""
+"""Import a checkpoint of another project as an encoder file, or say why it cannot be imported."""
 
 import hashlib
 import re
@@ -32,14 +32,14 @@ from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 _BYTES = 255.0
 _CLOSE = 1e-5
 _AUTHORS_OF_RGB = {"torchvision", "moco", "mochi", "vissl"}
-"""Of detectron2's files: converters of encoders whose images were RGB, normalised like ImageNet's."""
+"""`__author__` of detectron2 files converted from encoders of RGB images with ImageNet's normalisation."""
 
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 class Pixels(NamedTuple):
-    """What an encoder was trained on: (x - mean) / std, in the order of its channels, x from 0 to 1."""
+    """Normalisation in training: (x - mean) / std, in the order of its channels, x from 0 to 1."""
 
     order: Literal["RGB", "BGR"]
     mean: tuple[float, float, float]
@@ -48,11 +48,11 @@ class Pixels(NamedTuple):
 
 _HERE = Pixels("RGB", IMAGENET_MEAN, IMAGENET_STD)
 _DETECTRON2_BGR = Pixels("BGR", IMAGENET_MEAN[::-1], (1 / _BYTES,) * 3)
-"""Model zoo: bytes less the mean, not divided."""
+"""Model zoo: bytes minus the mean, not divided."""
 
 
 class Choices(NamedTuple):
-    """What the user says that the file does not."""
+    """The user's choices, for what the file does not contain."""
 
     which: str = "query"
     """query, momentum, or the prefix of one of several encoders."""
@@ -68,11 +68,11 @@ def import_checkpoint(file: str, out: Path, choices: Choices | None = None) -> l
     """Write the encoder in `file` to `out`.
 
     Returns:
-        Lines to print: what was found, taken, converted, and left.
+        Lines to print: what was found, used, converted, and not used.
 
     Raises:
-        EncoderError: no checkpoint, none or several encoders, tensors that are missing or foreign (listed),
-            or pixels that no exact conversion of the weights makes up for.
+        EncoderError: no checkpoint, none or several encoders, missing or unknown tensors (listed), or a
+            normalisation of pixels that the weights cannot compensate exactly.
     """
     choices = choices or Choices()
     if re.match(r"[a-zA-Z][\w+.-]*://", file):
@@ -117,8 +117,8 @@ def import_checkpoint(file: str, out: Path, choices: Choices | None = None) -> l
         )
     if pixels is None:
         notes.append(
-            "the file does not say what pixels it was trained on; taken as RGB with ImageNet's mean and "
-            "standard deviation; --channel-order, --mean and --std for others"
+            "the file does not say how its pixels were normalised; assuming RGB with ImageNet's mean and "
+            "standard deviation; --channel-order, --mean and --std change this"
         )
     return [
         *lines,
@@ -128,7 +128,7 @@ def import_checkpoint(file: str, out: Path, choices: Choices | None = None) -> l
 
 
 def _chosen(path: Path, checkpoint: Checkpoint, which: str) -> Found:
-    """The encoder that is asked for."""
+    """The requested encoder."""
     found = find_encoders(checkpoint.tensors)
     if not found:
         firsts = Counter(name.split(".")[0] for name in checkpoint.tensors)
@@ -139,7 +139,7 @@ def _chosen(path: Path, checkpoint: Checkpoint, which: str) -> Found:
             if caffe
             else "expected the names of a ResNet, such as layer1.0.conv1.weight"
         )
-        raise EncoderError(f"{path}: holds no encoder that is known: found {shown}; {reason}")
+        raise EncoderError(f"{path}: contains no known encoder: found {shown}; {reason}")
     fits = [each for each in found if each.prefix.rstrip(".") == which.rstrip(".")]
     if not fits:
         if which not in ("query", "momentum"):
@@ -151,7 +151,7 @@ def _chosen(path: Path, checkpoint: Checkpoint, which: str) -> Found:
             fits = found
     if len(fits) != 1:
         raise EncoderError(
-            f"{path}: holds {len(fits)} encoders for --which {which}; choose one by its prefix: "
+            f"{path}: contains {len(fits)} encoders for --which {which}; choose one by its prefix: "
             f"--which {_prefixes(fits or found)}"
         )
     return fits[0]
@@ -162,7 +162,7 @@ def _prefixes(found: Sequence[Found]) -> str:
 
 
 def _architecture(path: Path, checkpoint: Checkpoint, found: Found, choices: Choices) -> Encoder:
-    """The one that the shapes fit best; a remaining misfit is for `check_fit` to show."""
+    """The one whose shapes fit best; `check_fit` reports remaining differences."""
     shapes = _shapes(checkpoint, found)
     first = shapes.get("conv1.weight", ())
     kernel = first[-1] if len(first) == 4 else 7
@@ -190,7 +190,7 @@ def _width(shapes: Shapes) -> int:
 
 
 def _best_fit(shapes: Shapes, stem: str | None, names: Sequence[str]) -> Encoder:
-    """The architecture with the fewest tensors missing or, which counts double, foreign."""
+    """The architecture with the fewest missing and, counted twice, unknown tensors."""
     best: list[tuple[int, int, Encoder]] = []
     for name in names:
         try:
@@ -219,7 +219,7 @@ def _refuse_other_padding(path: Path, kind: str, config: Encoder) -> None:
 
 
 def _loaded(checkpoint: Checkpoint, found: Found) -> tuple[dict[str, Tensor], set[torch.dtype]]:
-    """float32 tensors by torchvision's names, with counters that some files lack; the types in the file."""
+    """float32 tensors by torchvision's names, with counters that some files lack; the file's dtypes."""
     tensors: dict[str, Tensor] = {}
     dtypes: set[torch.dtype] = set()
     for name, place in found.names.items():
@@ -246,7 +246,7 @@ def _advice(found: Found, likely: Encoder) -> str:
 def _pixels(
     path: Path, checkpoint: Checkpoint, kind: str, own: EncoderInfo | None, choices: Choices
 ) -> Pixels | None:
-    """What the user, the file, or the file's author says; None where nobody does."""
+    """The normalisation given by the user, the file, or its `__author__`; None if there is none."""
     author = str(checkpoint.values.get("__author__", "")).lower()
     known: Pixels | None = None
     if own:
@@ -273,14 +273,14 @@ def _pixels(
         return default._replace(order=order) if known or choices.channel_order else None
     mean = _three("--mean", choices.mean) if choices.mean else default.mean
     std = _three("--std", choices.std) if choices.std else default.std
-    if choices.mean and max(mean) > 1:  # on the scale of bytes
+    if choices.mean and max(mean) > 1:  # for pixels in 0 to 255
         mean = _scaled(mean)
         std = _scaled(std) if choices.std else std
     return Pixels(order, mean, std)
 
 
 def _of_detector(checkpoint: Checkpoint) -> Pixels | None:
-    """A whole detector of detectron2 holds its pixel_mean and pixel_std."""
+    """A complete detector of detectron2 contains its pixel_mean and pixel_std."""
     places = {name.rpartition(".")[2]: name for name in checkpoint.tensors}
     if "pixel_mean" not in places or "pixel_std" not in places:
         return None
@@ -302,10 +302,10 @@ def _scaled(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _convert_pixels(path: Path, tensors: dict[str, Tensor], pixels: Pixels | None) -> list[str]:
-    """Change conv1 so that this project's pixels give what the encoder's own gave, to the bit of a product.
+    """Change conv1 to give, with this project's pixels, the same output up to the rounding of a product.
 
     Raises:
-        EncoderError: another mean: padded zeros stand for the mean, so no weight makes up for it.
+        EncoderError: a different mean, which padded zeros represent: weights cannot compensate for it.
     """
     notes: list[str] = []
     if pixels is None:
@@ -318,7 +318,7 @@ def _convert_pixels(path: Path, tensors: dict[str, Tensor], pixels: Pixels | Non
         raise EncoderError(
             f"{path}: trained on images with the RGB mean {[round(each, 4) for each in mean]}, here "
             f"{list(IMAGENET_MEAN)}; at the border of an image, where zeros are padded, "
-            "no change of the weights makes up for that; fine-tune it with this project's mean first"
+            "no change of the weights compensates for that; fine-tune it with this project's mean first"
         )
     if any(abs(own - here) > _CLOSE for own, here in zip(std, IMAGENET_STD, strict=True)):
         ratio = torch.tensor(IMAGENET_STD, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)

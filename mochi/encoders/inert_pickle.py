@@ -1,8 +1,8 @@
-"""Pickles read without running anything in them.
+"""Read pickles without running code in them.
 
-A pickle is a program for a small stack machine. This one knows containers, numbers, text, numpy's arrays
-and torch's tensors; every other class or function stays a name. Nothing is imported, called or set by
-what a file says, so a file cannot do anything but be read. Work and memory are bounded by its size.
+A pickle is a program for a small stack machine. This one supports containers, numbers, text, numpy's
+arrays and torch's tensors; every other class or function stays a name. A file cannot make it import, call
+or set anything. Work and memory are bounded by the size of the file.
 
 Source: Python's Lib/pickletools.py (the machine and its opcodes); torch/_utils.py and numpy's
 multiarray (what their pickles call).
@@ -26,19 +26,19 @@ Array = NDArray[Any]
 
 
 class PickleError(ValueError):
-    """Not a pickle, a damaged one, or one that asks for more than its size explains."""
+    """Not a pickle, a corrupt one, or one that requests more than its size allows."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """A class or function, which stays a name."""
+    """A class or function, kept as a name."""
 
     text: str
 
 
 @dataclass(eq=False)
 class Placeholder:
-    """An object of a class that is not known here, with what the pickle says is in it."""
+    """An object of an unknown class, with its content in the pickle."""
 
     kind: str
     arguments: object = ()
@@ -48,7 +48,7 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers that lie elsewhere in the file."""
+    """Data stored elsewhere in the file."""
 
     key: str
     dtype: torch.dtype
@@ -57,7 +57,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A view of a storage; the container of the file makes a tensor of it."""
+    """A view of a storage; the reader of the file builds a tensor from it."""
 
     storage: Storage
     offset: int
@@ -76,20 +76,20 @@ class StoredTensor:
 
 @dataclass
 class _Dtype:
-    """numpy's dtype, whose byte order comes in a second step."""
+    """numpy's dtype, whose byte order is set in a second step."""
 
     kind: str
     order: str = "<"
 
     def numpy(self) -> np.dtype[Any] | None:
-        """None for what is not a number."""
+        """None if it is not a number type."""
         if self.kind not in {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}:
             return None
         return np.dtype(self.kind).newbyteorder(">" if self.order == ">" else "<")
 
 
 class _Array:
-    """numpy's array, whose content comes in a second step."""
+    """numpy's array, whose content is set in a second step."""
 
     value: object = None
 
@@ -98,11 +98,11 @@ Persistent = Callable[[object], object]
 
 
 def read(file: mmap.mmap, persistent: Persistent | None = None) -> Any:
-    """The object at the position of `file`, which is left after it.
+    """Read the object at the current position of `file` and leave the position after it.
 
     Args:
-        file: read from where it stands.
-        persistent: what an id of something outside the pickle stands for; None: a placeholder.
+        file: read from its current position.
+        persistent: resolves an id of an object outside the pickle; None: gives a placeholder.
 
     Raises:
         PickleError: see the class.
@@ -126,7 +126,7 @@ class _Machine:
     def __init__(self, size: int, persistent: Persistent) -> None:
         self.stack: list[Any] = []
         self._below: list[list[Any]] = []
-        """Stacks under marks."""
+        """Stacks below marks."""
         self._memo: dict[int, Any] = {}
         self._persistent = persistent
         self._budget = max(size, _MIN_BUDGET)
@@ -222,7 +222,7 @@ class _Machine:
                 stack.append(argument)
 
     def _above(self) -> list[Any]:
-        """What lies above the last mark; the mark goes."""
+        """Pop everything above the last mark, and the mark."""
         above, self.stack = self.stack, self._below.pop()
         return above
 
@@ -238,7 +238,7 @@ class _Machine:
                 items[_key(key)] = _finished(value)
 
     def _made(self, kind: object, arguments: Any) -> object:  # noqa: PLR0911, PLR0912 (a case a function)
-        """What a known function gives; of all others a placeholder."""
+        """The result of a known function; a placeholder for all others."""
         if not isinstance(kind, Name) or not isinstance(arguments, tuple):
             return Placeholder("unknown", arguments)
         arguments = tuple(map(_finished, arguments))
@@ -276,15 +276,15 @@ class _Machine:
         return Placeholder(kind.text, arguments)
 
     def _copied(self, value: Any, make: Callable[[Any], Any]) -> Any:
-        """A copy, as long as copies stay within the size of the file: one value can be copied often."""
+        """A copy, if all copies stay within the size of the file: one value can be copied often."""
         self._budget -= len(value)
         if self._budget < 0:
-            raise PickleError("copies of more than the file holds")
+            raise PickleError("copies of more than the file contains")
         return make(value)
 
 
 def _build(target: object, state: Any) -> None:
-    """Complete an object."""
+    """Set the state of an object."""
     match target:
         case Placeholder():
             target.state = _finished(state)
@@ -322,7 +322,7 @@ def _pairs(value: Iterable[Any]) -> dict[object, object]:
 
 
 def _key(key: object) -> object:
-    """A key that is quick to hash: a tuple in a tuple, a million times, is not."""
+    """Check that a key is quick to hash: a million nested tuples are not."""
     return key if isinstance(key, str | int | float | bytes | None) else Placeholder("key", key)
 
 

@@ -22,12 +22,12 @@ def load_encoder(
     """A pretrained encoder, frozen, in evaluation mode and channels-last.
 
     Args:
-        path: encoder.safetensors, or what `mochi import` wrote.
-        architecture: only for files without metadata, with `stem` and `width`: what the file holds, as in
-            `mochi.config.Encoder`. Given for another file, it must be what the file says.
+        path: encoder.safetensors, or a file written by `mochi import`.
+        architecture: only for files without metadata, with `stem` and `width`, as in
+            `mochi.config.Encoder`. For other files it must equal the metadata.
         stem: imagenet, half or full.
         width: channels of the first stage, 64 in torchvision's ResNets.
-        device: where the encoder goes.
+        device: of the encoder.
 
     Returns:
         (B, 3, H, W) normalised images -> (B, num_features) features.
@@ -44,7 +44,7 @@ def load_encoder(
         config = info.config(path)
     else:
         raise EncoderError(
-            f"{path}: has no metadata, which names the architecture; give architecture=, stem= and width=, "
+            f"{path}: has no metadata with the architecture; give architecture=, stem= and width=, "
             f"or convert it: mochi import {path} --out NEW.safetensors"
         )
     return files.load_encoder(path, config, torch.device(device))

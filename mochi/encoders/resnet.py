@@ -12,7 +12,7 @@ from mochi.encoders.backbone import Backbone
 
 
 class Layout(NamedTuple):
-    """What tells one ResNet from another."""
+    """The layout of a ResNet."""
 
     block: type[BasicBlock] | type[Bottleneck]
     depths: tuple[int, int, int, int]
@@ -35,7 +35,7 @@ LAYOUTS = {
 """Architecture -> layout; the names of `mochi.config.Encoder`."""
 
 STRIDES = {"imagenet": 16, "half": 8, "full": 4}
-"""Stem -> pixels of a cell of layer3's features (res4), which a detector works on."""
+"""Stem -> stride in pixels of layer3's features (res4), which a detector uses."""
 
 _SAFE_CHANNELS = 16
 
@@ -44,7 +44,7 @@ class Shortcut(nn.Conv2d):
     """The 1x1 convolution of a block's shortcut, without bias.
 
     Below 16 channels it first drops the rows and columns that the stride skips: there the gradient of a
-    strided 1x1 convolution in channels-last float32 writes outside its memory (torch 2.14, oneDNN, CPU).
+    strided 1x1 convolution in channels-last float32 writes out of bounds (torch 2.14, oneDNN, CPU).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -59,11 +59,11 @@ class Shortcut(nn.Conv2d):
 
 
 class ResNet(Backbone):
-    """torchvision's ResNet with a choice of stem and width; parameters carry torchvision's names.
+    """torchvision's ResNet with a choice of stem and width; parameters have torchvision's names.
 
     `forward` gives pooled features (B, D); there is no `fc`. With the `imagenet` stem and width 64 it
-    computes exactly what torchvision's does before `fc` (a test holds it to that). A detector takes its
-    stages: conv1, bn1, relu, maxpool and layer1 to layer3 see the image, layer4 each region.
+    computes exactly what torchvision's does before `fc` (a test compares them). A detector takes its
+    stages: conv1, bn1, relu, maxpool and layer1 to layer3 process the image, layer4 each region.
     """
 
     def __init__(self, config: Encoder, norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:

@@ -12,8 +12,9 @@ from mochi.runtime import distributed
 class SharedBatchNorm2d(nn.SyncBatchNorm, nn.BatchNorm2d):
     """Batch normalisation whose training statistics are those of all processes' images.
 
-    With one process it is torch's BatchNorm2d, on GPUs torch's SyncBatchNorm, which needs them. Elsewhere
-    it is written out here. Processes may have different numbers of elements; each element counts.
+    With one process it is torch's BatchNorm2d, on GPUs torch's SyncBatchNorm. Several CPU processes use
+    the implementation here. Processes may have different numbers of elements; every element has equal
+    weight.
 
     Source: detectron2 layers/batch_norm.py NaiveSyncBatchNorm, which MoCo's C4 configurations name.
     Deviation: statistics are weighted by the number of elements (its stats_mode "N").
@@ -33,7 +34,7 @@ class SharedBatchNorm2d(nn.SyncBatchNorm, nn.BatchNorm2d):
         sums = _SumOverRanks.apply(torch.cat((values.sum((0, 2, 3)), count)))  # (C + 1,)
         total = sums[-1]
         mean = sums[:-1] / total
-        # Not the mean square less the squared mean: a large mean would leave it no digits.
+        # Not the mean square minus the squared mean, which loses precision if the mean is large.
         centred = values - mean[:, None, None]
         variance = _SumOverRanks.apply(centred.square().sum((0, 2, 3))) / total
         with torch.no_grad():

@@ -10,7 +10,7 @@ from mochi.encoders.backbone import Backbone
 
 
 class TimmEncoder(Backbone):
-    """A model of timm without its classifier. Its batch norms become `norm_layer`, all else is timm's.
+    """A model of timm without its classifier. Its batch norms become `norm_layer`; the rest is timm's.
 
     Raises:
         ConfigError: timm has no such model.
@@ -26,7 +26,7 @@ class TimmEncoder(Backbone):
         if not timm.is_model(name):
             raise ConfigError(
                 f"encoder.architecture: found timm:{name}; timm {timm.__version__} has no such model; "
-                "timm.list_models() names all"
+                "timm.list_models() lists all"
             )
         model: Any = timm.create_model(name, pretrained=False, num_classes=0)
         self.model = model
@@ -47,7 +47,7 @@ def _replace_norms(parent: nn.Module, norm_layer: Callable[[int], nn.Module]) ->
             new.eps, new.momentum = child.eps, child.momentum
             new.load_state_dict(child.state_dict())
             then = [module for key, module in child.named_children() if key in {"drop", "act"}]
-            new.register_forward_hook(_Then(*then))  # timm's BatchNormAct2d goes on with both
+            new.register_forward_hook(_Then(*then))  # timm's BatchNormAct2d applies both afterwards
             setattr(parent, name, new)
         else:
             _replace_norms(child, norm_layer)

@@ -1,4 +1,4 @@
-"""Which classes a classifier takes for which."""
+"""Confusion matrix of a classifier."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +21,6 @@ def confusion(labels: Tensor, predicted: Tensor) -> list[list[int]]:
 
 
 def write_confusion(path: Path, rows: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
-    """Write the rows as CSV with the names of the classes; a task without predictions has none."""
+    """Write the rows as CSV with the names of the classes, if the task has predictions."""
     named = [{"class": classes[a], "predicted": classes[b], "images": count} for a, b, count in rows]
     write_rows(path, ["class", "predicted", "images"], named)

@@ -1,7 +1,7 @@
-"""Features that several evaluations of one encoder share, in files that live until the last one is done.
+"""Features shared by several evaluations of one encoder, in files that exist until the last one is done.
 
-The evaluation that comes first encodes the images and keeps the features in the work folder; others, also
-those that run at the same time, wait for its lock and read them: the same bytes as their own would be.
+The first evaluation encodes the images and stores the features in the work folder; others, including those
+that run at the same time, wait for its lock and read them: the same bytes as they would compute.
 """
 
 import logging
@@ -28,9 +28,9 @@ class FeatureFiles:
     """Features of one encoder on one data set at one size, a file for each split.
 
     Args:
-        folder: for these files alone.
+        folder: only for these files.
         result: an evaluation, whose inputs are the encoder and the data.
-        how: what else decides the features.
+        how: what else determines the features.
         others: evaluations that need the same features.
     """
 
@@ -40,7 +40,7 @@ class FeatureFiles:
 
     @contextmanager
     def of_split(self, name: str) -> Iterator["FeatureFile"]:
-        """The file of a split, held by this process; of several ranks the first one holds it.
+        """The file of a split, locked by this process; with several ranks, by the first one.
 
         Ranks do not wait for another process, but encode the images too: collective operations have a time
         limit.
@@ -77,7 +77,7 @@ class FeatureFile:
         self.path, self.is_kept = path, is_kept
 
     def read(self, shape: tuple[int, int]) -> Tensor | None:
-        """The features; None where there are none. Changes of the tensor do not reach the file."""
+        """The features; None if there are none. Changes to the tensor do not change the file."""
         try:
             values = np.load(self.path, mmap_mode="c", allow_pickle=False)
         except (OSError, EOFError, ValueError):
@@ -88,7 +88,7 @@ class FeatureFile:
         return torch.from_numpy(values)
 
     def write(self, values: Tensor) -> None:
-        """Keep the features if an evaluation has yet to come; a full disk costs it the time, no more."""
+        """Store the features if another evaluation needs them; on a full disk it computes them again."""
         if not self.is_kept or distributed.rank() != 0:
             return
         for old in set(self.path.parent.glob("*.npy")) - set(self._siblings()):
@@ -100,5 +100,5 @@ class FeatureFile:
             logger.warning("%s: features cannot be kept for other evaluations: %s", self.path, error)
 
     def _siblings(self) -> Iterator[Path]:
-        """Files with the same key: of the other splits."""
+        """Files with the same key, of the other splits."""
         return self.path.parent.glob(f"{self.path.name.split('-', 1)[0]}-*.npy")

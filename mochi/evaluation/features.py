@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, and all else that a task works with."""
+"""Features of a frozen encoder, and the other inputs of a task."""
 
 import logging
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ _PRECISION = "auto"
 
 
 class Features(NamedTuple):
-    """Of images, in the order of their rows in the split. The receiver may change them in place."""
+    """Features of images, in the order of their rows in the split. The caller may change them in place."""
 
     values: Tensor
     """(M, D) float32, on the device or on the host (`features_on`)."""
@@ -37,7 +37,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a task works on: an encoder in evaluation mode, without gradients, and a labelled data set.
+    """The input of a task: an encoder in evaluation mode, without gradients, and a labelled data set.
 
     Several ranks share the encoding of images. Every rank gets all features, so that a task needs no code
     for them.
@@ -52,19 +52,19 @@ class Frozen:
     """Processes of this rank that load images."""
     resume_point: ResumePoint
     files: FeatureFiles | None = None
-    """Features that other evaluations of the encoder share; None: not kept."""
+    """Features shared with other evaluations of the encoder; None: not stored."""
 
     @property
     def num_classes(self) -> int:
-        """Classes of the data set, those without images included."""
+        """Number of classes of the data set, including those without images."""
         return len(self.dataset.classes)
 
     def generator(self, purpose: str, *key: int) -> torch.Generator:
-        """A generator of random numbers that depends on its purpose and key alone."""
+        """A random number generator that depends only on its purpose and key."""
         return generator(purpose, *key)
 
     def split(self, name: str) -> StoredSplit:
-        """A split that has labels.
+        """A split with labels.
 
         Raises:
             DataError: the split is missing, or has no labelled image.
@@ -78,9 +78,10 @@ class Frozen:
         return split
 
     def features(self, name: str) -> Features:
-        """Of all labelled images of a split, uncropped: short side `resize`, centre crop.
+        """Features of all labelled images of a split: short side `resize`, centre crop, no random crops.
 
-        Computed once for all evaluations of the experiment that need them. Memory: these and one batch.
+        Computed once for all evaluations of the experiment that need them. Memory:
+        these and one batch.
 
         Raises:
             DataError: the split is missing, or has no labelled image.
@@ -101,9 +102,9 @@ class Frozen:
             return found
 
     def features_of(self, split: StoredSplit, rows: Rows) -> Features:
-        """As `features`, of some rows of a split, all labelled; computed for this call alone."""
+        """Like `features`, for some rows of a split, all labelled; computed for this call only."""
         run, world = self.run, distributed.world_size()
-        batch_size = run.batch_size * world  # so a rank's batch is one that a single process would have
+        batch_size = run.batch_size * world  # so each rank's batch equals a batch of a single process
         loading = Loading(batch_size, self.device, self.workers, distributed.rank(), world)
         crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size, rows=rows)
         place = self._place(len(rows), self.encoder.num_features)
@@ -121,13 +122,13 @@ class Frozen:
     def random_crops(
         self, split: StoredSplit, *, batch_size: int, min_scale: float, epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch over the labelled images, random-resized crops and flips; the short last batch too.
+        """One epoch of random-resized crops and flips of the labelled images, with the short last batch.
 
         Args:
             split: the images.
             batch_size: over all ranks.
-            min_scale: smallest share of an image's area that a crop may cover.
-            epoch: decides order and crops, together with the run's seed.
+            min_scale: smallest fraction of an image's area that a crop may cover.
+            epoch: determines order and crops, together with the run's seed.
 
         Yields:
             (B, D) features on the device and (B,) rows of the split on the CPU, of the whole batch.
@@ -162,7 +163,7 @@ class Frozen:
         return torch.from_numpy(split.labels[rows])
 
     def _place(self, count: int, width: int) -> torch.device:
-        """Where so many features go."""
+        """Where so many features are kept."""
         where = self.run.features_on
         if where == "auto" and self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]

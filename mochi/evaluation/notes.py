@@ -1,4 +1,4 @@
-"""What a score cannot say by itself: guessing, a single class, classes without images."""
+"""Warnings about a score: guessing, a single class, classes without images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def notes(
     val_labels: NDArray[np.int64],
     classes: Sequence[str],
 ) -> list[str]:
-    """Sentences about what makes a score say little.
+    """Warnings about scores that carry little information.
 
     Args:
         metrics: of the evaluation; `top1` is compared with guessing.

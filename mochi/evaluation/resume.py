@@ -15,13 +15,14 @@ from mochi.storage import checkpoint
 logger = logging.getLogger(__name__)
 
 MINUTES = 10.0
-"""Between two checkpoints, at least. What is computed since the last one is lost by a kill."""
+"""Minimum time between two checkpoints. A kill loses what was computed since the last one."""
 
 
 class ResumePoint:
-    """From where an evaluation that was killed continues, and what its record says about that.
+    """The point from which a killed evaluation continues, and its code digests for provenance.
 
-    The checkpoint carries the result it belongs to (settings, encoder, data); another one is refused.
+    The checkpoint records the result it belongs to (settings, encoder, data); for a different one it is
+    refused.
     """
 
     def __init__(self, work: Path, result: Result, watch: Stopwatch) -> None:
@@ -30,13 +31,13 @@ class ResumePoint:
         self._identity = {"result": result.label, "settings": dict(result.settings), "inputs": inputs}
         self._label = result.label
         self.code_digests = [result.code_digest]
-        """Of the code that computed the result; several when it changed between two attempts."""
+        """Digests of the code that computed the result; several if it changed between two attempts."""
         self._earlier_seconds = 0.0
         self._watch = watch
         self._last_save = time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], int] | None:
-        """What was saved last: the tensors and how much was done; None at the beginning.
+        """The last saved tensors and progress; None at the beginning.
 
         Raises:
             CheckpointError: the checkpoint is of another result, or unreadable.
@@ -54,7 +55,7 @@ class ResumePoint:
         return tensors, state["done"]
 
     def save_if_due(self, tensors: Callable[[], Mapping[str, Tensor]], done: int) -> None:
-        """Save, unless that was done less than `MINUTES` ago.
+        """Save, unless the last save was less than `MINUTES` ago.
 
         Args:
             tensors: returns what `load` will return.
@@ -74,5 +75,5 @@ class ResumePoint:
         checkpoint.discard(self._path)
 
     def wall_seconds(self) -> float:
-        """Of all attempts, as far as their work counts."""
+        """Time of all attempts, up to their last checkpoints."""
         return round(self._earlier_seconds + self._watch.seconds(), 3)

@@ -36,7 +36,7 @@ def run(
         result: receives the results; its inputs are `encoder` and `data`, the manifest of the data set.
         work: folder of the resume checkpoint, which is removed at the end.
         workers: processes of this rank that load images.
-        others: evaluations that need the same features, which are kept for those that are not computed yet.
+        others: evaluations that need the same features, which are stored for those not computed yet.
 
     Raises:
         DataError, EncoderError: the data or the encoder do not fit.
@@ -55,7 +55,7 @@ def run(
         resume_point = ResumePoint(work, result, watch)
         files = _files(run, result, device, others)
         frozen = Frozen(run, encoder, dataset, device, workers, resume_point, files)
-        # What is missing shows before hours are spent on the other.
+        # A missing split fails here, before hours are spent on the other.
         train, val = (split.labels[split.labelled] for split in map(frozen.split, ("train", "val")))
         metrics = run.protocol.evaluate(frozen)
         assert digest(encoder.state_dict()) == before, "the evaluation changed the encoder"
@@ -67,7 +67,7 @@ def run(
         for note in metrics["notes"]:
             logger.warning("%s: %s", result.label, note)
         if files is not None:
-            files.discard_unless_needed()  # before the result is there: a kill must not leave them behind
+            files.discard_unless_needed()  # before the result exists: a kill must not leave them behind
         with publishing(result.folder) as new:
             pairs = [] if predicted is None else confusion(torch.from_numpy(val), predicted.cpu())
             write_confusion(new / "confusion.csv", pairs, dataset.classes)
@@ -83,13 +83,13 @@ def run(
             )
         resume_point.discard()
         if files is not None:
-            files.discard_unless_needed()  # again: the last two may have ended at the same time
+            files.discard_unless_needed()  # again: the last two evaluations may have ended at the same time
 
 
 def _files(
     run: ProbeRun, result: Result, device: torch.device, others: Sequence[Result]
 ) -> FeatureFiles | None:
-    """Where features are kept for other evaluations; None where there are none."""
+    """Where features are stored for other evaluations; None if there are none."""
     if not others:
         return None
     name = f".features-{run.dataset.name}-{run.resize}-{run.image_size}"  # no task has such a name

@@ -1,7 +1,7 @@
-"""The training loop. It trains MoCo, MoCHi and the supervised upper bound alike.
+"""The training loop. It trains MoCo, MoCHi and the supervised upper bound.
 
-Everything random is a function of (seed, step) or (seed, epoch, image), so the state to save is tensors
-and a position: a run killed at any moment ends with the bytes of one that was not.
+Everything random is a function of (seed, step) or (seed, epoch, image), so the saved state is tensors and
+a position: a run killed at any moment ends with the same bytes as an uninterrupted one.
 """
 
 import time
@@ -24,7 +24,7 @@ from mochi.runtime.transfer import to_device
 
 @dataclass
 class TrainState:
-    """The position of a training; with the tensors, all there is to resume from."""
+    """The position of a training run; with the tensors, the complete resume state."""
 
     epoch: int = 0
     step: int = 0
@@ -38,11 +38,11 @@ class TrainState:
     code: list[str] = field(default_factory=list)
     """Digests of the code that ran; more than one if it changed between two resumes."""
     wall_seconds: float = 0.0
-    """Time of the sessions before this one, up to their last checkpoint."""
+    """Time of earlier sessions, up to their last checkpoint."""
 
 
 class Observer(Protocol):
-    """Watches a training: progress, checkpoints, logs. It changes no number."""
+    """Observes a training run: progress, checkpoints, logs. It does not change numbers."""
 
     def step_done(self, state: TrainState) -> None:
         """After every step."""
@@ -80,7 +80,7 @@ def train(
     num_steps = steps_per_epoch(objective.num_images, recipe.batch_size)
     objective.module.train()
     gradients = AveragedGradients(objective.module.parameters())
-    # One stream through all epochs, so that the workers that load it go on where an epoch ends.
+    # One stream over all epochs, so that the loading workers continue across epochs.
     batches = objective.batches(loading, state.epoch, state.step)
     while state.epoch < recipe.epochs:
         zeros = [0.0] * len(objective.metric_names)
@@ -102,7 +102,7 @@ def train(
             objective.after_update(last_of_epoch=is_last)
             sums += metrics
             if state.step % CHECK_INTERVAL[device.type] == 0 or is_last:
-                # Ranks continue from the same sums and statistics: rank 0 alone saves them.
+                # Ranks continue from the same sums and statistics, because only rank 0 saves them.
                 sums = mean_over_ranks(sums)
                 average_statistics(objective.module)
                 state.sums = sums.tolist()
@@ -128,14 +128,14 @@ def _close_epoch(
 
 
 class _Clock:
-    """Speed of an epoch and the share of it spent waiting for data."""
+    """Speed of an epoch and the fraction of it spent waiting for data."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size, self._batches, self._waited = batch_size, 0, 0.0
         self._start = time.monotonic()
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches, counted, and the wait for them measured."""
+        """The same batches, counted, with the waiting time measured."""
         while True:
             asked = time.monotonic()
             batch = next(batches, None)

@@ -1,4 +1,4 @@
-"""What is learned: a module and its loss, by contrast or from labels."""
+"""Training objectives: a module and its loss, contrastive or supervised."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from mochi.runtime.transfer import to_device
 
 
 class Objective(Protocol):
-    """A module to train and its loss; `loop.train` knows nothing else of it."""
+    """A module to train and its loss, as `loop.train` uses them."""
 
     module: nn.Module
     metric_names: tuple[str, ...]
@@ -35,22 +35,22 @@ class Objective(Protocol):
 
     @property
     def head(self) -> nn.Module | None:
-        """What maps its features to the space of the contrastive loss, if that is the objective."""
+        """The projection head, if the objective is contrastive."""
 
     def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Any]:
-        """This rank's batches from there to the end of the training, as one stream."""
+        """This rank's batches from this position to the end of training, as one stream."""
 
     def loss(self, batch: Any, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and the step's metrics in the order of `metric_names`."""
 
     def after_update(self, *, last_of_epoch: bool) -> None:
-        """Called once the optimizer has moved the parameters."""
+        """Called after the optimizer step."""
 
     def describe_epoch(self, epoch: int) -> dict[str, Any]:
-        """More columns of the epoch's row."""
+        """Additional columns of the epoch's row."""
 
     def matching(self, epoch: int) -> list[float]:
-        """Matching probabilities to record at this epoch's end; often none."""
+        """Matching probabilities to record at the end of this epoch; often none."""
 
 
 def make_objective(run: PretrainRun, dataset: StoredDataset) -> Objective:
@@ -100,7 +100,7 @@ class ContrastiveObjective:
         )
 
     def loss(self, batch: Views, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """InfoNCE; accuracy is the proxy task's: the key outranks every negative."""
+        """InfoNCE; accuracy is that of the proxy task: the key outranks every negative."""
         self._labels, self._images = batch.labels, to_device(batch.indices, batch.labels.device)
         self._step = self._moco.training_step(
             batch.query,
@@ -120,10 +120,10 @@ class ContrastiveObjective:
         return loss, torch.stack(metrics)
 
     def after_update(self, *, last_of_epoch: bool) -> None:
-        """Enqueue after the step, so that no key was a negative of its own query."""
+        """Enqueue after the step, so that no key is a negative of its own query."""
         assert self._step is not None
         if last_of_epoch:
-            # Before the enqueue: the measurements are of the queue that the loss saw.
+            # Before enqueueing: the measurements are of the queue that the loss used.
             temperature = self._recipe.temperature
             self._diagnosis = _of_all_ranks(false_negatives(self._step, self._labels), self._labels)
             for name, value in measured_by_the_rule(self._step, temperature).items():
@@ -132,7 +132,7 @@ class ContrastiveObjective:
         self._moco.enqueue(self._step.key, self._labels, self._images)
 
     def describe_epoch(self, epoch: int) -> dict[str, Any]:
-        """Chance level (the loss of uniform guessing, nats), queue fill and what was measured."""
+        """Chance level (the loss of uniform guessing, nats), queue fill and measurements."""
         rule = self._moco.rule if self._moco.rule.is_active(epoch) else PlainRule()
         return {
             "chance": chance_level(rule, self._recipe.queue_size, self._recipe.temperature),
@@ -141,12 +141,12 @@ class ContrastiveObjective:
         }
 
     def matching(self, epoch: int) -> list[float]:
-        """Figure 2a's curve at the epochs that the recipe names."""
+        """Figure 2a's curve at the epochs listed in the recipe."""
         return self._matching if epoch in self._recipe.matching_epochs else []
 
 
 def _of_all_ranks(shares: dict[str, float], labels: Tensor) -> dict[str, float]:
-    """Shares among this rank's labelled queries -> among those of all ranks."""
+    """Fractions among this rank's labelled queries -> among those of all ranks."""
     if world_size() == 1:
         return shares
     names = ("false_negatives", "false_parents_any", "false_parents_all")
@@ -158,7 +158,7 @@ def _of_all_ranks(shares: dict[str, float], labels: Tensor) -> dict[str, float]:
 
 
 class SupervisedObjective:
-    """Cross-entropy on labels, the same views: the supervised upper bound."""
+    """Cross-entropy on labels, with the same views: the supervised upper bound."""
 
     metric_names: tuple[str, ...] = ("loss", "accuracy")
 
@@ -181,7 +181,7 @@ class SupervisedObjective:
 
     @property
     def head(self) -> nn.Module | None:
-        """No space of a contrastive loss."""
+        """None: there is no projection head."""
         return None
 
     def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Images]:
@@ -211,5 +211,5 @@ class SupervisedObjective:
         return {"chance": math.log(self._num_classes)}
 
     def matching(self, epoch: int) -> list[float]:  # noqa: ARG002
-        """No negatives, nothing matched."""
+        """None: there are no negatives."""
         return []

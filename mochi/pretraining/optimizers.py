@@ -11,12 +11,12 @@ from mochi.config import Training
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose step of each weight is scaled to the size of the weight (You et al. 2017).
+    """SGD with each parameter's step scaled to the norm of the parameter (You et al. 2017).
 
         g' = g + weight_decay * w;   rate = trust * |w| / |g'|  (1 where either norm is 0)
         v <- momentum * v + rate * g';   w <- w - lr * v
 
-    Parameters of at most one dimension (biases, batch norm) get neither the scaling nor the decay.
+    Parameters of at most one dimension (biases, batch norm) get neither scaling nor decay.
 
     Source: You et al. 2017 (arXiv:1708.03888), algorithm 1; facebookresearch/moco-v3 moco/optimizer.py.
     Deviation of both from the paper: the norm of the decayed gradient instead of |g| + weight_decay * |w|,
@@ -43,7 +43,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient; no value is read by the host."""
+        """Update every parameter that has a gradient, without synchronising with the GPU."""
         assert closure is None
         for group in self.param_groups:
             with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -77,7 +77,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def make_optimizer(module: nn.Module, recipe: Training) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the parameters that are trained. For AdamW `momentum` is beta1."""
+    """The recipe's optimizer over the trainable parameters. For AdamW `momentum` is beta1."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     lr, decay = recipe.lr, recipe.weight_decay
     match recipe.optimizer:
@@ -93,12 +93,12 @@ def make_optimizer(module: nn.Module, recipe: Training) -> torch.optim.Optimizer
 
 
 def learning_rate(recipe: Training, epoch: int, done: float = 0.0) -> float:
-    """The learning rate in an epoch of which the share `done` is over.
+    """The learning rate in an epoch of which the fraction `done` is completed.
 
-    The warm-up rises with every step, linearly, so that its last step has the full rate where `done` counts
-    the step itself (Goyal et al. 2017). Then the rate is constant in an epoch, as in facebookresearch/moco
-    main_moco.py, `adjust_learning_rate`; the cosine begins where the warm-up ends, as in
-    facebookresearch/moco-v3 main_moco.py.
+    The warm-up rises with every step, linearly, so that its last step has the full rate if `done`
+    includes the step itself (Goyal et al. 2017). Then the rate is constant in an epoch, as in
+    facebookresearch/moco main_moco.py, `adjust_learning_rate`; the cosine begins where the warm-up ends,
+    as in facebookresearch/moco-v3 main_moco.py.
     """
     warmup = recipe.warmup_epochs
     if epoch < warmup:

@@ -39,7 +39,7 @@ from mochi.storage.atomic import publishing, require_space, write_rows
 logger = logging.getLogger(__name__)
 
 _POINTS = 10
-"""Points an epoch in TensorBoard."""
+"""Points per epoch in TensorBoard."""
 _EXAMPLES = 8
 """Images whose views TensorBoard shows."""
 
@@ -60,8 +60,8 @@ def run(
 
     Raises:
         DataError: no data, or a batch larger than the data set.
-        EncoderError: the file of a row that is not trained here cannot be read, or is another encoder.
-        CheckpointError: the checkpoint in `work` is of another run or other data, or the disk is full.
+        EncoderError: the file of a row that is not trained here cannot be read, or is a different encoder.
+        CheckpointError: the checkpoint in `work` is of a different run or data, or the disk is full.
         NonFiniteError: the loss or the parameters are NaN or Inf.
     """
     watch = Stopwatch()
@@ -93,7 +93,7 @@ def run(
 
 
 def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
-    """What a queue of more than half of the data set means; None for a shorter one, and where it is masked.
+    """A warning about a queue larger than half of the data set; None for a smaller or a masked one.
 
     Queries then meet stale keys of their own image, which are false negatives (KaimingHe in
     facebookresearch/moco issue 24).
@@ -110,11 +110,12 @@ def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
 
 
 def stale_keys(queue_size: int, num_images: int, batch_size: int) -> tuple[float, float]:
-    """The mean number of a query's own stale keys in the queue, and the share of queries that meet any.
+    """The mean number of a query's own stale keys in the queue, and the fraction of queries that meet any.
 
     In an epoch's step t the queue holds no key of the query from the running epoch, whose images are
-    distinct, hence from that epoch none and max(0, K - t B) keys of earlier ones. Of one of those epochs
-    the last w keys hold the query's with probability w / N, for the orders are independent.
+    distinct, hence none
+    from that epoch and max(0, K - t B) keys of earlier ones. The last w keys of one of those epochs
+    contain the query's with probability w / N, because the orders are independent.
     """
     steps = max(1, num_images // batch_size)
     numbers, shares = [], []
@@ -142,7 +143,7 @@ def _saved(work: Path) -> Path:
 
 
 class _Session:
-    """One process's part of a training: it resumes, reports and saves (an `Observer`)."""
+    """One process of a training run: it resumes, reports and saves (an `Observer`)."""
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class _Session:
         self._shown = (self.state.step, self.state.sums)
 
     def train(self, device: torch.device, workers: int) -> None:
-        """All epochs that are left."""
+        """All remaining epochs."""
         loading = Loading(self._recipe.batch_size, device, workers, rank(), world_size())
         done = self.state.epoch * self._num_steps + self.state.step
         require_space(self._needed())
@@ -181,7 +182,7 @@ class _Session:
             train(self._objective, self._recipe, self._optimizer, self.state, loading, self)
 
     def _needed(self) -> dict[Path, int]:
-        """Bytes that checkpoints and results need beyond what is there: three checkpoints during a save."""
+        """Additional bytes that checkpoints and results need: three checkpoints during a save."""
         module = self._objective.module
         weights = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
         moments = len(self._optimizer.defaults.get("betas", (0,)))  # AdamW keeps two for each weight
@@ -207,17 +208,17 @@ class _Session:
         self._progress.advance(f"epoch {state.epoch}, {self._loss_note}")
 
     def check(self, state: TrainState, step: int, lr: float) -> None:
-        """Stop at NaN or Inf, else save when it is time."""
+        """Stop at NaN or Inf, otherwise save when a checkpoint is due."""
         norm = get_total_norm(self._objective.module.parameters()).item()
         check_finite(state.sums[0], step=step, lr=lr, last_good=self._saved, norm=norm)
         self._loss_note = f"loss {state.sums[0] / state.step:.3f}"
         self._show_point(state, step, lr)
-        # The last step's state is complete once its epoch's row is appended.
+        # The state after the last step is complete only when the row of its epoch is appended.
         if state.step < self._num_steps:
             self._save_if_due()
 
     def _show_point(self, state: TrainState, step: int, lr: float) -> None:
-        """Some points an epoch for TensorBoard: means over the steps since the last one."""
+        """Some points per epoch for TensorBoard: means over the steps since the last point."""
         last, before = self._shown if self._shown[0] < state.step else (0, [])
         if state.step - last < self._num_steps / _POINTS:
             return
@@ -229,7 +230,7 @@ class _Session:
         self._shown = (state.step, state.sums)
 
     def epoch_done(self, state: TrainState) -> None:
-        """Log the epoch; save when it is time, and at the end."""
+        """Log the epoch; save when a checkpoint is due, and at the end."""
         row = state.rows[-1]
         if isinstance(self._recipe, Contrastive):
             full = [now for before, now in pairwise(state.rows) if before["queue_fill"] >= 1]
@@ -263,7 +264,7 @@ class _Session:
         self._last_save = time.monotonic()
 
     def _resume(self, code: str) -> TrainState:
-        """The state of the checkpoint with its tensors restored, or the beginning."""
+        """The state of the checkpoint, with tensors restored, or the initial state."""
         found = checkpoint.load(self._saved, self._identity)
         if found is None:
             return TrainState(code=[code])
@@ -280,7 +281,7 @@ class _Session:
 
 
 def _info(run: PretrainRun, result: Result) -> EncoderInfo:
-    """What the encoder file says of itself."""
+    """The metadata of the encoder file."""
     return EncoderInfo.of(
         run.encoder,
         image_size=run.augmentation.image_size if run.is_trained else None,
@@ -300,7 +301,7 @@ def _publish(
     result: Result,
     watch: Stopwatch,
 ) -> None:
-    """Write the results; all of them move into their folder at the end."""
+    """Write the results; all are moved into their folder at the end."""
     bfloat16 = isinstance(run.recipe, Training) and use_bfloat16(pick_device(), run.recipe.precision)
     with publishing(result.folder) as new:
         if isinstance(run.recipe, FromFile):

@@ -1,7 +1,7 @@
-"""The paper's analyses: what each figure shows, as numbers that are also written as JSON.
+"""The paper's analyses: the numbers of each figure, which are also written as JSON.
 
 A chart has series of points, each the mean over seeds with its standard deviation. `mochi.report.figures`
-draws charts and knows nothing of what they are about.
+draws any chart.
 """
 
 import itertools
@@ -34,7 +34,7 @@ class Series:
     """One line of a chart."""
 
     method: str
-    """Decides colour and marker."""
+    """Determines colour and marker."""
     x: list[float]
     mean: list[float]
     std: list[float] | None = None
@@ -45,12 +45,12 @@ class Series:
     style: str = "-"
     """Of the line, as matplotlib names it; empty: markers alone."""
     panel: str = ""
-    """Series of a panel share axes; panels stand side by side."""
+    """Series of a panel share axes; panels are next to each other."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What one figure shows."""
+    """The content of one figure."""
 
     name: str
     """Of its files."""
@@ -63,12 +63,12 @@ class Chart:
     log: bool = False
     """Both axes."""
     categories: list[str] | None = None
-    """Names of the places 0, 1, ... on the y axis, for charts that have methods there."""
+    """Names of the positions 0, 1, ... on the y axis, for charts with methods there."""
     annotate: bool = False
     """Write each mean next to its point."""
 
     def json(self) -> dict[str, Any]:
-        """For a file; numbers as they are drawn."""
+        """As JSON; numbers as drawn."""
         return asdict(self)
 
 
@@ -91,7 +91,7 @@ def chart(name: str, experiment: Experiment, found: Collected) -> Chart:
 
 
 def accuracy(experiment: Experiment, found: Collected) -> Chart:
-    """The main number of each frozen evaluation; without one that of each detection set."""
+    """The main number of each frozen evaluation or, if there is none, of each detection set."""
     methods = list(experiment.methods)
     tasks = probes(experiment) or [f"{DETECTION}{name}" for name in experiment.evaluation.detection]
     series = []
@@ -124,7 +124,7 @@ def accuracy(experiment: Experiment, found: Collected) -> Chart:
 
 
 def main_number(experiment: Experiment, task: str) -> tuple[str, Column]:
-    """The number of an evaluation that is drawn: its key in metrics.json and its column."""
+    """The plotted number of an evaluation: its key in metrics.json and its column."""
     return next(iter(columns(experiment, task).items()))
 
 
@@ -198,7 +198,7 @@ def matching(experiment: Experiment, found: Collected) -> Chart:
 
 
 def false_negatives(experiment: Experiment, found: Collected) -> Chart:
-    """How many of the hardest negatives are of the query's class."""
+    """The fraction of the hardest negatives that are of the query's class."""
     return Chart(
         "false-negatives",
         "False negatives among the hardest (figure 2c)",
@@ -212,7 +212,7 @@ def false_negatives(experiment: Experiment, found: Collected) -> Chart:
 
 
 def false_parents(experiment: Experiment, found: Collected) -> Chart:
-    """How many synthetic negatives are mixed from false ones."""
+    """The fraction of synthetic negatives mixed from false negatives."""
     one = _lines(experiment, found.curves, "false_parents_any", scale=100, note="at least one parent")
     every = _lines(
         experiment, found.curves, "false_parents_all", scale=100, note="every parent", style="--"
@@ -263,7 +263,7 @@ def alignment_uniformity(experiment: Experiment, found: Collected) -> Chart:
 
 
 def class_oracle(experiment: Experiment, found: Collected) -> Chart:
-    """What is left to gain from false negatives: each row, the same with the class oracle, and labels."""
+    """The gap due to false negatives: each row, the same with the class oracle, and the supervised row."""
     pairs = with_oracle(experiment)
     methods = [*itertools.chain(*((row, f"{row}{ORACLE}") for row in pairs))]
     methods += [method for method in experiment.methods if _objective(experiment, method) is Supervised]

@@ -1,4 +1,4 @@
-"""The results of an experiment, gathered from its folders into few files that git keeps."""
+"""Collect the results of an experiment from its folders into a few files for git."""
 
 import json
 from collections.abc import Iterable
@@ -23,12 +23,12 @@ from mochi.stages import column_of
 
 
 class MissingResultError(UserError):
-    """A result that is asked for is not there."""
+    """A requested result does not exist."""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """All that there is of an experiment, and what is not."""
+    """All results of an experiment, and the missing ones."""
 
     scores: pd.DataFrame
     """One row for each number: method, seed, task, metric, fine_tuning, value (percent).
@@ -48,11 +48,11 @@ class Collected:
     records: dict[str, dict[str, Any]]
     """Folder -> provenance of every encoder, evaluation and analysis: what `mochi explain` reads."""
     missing: list[str]
-    """What is not there or cannot be read, with what to do."""
+    """Results that are missing or cannot be read, with what to do."""
 
 
 def collect(experiment: Experiment) -> Collected:
-    """Gather what there is; what is missing is named and left out."""
+    """Collect the existing results; list the missing ones."""
     reader = _Reader()
     frames: dict[str, list[pd.DataFrame]] = {
         name: [] for name in ("metrics", "matching", "confusion", "precision")
@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A result file.
 
     Raises:
-        MissingResultError: it is not there, or is not JSON.
+        MissingResultError: it does not exist, or is not JSON.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -111,18 +111,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _scores(metrics: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str, float]]:
-    """(metric, fine-tuning, value) of each number of a metrics.json that the tables show."""
+    """(metric, fine-tuning, value) of each number of a metrics.json in the tables."""
     singles = metrics.get("fine_tunings", {"": metrics})
     return [
         (metric, repeat, single[metric])
         for repeat, single in singles.items()
         for metric in names
-        if single.get(metric) is not None  # "not measured" is no number
+        if single.get(metric) is not None  # "not measured" is not a number
     ]
 
 
 class _Reader:
-    """Reads files; notes those that are missing."""
+    """Reads files; records missing ones."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
@@ -148,7 +148,7 @@ class _Reader:
         except FileNotFoundError:
             self.missing.append(str(_not_found(path)))
             return []
-        except pd.errors.EmptyDataError:  # a set that has no such table
+        except pd.errors.EmptyDataError:  # a set without this table
             return []
         except (OSError, ValueError) as error:
             self.missing.append(str(_unreadable(path, error)))

@@ -1,4 +1,4 @@
-"""The chain behind one number of the table: from its seeds back to the data, each link checked."""
+"""Trace one number of the table from its seeds back to the data, and check each digest."""
 
 import shlex
 import statistics
@@ -20,8 +20,8 @@ from mochi.stages import column_of
 def explain(experiment: Experiment, method: str, task: str) -> list[str]:
     """Lines that trace a cell of the table: command, commit, settings, code, data, versions, machine.
 
-    Every recorded digest is compared with what is here now. A difference is printed, not raised: old
-    results are worth reading too.
+    Every recorded digest is compared with the current one. A difference is printed, not raised, so that old
+    results can be traced too.
 
     Raises:
         UserError: no such row or task in the experiment.

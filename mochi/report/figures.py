@@ -28,7 +28,7 @@ _STYLE: dict[Any, Any] = {
 _MARKS = 8
 """Markers on a line."""
 _PANELS = 4
-"""In a row."""
+"""Panels in a row."""
 
 
 def write(chart: Chart, methods: Sequence[str], out: Path) -> None:
@@ -40,7 +40,7 @@ def write(chart: Chart, methods: Sequence[str], out: Path) -> None:
 
 
 def draw(chart: Chart, methods: Sequence[str]) -> Figure:
-    """The chart as a figure. Without series it says so.
+    """Draw the chart; without series it shows a note.
 
     Args:
         chart: what to draw.
@@ -87,7 +87,7 @@ def _draw_panel(axes: Axes, chart: Chart, panel: str, methods: list[str]) -> Non
 
 
 def _add_legend(figure: Figure, chart: Chart) -> None:
-    """Below the axes, which it would hide part of; each name once, whatever the number of panels."""
+    """Legend below the axes, to hide nothing; each name once, for any number of panels."""
     seeds = max(series.seeds for series in chart.series)
     spread = "band" if any(series.style for series in chart.series) else "bars"
     title = f"{spread}: standard deviation over up to {seeds} seeds" if seeds > 1 else None
@@ -119,19 +119,19 @@ def _draw_series(axes: Axes, chart: Chart, series: Series, index: int) -> None:
     every = _marks(len(x), index, log=chart.log)
     axes.plot(
         x, mean, series.style, color=colour, marker=None if series.style == ":" else marker,
-        linewidth=max(2.8 - 0.5 * index, 1.2),  # wide below narrow: lines of two methods often coincide
+        linewidth=max(2.8 - 0.5 * index, 1.2),  # wide below narrow: lines may coincide
         markersize=4, markevery=every, label=series.label or series.method,
     )  # fmt: skip
     if series.std is not None:
         spread = np.asarray(series.std)
         low = mean - spread
-        if chart.log:  # no band below what is drawn
+        if chart.log:  # no band below the plotted values
             low = np.maximum(low, mean / 10)
         axes.fill_between(x, low, mean + spread, color=colour, alpha=0.15, linewidth=0)
 
 
 def _marks(num: int, index: int, *, log: bool) -> list[int]:
-    """Points of a line that carry a marker: other ones for each line, so that none hides another."""
+    """Points of a line that have a marker: different ones for each line, so that none hides another."""
     if num <= 2 * _MARKS:
         return list(range(index % 2, num, 2)) or [0]
     if log:
@@ -142,7 +142,7 @@ def _marks(num: int, index: int, *, log: bool) -> list[int]:
 
 
 def confusion_picture(counts: NDArray[np.float64], title: str) -> str:
-    """Rows: classes, columns: predictions, darker: a larger share of the class. A data URI of a PNG."""
+    """Rows: classes; columns: predictions; darker: a larger fraction of the class. A data URI of a PNG."""
     side = min(4.5, 1.6 + 0.16 * len(counts))
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
         figure = Figure(figsize=(side, side), layout="constrained")

@@ -1,7 +1,7 @@
-"""report.html: one file that shows everything and loads nothing.
+"""report.html: all results in one self-contained file.
 
-No script, no request: a content security policy says so to the browser. Everything that comes from files is
-escaped by the template.
+It has no scripts and makes no requests; a content security policy enforces this. The template escapes all
+text from files.
 """
 
 import io
@@ -30,9 +30,9 @@ _MAX_MATRIX = 200
 _MAX_CLASSES = 2000
 """Rows of a table of classes."""
 _MAX_CONFUSED = 10
-"""Pairs of classes that are listed."""
+"""Number of listed pairs of classes."""
 _WIDTH, _QUALITY = 900, 80
-"""Of the pictures of detections: pixels, and JPEG's quality."""
+"""Of the pictures of detections: pixels, and JPEG quality."""
 
 
 def render(
@@ -43,15 +43,15 @@ def render(
     figures: Path,
     deviations: Path,
 ) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        experiment: whose.
-        found: its results, as far as they are there.
+        experiment: the experiment.
+        found: its existing results.
         grids: the tables.
-        charts: what the figures show.
+        charts: the content of the figures.
         figures: folder with an svg of each chart.
-        deviations: text file, a list with one item a line; missing: none is shown.
+        deviations: text file with a Markdown list; if missing, none are shown.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -84,7 +84,7 @@ def render(
 
 
 def duration(seconds: float) -> str:
-    """In the largest units that matter."""
+    """In a suitable unit."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 3600:
@@ -93,7 +93,7 @@ def duration(seconds: float) -> str:
 
 
 def _work(found: Collected) -> list[tuple[str, int, str, str]]:
-    """Stage, number of runs, time in all, mean time."""
+    """Stage, number of runs, total time, mean time."""
     records = pd.DataFrame(
         [(record.get("stage", "?"), record.get("wall_seconds", 0.0)) for record in found.records.values()],
         columns=["stage", "seconds"],
@@ -103,7 +103,7 @@ def _work(found: Collected) -> list[tuple[str, int, str, str]]:
 
 
 def _machines(found: Collected) -> list[str]:
-    """Every machine, set of versions and commit that took part, each once."""
+    """Every distinct combination of machine, versions and commit."""
     return list(
         dict.fromkeys(_machine(record) for record in found.records.values() if "hardware" in record)
     )
@@ -147,7 +147,7 @@ def _anchor(method: str, task: str) -> str:
 
 
 def _classes(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
-    """Per-class accuracy of each frozen evaluation, its confusions and what is confused most."""
+    """Per-class accuracy of each frozen evaluation, its confusion matrix and most confused pairs."""
     for task, table in found.confusion.groupby("task", sort=False):
         names = list(dict.fromkeys([*table["class"], *table["predicted"]]))
         methods = [method for method in experiment.methods if (table["method"] == method).any()]
@@ -177,7 +177,7 @@ def _seeds(table: pd.DataFrame, method: str) -> int:
 
 
 def _matrix(table: pd.DataFrame, names: list[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """(C, C) images by class and predicted class, added up over seeds."""
+    """(C, C) images by class and predicted class, summed over seeds."""
     places = {name: place for place, name in enumerate(names)}
     matrix = np.zeros((len(names), len(names)))
     for true, predicted, images in zip(table["class"], table["predicted"], table["images"], strict=True):
@@ -195,7 +195,7 @@ def _right(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> list[float | None]:
 def _most_confused(
     matrix: np.ndarray[Any, np.dtype[np.float64]], names: list[str]
 ) -> list[tuple[str, str, float]]:
-    """(class, taken for, share of the class in percent), the largest first."""
+    """(class, predicted class, percentage of the class), the largest first."""
     shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     np.fill_diagonal(shares, 0)
     order = np.argsort(-shares, axis=None, kind="stable")[:_MAX_CONFUSED]
@@ -226,7 +226,7 @@ def _detections(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
 
 
 def _inlined(path: Path) -> str:
-    """A picture as a JPEG of limited size in the page; empty if it is not there."""
+    """A picture as an embedded JPEG of limited size; empty if it does not exist."""
     try:
         content = path.read_bytes()
         if path.suffix == ".jpg":

@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 def run(
     experiment: Experiment, result: Result, published: Path = PUBLISHED, deviations: Path = DEVIATIONS
 ) -> Path:
-    """Write everything that git keeps of an experiment.
+    """Write the files of an experiment that are stored in git.
 
-    What is missing is named in the page and in the log, and left out; then there is no provenance.json, so
-    that the report is made again once it is there.
+    Missing results are listed in the page and in the log. In that case no provenance.json is written, so
+    that the report is written again when they exist.
 
     Args:
         experiment: whose results.

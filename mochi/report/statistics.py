@@ -1,4 +1,4 @@
-"""Differences paired over seeds, and where the variance of detection comes from."""
+"""Differences paired over seeds, and components of the variance of detection scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-"""Of every interval."""
+"""Level of every interval."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A row less the baseline, paired over seeds."""
+    """A row minus the baseline, paired over seeds."""
 
     mean: float
     low: float | None
@@ -34,15 +34,15 @@ class Difference:
 def paired(values: Mapping[Any, float], baseline: Mapping[Any, float]) -> Difference | None:
     """The mean difference over the seeds that both have, and its interval by Student's t.
 
-    A seed fixes the order of the data, the views and the first weights of both rows, so their difference
-    varies less than either of them.
+    A seed fixes the order of the data, the views and the initial weights of both rows, so their difference
+    varies less than either score.
 
     Args:
         values: seed -> score of a row.
         baseline: seed -> score of the baseline.
 
     Returns:
-        None without a common seed. Equal differences have an interval without width.
+        None without a common seed. Equal differences have an interval of width 0.
     """
     common = [pair for pair in values if pair in baseline]
     if not common:
@@ -57,12 +57,12 @@ def paired(values: Mapping[Any, float], baseline: Mapping[Any, float]) -> Differ
 
 @dataclass(frozen=True)
 class Components:
-    """Standard deviations of scores that several fine-tunings of several encoders have."""
+    """Standard deviations of the scores of several fine-tunings of several encoders."""
 
     encoder: float | None
-    """Between encoders, without the share of the fine-tunings; None for a single encoder."""
+    """Between encoders, without the variance of the fine-tunings; None for a single encoder."""
     fine_tuning: float | None
-    """Between fine-tunings of one encoder; None where each encoder has one."""
+    """Between fine-tunings of one encoder; None if each encoder has one."""
 
 
 def components(values: Mapping[Any, Sequence[float]]) -> Components:

@@ -38,7 +38,7 @@ def summarize(scores: pd.DataFrame, published: pd.DataFrame, baseline: str | Non
             deviation, empty for a single value. Of several encoders each counts by its mean.
         std_encoder, std_fine_tuning: see `statistics.components`; for detection sets.
         difference, low, high, pairs, told_apart: to the baseline row, see `statistics.paired`.
-        published, published_std, to_published, source, table: the paper's number, and ours less it.
+        published, published_std, to_published, source, table: the paper's number, and ours minus it.
     """
     own = [
         {"method": method, "task": task, "metric": metric, **_spread(rows)}
@@ -62,7 +62,7 @@ def _in_order(summary: pd.DataFrame, scores: pd.DataFrame, published: pd.DataFra
 
 
 def _spread(rows: pd.DataFrame) -> dict[str, Any]:
-    """Mean and standard deviation of one cell, and over what."""
+    """Mean and standard deviation of one cell, and the unit that they are over."""
     encoders = rows.groupby("seed", sort=False)["value"]
     if not _is_fine_tuned(rows):
         values, over, parts = rows["value"], "seeds", {}
@@ -79,7 +79,7 @@ def _is_fine_tuned(rows: pd.DataFrame) -> bool:
 
 
 def _differences(scores: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
-    """Each row less the baseline, paired over seeds; of a single encoder over its fine-tunings."""
+    """Each row minus the baseline, paired over seeds or over the fine-tunings of a single encoder."""
     found = []
     for (task, metric), rows in scores.groupby(["task", "metric"], sort=False):
         values = dict(list(rows.groupby("method", sort=False)))
@@ -119,7 +119,7 @@ def nested(table: pd.DataFrame) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one row has in one column."""
+    """The content of one cell."""
 
     method: str
     task: str
@@ -130,7 +130,7 @@ class Cell:
     to_published: float | None
     difference: Difference | None
     over: str | None
-    """What the mean and the difference are taken over: seeds, encoders, fine-tunings."""
+    """The unit of the mean and the difference: seeds, encoders, fine-tunings."""
     higher_is_better: bool
 
     @property
@@ -152,20 +152,20 @@ class Cell:
 
     @property
     def better(self) -> bool:
-        """Whether it is told apart from the baseline, and better."""
+        """Whether it is better than the baseline, with an interval that excludes zero."""
         apart = self.difference is not None and self.difference.told_apart
         return bool(apart and self.difference and (self.difference.mean > 0) == self.higher_is_better)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table to look at: a row for each method, empty cells for what was not computed."""
+    """A table for display: a row for each method, empty cells for numbers not computed."""
 
     title: str
     columns: list[str]
     """Their headers."""
     rows: list[tuple[str, list[Cell | None], str]]
-    """Method, its cells, and over how many runs they are, such as "3 seeds"."""
+    """Method, its cells, and the number of runs, such as "3 seeds"."""
 
     @property
     def has_differences(self) -> bool:
@@ -174,7 +174,7 @@ class Grid:
 
 
 def layouts(experiment: Experiment, summary: pd.DataFrame) -> list[Grid]:
-    """The paper's tables that the experiment is, then classification, then each detection set."""
+    """The paper's tables that the experiment computes, then classification, then each detection set."""
     grids, taken = [], set()
     for number in sorted(summary["table"].dropna().unique()):
         wanted = summary[summary["table"] == number]
@@ -219,7 +219,7 @@ def _grid(
 
 
 def _over(computed: list[dict[Any, Any]]) -> str:
-    """Over how many runs the cells of a row are, such as "3 seeds" or "1 to 3 seeds"."""
+    """The number of runs of the cells of a row, such as "3 seeds" or "1 to 3 seeds"."""
     if not computed:
         return ""
     counts = sorted({int(row["n"]) for row in computed})
@@ -251,12 +251,12 @@ _NUMBERS = ("mean", "std", "published", "to_published", "difference", "low", "hi
 
 
 def signed(value: float) -> str:
-    """With its sign and one decimal; no zero has one."""
+    """With sign and one decimal; zero has no sign."""
     return f"{value:+.1f}" if round(value, 1) else "0.0"
 
 
 def notes(experiment: Experiment, grids: Iterable[Grid]) -> list[str]:
-    """How to read the tables."""
+    """Notes for reading the tables."""
     lines = [
         "Percent; mean ± sample standard deviation over seeds, or over the fine-tunings of one encoder.",
         "An empty cell was not computed.",
@@ -334,7 +334,8 @@ def _row(cells: list[str]) -> str:
 def latex(experiment: Experiment, grids: list[Grid]) -> str:
     r"""The same tables for a paper that loads `booktabs`: the difference to the baseline in brackets.
 
-    A published value stands in a line of its own, in italics.
+    A published value
+    is on a separate line, in italics.
     """
     lines = [r"% \usepackage{booktabs}"]
     for grid in grids:

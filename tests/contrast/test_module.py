@@ -512,7 +512,7 @@ def test_masks_leave_out_older_keys_of_the_same_image_and_class() -> None:
         ({"rule": "debiased", "positive_prior": 1}, "positive_prior: found 1; expected 0 or more"),
         ({"rule": "mochi"}, "num_hardest, num_pair_.*: missing; the rule mochi"),
         ({"rule": "synco"}, r"num_hardest: found 1024; expected 2 to 24 \(queue_size\)"),
-        ({"rule": HardWeighting(), "concentration": 2.0}, "concentration: found with a rule that is made"),
+        ({"rule": HardWeighting(), "concentration": 2.0}, "concentration: found with a rule that is"),
     ],
 )  # fmt: skip
 def test_rules_that_cannot_be_made_are_refused(arguments: dict[str, Any], message: str) -> None:

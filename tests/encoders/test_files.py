@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused_by_name(
 
 
 def test_a_missing_file_and_one_of_another_format_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match=r"none: no such encoder; first run"):
+    with pytest.raises(EncoderError, match=r"none: no such encoder; run"):
         read_encoder(tmp_path / "none")
     (tmp_path / "x.safetensors").write_bytes(b"pickle")
     with pytest.raises(EncoderError, match="cannot be read as safetensors"):
@@ -140,7 +140,7 @@ def test_the_same_encoder_is_the_same_file_in_every_process(path: Path, tmp_path
         ({"mean": (0.5, 0.5, 0.5)}, r"trained on RGB with mean \[0.5, 0.5, 0.5\] and"),
         ({"std": (1 / 255,) * 3}, "and standard deviation"),
         ({"stem": "full"}, "its metadata says resnet10 with stem full and width 4"),
-        ({"architecture": "resnet11"}, "metadata names an encoder that is not known: found 'resnet11'"),
+        ({"architecture": "resnet11"}, "metadata names an unknown encoder: found 'resnet11'"),
     ],
 )
 def test_a_file_of_other_pixels_or_another_encoder_is_refused(
@@ -171,4 +171,4 @@ def test_an_older_file_without_metadata_is_read_with_a_note(
 ) -> None:
     with_metadata(path, None)
     load_encoder(path, CONFIG, CPU)
-    assert "has no metadata: taken for an encoder of RGB images" in caplog.text
+    assert "has no metadata: assuming RGB images" in caplog.text

@@ -1,9 +1,9 @@
-"""Rules of negatives: how much each negative of a query counts. One file each, found by its name.
+"""Rules of negatives: how much each negative of a query counts. One file each, found by name.
 
-A file holds one subclass of `Rule` or of `Mask`: a frozen dataclass, whose fields are the settings, with
-the mathematics as methods. Experiments name it by the name of its file; there is no list to maintain.
+A file contains one subclass of `Rule` or of `Mask`: a frozen dataclass, whose fields are the settings and
+whose methods are the mathematics. Experiments select it by the name of its file; no registration is needed.
 
-Commands that read experiment files must start without torch: the files here import it for types alone, or
+Commands that read experiment files must start without torch: the files here import it only for types, or
 inside their methods.
 
 Shapes: B queries, K queue rows, C embedding, S synthetics of one kind.
@@ -36,7 +36,7 @@ class Candidates(NamedTuple):
 
 
 class Similarities(NamedTuple):
-    """What a fused rule weighs."""
+    """The inputs of a fused rule."""
 
     positive: Tensor  # (B,) q.k
     negatives: list[Tensor]  # (B, K) to the queue, then (B, S) to each kind of synthetic; -inf: excluded
@@ -45,7 +45,7 @@ class Similarities(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A fused rule's loss and the derivatives by each similarity, times temperature and divisor."""
+    """A fused rule's loss and its derivatives by each similarity, times temperature and divisor."""
 
     loss: Tensor  # (B,) nats
     positive: Tensor  # (B,) derivative by the positive; those by the negatives replace them in place
@@ -54,10 +54,10 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How much each negative counts. A subclass needs `loss` and no more."""
+    """How much each negative counts. A subclass needs only `loss`."""
 
     warmup_epochs: int = 0
-    """Epochs at the start that train with MoCo's loss instead."""
+    """Initial epochs that train with MoCo's loss instead."""
 
     def __post_init__(self) -> None:
         at_least(0, warmup_epochs=self.warmup_epochs)
@@ -65,7 +65,7 @@ class Rule:
     def loss(self, positive: Tensor, similarity: Tensor, temperature: float) -> Tensor:
         """The loss of each query, in torch; autograd differentiates it.
 
-        Called with a few queries at a time: the loss of one may not depend on the others.
+        Called with a few queries at a time: the loss of one must not depend on the others.
 
         Args:
             positive: (B,) q.k.
@@ -80,13 +80,13 @@ class Rule:
     def fused(self, similarities: Similarities, temperature: float) -> Weights:
         """Optional: `loss` with its derivatives, which replace the similarities to negatives in place.
 
-        No second (B, K) buffer and no autograd. Tests compare it with `loss`.
+        Needs no second (B, K) buffer and no autograd. Tests compare it with `loss`.
         """
         raise NotImplementedError(f"{type(self).__name__}.fused")
 
     @property
     def is_fused(self) -> bool:
-        """Whether `fused` belongs to `loss`: a subclass that replaces `loss` alone has lost it."""
+        """Whether `fused` matches `loss`: it does not in a subclass that replaces only `loss`."""
         owner = next(each for each in type(self).__mro__ if {"loss", "fused"} & vars(each).keys())
         return owner is not Rule and "fused" in vars(owner)
 
@@ -117,7 +117,7 @@ class Rule:
         """
 
     def measure(self, positive: Tensor, similarity: Tensor, temperature: float) -> Mapping[str, Tensor]:
-        """More columns of metrics.csv, measured on one batch an epoch.
+        """Additional columns of metrics.csv, measured on one batch per epoch.
 
         Args:
             positive: (B,) q.k.
@@ -125,7 +125,7 @@ class Rule:
             temperature: tau.
 
         Returns:
-            column -> () or (B,), of which the mean is written.
+            column -> () or (B,); the mean is written.
         """
         del positive, similarity, temperature
         return {}
@@ -133,13 +133,13 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """Negatives to leave out of the loss and of every mix. Masks combine with any rule."""
+    """Negatives to exclude from the loss and from every mix. Masks combine with any rule."""
 
     needs: ClassVar[tuple[str, ...]]
-    """What of the images it must know: `labels`, `images`."""
+    """What it needs to know about the images: `labels`, `images`."""
 
     def excluded(self, labels: Tensor, images: Tensor, queue: KeyQueue) -> Tensor:
-        """Which negatives do not count.
+        """Which negatives are excluded.
 
         Args:
             labels: (B,) classes of the queries, -1 where unknown.
@@ -161,7 +161,7 @@ def find(name: str) -> type[Rule | Mask]:
     """The class in the file of that name.
 
     Raises:
-        ValueError: the file does not hold one rule or mask.
+        ValueError: the file does not contain exactly one rule or mask.
     """
     module = import_module(f"{__name__}.{name}")
     own = [each for each in vars(module).values() if getattr(each, "__module__", "") == module.__name__]
@@ -178,7 +178,7 @@ def names_of(kind: type[Rule | Mask]) -> list[str]:
 
 
 def modules(*parts: Rule | Mask) -> tuple[str, ...]:
-    """The files that decide what these compute, the classes they inherit from included."""
+    """The files that define these, including the classes they inherit from."""
     files = {kind.__module__ for part in parts for kind in type(part).__mro__}
     return tuple(sorted(name for name in files if name.startswith(f"{__name__}.")))
 
@@ -193,14 +193,14 @@ def exclude(masks: Sequence[Mask], labels: Tensor, images: Tensor, queue: KeyQue
 
 
 def at_least(least: int, **settings: int) -> None:
-    """Raises ValueError where a setting is below."""
+    """Raise ValueError if a setting is below `least`."""
     for name, value in settings.items():
         if value < least:
             raise ValueError(f"{name}: found {value}; expected at least {least}")
 
 
 def check_pool(num_hardest: int, least: int, queue_size: int) -> None:
-    """Raises ValueError where the hardest negatives are too few to mix, or more than the queue holds."""
+    """Raise ValueError if there are too few hardest negatives to mix, or more than the queue size."""
     if not least <= num_hardest <= queue_size:
         raise ValueError(
             f"num_hardest: found {num_hardest}; expected {least} to {queue_size} (queue_size); synthetics "

@@ -1,10 +1,10 @@
-"""The class oracle: negatives of the query's own class are left out, by label.
+"""The class oracle: exclude negatives of the query's class, by label.
 
-An upper bound and not a method: labels are what such training does without. A query without a label, and a
-key of unknown class, exclude nothing.
+An upper bound, not a method: it uses labels, which self-supervised training does not have. A query
+without a label and a key of unknown class exclude nothing.
 
 Source: Kalantidis et al. 2020, section 4 (class oracle).
-Deviation: none; with MoCHi they are left out of every mix too.
+Deviation: none; with MoCHi they are also excluded from every mix.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassOracle(Mask):
-    """Leave out negatives of the query's class."""
+    """Exclude negatives of the query's class."""
 
     needs: ClassVar[tuple[str, ...]] = ("labels",)
 
     def excluded(self, labels: Tensor, images: Tensor, queue: KeyQueue) -> Tensor:
-        """Same label, and known."""
+        """Negatives with the same, known label."""
         del images
         return (labels[:, None] == queue.labels) & (labels >= 0)[:, None]

@@ -1,11 +1,11 @@
-"""Debiased contrastive learning: some negatives are of the query's class, so subtract what they add.
+"""Debiased contrastive learning: some negatives are of the query's class, so subtract their expected part.
 
-Of M negatives a share tau+ is expected to look like the positive:
+A fraction tau+ of the M negatives is expected to look like the positive:
 
     g = max( (sum_n e^{q.n/tau} - M tau+ e^{q.k/tau}) / (1 - tau+),  M e^{-1/tau} )
     L = -log( e^{q.k/tau} / (e^{q.k/tau} + g) )
 
-The second argument is the least that M negatives can add.
+The second argument is the smallest possible sum over M negatives.
 
 Source: Chuang et al. 2020, section 4 (the estimator g and its loss); chingyaoc/DCL main.py.
 Deviations: the negatives are the queue's, not the batch's, and M counts those that no mask excludes; one
@@ -40,13 +40,13 @@ class Debiased(Rule):
             raise ValueError(f"positive_prior: found {self.positive_prior}; expected 0 or more and below 1")
 
     def loss(self, positive: Tensor, similarity: Tensor, temperature: float) -> Tensor:
-        """As above, every exponential divided by the largest."""
+        """The equation above, with every exponential divided by the largest."""
         top = positive.maximum(similarity.amax(1)).detach()
         of_negatives = ((similarity - top[:, None]) / temperature).exp().sum(1)
         return self._loss(positive, of_negatives, top, _count(similarity), temperature)
 
     def fused(self, similarities: Similarities, temperature: float) -> Weights:
-        """Like MoCo's, the negatives' shares divided by 1 - tau+, or 0 where g is at its least."""
+        """Like MoCo's, with weights of negatives divided by 1 - tau+, or 0 where g is at its minimum."""
         positive, negatives, hardest, num = similarities
         top = positive.maximum(hardest)
         for each in negatives:
@@ -58,7 +58,7 @@ class Debiased(Rule):
         return weights
 
     def measure(self, positive: Tensor, similarity: Tensor, temperature: float) -> Mapping[str, Tensor]:
-        """The share of queries whose g is at its least, so that no negative moves them."""
+        """The fraction of queries whose g is at its minimum, so that negatives give no gradient."""
         top = positive.maximum(similarity.amax(1))
         of_negatives = ((similarity - top[:, None]) / temperature).exp().sum(1)
         estimate, least = self._estimate(positive, of_negatives, top, _count(similarity), temperature)

@@ -1,8 +1,8 @@
-"""Decoupled contrastive learning: the positive leaves the denominator.
+"""Decoupled contrastive learning: the positive is removed from the denominator.
 
     L = -q.k/tau + log( sum_n e^{q.n/tau} )
 
-With the positive in it, a query that is close to its key learns little from its negatives.
+With the positive in the denominator, a query close to its key learns little from its negatives.
 
 Source: Yeh et al. 2021, eq. 6; lightly/loss/dcl_loss.py (`DCLLoss`).
 Deviations: the negatives are the queue's, not the batch's; one direction, as in MoCo; without the weights
@@ -29,7 +29,7 @@ class Decoupled(Rule):
         return (similarity / temperature).logsumexp(1) - positive / temperature
 
     def fused(self, similarities: Similarities, temperature: float) -> Weights:
-        """The derivative by a similarity is its share among the negatives; by the positive, -1."""
+        """The derivative by a similarity is its softmax weight among the negatives; by the positive, -1."""
         positive, negatives, hardest, _ = similarities
         for each in negatives:
             each.sub_(hardest[:, None]).div_(temperature).exp_()

@@ -1,6 +1,6 @@
 """Contrastive learning with hard negative samples: the more similar a negative, the more it counts.
 
-The debiased loss with negatives weighted by their similarity, which stands for sampling them by it:
+The debiased loss with negatives weighted by their similarity (importance weights instead of sampling):
 
     w_n = e^{beta q.n/tau} / mean_m e^{beta q.m/tau}
     g = max( (sum_n w_n e^{q.n/tau} - M tau+ e^{q.k/tau}) / (1 - tau+),  M e^{-1/tau} )
@@ -34,7 +34,7 @@ class HardWeighting(Debiased):
     """Importance weights for hard negatives."""
 
     concentration: float = 1.0
-    """beta, above 0; towards 0 the rule becomes `debiased`."""
+    """beta, above 0; as it approaches 0 the rule becomes `debiased`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class HardWeighting(Debiased):
         return result
 
     def measure(self, positive: Tensor, similarity: Tensor, temperature: float) -> Mapping[str, Tensor]:
-        """Of `debiased`'s, and how many negatives the weights are worth: (sum w)^2 / sum w^2."""
+        """Those of `debiased`, and the effective number of negatives: (sum w)^2 / sum w^2."""
         weights = (self.concentration * similarity / temperature).softmax(1)
         return {
             **super().measure(positive, similarity, temperature),

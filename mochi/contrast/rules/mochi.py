@@ -1,11 +1,11 @@
 """MoCHi: MoCo with synthetic negatives, mixed for each query from its hardest ones.
 
-s of them from pairs of the N hardest, s' from one of these and the query. No vector is made: see
-`mochi.contrast.negatives`, which holds the equations.
+s of them from pairs of the N hardest, s' from one of these and the query. No vector is materialised: see
+`mochi.contrast.negatives` for the equations.
 
 Source: Kalantidis et al. 2020, eq. 1, sections 3.2 and 3.3. No official code is public.
-Deviations: a pair is always of two different negatives; the query inside a mix is a constant to the
-gradient unless `through_query` (the paper leaves both open).
+Deviations: a pair always has two different negatives; the query inside
+a mix is a constant for the gradient unless `through_query` is set (the paper specifies neither).
 """
 
 from __future__ import annotations

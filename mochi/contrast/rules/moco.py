@@ -1,4 +1,4 @@
-"""InfoNCE: every negative counts by its similarity alone (MoCo).
+"""InfoNCE: every negative counts only by its similarity (MoCo).
 
     L = -log( e^{q.k/tau} / (e^{q.k/tau} + sum_n e^{q.n/tau}) )
 
@@ -27,10 +27,10 @@ class MoCo(Rule):
         return negatives.logaddexp(positive / temperature) - positive / temperature
 
     def fused(self, similarities: Similarities, temperature: float) -> Weights:
-        """The derivative by a similarity is its share of the softmax; by the positive, its share - 1."""
+        """The derivative by a similarity is its softmax weight; by the positive, its softmax weight - 1."""
         positive, negatives, hardest, _ = similarities
         top = positive.maximum(hardest)
-        # The softmax without its denominator, which divides the loss and the gradient's rows in the end.
+        # The softmax without its denominator; the rows of the gradient are divided by it at the end.
         for each in negatives:
             each.sub_(top[:, None]).div_(temperature).exp_()
         p_positive = ((positive - top) / temperature).exp()

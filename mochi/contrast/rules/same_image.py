@@ -1,10 +1,10 @@
-"""Older keys of the query's own image are left out.
+"""Exclude older keys of the query's own image.
 
-A queue that is long for its data set still holds keys that the same images gave in an earlier epoch: false
+A queue that is large for its data set contains keys of the same images from earlier epochs: false
 negatives, and among the hardest.
 
 Source: facebookresearch/moco issue 24 describes them; davidsvy/hard-negative-mixing masks keys of one file.
-Deviation: MoCo and MoCHi keep them, and so do the rows here that do not name this mask.
+Deviation: MoCo and MoCHi keep them, as do rows that do not select this mask.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SameImage(Mask):
-    """Leave out keys of the query's image."""
+    """Exclude keys of the query's image."""
 
     needs: ClassVar[tuple[str, ...]] = ("images",)
 
     def excluded(self, labels: Tensor, images: Tensor, queue: KeyQueue) -> Tensor:
-        """Same image, and known."""
+        """Negatives of the same, known image."""
         del labels
         return (images[:, None] == queue.images) & (images >= 0)[:, None]

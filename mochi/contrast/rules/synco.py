@@ -4,9 +4,9 @@
     2 extrapolated  q + b (n - q),    b ~ U(1, 1.5)        5 perturbed    n + delta q
     3 mixed         g n + (1 - g) m,  g ~ U(0, 1)          6 adversarial  n + eta sign(q)
 
-all divided by their length, and constants to the gradient. q is the gradient of q.n by n, which types 5 and
-6 follow. Types 1 and 3 are MoCHi's. Types 1, 2, 3 and 5 are weighted sums of q and n, so no vector is made;
-types 4 and 6 are made for a few queries at a time.
+all normalised to unit length, and constants for the gradient. q is the gradient of q.n by n, which types
+5 and 6 follow. Types 1 and 3 are MoCHi's. Types 1, 2, 3 and 5 are weighted sums of q and n, so no vector
+is materialised; types 4 and 6 are computed for a few queries at a time.
 
 Source: Giakoumoglou and Stathaki 2024, section 3; giakoumoglou/synco synco/builder.py, whose numbers are
 the defaults.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SynCo(MoCo):
-    """Synthetic negatives all around the hardest ones."""
+    """Six types of synthetic negatives around the hardest ones."""
 
     warmup_epochs: int = 10
     num_hardest: int = 1024
@@ -80,7 +80,7 @@ class SynCo(MoCo):
         return bool(self.num_noisy or self.num_adversarial)
 
     def synthetics(self, candidates: Candidates) -> list[Synthetics]:
-        """One entry for each type that there is, in their order."""
+        """One entry for each type with a number above 0, in order."""
         from mochi.contrast.negatives import (
             draw_parents,
             hardest,

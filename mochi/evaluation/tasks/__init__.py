@@ -1,1 +1,1 @@
-"""Evaluations on frozen features, a module or a package each; docs/extending.md adds one."""
+"""Evaluations on frozen features, one module or package each; see docs/extending.md."""

@@ -1,12 +1,12 @@
 """Classification from few labels: logistic regression on the frozen features of a small part of train.
 
 Protocol, after the low-shot evaluation of Assran et al. 2022 (arXiv:2204.07141; facebookresearch/msn
-logistic_eval.py): features of uncropped images, scaled to unit length; multinomial logistic regression that
-minimises, over weights W and an unregularised bias, the sum of cross-entropies + l2 / 2 * ||W||^2; the mean
-accuracy over several subsets. The optimum is unique but for a shift of all biases, so no learning rate,
-order or start decides anything. Subsets are stratified, and the same for every encoder: differences of rows
-are not differences of subsets. Deviations: msn has no bias, and subtracts from each image's features their
-mean.
+logistic_eval.py): features of uncropped images, scaled to unit length; multinomial logistic regression
+that minimises, over weights W and an unregularised bias, the sum of cross-entropies + l2 / 2 * ||W||^2;
+the mean accuracy over several subsets. The optimum is unique up to a shift of all biases, so learning
+rate, order and initialisation do not matter. Subsets are stratified, and the same for every encoder:
+differences of rows are not differences of subsets. Deviations: msn has no bias, and subtracts from each
+image's features their mean.
 
 Memory: the features of train and val, once (`features_on`), and on the device, in float64, those of one
 subset.
@@ -34,13 +34,13 @@ class FewLabel(Task):
     """Logistic regression on few labelled images."""
 
     percent: Annotated[Real, Field(gt=0, le=100)] | None = None
-    """Of each class's labelled training images, rounded, at least one."""
+    """Percentage of each class's labelled training images, rounded, at least one."""
     images_per_class: Count | None = None
-    """Instead of `percent`; a class that has fewer gives all."""
+    """Instead of `percent`; a class with fewer images contributes all."""
     samples: Count = 5
     """Random subsets; `top1` is the mean over them."""
     l2: PositiveReal = 0.01
-    """Weight of the penalty, beside the sum of the losses; scikit-learn's 1 / C."""
+    """Weight of the penalty relative to the sum of the losses; scikit-learn's 1 / C."""
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
@@ -50,7 +50,7 @@ class FewLabel(Task):
         return self
 
     def columns(self) -> dict[str, Column]:
-        """See `Task.columns`; top-5 only where there are more than five classes."""
+        """See `Task.columns`; top-5 only with more than five classes."""
         return {"top1": Column("top-1"), "top5": Column("top-5")}
 
     def evaluate(self, frozen: "Frozen") -> dict[str, Any]:
@@ -115,7 +115,7 @@ def fit(features: "Tensor", labels: "Tensor", num_classes: int, l2: float) -> "t
     Args:
         features: (B, D) float64.
         labels: (B,) classes.
-        num_classes: C; a class without images takes no part, and has the bias -inf.
+        num_classes: C; a class without images is ignored, with bias -inf.
         l2: weight of the penalty.
     """
     import torch

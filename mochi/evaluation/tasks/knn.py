@@ -1,6 +1,6 @@
 """Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, arXiv:1805.01978).
 
-Memory: the features, once, where `features_on` says, and less than 128 MiB on the device.
+Memory: the features, once (`features_on`), and less than 128 MiB on the device.
 
 Legend: V validation images, M training images, D features.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _QUERIES, _BANK = 256, 4096
-"""Rows of val and of train that are compared at once."""
+"""Rows of val and of train compared at once."""
 
 
 def _distinct(values: list[float]) -> list[float]:
@@ -120,10 +120,10 @@ def classify(
     device: Any = None,
     chunks: tuple[int, int] = (_QUERIES, _BANK),
 ) -> "Tensor":
-    """Each row's class by a vote of its k most similar training rows, weight exp(cosine / temperature).
+    """Classify each row by a vote of its k most similar training rows, weight exp(cosine / temperature).
 
-    Of equally similar training rows the first ones are neighbours; of classes with equal votes the first
-    one wins. So the chunks decide nothing, as far as they do not change the rounding of a cosine.
+    Ties between training rows and between classes go to the first. So the result does not depend on the
+    chunks, unless they change the rounding of a cosine.
 
     Args:
         train: (M, D) float32 features of any length; normalised in place.
@@ -132,7 +132,7 @@ def classify(
         num_classes: number of classes.
         pairs: (k, temperature) of each vote; k at most M.
         device: where to compute; default: where the features are.
-        chunks: rows of val and of train that are compared at once.
+        chunks: rows of val and of train compared at once.
 
     Returns:
         (P, V) predicted classes of each pair.
@@ -159,7 +159,7 @@ def classify(
 
 
 def _nearest(queries: "Tensor", bank: "Tensor", k: int, chunk: int) -> "tuple[Tensor, Tensor]":
-    """(Q, k) largest products with rows of the bank, and these rows; of equal ones the first rows."""
+    """(Q, k) largest products with rows of the bank, and these rows; ties go to the first rows."""
     import torch
 
     best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -174,10 +174,10 @@ _ROWS = 2**32 - 1
 
 
 def _keys(similarity: "Tensor", first: int) -> "Tensor":
-    """Whole numbers in the order of (similarity, -row): topk alone leaves open which of equals it takes.
+    """Integers in the order of (similarity, -row), because topk does not specify how it breaks ties.
 
-    The upper half is the float's bits, which order like the floats once those below the sign of a
-    negative one are flipped; the lower half counts rows downwards.
+    The upper half is the float's bits, which sort like the floats once the bits below the sign of
+    negative ones are flipped; the lower half counts rows downwards.
     """
     import torch
 

@@ -29,7 +29,7 @@ class LinearProbe(Task):
     min_scale: Annotated[Real, Field(gt=0, le=1)] | None
     """Random-resized-crop training of the probe; null: one pass over uncropped images, cached."""
     held_out: Annotated[Real, Field(gt=0, lt=1)] = 0.1
-    """Share of train on which the candidates are compared."""
+    """Fraction of train on which the candidates are compared."""
     standardize: bool = False
     """Scale each feature to unit variance on train, so that one lr fits every encoder."""
 
@@ -37,7 +37,7 @@ class LinearProbe(Task):
     def _drops_in_range(self) -> Self:
         late = [epoch for epoch in self.lr_drops if epoch >= self.epochs]
         if late:
-            raise ValueError(f"lr_drops: found {late}; the probe trains for {self.epochs} epochs only")
+            raise ValueError(f"lr_drops: found {late}; the probe trains for only {self.epochs} epochs")
         return self
 
     @property
@@ -46,7 +46,7 @@ class LinearProbe(Task):
         return 1 if self.min_scale is None else self.epochs
 
     def columns(self) -> dict[str, Column]:
-        """See `Task.columns`; top-5 only where there are more than five classes."""
+        """See `Task.columns`; top-5 only with more than five classes."""
         return {
             "top1": Column("top-1"),
             "top5": Column("top-5"),

@@ -2,18 +2,19 @@
 
 All learning rates are trained at once on the same features: the probe is cheap compared with the encoder.
 Each is trained twice: on all of train, which is reported, and without a held-out part, on which the
-candidates are compared. The protocol's own learning rate is reported whatever the comparison says.
+candidates are compared. The protocol's own learning rate is always reported.
 
-`standardize` takes mean and standard deviation of each feature over the images that are encoded uncropped
-anyway: all of train where the probe trains on cached features, the held-out part where it trains on random
-crops. They are constants of the probe, no labels enter them, and every rate has the same ones.
+`standardize` uses the mean and standard deviation of each feature over the images that are encoded
+uncropped
+anyway: all of train if the probe trains on cached features, the held-out part if it trains on random
+crops. They are constants of the probe, computed without labels, and the same for every rate.
 
-An epoch keeps its last partial batch, as the DataLoader of facebookresearch/moco main_lincls.py does.
+An epoch includes its last, partial batch, as the DataLoader of facebookresearch/moco main_lincls.py does.
 Several ranks share the encoding of images; each trains the same classifiers on whole batches.
 
-Memory: the features of the uncropped images, once (`features_on`), and what does not grow with the data
-set: the encoder with one batch, 24 x (D + 1) x C bytes of classifiers for each learning rate, and less than
-128 MiB.
+Memory: the features of the uncropped images, once (`features_on`), and, independent of the data set: the
+encoder with one batch, 24 x (D + 1) x C bytes of classifiers for each learning rate, and less than 128
+MiB.
 
 Legend: B images, M training images, D features, C classes, R learning rates.
 """
@@ -36,14 +37,14 @@ from mochi.runtime.transfer import to_device
 from mochi.storage import checkpoint
 
 ALL, WITHOUT_HELD_OUT = 0, 1
-"""The two classifiers of a learning rate, by what they are trained on."""
+"""The two classifiers of a learning rate, by their training images."""
 
 _CHUNK = 1024
 """Rows whose logits are computed at once."""
 
 
 _FEW_CLASSES = 5
-"""With so many or fewer, top-5 says nothing."""
+"""With this many classes or fewer, top-5 is not informative."""
 
 
 def evaluate(frozen: Frozen, protocol: LinearProbe) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def evaluate(frozen: Frozen, protocol: LinearProbe) -> dict[str, Any]:
 def _train(
     frozen: Frozen, protocol: LinearProbe, probes: "Probes", train: "_CachedFeatures | _Crops"
 ) -> None:
-    """All epochs that are left; every number of an epoch is a function of its number and the weights."""
+    """All remaining epochs; each is a function of its index and the weights."""
     done = 0
     if (found := frozen.resume_point.load()) is not None:
         tensors, done = found
@@ -96,7 +97,7 @@ class Probes(nn.Module):
         super().__init__()
         self._protocol = protocol
         self.rates = list(dict.fromkeys([protocol.lr, *protocol.lr_candidates]))
-        # N(0, 0.01), zero bias, the same start for all (facebookresearch/moco main_lincls.py).
+        # N(0, 0.01), zero bias, the same initialisation for all (facebookresearch/moco main_lincls.py).
         weight = 0.01 * torch.randn(num_classes, num_features, generator=generator("probe weights", seed))
         self.layers = nn.ModuleList(nn.Linear(num_features, 2 * num_classes) for _ in self.rates)
         for layer in self.layers:
@@ -164,12 +165,12 @@ class _Scaling(NamedTuple):
         return cls(mean, std.where(std > 1e-6, 1.0))
 
     def apply_(self, features: Tensor) -> Tensor:
-        """In place: at ImageNet's size a second copy is too much."""
+        """In place: at ImageNet's size a second copy would need too much memory."""
         return features.sub_(self.mean.to(features.device)).div_(self.scale.to(features.device))
 
 
 class _CachedFeatures:
-    """Train as features of uncropped images, all of which are computed once."""
+    """Train as features of uncropped images, all computed once."""
 
     def __init__(self, frozen: Frozen, protocol: LinearProbe) -> None:
         self._protocol, self._seed, self._device = protocol, frozen.run.seed, frozen.device
@@ -190,7 +191,7 @@ class _CachedFeatures:
             )
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        """From where the features are to where the classifiers are."""
+        """Move from the device of the features to that of the classifiers."""
         return tensor if tensor.device == self._device else to_device(tensor, self._device)
 
     def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -251,7 +252,7 @@ def _metrics(
 ) -> dict[str, Any]:
     """The protocol's own result, and that of the candidate that won on the held-out part.
 
-    A candidate that diverged, with or without the held-out part, has -1 and loses.
+    A candidate that diverged, with or without the held-out part, scores -1 and loses.
     """
     if math.isnan(scores[0]["top1"]):
         raise NonFiniteError(
@@ -262,7 +263,7 @@ def _metrics(
         -1.0 if math.isnan(left["top1"] + own["top1"]) else left["top1"]
         for left, own in zip(comparison, scores, strict=True)
     ]
-    best = max(range(len(rates)), key=lambda i: held_out[i])  # the first of equals
+    best = max(range(len(rates)), key=lambda i: held_out[i])  # the first of ties
     return {
         "top1": scores[0]["top1"],
         "top5": scores[0]["top5"],

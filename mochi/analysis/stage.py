@@ -50,20 +50,20 @@ def run(run: AnalysisRun, result: Result, *, workers: int = 0) -> None:
     watch = Stopwatch()
     device = pick_device()
     make_deterministic()
-    encoder = load_encoder(result.inputs["encoder"], run.encoder, device)
     dataset = open_dataset(result.inputs["data"].parent)
     split = _split(dataset)
     rows = spread(len(split), MAX_IMAGES).numpy()
-    loading = Loading(run.batch_size, device, workers)
-    crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size, rows=rows)
-    features = torch.cat([encode(encoder, batch.images) for batch in crops])
-    spaces = {"pooled": F.normalize(features, dim=1)}
-    if run.head is not None:
-        head = load_head(result.inputs["head"], features.shape[1], run.embedding_dim, run.head)
-        with torch.no_grad():
-            spaces["embedded"] = F.normalize(head.to(device)(features), dim=1)
+    spaces = _spaces(run, result, split, rows, device, workers)
     labels = torch.from_numpy(split.labels[rows])
-    analysis: dict[str, Any] = {
+    classes = [dataset.classes[label] if label >= 0 else None for label in labels.tolist()]
+    queries, mapped = spread(len(rows), _QUERIES).tolist(), spread(len(rows), _MAPPED).tolist()
+    similar = {name: _similar(space, queries) for name, space in spaces.items()}
+    places, map_method = flatten(spaces["pooled"].cpu().numpy()[mapped])
+
+    def described(row: int) -> dict[str, Any]:
+        return {"image": split.path(rows[row]), "class": classes[row]}
+
+    analysis = {
         "split": split.name,
         "num_images": len(rows),
         "num_labelled": int((labels >= 0).sum()),
@@ -75,48 +75,48 @@ def run(run: AnalysisRun, result: Result, *, workers: int = 0) -> None:
             }
             for name, space in spaces.items()
         },
+        "queries": [
+            described(query)
+            | {
+                name: [described(row) | {"similarity": round(value, 4)} for row, value in found[query]]
+                for name, found in similar.items()
+            }
+            for query in queries
+        ],
+        "map_method": map_method,
     }
-    classes = [dataset.classes[label] if label >= 0 else None for label in labels.tolist()]
-    queries = spread(len(rows), _QUERIES)
-    found = {name: _similar(space, queries) for name, space in spaces.items()}
-    analysis["queries"] = [
-        {
-            "image": split.path(rows[query]),
-            "class": classes[query],
-            **{
-                name: [
-                    {"image": split.path(rows[row]), "class": classes[row], "similarity": round(value, 4)}
-                    for row, value in similar[index]
-                ]
-                for name, similar in found.items()
-            },
-        }
-        for index, query in enumerate(queries.tolist())
+    shown = {row for found in similar.values() for near in found.values() for row, _ in near}
+    pictures = _pictures(split, sorted(shown.union(mapped, queries)), rows, run)
+    sheet = [
+        (pictures[query], [_tiles(found[query], query, pictures, classes) for found in similar.values()])
+        for query in queries
     ]
-    mapped = spread(len(rows), _MAPPED)
-    places, analysis["map_method"] = flatten(spaces["pooled"].cpu().numpy()[mapped.numpy()])
-    shown = {*mapped.tolist(), *queries.tolist()}
-    shown |= {row for similar in found.values() for each in similar for row, _ in each}
-    pictures = _pictures(split, sorted(shown), rows, run)
     with publishing(result.folder) as new:
         write_json(new / "analysis.json", analysis)
-        draw_sheet(
-            new / "neighbours.jpg",
-            [
-                (
-                    pictures[query],
-                    [_tiles(similar[index], query, pictures, classes) for similar in found.values()],
-                )
-                for index, query in enumerate(queries.tolist())
-            ],
-        )
-        draw_map(
-            new / "map.jpg",
-            places,
-            [pictures[row] for row in mapped.tolist()],
-            labels[mapped].tolist(),
-        )
+        draw_sheet(new / "neighbours.jpg", sheet)
+        draw_map(new / "map.jpg", places, [pictures[row] for row in mapped], labels[mapped].tolist())
         write_record(new, result, watch)
+
+
+def _spaces(
+    run: AnalysisRun,
+    result: Result,
+    split: StoredSplit,
+    rows: NDArray[np.int64],
+    device: torch.device,
+    workers: int,
+) -> dict[str, Tensor]:
+    """(M, C) unit vectors of each space: the pooled features and, if the run has a head, what it makes."""
+    encoder = load_encoder(result.inputs["encoder"], run.encoder, device)
+    loading = Loading(run.batch_size, device, workers)
+    crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size, rows=rows)
+    features = torch.cat([encode(encoder, batch.images) for batch in crops])
+    spaces = {"pooled": F.normalize(features, dim=1)}
+    if run.head is not None:
+        head = load_head(result.inputs["head"], features.shape[1], run.embedding_dim, run.head)
+        with torch.no_grad():
+            spaces["embedded"] = F.normalize(head.to(device)(features), dim=1)
+    return spaces
 
 
 def load_head(path: Path, num_features: int, embedding_dim: int, kind: str) -> nn.Module:
@@ -143,13 +143,11 @@ def _split(dataset: StoredDataset) -> StoredSplit:
     return dataset.split("val" if "val" in names else "train")
 
 
-def _similar(space: Tensor, queries: Tensor) -> list[list[tuple[int, float]]]:
+def _similar(space: Tensor, queries: list[int]) -> dict[int, list[tuple[int, float]]]:
     """For each query the most similar rows with their cosines."""
-    indices, values = nearest(space, queries.to(space.device), _NEIGHBOURS)
-    return [
-        list(zip(rows, cosines, strict=True))
-        for rows, cosines in zip(indices.tolist(), values.tolist(), strict=True)
-    ]
+    indices, values = nearest(space, torch.tensor(queries, device=space.device), _NEIGHBOURS)
+    found = [list(zip(*pair, strict=True)) for pair in zip(indices.tolist(), values.tolist(), strict=True)]
+    return dict(zip(queries, found, strict=True))
 
 
 def _tiles(

@@ -189,10 +189,10 @@ def _probes(
         if images is None:
             yield f"{task}: {runs} evaluations; data set {run.dataset.name} is not prepared yet"
             continue
-        encoded, features = _encoded_images(run, images), (run.dataset.name, run.image_size, run.resize)
+        encoded = _encoded_images(run, images)
         if run.protocol.encodings_of_train == 1:
-            encoded = 0 if features in shared else encoded
-            shared.add(features)
+            encoded = 0 if run.images in shared else encoded
+            shared.add(run.images)
         does = (
             f"that encode {encoded} images each"
             if encoded

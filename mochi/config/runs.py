@@ -79,6 +79,11 @@ class ProbeRun(Run):
         "protocol": {"dataset", "image_size", "resize"},
     }
 
+    @property
+    def images(self) -> tuple[str, int, int]:
+        """Data set, size and resize: evaluations of one encoder that agree in them can share features."""
+        return self.dataset.name, self.image_size, self.resize
+
     def settings(self) -> dict[str, Any]:
         """See `Run.settings`; a task is left out where it is the default, the name of the entry."""
         settings = super().settings()

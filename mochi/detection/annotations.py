@@ -48,6 +48,21 @@ class Mistakes:
             raise AnnotationError("\n".join([*self._texts[:_SHOWN], *more]))
 
 
+def drop(where: str, defect: str, broken_objects: str, found: Counter[str], dropped: list[str]) -> None:
+    """Drop an object that cannot be used, or refuse it."""
+    if broken_objects == "fail":
+        raise AnnotationError(f"{where}: {defect}; correct the file, or set broken_objects: drop")
+    found[f"objects dropped: {defect}"] += 1
+    dropped.append(f"{where}: {defect}")
+
+
+def counted(found: Counter[str]) -> str:
+    """What readers counted, for a message."""
+    return (
+        ", ".join(f"{name}: {count}" for name, count in sorted(found.items()) if count) or "nothing counted"
+    )
+
+
 @dataclass(frozen=True)
 class AnnotatedImage:
     """One image and its n objects."""
@@ -171,10 +186,9 @@ def for_training(annotations: Annotations, empty_images: str) -> Annotations:
             )
         )  # fmt: skip
     if not any(len(image.boxes) for image in images):
-        counts = ", ".join(f"{name}: {count}" for name, count in sorted(found.items()) if count)
         raise AnnotationError(
             f"found no object to train on in {len(annotations.images)} training images "
-            f"({counts or 'nothing counted'}); nothing can be trained or measured without one"
+            f"({counted(found)}); nothing can be trained or measured without one"
         )
     return Annotations(annotations.classes, tuple(images), found, annotations.numbering)
 

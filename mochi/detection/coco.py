@@ -17,6 +17,7 @@ from mochi.detection.annotations import (
     Mistakes,
     RunLengths,
     clip,
+    drop,
 )
 from mochi.storage.atomic import write_json
 from mochi.text import Fields, as_number, nfc, read_json
@@ -136,14 +137,8 @@ class _Image:
         kept, shapes = [], []
         for item in objects:
             shape, defect = item.usable(self.height, self.width, masks)
-            if defect and broken_objects == "fail":
-                raise AnnotationError(
-                    f"{item.where} of image {self.identity!r}: {defect}; "
-                    "correct the file, or set broken_objects: drop"
-                )
             if defect:
-                found[f"objects dropped: {defect}"] += 1
-                dropped.append(f"{item.where} of image {self.identity!r}: {defect}")
+                drop(f"{item.where} of image {self.identity!r}", defect, broken_objects, found, dropped)
                 continue
             kept.append(item)
             shapes.append(shape)

@@ -15,6 +15,7 @@ from mochi.detection import coco, voc
 from mochi.detection.annotations import (
     AnnotationError,
     Annotations,
+    counted,
     for_training,
     merge,
     require_same_classes,
@@ -126,10 +127,9 @@ def _read(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations
     except AnnotationError as error:
         raise AnnotationError(f"{data.path}: {' + '.join(data.train)}: {error}") from None
     if all(image.ignored.all() for image in test.images):
-        counts = ", ".join(f"{name}: {count}" for name, count in sorted(test.found.items()) if count)
         raise AnnotationError(
             f"{data.path}: found no object in {len(test.images)} test images ({' + '.join(data.test)}; "
-            f"{counts or 'nothing counted'}): there is nothing to measure, so nothing is trained"
+            f"{counted(test.found)}): there is nothing to measure, so nothing is trained"
         )
     return train, test
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mochi.data.ingest.decode import UnreadableError, image_size
 from mochi.data.ingest.files import IMAGE_SUFFIXES, Names, read_list
-from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations, Mistakes, clip
+from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations, Mistakes, clip, drop
 from mochi.storage.atomic import replacing, write_text
 from mochi.text import as_number, nfc, read_xml, shown
 
@@ -124,7 +124,7 @@ class _File:
         usable: NDArray[np.bool_] = np.all(inside[:, 2:] > inside[:, :2], axis=1)
         for each, fine in zip(self.objects, usable, strict=True):
             if not fine:
-                _broken(each.where, "a box outside the image", broken_objects, found, dropped)
+                drop(each.where, "a box outside the image", broken_objects, found, dropped)
         found["boxes cut to the image"] += int(cut[usable].sum())
         kept = [each for each, fine in zip(self.objects, usable, strict=True) if fine]
         return AnnotatedImage(
@@ -230,7 +230,7 @@ class _Reader:
             )
         box, defect = _read_box(item)
         if defect or box is None:
-            _broken(where, defect, self._broken_objects, self._found, self._dropped)
+            drop(where, defect, self._broken_objects, self._found, self._dropped)
             return None
         for tag in ("difficult", "truncated", "pose"):
             self._found[f"objects without {tag}"] += int(item.find(tag) is None)
@@ -275,14 +275,6 @@ def _name(item: ET.Element, where: str) -> str:
     if not name:
         raise AnnotationError(f"{where}: found no name; expected the class of the object")
     return name
-
-
-def _broken(where: str, defect: str, broken_objects: str, found: Counter[str], dropped: list[str]) -> None:
-    """Drop an object that cannot be used, or refuse it."""
-    if broken_objects == "fail":
-        raise AnnotationError(f"{where}: {defect}; correct the file, or set broken_objects: drop")
-    found[f"objects dropped: {defect}"] += 1
-    dropped.append(f"{where}: {defect}")
 
 
 def _read_box(item: ET.Element) -> tuple[list[float] | None, str]:

@@ -229,12 +229,8 @@ def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Resu
 
 def same_features(experiment: Experiment, method: str, seed: int, task: str) -> list[Result]:
     """The other evaluations of an encoder that see the same images at the same size."""
-
-    def images(name: str) -> tuple[str, int, int]:
-        run = probe_run(experiment, method, seed, name)
-        return run.dataset.name, run.image_size, run.resize
-
-    others = [name for name in probes(experiment) if name != task and images(name) == images(task)]
+    runs = {name: probe_run(experiment, method, seed, name) for name in probes(experiment)}
+    others = [name for name, run in runs.items() if name != task and run.images == runs[task].images]
     return [evaluated(experiment, method, seed, name) for name in others]
 
 

@@ -95,16 +95,11 @@ class FewLabel(Task):
 
         order = torch.randperm(len(labels), generator=generator)
         chosen = []
-        for count, label in zip(*(part.tolist() for part in _counts(labels)), strict=True):
+        classes, counts = (part.tolist() for part in labels.unique(return_counts=True))
+        for label, count in zip(classes, counts, strict=True):
             wanted = self.images_per_class or max(round(count * (self.percent or 0) / 100), 1)
             chosen.append(order[labels[order] == label][:wanted])
         return torch.cat(chosen).sort().values
-
-
-def _counts(labels: "Tensor") -> "tuple[Tensor, Tensor]":
-    """How many images each class has, and the classes."""
-    classes, counts = labels.unique(return_counts=True)
-    return counts, classes
 
 
 def fit(features: "Tensor", labels: "Tensor", num_classes: int, l2: float) -> "tuple[Tensor, Tensor]":

@@ -66,7 +66,9 @@ def evaluate(frozen: Frozen, protocol: LinearProbe) -> dict[str, Any]:
     _train(frozen, protocol, probes, train)
     scores = probes.scores(_chunks(val, val_labels, frozen.device), ALL)
     comparison = probes.scores(train.held_out_batches(), WITHOUT_HELD_OUT)
-    metrics = _metrics(protocol, probes.rates, scores, comparison, len(train.held_out), len(val))
+    metrics = _metrics(
+        frozen.run.name, protocol, probes.rates, scores, comparison, len(train.held_out), len(val)
+    )
     if frozen.num_classes <= _FEW_CLASSES:
         del metrics["top5"]
     return metrics | {"predicted": probes.predictions(_chunks(val, val_labels, frozen.device))}
@@ -243,6 +245,7 @@ def _chunks(features: Tensor, labels: Tensor, device: torch.device) -> Iterator[
 
 
 def _metrics(
+    name: str,
     protocol: LinearProbe,
     rates: list[float],
     scores: list[dict[str, float]],
@@ -257,7 +260,7 @@ def _metrics(
     if math.isnan(scores[0]["top1"]):
         raise NonFiniteError(
             f"the linear probe diverged at the protocol's learning rate {protocol.lr:g}; expected finite "
-            "logits. Lower evaluation.linear.lr, or set standardize: true so that one rate fits all"
+            f"logits. Lower evaluation.{name}.lr, or set standardize: true so that one rate fits all"
         )
     held_out = [
         -1.0 if math.isnan(left["top1"] + own["top1"]) else left["top1"]

@@ -21,10 +21,10 @@ _MODULES = {
     "load_encoder": "mochi.encoders.pretrained",
 }
 
-if not TYPE_CHECKING:  # else every misspelt name would be an attribute to a type checker
+if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelt name
 
     def __getattr__(name: str) -> object:
-        """Import a public name when it is first used: the command line must start without torch."""
+        """Import a public name when it is first used, so that the command line starts without torch."""
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(_MODULES[name]), name)

@@ -24,16 +24,16 @@ ADOPTING = "MOCHI_ADOPT"
 def adopt(
     experiment: Experiment, config: Path, *, accept_code: bool = False, restore: bool = False
 ) -> list[str]:
-    """Compare every result with the experiment, and let `snakemake --touch` remember what is current.
+    """Compare every result with the experiment, and mark current ones by `snakemake --touch`.
 
     Args:
-        experiment: what is wanted.
+        experiment: the experiment.
         config: its file.
-        accept_code: also keep results whose code alone changed, and note it in their provenance.json.
+        accept_code: also keep results of which only the code changed, and record it in provenance.json.
         restore: replace stale encoders and evaluations by current ones from DVC's cache, if it has them.
 
     Returns:
-        Lines to print: what will be computed and why, what was computed by other versions, and a summary.
+        Lines to print: what will be computed and why, what other versions computed, and a summary.
 
     Raises:
         UserError: Snakemake is not installed or fails, or results cannot be written.

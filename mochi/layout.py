@@ -1,6 +1,6 @@
 """Paths of data, results, checkpoints and logs, relative to the project's folder.
 
-`{method}` and `{seed}` may be wildcards of the workflow: the paths are built from text alone.
+`{method}` and `{seed}` may be wildcards of the workflow: the paths are built only from text.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ PUBLISHED = Path("workflow/published.csv")
 """The papers' numbers."""
 
 DEVIATIONS = Path("workflow/deviations.md")
-"""Where the method and the protocols differ from the paper: a list, one a line."""
+"""Where the method and the protocols differ from the paper: a Markdown list."""
 
 
 def dataset(name: str) -> Path:
@@ -26,17 +26,17 @@ class Layout:
 
     @property
     def results(self) -> Path:
-        """Scores, tables, figures and records: what git keeps."""
+        """Scores, tables, figures and records: stored in git."""
         return Path("results", self.experiment)
 
     @property
     def encoders(self) -> Path:
-        """Everything that pretraining writes: what DVC keeps."""
+        """Results of pretraining: stored by DVC."""
         return self.results / "encoders"
 
     @property
     def evaluations(self) -> Path:
-        """Everything that evaluations write: what DVC keeps."""
+        """Results of evaluations: stored by DVC."""
         return self.results / "evaluations"
 
     def pretrain(self, method: str, seed: int | str) -> Path:
@@ -52,11 +52,11 @@ class Layout:
         return self.evaluations / _run(method, seed) / task
 
     def work(self, method: str, seed: int | str, task: str) -> Path:
-        """Resume checkpoints; a folder for each version of the settings is made in it."""
+        """Resume checkpoints; with a subfolder for each version of the settings."""
         return Path("work", self.experiment) / _run(method, seed) / task
 
     def log(self, method: str, seed: int | str, task: str) -> Path:
-        """Path of one job's log; `task` may carry a suffix, such as `.tsv`."""
+        """Path of one job's log; `task` may have a suffix, such as `.tsv`."""
         return Path("logs", self.experiment) / _run(method, seed) / task
 
 

@@ -15,7 +15,7 @@ class Stage:
     numbers: tuple[str, ...]
     """Modules and packages whose code decides the numbers; a change there makes the results stale.
 
-    What logs, reports progress, locks, parses or writes files is left out: a reworded message re-runs
+    Code for logs, progress, locks, parsing and writing files is excluded: a reworded message re-runs
     nothing. A test compares this list with what the stage imports.
     """
 
@@ -29,8 +29,8 @@ _CONTRAST = tuple(
     f"mochi.contrast.{name}"
     for name in ("diagnosis", "key_queue", "loss", "moco", "negatives", "rules.__init__", "rules.moco")
 )
-"""A row's own rule of negatives and its masks come on top (`PretrainRun.code`): a new one is of no other's
-concern."""
+"""`PretrainRun.code` adds a row's rule of negatives and masks, so that a new rule does not affect other
+    rows."""
 _DETECTION = tuple(
     f"mochi.detection.{name}"
     for name in (
@@ -136,7 +136,7 @@ STAGES = {
 }
 
 UNTRAINED = _ENCODERS
-"""What decides the weights of an encoder that is only initialised: no training loop."""
+"""What determines the weights of an encoder that is only initialised, without training."""
 
 ANALYSIS = "analysis"
 """Folder of an encoder's analysis, next to its evaluations."""
@@ -144,7 +144,7 @@ ANALYSIS = "analysis"
 DETECTION = "detection-"
 """Prefix of the evaluations that fine-tune a detector; the name of the detection set follows."""
 FINE_TUNING = "/fine-tuning"
-"""Follows a detection set's name, and then the seed, where each fine-tuning is a job."""
+"""Follows a detection set's name and precedes the seed, if each fine-tuning is a job."""
 LR_SEARCH = "/lr-search"
 """Follows a detection set's name: the job that chooses the learning rate for those."""
 

@@ -89,7 +89,7 @@ def test_every_shipped_experiment_is_valid(path: Path) -> None:
         ("methods/random-init/augmentation", {"blurr": True}, "augmentation.blurr: unknown key 'blurr'; did you mean 'blur'?"),
         ("pretrain/lr", "fast", "lr: found 'fast'; allowed: a valid number"),
         ("pretrain/epochs", True, "epochs: found True; allowed: a valid integer"),
-        ("pretrain/bn_groups", 17, "bn_groups: found 17; batch_size = 32 leaves fewer than 2 images a group"),
+        ("pretrain/bn_groups", 17, "bn_groups: found 17; batch_size = 32 leaves fewer than 2 images per group"),
         ("pretrain/matching_epochs", [2], "matching_epochs: found [2]; epochs count from 0 to 1"),
         ("evaluation/linear/lr_drops", [5], "lr_drops: found [5]; the probe trains for only 5 epochs"),
         ("evaluation/resize", 8, "resize: found 8; must be at least image_size = 16"),

@@ -1,1 +1,1 @@
-"""What an encoder has learned: geometry of its features, nearest images, a map. Pictures and JSON."""
+"""Analysis of an encoder: geometry of its features, nearest images, a map; as pictures and JSON."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1024
-"""Rows that are compared with all others at once."""
+"""Rows compared with all others at once."""
 
 
 def alignment(features: Tensor, labels: Tensor) -> float | None:
@@ -17,10 +17,10 @@ def alignment(features: Tensor, labels: Tensor) -> float | None:
 
     Args:
         features: (M, C) unit vectors.
-        labels: (M,) classes; -1: takes no part.
+        labels: (M,) classes; -1: ignored.
 
     Returns:
-        0 where all images of a class coincide, about 2 for features spread evenly; None without a pair.
+        0 if all images of a class coincide, about 2 for uniform features; None without a pair.
     """
     known = labels >= 0
     _, classes, counts = labels[known].unique(return_inverse=True, return_counts=True)
@@ -42,7 +42,7 @@ def uniformity(features: Tensor) -> float | None:
         features: (M, C) unit vectors.
 
     Returns:
-        0 where all images coincide, lower the more evenly they cover the sphere; None for fewer than two.
+        0 if all images coincide, lower the more evenly they cover the sphere; None for fewer than two.
     """
     num = len(features)
     if num < 2:

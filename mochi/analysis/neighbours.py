@@ -10,7 +10,7 @@ def nearest(features: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Args:
         features: (M, C) unit vectors.
         queries: (Q,) rows of `features`.
-        k: at most so many each.
+        k: maximum number for each query.
 
     Returns:
         (Q, min(k, M - 1)) rows, most similar first, and their similarities.

@@ -1,4 +1,4 @@
-"""Pictures made of thumbnails. Text stays out of them: names are the report's business."""
+"""Pictures made of thumbnails, without text: the report shows the names."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +21,14 @@ _CLASSES = [
 ]  # fmt: skip
 
 Tile = tuple[NDArray[np.uint8], bool | None]
-"""A picture (H, W, 3) and whether it is of the query's class; None: not known."""
+"""A picture (H, W, 3) and whether it is of the query's class; None: unknown."""
 
 
 def draw_sheet(path: Path, rows: Sequence[tuple[NDArray[np.uint8], Sequence[Sequence[Tile]]]]) -> None:
     """Each query with groups of images in one row.
 
-    Those of the query's class have a whole frame; those of another class a frame of another colour,
-    crossed at a corner, so that they can be told apart in grey.
+    Those of the query's class have a full frame; those of other classes a frame of another colour,
+    crossed at a corner, so that they can be distinguished in grey.
     """
     step = TILE + 2 * _FRAME + _GAP
     groups = [max((len(row[1][i]) for row in rows), default=0) for i in range(len(rows[0][1]))]
@@ -54,7 +54,7 @@ def draw_sheet(path: Path, rows: Sequence[tuple[NDArray[np.uint8], Sequence[Sequ
 def draw_map(
     path: Path, places: NDArray[np.float64], pictures: Sequence[NDArray[np.uint8]], classes: Sequence[int]
 ) -> None:
-    """Thumbnails at their places in the unit square, framed by class; -1 has no frame."""
+    """Thumbnails at their positions in the unit square, framed by class; -1 has no frame."""
     sheet = Image.new("RGB", (_MAP, _MAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for (x, y), pixels, label in zip(places, pictures, classes, strict=True):

@@ -1,4 +1,4 @@
-"""The analysis stage: look at what an encoder makes of the validation images."""
+"""The analysis stage: analyse an encoder on the validation images."""
 
 import logging
 from collections.abc import Iterable
@@ -31,12 +31,12 @@ from mochi.storage.atomic import publishing, write_json
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 10_000
-"""Of a larger split so many, evenly spread."""
+"""Maximum number of images; evenly spaced in a larger split."""
 _MAPPED, _QUERIES, _NEIGHBOURS = 300, 8, 6
 
 
 def run(run: AnalysisRun, result: Result, *, workers: int = 0) -> None:
-    """Analyse a frozen encoder on the validation images, or on those of train where there are none.
+    """Analyse a frozen encoder on the validation images, or on those of train if there are none.
 
     Args:
         run: the encoder and how images are cut.
@@ -123,7 +123,7 @@ def load_head(path: Path, num_features: int, embedding_dim: int, kind: str) -> n
     """The projection head that pretraining wrote, on the CPU, frozen.
 
     Raises:
-        EncoderError: the file cannot be read or is another head.
+        EncoderError: the file cannot be read or is a different head.
     """
     head = projection_head(num_features, embedding_dim, kind)
     tensors = read_encoder(path).tensors
@@ -168,7 +168,7 @@ def _tiles(
 def _pictures(
     split: StoredSplit, shown: list[int], rows: NDArray[np.int64], run: AnalysisRun
 ) -> dict[int, NDArray[np.uint8]]:
-    """The images as the encoder saw them, (S, S, 3) uint8, by their place in `rows`."""
+    """The images as the encoder saw them, (S, S, 3) uint8, by their position in `rows`."""
     loading = Loading(run.batch_size, torch.device("cpu"), 0)
     crops = centre_crops(
         split, loading, resize=run.resize, image_size=run.image_size, rows=rows[np.array(shown)]

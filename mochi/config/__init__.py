@@ -1,7 +1,7 @@
 """Experiment files, checked before anything is computed.
 
 An *experiment* file (`config/*.yaml`) describes one table of results. `pretrain_run`, `probe_run` and
-`detection_run` turn (experiment, method, seed) into a *run*, which holds what one stage depends on.
+`detection_run` turn (experiment, method, seed) into a *run*, which contains what one stage depends on.
 
 Scientific numbers have no defaults here: each is written in the experiment file with its source.
 """

@@ -25,7 +25,7 @@ MaxUnreadable = Annotated[Real, Field(ge=0, le=1)]
 
 
 MaxSide = Annotated[int, Field(ge=16)]
-"""Longer side of a stored image, pixels; larger images are stored smaller. None: as they are."""
+"""Longer side of a stored image, pixels; larger images are resized. None: no limit."""
 
 
 class PhotoPatches(Source):
@@ -51,16 +51,16 @@ class Folder(Source):
     image of two. Which ones is a function of their paths."""
     only_listed: list[str] = []
     """Text files, relative to `path`, with one image a line, as VOC's image sets: its path, its name, or
-    its name without suffix. Other images are left out and counted."""
+    its name without suffix. Other images are skipped and counted."""
     max_unreadable: MaxUnreadable = 0.01
     max_side: MaxSide | None = None
 
 
 class Download(Source):
-    """What every downloaded data set shares. Contents are checked whatever they come from."""
+    """What every downloaded data set shares. Contents are checked for every origin."""
 
     archive: str | None = None
-    """The official archive, downloaded by the user: nothing is downloaded."""
+    """The official archive, downloaded by the user; then nothing is downloaded."""
     mirrors: list[str] = []
     """URLs of the archive, tried before the known ones."""
 
@@ -72,7 +72,7 @@ class Cifar(Download):
 
 
 class Stl10(Download):
-    """STL-10 (Coates et al. 2011): train holds the unlabelled images too; test is the split `val`."""
+    """STL-10 (Coates et al. 2011): train includes the unlabelled images; test is the split `val`."""
 
     source: Literal["stl10"]
 
@@ -87,11 +87,11 @@ class Imagenette(Download):
 
 
 class ImageNet(Source):
-    """ILSVRC 2012 from its official archives or an extracted tree; never downloaded, by its terms."""
+    """ILSVRC 2012 from its official archives or an extracted tree; not downloaded, because of its terms."""
 
     source: Literal["imagenet"]
     path: str
-    """Holds ILSVRC2012_img_{train,val}.tar or train/<wnid>/, and val/<wnid>/ or the devkit's labels."""
+    """Contains ILSVRC2012_img_{train,val}.tar or train/<wnid>/, and val/<wnid>/ or the devkit's labels."""
     subset: Literal["all", "imagenet100"]
     """imagenet100: the 100 classes of CMC's list, which MoCHi cites."""
     max_unreadable: MaxUnreadable = 0.0

@@ -1,4 +1,4 @@
-"""Detection sets: what is detected, by which model, trained how."""
+"""Detection sets: data, model and training."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,23 +8,22 @@ from mochi.config.sections import Count, CountOrZero, Name, PositiveReal, Real, 
 
 
 class PhotoScenes(Section):
-    """Scenes pasted from the photographs of scikit-image and scikit-learn (design: embedded data)."""
+    """Scenes pasted from the photographs of scikit-image and scikit-learn (embedded data)."""
 
     image_size: Annotated[int, Field(ge=32)]
     """Side of a scene, pixels."""
     num_train: Count
     num_test: Count
     seed: CountOrZero
-    """Also decides which cells are for training: as in photo-patches, or test scenes show what an
-    encoder was pretrained on."""
+    """Also determines the training cells: use photo-patches' seed, or test scenes show pretraining data."""
 
 
 class DetectionData(Section):
-    """Annotated images: a VOC tree or COCO's JSON files, or scenes made here in either format."""
+    """Annotated images: a VOC tree or COCO's JSON files, or scenes generated here in either format."""
 
     format: Literal["voc", "coco"]
     path: str
-    """voc: holds `<folder>/{Annotations,JPEGImages,ImageSets/Main}`; coco: holds
+    """voc: contains `<folder>/{Annotations,JPEGImages,ImageSets/Main}`; coco: contains
     `annotations/instances_<split>.json` and `<split>/`."""
     train: Annotated[list[str], Field(min_length=1)]
     """voc: `<folder>/<image set>`, for example VOC2007/trainval; coco: the split's name."""
@@ -36,9 +35,9 @@ class DetectionData(Section):
     """voc: the average precision that fills AP, AP50 and AP75; the others are reported too."""
     broken_objects: Literal["drop", "fail"]
     """An object without a usable box (none, not four numbers, reversed, without area, outside the image)
-    or, with masks, without a usable segmentation: drop it, counted and named, or fail."""
+    or, with masks, without a usable segmentation: drop it (counted and named), or fail."""
     empty_images: Literal["keep", "drop"]
-    """Training images without a usable box: backgrounds to learn from, or left out (detectron2)."""
+    """Training images without a usable box: keep them as backgrounds, or drop them (detectron2)."""
     scenes: PhotoScenes | None = None
     """Present: `path` is written by the pipeline itself."""
 
@@ -73,45 +72,45 @@ class DetectionModel(Section):
     anchor_ratios: Annotated[list[PositiveReal], Field(min_length=1)]
     """Height over width."""
     rpn_batch: Count
-    """Anchors sampled an image for the proposal loss, half of them positive at most."""
+    """Anchors sampled per image for the proposal loss, at most half of them positive."""
     proposals_train: Annotated[list[Count], Field(min_length=2, max_length=2)]
     """Proposals kept before and after non-maximum suppression, in training."""
     proposals_test: Annotated[list[Count], Field(min_length=2, max_length=2)]
     roi_size: Annotated[int, Field(ge=2)]
     """Side of the pooled region, cells."""
     roi_batch: Count
-    """Regions sampled an image for the head's loss."""
+    """Regions sampled per image for the head's loss."""
     roi_positive: Annotated[Real, Field(gt=0, le=1)]
-    """Largest share of positives among them."""
+    """Largest fraction of positives among them."""
     score_threshold: Annotated[Real, Field(ge=0, lt=1)]
     max_detections: Count
-    """Detections kept an image."""
+    """Detections kept per image."""
 
 
 class DetectionTraining(Section):
-    """Fine-tuning. `lr`, `iterations` and `warmup_iterations` are given for `lr_batch_size` images a step
+    """Fine-tuning. `lr`, `iterations` and `warmup_iterations` are given for `lr_batch_size` images per step
     and scaled to `batch_size`, so that the rate per image and the images seen stay the same."""
 
     mode: Literal["finetune", "frozen"]
-    """finetune: everything is trained (the paper's). frozen: conv1 to res4 keep their weights; only their
+    """finetune: everything is trained (the paper). frozen: conv1 to res4 keep their weights; only their
     batch-norm statistics are recomputed on the set, for every encoder."""
     seeds: Annotated[list[CountOrZero], Field(min_length=1)]
     """Fine-tunings of one encoder; the table gives their mean and standard deviation."""
     together: bool = False
-    """True: one job does all fine-tunings of an encoder and the search before them, which saves time where
-    each is short. False: each is a job with results of its own."""
+    """True: one job does all fine-tunings of an encoder and the search before them, which saves time if
+    each is short. False: each is a separate job with separate results."""
     lr: Annotated[list[PositiveReal], Field(min_length=1)]
     """One rate, or candidates: each is trained once on a part of train and evaluated on the rest of train,
     and the best is used. Test images take no part in the search."""
     search_iterations: Count | None = None
-    """Length of the training of a candidate; required with several."""
+    """Iterations of a candidate; required with several candidates."""
     validation: Annotated[Real, Field(gt=0, lt=1)] | None = None
-    """Share of train to evaluate the candidates on; required with several."""
+    """Fraction of train to evaluate the candidates on; required with several candidates."""
     lr_batch_size: Count
     batch_size: Count
-    """Images a step, over all processes and accumulations."""
+    """Images per step, over all processes and accumulation steps."""
     micro_batch: Count
-    """Images a process holds at once; gradients accumulate up to `batch_size`."""
+    """Images per process at a time; gradients accumulate up to `batch_size`."""
     iterations: Count
     warmup_iterations: CountOrZero
     """Linear from a thousandth of the rate (detectron2)."""
@@ -121,7 +120,7 @@ class DetectionTraining(Section):
     momentum: Annotated[Real, Field(ge=0, lt=1)]
     weight_decay: Annotated[Real, Field(ge=0)]
     train_sizes: Annotated[list[Count], Field(min_length=1)]
-    """Short sides in pixels, one drawn for each image."""
+    """Short sides in pixels, one chosen at random for each image."""
     test_size: Count
     max_size: Count
     """Longest side, pixels."""
@@ -147,14 +146,14 @@ class DetectionTraining(Section):
             raise ValueError("several lr candidates need `search_iterations` and `validation`")
         late = [drop for drop in self.lr_drops if drop >= self.iterations]
         if late:
-            raise ValueError(f"lr_drops: found {late}; training has {self.iterations} iterations only")
+            raise ValueError(f"lr_drops: found {late}; training has only {self.iterations} iterations")
         if self.schedule == "cosine" and self.lr_drops:
             raise ValueError("lr_drops belong to schedule step; leave them out with cosine")
         return self
 
 
 class DetectionSet(Section):
-    """One detection column of the table: what is detected, by which model, trained how."""
+    """One detection column of the table: data, model and training."""
 
     data: DetectionData
     model: DetectionModel

@@ -1,7 +1,7 @@
 """Evaluation of encoders: named tasks on frozen features, and detection sets.
 
 A task is a module, or a package, of its name in `mochi/evaluation/tasks/`: its settings, derived from
-`Task`, and its mathematics. It is imported by its name when an experiment uses it: there is no list.
+`Task`, and its mathematics. It is imported by name when an experiment uses it; no registration is needed.
 """
 
 import importlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _TASKS = Path(__file__).parents[1] / "evaluation" / "tasks"
 _TAKEN = ("pretrain", "analysis", "detection-")
-"""What names of tasks must not begin with: their results and logs would share folders."""
+"""Reserved prefixes of task names: their results and logs would share folders."""
 
 
 class Column(NamedTuple):
@@ -50,17 +50,17 @@ class Task(Section):
 
     @property
     def encodings_of_train(self) -> int:
-        """How often all of train passes through the encoder, for estimates of the time."""
+        """Number of passes over train through the encoder, for time estimates."""
         return 1
 
     def columns(self) -> dict[str, Column]:
-        """The numbers of metrics.json that tables show, in order; the first one is drawn."""
+        """The numbers of metrics.json that tables show, in order; figures show the first."""
         return {"top1": Column("top-1")}
 
     def evaluate(self, frozen: "Frozen") -> dict[str, Any]:
         """Compute metrics.json from the frozen encoder and its data.
 
-        Every rank of several runs it, with the same features; the first one's result is written. What is
+        Every rank runs it, with the same features; the first rank's result is written. What is
         under `predicted`, the (V,) classes of the images of val, becomes confusion.csv instead.
         """
         raise NotImplementedError
@@ -94,7 +94,7 @@ def _read_task(value: object) -> Task:
 
 
 class Evaluation(Section):
-    """Evaluation of encoders. Every other key than these is the name of a task."""
+    """Evaluation of encoders. Every other key is the name of an evaluation."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Annotated[Any, PlainValidator(_read_task)]]
@@ -104,7 +104,7 @@ class Evaluation(Section):
     resize: Count
     """Short side before the centre crop, pixels."""
     batch_size: Count = 256
-    """Images that are encoded at once, on each GPU."""
+    """Images encoded at once, on each GPU."""
     features_on: Literal["auto", "device", "host"] = "auto"
     """Where features are kept. auto: on the device, unless they fill more than half of its free memory."""
     detection: dict[Name, DetectionSet] = {}
@@ -132,7 +132,7 @@ class Evaluation(Section):
         for key, value in data.items():
             if key in cls.model_fields:
                 read[key] = value
-            elif value is not None:  # `linear: null` is no entry
+            elif value is not None:  # `linear: null` is not an entry
                 if isinstance(value, Mapping) and (
                     not NAME.fullmatch(str(key)) or str(key).startswith(_TAKEN)
                 ):

@@ -1,4 +1,4 @@
-"""Experiment files, read and checked; the runs that they ask for."""
+"""Read and check experiment files, and derive their runs."""
 
 import re
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ def load_experiment(path: Path) -> Experiment:
     """Read and check an experiment file, every method resolved once.
 
     Raises:
-        ConfigError: with one line for each mistake: file, key path, what was found, what is allowed.
+        ConfigError: with one line per mistake: file, key path, what was found, what is allowed.
     """
     return parse_experiment(read_yaml(path), str(path))
 
@@ -95,8 +95,8 @@ def parse_dataset(source: str, name: str, path: str | None, options: list[str]) 
     Args:
         source: its origin.
         name: of the folder it is prepared in.
-        path: where the images lie, for sources that read them from somewhere.
-        options: more keys of the source, each as `key=value`.
+        path: location of the images, for sources that need it.
+        options: further keys of the source, each as `key=value`.
 
     Raises:
         ConfigError: unknown source or key, or a value that is not allowed.
@@ -141,16 +141,16 @@ def baseline_of(experiment: Experiment) -> str | None:
 
 
 ORACLE = "-oracle"
-"""Ends the name of a row that is another row with the class oracle."""
+"""Suffix of a row that is another row with the class oracle."""
 
 
 def with_oracle(experiment: Experiment) -> list[str]:
-    """Rows that are there with the class oracle too."""
+    """Rows that also exist with the class oracle."""
     return [method for method in experiment.methods if f"{method}{ORACLE}" in experiment.methods]
 
 
 def mixing_grid(experiment: Experiment) -> dict[str, tuple[int, int, int]]:
-    """MoCHi row -> (N, s, s'), which its name carries; variants, whose names go on, are left out."""
+    """MoCHi row -> (N, s, s'), from its name; variants, which have longer names, are omitted."""
     found = {method: _MOCHI_NAME.match(method) for method in experiment.methods}
     return {
         method: (int(match[1]), int(match[2]), int(match[3]))
@@ -165,7 +165,7 @@ def probes(experiment: Experiment) -> list[str]:
 
 
 def datasets(experiment: Experiment, origin: str = "experiment") -> dict[str, Dataset]:
-    """Name -> every data set that is prepared: the experiment's, then those of evaluations.
+    """Name -> prepared data set: the experiment's, then those of evaluations.
 
     Raises:
         ConfigError: two of them have the same name, which is a folder's.
@@ -198,7 +198,7 @@ def detection_runs(experiment: Experiment, name: str) -> list[tuple[str, int]]:
 
 
 def pretrain_run(experiment: Experiment, method: str, seed: int, origin: str = "experiment") -> PretrainRun:
-    """How one encoder is trained: the shared recipe and the method's own keys merged.
+    """The training of one encoder: the shared recipe merged with the method's keys.
 
     Raises:
         ConfigError: no such method or seed, or the merged recipe is not valid.
@@ -241,7 +241,7 @@ def pretrain_run(experiment: Experiment, method: str, seed: int, origin: str = "
 
 
 def probe_run(experiment: Experiment, method: str, seed: int, task: str) -> ProbeRun:
-    """How one frozen encoder is classified on.
+    """The evaluation of one frozen encoder.
 
     Raises:
         ConfigError: no such method, seed or task.
@@ -268,7 +268,7 @@ def probe_run(experiment: Experiment, method: str, seed: int, task: str) -> Prob
 
 
 def analysis_run(experiment: Experiment, method: str, seed: int) -> AnalysisRun:
-    """How one frozen encoder is looked at.
+    """The analysis of one frozen encoder.
 
     Raises:
         ConfigError: no such method or seed.
@@ -290,7 +290,7 @@ def analysis_run(experiment: Experiment, method: str, seed: int) -> AnalysisRun:
 
 
 def detection_run(experiment: Experiment, method: str, seed: int, name: str) -> DetectionRun:
-    """How one encoder is fine-tuned on a detection set.
+    """The fine-tuning of one encoder on a detection set.
 
     Raises:
         ConfigError: no such method, seed or set.
@@ -351,6 +351,6 @@ def _check_name(run: PretrainRun, origin: str) -> None:
 
 
 def _written(values: Mapping[str, Any]) -> str:
-    """As in the file, without what is not there."""
+    """As in the file, without missing values."""
     there = ", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)
     return f"{{{there}}}"

@@ -1,7 +1,7 @@
-"""How negatives count: a rule of `mochi.contrast.rules` by its name with its settings, and masks.
+"""How negatives count: a rule of `mochi.contrast.rules` with its settings, and masks.
 
-The one place where settings look upwards: a rule's settings and its mathematics are one file, which imports
-torch only when it computes. A rule is imported when an experiment names it.
+The only settings that import upwards: a rule's settings and its mathematics are one file, which imports
+torch only when it computes. A rule is imported when an experiment selects it.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def _read(value: object) -> object:
 
 
 def _mistakes(texts: Mapping[str, str]) -> ValidationError:
-    """Key -> what is wrong there, as one error."""
+    """Key -> message, as one error."""
     lines = [
         InitErrorDetails(
             type=PydanticCustomError("value_error", "{text}", {"text": text}), loc=(key,), input=None
@@ -113,7 +113,7 @@ def make_mask(name: str) -> Mask:
 
 
 def _known(names: list[str]) -> list[str]:
-    """Masks, in an order of their own: theirs decides nothing."""
+    """Masks in a canonical order, because their order does not matter."""
     for name in names:
         make_mask(name)
     return sorted(set(names))
@@ -144,7 +144,7 @@ FORMER_KEYS = {
     "mixing": "negatives: {rule: mochi, num_hardest: ..., num_pair_synthetics: ..., ...}",
     "class_oracle": "masks: [class_oracle]",
 }
-"""Keys of version 0.1, and how to write them now."""
+"""Keys of version 0.1 and their replacements."""
 
 
 def former_key(key: str, value: object) -> str:

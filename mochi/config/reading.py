@@ -1,4 +1,4 @@
-"""YAML files read strictly, and mistakes explained: file, key path, what was found, what is allowed."""
+"""Read YAML files strictly and explain mistakes: file, key path, what was found, what is allowed."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class ConfigError(UserError):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, where plain YAML silently keeps the last."""
+    """SafeLoader that refuses duplicate keys, of which plain YAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_value(text: str) -> Any:
-    """A value as it would stand in a file: a number, a list, a word."""
+    """A value as written in a file: a number, a list, a word."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
 
 
@@ -39,7 +39,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a file.
 
     Raises:
-        ConfigError: it is not there, not readable, not YAML, or holds something else.
+        ConfigError: it does not exist, is not readable, is not YAML, or is not a mapping.
     """
     try:
         data = yaml.load(read_text(path, "a YAML file"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
@@ -67,7 +67,7 @@ def validate(
         rename: top-level key -> where it was written, if elsewhere.
 
     Raises:
-        ConfigError: one line for each mistake.
+        ConfigError: one line per mistake.
     """
     try:
         return TypeAdapter(kind).validate_python(dict(data))
@@ -124,7 +124,7 @@ def _place(
         keys.append(part)
         data = data.get(step) if isinstance(data, Mapping) else None
         known = any(part in model.model_fields for model in models)
-        # What is no field is a name of the user's own, such as a detection set's, or the mistake itself.
+        # What is not a field is a user's name, such as a detection set's, or the mistake itself.
         own = [section for model in models if (section := model.section_of(part, data))]
         beside, models = models, inside if known else own or models
     return keys, sorted({name for model in beside for name in model.model_fields})
@@ -144,5 +144,5 @@ def _tags(model: type[Section]) -> set[str]:
 
 
 def unknown_key(key: str, allowed: list[str]) -> str:
-    """The message on a key that does not exist, with a guess at the one that was meant."""
+    """The message on a key that does not exist, with a guess at the intended one."""
     return f"unknown key {guess(key, allowed).removeprefix('found ')}"

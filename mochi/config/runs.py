@@ -1,4 +1,4 @@
-"""What one job is asked to compute: a type for each kind of stage, complete in itself."""
+"""The input of one job: a self-contained type for each kind of stage."""
 
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ from mochi.config.training import Augmentation, Contrastive, Encoder, FromFile, 
 
 
 class Run(Section):
-    """One method and seed of an experiment, as far as one stage depends on it."""
+    """One method and seed of an experiment, with what one stage depends on."""
 
     experiment: Name
     method: Name
@@ -21,7 +21,7 @@ class Run(Section):
     encoder: Encoder
 
     _ignored: ClassVar[dict[str, Any]] = {}
-    """Keys that change no number, as pydantic's `exclude` takes them."""
+    """Keys that do not affect numbers, for pydantic's `exclude`."""
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON.
@@ -48,11 +48,11 @@ class PretrainRun(Run):
         return not isinstance(self.recipe, Untrained | FromFile)
 
     def code(self) -> tuple[str, ...]:
-        """The modules that decide the numbers of this row alone."""
+        """The modules that determine the numbers of only this row."""
         return self.recipe.code() if isinstance(self.recipe, Contrastive) else ()
 
     def settings(self) -> dict[str, Any]:
-        """See `Run.settings`; without a training, the encoder does not depend on the views."""
+        """See `Run.settings`; without training, the encoder does not depend on the views."""
         settings = super().settings()
         if not self.is_trained:
             del settings["augmentation"]
@@ -60,7 +60,7 @@ class PretrainRun(Run):
 
 
 class ProbeRun(Run):
-    """Classify on the features of one frozen encoder."""
+    """Evaluate one frozen encoder on a task."""
 
     name: Name
     """Of the entry in the experiment."""
@@ -85,7 +85,7 @@ class ProbeRun(Run):
         return self.dataset.name, self.image_size, self.resize
 
     def settings(self) -> dict[str, Any]:
-        """See `Run.settings`; a task is left out where it is the default, the name of the entry."""
+        """See `Run.settings`; a task is omitted if it is the default, the name of the entry."""
         settings = super().settings()
         if self.protocol.task == self.name:
             del settings["protocol"]["task"]
@@ -93,7 +93,7 @@ class ProbeRun(Run):
 
 
 class AnalysisRun(Run):
-    """Look at what one frozen encoder makes of the validation images."""
+    """Analyse one frozen encoder on the validation images."""
 
     dataset: Dataset
     image_size: Count
@@ -112,7 +112,7 @@ class DetectionRun(Run):
     set_name: Name
     detection: DetectionSet
     searches: bool = False
-    """Only choose the learning rate; the fine-tunings are other runs."""
+    """Only choose the learning rate; the fine-tunings are separate runs."""
 
     _ignored: ClassVar[dict[str, Any]] = {
         "set_name": True,

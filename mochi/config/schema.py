@@ -13,7 +13,7 @@ from mochi.contrast.rules import Mask, Rule, names_of
 
 
 def _optional(name: str, about: str, *models: type[BaseModel], **more: Any) -> type[Section]:
-    """A section with the keys of `models`, none of them mandatory."""
+    """A section with the keys of `models`, all optional."""
     fields: dict[str, Any] = {
         key: (field.rebuild_annotation(), field.get_default() if not field.is_required() else None)
         for model in models

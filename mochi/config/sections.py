@@ -1,4 +1,4 @@
-"""What every section of an experiment file is made of."""
+"""Base of the sections of an experiment file."""
 
 import re
 from typing import Annotated
@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _read_number(value: object) -> object:
-    """YAML 1.1 reads `1e-4` as a string; a person means a number."""
+    """YAML 1.1 reads `1e-4` as a string, but a number is meant."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -31,17 +31,19 @@ class Section(BaseModel):
 
     @classmethod
     def section_of(cls, key: str, value: object) -> "type[Section] | None":
-        """The section of an entry whose key is a name of the user's own, for messages; None: no section."""
+        """The section of an entry whose key is a user's name, for messages; None: no section."""
         del key, value
         return None
 
 
 def distinct_seeds(seeds: list[int]) -> list[int]:
-    """The seeds, none of them twice.
+    """The seeds, which must be distinct.
 
     Raises:
         ValueError: some seed is.
     """
     if len(set(seeds)) != len(seeds):
-        raise ValueError(f"found {seeds}; seeds must be distinct, or a spread over them means nothing")
+        raise ValueError(
+            f"found {seeds}; seeds must be distinct, or their standard deviation is meaningless"
+        )
     return seeds

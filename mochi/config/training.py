@@ -1,4 +1,4 @@
-"""Views, encoders and how they learn."""
+"""Views, encoders and training."""
 
 import difflib
 import re
@@ -18,7 +18,7 @@ class Augmentation(Section):
     image_size: Count
     """Side of a view, pixels."""
     min_scale: Annotated[Real, Field(gt=0, le=1)]
-    """Smallest share of the image's area that a random crop may cover."""
+    """Smallest fraction of the image's area that a random crop may cover."""
     blur: bool = True
     """Version 2 blurs half of the views; at 32 px the blur of 224-px recipes removes the image."""
 
@@ -38,7 +38,7 @@ RESNETS = (
     "resnext50_32x4d",
     "wide_resnet50_2",
 )
-"""Architectures by torchvision's names; resnet10 has one basic block a stage, and torchvision has none."""
+"""Architectures by torchvision's names; resnet10, with one basic block per stage, is not in torchvision."""
 
 
 class Encoder(Section):
@@ -77,7 +77,7 @@ class Encoder(Section):
         if not self.is_resnet:
             if self.stem is not None or self.width is not None:
                 raise ValueError(
-                    f"stem, width: found {self.stem}, {self.width}; {self.architecture} has its own; "
+                    f"stem, width: found {self.stem}, {self.width}; {self.architecture} fixes them; "
                     "leave both out"
                 )
         elif self.stem is None or self.width is None:
@@ -98,15 +98,15 @@ class Untrained(Section):
 
 
 class FromFile(Section):
-    """An encoder that was not trained here: a file that `mochi import` or another experiment wrote."""
+    """An encoder that is not trained here: a file written by `mochi import` or another experiment."""
 
     objective: Literal["file"]
     path: Annotated[str, Field(min_length=1)]
-    """Of the safetensors file. Its sha256 counts, wherever it lies."""
+    """Path of the safetensors file. Its sha256 is tracked, not its location."""
 
 
 class Training(Section):
-    """What every trained encoder shares."""
+    """Settings of every trained encoder."""
 
     epochs: Count
     batch_size: Count
@@ -119,14 +119,14 @@ class Training(Section):
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     """sgd: the paper's. lars: for large batches; biases and batch norm without scaling and decay."""
     warmup_epochs: CountOrZero = 0
-    """Epochs at the start in which the learning rate rises linearly, step by step."""
+    """Initial epochs in which the learning rate rises linearly with every step."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 where the device has it in hardware."""
+    """auto: bfloat16 if the device supports it in hardware."""
     deterministic: bool = True
     """The same bytes from the same seed. false: on a GPU cuDNN's fastest kernels, whose last digits differ
     from run to run; on a CPU nothing changes."""
     checkpoint_minutes: PositiveReal = 5.0
-    """A resume checkpoint is written this often, and at the end of the training."""
+    """Interval of resume checkpoints; one is also written at the end of training."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -144,7 +144,7 @@ class Supervised(Training):
 
 
 class Contrastive(Training):
-    """MoCo (He et al. 2020) and, with other rules of negatives, MoCHi and its neighbours."""
+    """MoCo (He et al. 2020) and, with other rules of negatives, MoCHi and related methods."""
 
     objective: Literal["contrastive"]
     head: Literal["linear", "mlp"]
@@ -156,11 +156,11 @@ class Contrastive(Training):
     """tau."""
     key_momentum: Annotated[Real, Field(ge=0, le=1)]
     bn_groups: Count
-    """Groups of the global batch whose batch-norm statistics are separate (MoCo: one for each GPU)."""
+    """Groups of the global batch with separate batch-norm statistics (MoCo: one per GPU)."""
     negatives: NegativesOfARule = PLAIN
-    """How much each negative counts: a rule by its name and its settings; MoCo's without it."""
+    """How much each negative counts: a rule with its settings; default: MoCo's."""
     masks: Masks = []
-    """Negatives to leave out: class_oracle (of the query's class, by label: an upper bound, not a method),
+    """Negatives to exclude: class_oracle (of the query's class, by label: an upper bound, not a method),
     same_image (older keys of the query's own image)."""
     matching_epochs: list[CountOrZero] = []
     """Epochs whose mean matching probabilities of the hardest 1024 are recorded (figure 2)."""
@@ -175,12 +175,12 @@ class Contrastive(Training):
         if not rule.is_active(self.epochs - 1):
             raise ValueError(
                 f"negatives.warmup_epochs: found {rule.warmup_epochs}; must be smaller than "
-                f"epochs = {self.epochs}, or nothing but MoCo is ever trained"
+                f"epochs = {self.epochs}, or only MoCo is ever trained"
             )
         if self.bn_groups * 2 > self.batch_size:
             raise ValueError(
                 f"bn_groups: found {self.bn_groups}; batch_size = {self.batch_size} leaves fewer than "
-                f"2 images a group; at most {max(self.batch_size // 2, 1)}"
+                f"2 images per group; at most {max(self.batch_size // 2, 1)}"
             )
         late = [epoch for epoch in self.matching_epochs if epoch >= self.epochs]
         if late:
@@ -192,7 +192,7 @@ class Contrastive(Training):
         return [make_mask(name) for name in self.masks]
 
     def code(self) -> tuple[str, ...]:
-        """The modules that hold the rule and the masks."""
+        """The modules of the rule and the masks."""
         return modules(self.negatives.make(), *self.make_masks())
 
 

@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are stored, and how views of them reach the encoder."""
+"""Images: sources, storage, and views for the encoder."""

@@ -1,4 +1,4 @@
-"""What a folder of images is: classes with or without splits, unlabelled photos, a VOC or a COCO tree."""
+"""Recognise a folder of images: classes with or without splits, unlabelled photos, a VOC or COCO tree."""
 
 import os
 import re
@@ -18,13 +18,13 @@ from mochi.data.ingest.sources.folder import UNLABELLED_FOLDERS, list_images
 from mochi.errors import DataError
 
 VAL_SHARE = 0.2
-_DATE = re.compile(r"(19|20)\d\d([-_.]?\d\d){0,2}")  # as cameras and people name albums
+_DATE = re.compile(r"(19|20)\d\d([-_.]?\d\d){0,2}")  # names of albums by cameras and people
 _SAMPLE = 400  # images whose headers are read
 
 
 @dataclass(frozen=True)
 class Description:
-    """A folder, as an experiment needs to know it."""
+    """A folder, as needed for an experiment."""
 
     kind: Literal["classes", "photos", "voc", "coco"]
     dataset: dict[str, Any]
@@ -35,15 +35,15 @@ class Description:
     """Labelled training images of each class."""
     val_classes: dict[str, int] = field(default_factory=dict)
     detection: dict[str, Any] = field(default_factory=dict)
-    """Keys of a detection set's `data`; empty where there are no boxes."""
+    """Keys of a detection set's `data`; empty without boxes."""
 
 
 def describe(folder: Path) -> Description:
-    """Look at names only, except for the lists of a VOC tree.
+    """Read only names, except for the lists of a VOC tree.
 
     Raises:
-        DataError: no such folder, no image, a VOC or COCO tree without a part to test on, or a path that an
-            experiment file cannot hold.
+        DataError: no such folder, no image, a VOC or COCO tree without a part to test on, or a path that
+            cannot be written to an experiment file.
     """
     if not folder.is_dir():
         raise DataError(f"{as_text(str(folder))}: no such folder; give the folder of your images")
@@ -51,7 +51,7 @@ def describe(folder: Path) -> Description:
         str(folder).encode("utf-8")
     except UnicodeEncodeError:
         raise DataError(
-            f"{as_text(str(folder))}: the path is not UTF-8, so no experiment file can hold it; "
+            f"{as_text(str(folder))}: the path is not UTF-8, as experiment files require; "
             "rename the folder or give a link to it"
         ) from None
     return _coco(folder) or _voc(folder) or _images(folder)
@@ -60,7 +60,7 @@ def describe(folder: Path) -> Description:
 def detection_data(folder: Path) -> dict[str, Any]:
     """Keys of a detection set's `data` for a VOC or COCO tree.
 
-    Empty for a folder without boxes, or where it is not plain what to train and what to test on.
+    Empty for a folder without boxes, or if the training and test splits are ambiguous.
     """
     try:
         found = _coco(folder) or _voc(folder)
@@ -70,7 +70,7 @@ def detection_data(folder: Path) -> dict[str, Any]:
 
 
 def sides(files: Sequence[str]) -> NDArray[np.int64]:
-    """(n, 2) height and width, upright, of a sample spread over the files, without unreadable ones."""
+    """(n, 2) height and width, upright, of evenly spaced files, without unreadable ones."""
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, _SAMPLE).astype(int))]
     found = []
     for file in chosen:
@@ -118,7 +118,7 @@ def _files(raw: RawDataset) -> list[str]:
 
 
 def _are_classes(folder: Path, top: list[str]) -> bool:
-    """Folders of images alone, nothing beside them, are classes; dates or one folder are not."""
+    """Folders with only images, and no files next to them, are classes; dates or one folder are not."""
     classes = [name for name in top if name not in UNLABELLED_FOLDERS]
     if all(_DATE.fullmatch(name) for name in classes):
         return False
@@ -172,7 +172,7 @@ def _is_voc(home: Path) -> bool:
 
 
 def _train_and_test(place: Path, names: list[str]) -> tuple[list[str], list[str]]:
-    """The splits to train on and to test on: test on `test`, else on `val`. Names may end in a year.
+    """The training and test splits: test on `test`, else on `val`. Names may end in a year.
 
     Raises:
         DataError: there is no such pair.
@@ -188,6 +188,6 @@ def _train_and_test(place: Path, names: list[str]) -> tuple[list[str], list[str]
         return train[:1], val[:1]
     raise DataError(
         f"{place}: found the splits {', '.join(names) or 'none'}; expected one to train on and one to test "
-        "on: for VOC ImageSets/Main/train.txt and val.txt, one image name a line; for COCO "
+        "on: for VOC ImageSets/Main/train.txt and val.txt, one image name per line; for COCO "
         "annotations/instances_train.json with train/ and instances_val.json with val/"
     )

@@ -1,11 +1,11 @@
-"""The on-disk contract: a folder with manifest.json, arrays and memory-mapped shards.
+"""On-disk format: a folder with manifest.json, arrays and memory-mapped shards.
 
     manifest.json            what it is, where from, counts, classes, sha256 of every file
     <split>-index.arrow      a row per image: label (-1 unlabelled), path in the source, sha256, size
     <split>-images.npy       uint8 (N, H, W, 3), when all images are small and of one size; else
     <split>-images-0000.arrow ...  the encoded bytes (JPEG or PNG) of upright RGB images
 
-Everything is memory-mapped, so a row costs no process any memory of its own.
+Everything is memory-mapped, so rows need no memory in each process.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _LARGE_SIDE = 2048
 
 
 class StoredSplit:
-    """The images of one split. Cheap to send to a worker: files are opened where they are read."""
+    """The images of one split. Cheap to send to a worker: each process opens the files itself."""
 
     def __init__(self, folder: Path, name: str, entry: dict[str, Any]) -> None:
         self.folder = folder
@@ -58,7 +58,7 @@ class StoredSplit:
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """(N,) class numbers, -1 where there is none; a view of the file."""
+        """(N,) class numbers, -1 for no label; a view of the file."""
         return self._column("label", np.int64)
 
     @cached_property
@@ -78,7 +78,7 @@ class StoredSplit:
 
     @cached_property
     def labelled(self) -> NDArray[np.int64]:
-        """Rows that carry a label."""
+        """Rows with a label."""
         return np.flatnonzero(self.labels != UNLABELLED)
 
     def oversized(self) -> str:
@@ -135,7 +135,7 @@ class StoredSplit:
 def oversized(
     split: str, heights: NDArray[np.int32], widths: NDArray[np.int32], path: Callable[[int], str]
 ) -> str:
-    """Which images (N,) are far larger than any view, in words; empty where there is none."""
+    """A message about images (N,) far larger than any view; empty if there are none."""
     longest = np.maximum(heights, widths)
     count = int((longest > _LARGE_SIDE).sum())
     if not count:
@@ -143,7 +143,7 @@ def oversized(
     row = int(longest.argmax())
     return (
         f"{count} images of {split} have a side of more than {_LARGE_SIDE} px, such as {path(row)} "
-        f"({widths[row]} x {heights[row]}), and are decoded whole each time they are read; "
+        f"({widths[row]} x {heights[row]}), and are fully decoded each time they are read; "
         f"dataset.max_side: {_LARGE_SIDE // 2} stores them smaller"
     )
 
@@ -158,10 +158,10 @@ class StoredDataset:
         self._opened: dict[str, StoredSplit] = {}
 
     def split(self, name: str) -> StoredSplit:
-        """One split; the same object each time, so that its pixels are on a device only once.
+        """One split; the same object each time, so that its pixels are copied to a device only once.
 
         Raises:
-            DataError: the data set has no such split, or a file of it is missing or cut.
+            DataError: the data set has no such split, or one of its files is missing or truncated.
         """
         if name in self._opened:
             return self._opened[name]
@@ -179,7 +179,7 @@ class StoredDataset:
                 )
         split = StoredSplit(self.folder, name, splits[name])
         if splits[name]["count"]:
-            _ = split.labels  # does the index fit?
+            _ = split.labels  # check the index
         return self._opened.setdefault(name, split)
 
     def damaged(self) -> list[Path]:
@@ -199,7 +199,7 @@ def open_dataset(folder: Path) -> StoredDataset:
     """Open what `prepare` wrote.
 
     Raises:
-        DataError: nothing there, unreadable, or written by another version.
+        DataError: it does not exist, is unreadable, or was written by another version.
     """
     path = folder / "manifest.json"
     if not path.exists():
@@ -216,7 +216,7 @@ def open_dataset(folder: Path) -> StoredDataset:
 
 
 def _check_manifest(manifest: Fields) -> None:
-    """Refuse a manifest that was edited or cut: every field that is read is there."""
+    """Refuse an edited or truncated manifest: every field that is read must exist."""
     if not all(isinstance(name, str) for name in manifest.items("classes")):
         raise manifest.error("classes", "a list of names")
     splits = Fields.of(manifest.values.get("splits"), f"{manifest.where}: splits")
@@ -247,7 +247,7 @@ def read_arrow(path: Path, schema: pa.Schema) -> pa.Table:
     """A memory-mapped Arrow file as a table; nothing is copied.
 
     Raises:
-        DataError: not an Arrow file, a corrupt one, or with other columns.
+        DataError: not an Arrow file, a corrupt one, or one with other columns.
     """
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -304,7 +304,7 @@ def write_encoded(file: BinaryIO, images: Iterator[bytes], shard_bytes: int) -> 
 
 
 def _binary_batch(values: list[bytes]) -> pa.RecordBatch:
-    """One column of bytes, joined once where Arrow's builder would copy them again and again."""
+    """One column of bytes, joined once, because Arrow's builder would copy them repeatedly."""
     offsets = np.zeros(len(values) + 1, np.int32)
     np.cumsum([len(value) for value in values], out=offsets[1:])
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]

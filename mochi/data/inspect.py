@@ -24,7 +24,7 @@ def inspect(folder: Path, *, jobs: int, progress: Progress | None = None) -> dic
     Args:
         folder: as `source: folder` expects it.
         jobs: processes that decode.
-        progress: called with the number of files done and in all.
+        progress: called with the number of files done and the total.
 
     Raises:
         DataError: no such folder, or no image in it.
@@ -70,7 +70,7 @@ def inspect(folder: Path, *, jobs: int, progress: Progress | None = None) -> dic
 
 
 class _Summary:
-    """What the pass over the files has found."""
+    """The findings of the pass over the files."""
 
     def __init__(self) -> None:
         self.formats: Counter[str] = Counter()
@@ -100,7 +100,7 @@ class _Summary:
             self.reencoded += result.reencoded is not None
 
     def oversized(self, name: str) -> str:
-        """Which images of a split are far larger than any view, in words."""
+        """A message about images of a split far larger than any view."""
         own = [
             (side, path)
             for side, (split, _, path) in zip(self.sides, self.rows, strict=True)
@@ -197,7 +197,7 @@ def render(report: dict[str, Any]) -> str:
         count = report["splits"].get("train", {"images": 0})["images"]
         lines.append(f"warning: {count} training images are too few to pretrain on; expected thousands")
     lines += _section(
-        "recommended settings, to start from",
+        "recommended settings to start with",
         [f"{_yaml(advice['key'], advice['value'])}\n      {advice['why']}" for advice in report["advice"]],
         limit=None,
     )
@@ -222,7 +222,7 @@ def _duplicates(found: dict[str, Any]) -> list[str]:
 
 
 def _section(title: str, items: list[str], limit: int | None = _SHOWN) -> list[str]:
-    """A title and its items, the first few; nothing at all without items."""
+    """A title and the first few items; nothing without items."""
     if not items:
         return []
     shown = [f"  {item}" for item in items[:limit]]

@@ -1,6 +1,6 @@
 """The photographs in the packages scikit-image and scikit-learn: nothing is downloaded.
 
-Each photograph is divided into a grid of cells, and each cell belongs to train or to val, so that the
+Each photograph is divided into a grid of cells. Each cell belongs to train or to val, so the
 splits share no pixel.
 """
 
@@ -151,7 +151,7 @@ def load(photograph: Photograph) -> NDArray[np.uint8]:
     """(H, W, 3) RGB; grey photographs get three equal channels.
 
     Raises:
-        DataError: the package lacks the file, or has other bytes in it.
+        DataError: the package lacks the file, or its content differs.
     """
     found = importlib.util.find_spec(photograph.package)
     distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[photograph.package]

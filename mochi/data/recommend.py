@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 FEWEST = 64
-"""Training images; with fewer nothing is recommended for pretraining."""
+"""Training images; with fewer, no pretraining settings are recommended."""
 
 FEWEST_TO_TRAIN = 16
-"""Training images; with fewer there are hardly any negatives, and nothing is trained."""
+"""Training images; with fewer there are too few negatives, and nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,13 @@ class Advice:
 
     key: str
     value: object
-    """In YAML's types, as the experiment file accepts it."""
+    """In YAML's types, as in an experiment file."""
     why: str
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the recommendations depend on."""
+    """The facts that recommendations depend on."""
 
     num_train: int
     """Training images, labelled or not."""
@@ -31,13 +31,13 @@ class Facts:
     """Labelled training images of each class; empty without labels."""
     has_val: bool
     largest: int = 224
-    """Side of the largest view that the machine can train on in a bearable time, pixels."""
+    """Side of the largest view that the machine can train on in a reasonable time, pixels."""
 
 
 def advise(facts: Facts, fewest: int = FEWEST) -> list[Advice]:
     """Settings for images of this number and size, in the order of an experiment file.
 
-    Those of pretraining are left out where there are fewer than `fewest` images.
+    Those of pretraining are omitted if there are fewer than `fewest` images.
     """
     size = min(view_size(facts.short_side), facts.largest)
     if facts.num_train < fewest:
@@ -66,7 +66,7 @@ def stem(size: int) -> str:
     return "imagenet" if size >= 128 else "half" if size >= 64 else "full"
 
 
-STEM = "imagenet divides the sides by 4 before the first stage, half by 2, full keeps them"
+STEM = "imagenet downsamples by 4 before the first stage, half by 2, full not at all"
 
 
 def view_size(short_side: int) -> int:

@@ -1,7 +1,7 @@
-"""Ground-truth annotations of a detection set, whatever file format they come from.
+"""Ground-truth annotations of a detection set, from any file format.
 
 Boxes are (x0, y0, x1, y1) in continuous pixel coordinates from 0: a box that covers an image of width W
-and height H is (0, 0, W, H). Labels run from 1 to K; 0 is the background and is in no file.
+and height H is (0, 0, W, H). Labels run from 1 to K; 0 is the background and does not occur in files.
 """
 
 from collections import Counter
@@ -21,20 +21,20 @@ RunLengths = dict[str, Any]
 
 
 AnnotationError = DataError
-"""Annotations that cannot be used; the text names file and object and says what to do."""
+"""Annotations that cannot be used; the message names file and object and says what to do."""
 
 _SHOWN = 5
 
 
 class Mistakes:
-    """Mistakes of many files, told together, so that a user corrects all of them at once."""
+    """Mistakes of many files, reported together, so that a user can correct them at once."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Keep the mistake that ends the block."""
+        """Collect the mistake that ends the block."""
         try:
             yield
         except AnnotationError as error:
@@ -73,24 +73,24 @@ class AnnotatedImage:
     width: int
     boxes: NDArray[np.float32]  # (n, 4)
     labels: NDArray[np.int64]  # (n,)
-    ignored: NDArray[np.bool_]  # (n,) difficult (VOC) or crowd (COCO): no detection gains or loses by it
-    trained: NDArray[np.bool_]  # (n,) whether the detector learns from it
+    ignored: NDArray[np.bool_]  # (n,) difficult (VOC) or crowd (COCO): ignored in evaluation
+    trained: NDArray[np.bool_]  # (n,) whether the detector is trained on it
     masks: tuple[RunLengths, ...] | None = None  # n of them
-    areas: NDArray[np.float64] | None = None  # (n,) COCO's areas, which its size classes go by
+    areas: NDArray[np.float64] | None = None  # (n,) COCO's areas, which define its size classes
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """A split: K class names, its images, and what was found wrong in its files."""
+    """A split: K class names, its images, and the defects of its files."""
 
     classes: tuple[str, ...]
     images: tuple[AnnotatedImage, ...]
     found: Counter[str] = field(default_factory=Counter)
     """What the reader counted, defects included."""
     numbering: str = ""
-    """From which number pixels (VOC) or categories (COCO) are counted: one decision for the whole set."""
+    """The first number of pixels (VOC) or categories (COCO): one decision for the whole set."""
     dropped: tuple[str, ...] = ()
-    """Objects that cannot be used, each with its place and the reason."""
+    """Objects that cannot be used, each with its position and the reason."""
 
     def __post_init__(self) -> None:
         for image in self.images:
@@ -127,7 +127,7 @@ def _check(image: AnnotatedImage, num_classes: int) -> None:
 
 
 def clip(boxes: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
-    """(n, 4) boxes cut to the image, in any precision."""
+    """(n, 4) boxes clipped to the image, in any precision."""
     limits = np.array([width, height, width, height], dtype=np.float32)
     inside: NDArray[np.float32] = np.clip(boxes, 0, limits).astype(np.float32)
     return inside
@@ -164,7 +164,7 @@ def require_same_classes(first: tuple[str, ...], second: tuple[str, ...]) -> Non
 
 
 def for_training(annotations: Annotations, empty_images: str) -> Annotations:
-    """What a detector trains on: crowds left out; images without a box kept or dropped, and counted.
+    """The training annotations: without crowds; images without a box kept or dropped, and counted.
 
     Source: detectron2 data/build.py drops images without usable annotations (1,021 of COCO's train2017).
     """
@@ -196,7 +196,7 @@ def for_training(annotations: Annotations, empty_images: str) -> Annotations:
 def split_off(
     annotations: Annotations, share: float, rng: np.random.Generator
 ) -> tuple[Annotations, Annotations]:
-    """(rest, part): `share` of the images drawn at random, to validate on.
+    """(rest, part): a random `share` of the images, for validation.
 
     Raises:
         AnnotationError: fewer than two images.

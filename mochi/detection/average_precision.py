@@ -23,9 +23,9 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector found in a split, in the coordinates of the original images."""
+    """Detections in a split, in the coordinates of the original images."""
 
-    image: Integers  # (M,) place of the image in the split
+    image: Integers  # (M,) index of the image in the split
     boxes: NDArray[np.float32]  # (M, 4)
     scores: NDArray[np.float32]  # (M,)
     labels: Integers  # (M,) from 1
@@ -34,7 +34,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class Curve:
-    """Precision against recall of one class at one threshold, detections by falling score."""
+    """Precision against recall of one class at one threshold, detections by decreasing score."""
 
     recall: Floats
     precision: Floats
@@ -42,7 +42,7 @@ class Curve:
     """Objects to find, difficult ones not counted."""
 
     def average_precision(self, rule: str) -> float:
-        """Share of 1, or nan where there is nothing to find.
+        """In [0, 1], or NaN if there are no objects.
 
         `11-point`: mean over recall 0, .1, ... 1 of the best precision from there on (VOC2007).
         `all-point`: area under the curve made monotone (VOC2010 and later).
@@ -63,13 +63,14 @@ class Curve:
 def voc_curves(annotations: Annotations, detections: Detections, thresholds: Floats = THRESHOLDS) -> Any:
     """Curves [threshold][class].
 
-    A detection belongs to the object of its class that it overlaps most. It is right if that overlap is
-    above the threshold and no detection with a higher score took the object; it does not count at all if
-    the object is difficult; else it is wrong.
+    A detection belongs to the object of its class that it overlaps most. It is a true positive if that
+    overlap is above the threshold and no detection with a higher score matched the object; it is ignored
+    if the object is difficult; otherwise it is a false positive.
 
     Source: rbgirshick/py-faster-rcnn voc_eval.py, as in detectron2 evaluation/pascal_voc_evaluation.py.
     Deviation: scores and boxes are not rounded to 3 and 1 digits; equal scores keep the detector's order;
-    a class without objects is left out of the mean where the public code fails or gives nan.
+    a class without objects is left out of the mean, while the public code fails or
+    gives NaN.
     """
     num_classes = len(annotations.classes)
     truth = _Truth.of(annotations)
@@ -101,7 +102,7 @@ def voc_curves(annotations: Annotations, detections: Detections, thresholds: Flo
 
 @dataclass(frozen=True)
 class _Truth:
-    """The objects of a split, sorted by (image, label), so that a detection's rivals are one slice."""
+    """The objects of a split, sorted by (image, label): the candidates of a detection are one slice."""
 
     keys: Integers  # (G,)
     boxes: Floats  # (G, 4)
@@ -120,7 +121,7 @@ class _Truth:
         return _Truth(key[order], boxes[order], ignored[order], positives)
 
     def best_match(self, image: Integers, labels: Integers, boxes: Floats) -> tuple[Integers, Floats]:
-        """(M,) object each detection overlaps most, the first of equals, and the overlap; -1 if none."""
+        """(M,) object that each detection overlaps most (ties: the first), and the overlap; -1 if none."""
         key = image * len(self.positives) + labels
         first = np.searchsorted(self.keys, key, side="left")
         counts = np.searchsorted(self.keys, key, side="right") - first
@@ -180,10 +181,8 @@ def voc_metrics(curves: Any, classes: tuple[str, ...], rule: str) -> dict[str, A
 def coco_metrics(annotations: Annotations, detections: Detections) -> dict[str, float | None]:
     """AP, AP50, AP75 of boxes and, where there are masks, mask_AP, mask_AP50, mask_AP75, percent.
 
-    None where there is nothing to find.
-
-    Crowds (and VOC's difficult objects) are ignored as COCO ignores crowds. Computed by
-    faster-coco-eval; the images' ids do not matter, so strings are as good as numbers.
+    None if there are no objects. Crowds (and VOC's difficult objects) are ignored as COCO ignores crowds.
+    Computed by faster-coco-eval; ids of images may be strings.
     """
     truth = _coco_truth(annotations)
     metrics: dict[str, float | None] = {}
@@ -196,7 +195,7 @@ def coco_metrics(annotations: Annotations, detections: Detections) -> dict[str, 
         evaluator.accumulate()
         evaluator.summarize()
         for place, name in enumerate(("AP", "AP50", "AP75")):
-            share = float(evaluator.stats[place])  # -1 where there is nothing to find
+            share = float(evaluator.stats[place])  # -1 if there are no objects
             metrics[f"{prefix}{name}"] = None if share < 0 else 100 * share
     return metrics
 

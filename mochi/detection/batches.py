@@ -1,7 +1,7 @@
-"""Annotated images as batches. What a batch holds is a function of (seed, its number) alone.
+"""Annotated images as batches.
 
-So a resumed training continues with exactly the batches it would have had, and no generator's state
-needs to be kept.
+A batch is a function of (seed, its number) only, so a resumed run continues with exactly the same batches,
+and no generator state needs to be saved.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,11 +29,11 @@ from mochi.runtime.watchdog import LOOK_SECONDS, Pulse, end_worker_that_cannot_s
 
 Target = dict[str, Tensor]
 
-# On the scale of bytes; MoCo's configurations give detectron2 the same.
+# For pixels in 0 to 255; as in MoCo's configurations for detectron2.
 _MEAN = 255 * np.array(IMAGENET_MEAN, np.float32)
 _STD = 255 * np.array(IMAGENET_STD, np.float32)
 
-# Below this many pixels a side no anchor or region can match a box.
+# Below this side in pixels no anchor or region can match a box.
 _SMALLEST_SIDE = 1e-2
 
 _CACHE_BYTES = 1 << 30
@@ -49,16 +49,16 @@ class Item:
     boxes: Tensor  # (n, 4)
     labels: Tensor  # (n,)
     masks: Tensor | None
-    """(n, H, W) uint8, of the original image's size: to resize them would move their edges."""
+    """(n, H, W) uint8, of the original image's size, because resizing would move their edges."""
     vanished: int
-    """Objects whose boxes the resizing left without an area; they are not among the n."""
+    """Objects whose boxes have no area after resizing; they are not among the n."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images side by side as bytes, padded with zeros to the largest height and width among them.
+    """A batch of images as bytes, padded with zeros to the largest height and width.
 
-    Source: detectron2's C4 backbone, which asks for no multiple of its stride.
+    Source: detectron2's C4 backbone, which needs no multiple of its stride.
     """
 
     pixels: Tensor  # (B, H, W, 3) uint8
@@ -93,7 +93,7 @@ class Batch:
 
 
 def resized(height: int, width: int, short_side: int, longest: int) -> tuple[int, int]:
-    """The size of an image whose short side becomes `short_side`, unless its long side passes `longest`.
+    """The size of an image with short side `short_side`, unless its long side exceeds `longest`.
 
     Source: detectron2 data/transforms/augmentation_impl.py ResizeShortestEdge.
     """
@@ -112,7 +112,7 @@ class Images:
         self._cache: dict[int, NDArray[np.uint8]] | None = {} if keep and size <= _CACHE_BYTES else None
 
     def item(self, index: int, short_side: int, longest: int, flipped: bool) -> Item:
-        """Image `index`, resized and perhaps mirrored.
+        """Image `index`, resized and optionally mirrored.
 
         Raises:
             AnnotationError: the image cannot be decoded or is not of the annotated size.
@@ -161,7 +161,7 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     """(H, W, 3) of an image file, upright, grey and palettes converted.
 
     Raises:
-        AnnotationError: not readable; path and reason are named.
+        AnnotationError: not readable; the message has path and reason.
     """
     try:
         return np.asarray(to_rgb(open_image(path.read_bytes())))
@@ -170,7 +170,7 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Put images side by side."""
+    """Collate images."""
     sizes = [(item.image.shape[0], item.image.shape[1]) for item in items]
     pixels = torch.zeros(
         len(items), *(max(sides) for sides in zip(*sizes, strict=True)), 3, dtype=torch.uint8
@@ -192,10 +192,10 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 class TrainingItems:
-    """Micro-batch number -> its items: shuffled, wide and tall apart, resized and mirrored at random.
+    """Micro-batch number -> its items: shuffled, wide and tall separate, resized and mirrored at random.
 
-    Every image is seen once an epoch; an epoch's last micro-batch is filled up from its beginning. Wide
-    and tall images are kept apart, as in detectron2, so that little of a batch is padding.
+    Every image is seen once per epoch; the last micro-batch of an epoch is filled from its beginning. Wide
+    and tall images are separate, as in detectron2, so that batches have little padding.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class TrainingItems:
 
 @dataclass(frozen=True)
 class PlainItems:
-    """Places of images in a split -> its items, of one size and not mirrored."""
+    """Indices of images in a split -> its items, with one short side and not mirrored."""
 
     images: Images
     short_side: int
@@ -276,10 +276,10 @@ def stream(
     """The batch of `items[key]` for each of `keys`, in order, read ahead by `workers` processes.
 
     Args:
-        items: TrainingItems with numbers of micro-batches as keys, or PlainItems with places of images.
+        items: TrainingItems with numbers of micro-batches as keys, or PlainItems with indices of images.
         keys: what to load.
-        workers: processes; fewer where shared memory has no room for batches of `batch_bytes`.
-        device: where the batches go; for a GPU they are pinned.
+        workers: processes; fewer if shared memory is too small for batches of `batch_bytes`.
+        device: of the batches; for a GPU they are pinned.
         batch_bytes: of the largest batch.
 
     Raises:

@@ -1,6 +1,6 @@
 """Check every image of a detection set before anything is computed.
 
-One corrupt file would otherwise end a training when it is first read, hours in.
+Otherwise a corrupt file would end training when it is first read, possibly after hours.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,11 @@ _SHOWN = 5
 
 
 def check_images(splits: Sequence[Annotations], jobs: int) -> None:
-    """Decode every image completely, each rank its share.
+    """Decode every image completely, divided over ranks.
 
     Raises:
-        AnnotationError: images that do not decode or are not of the annotated size; the first are named.
+        AnnotationError: images that do not decode or are not of the annotated size; the message lists the
+            first.
     """
     distinct = {image.path: image for split in splits for image in split.images}
     images = list(distinct.values())[distributed.rank() :: distributed.world_size()]
@@ -47,7 +48,7 @@ def check_images(splits: Sequence[Annotations], jobs: int) -> None:
 
 
 def misfit(image: AnnotatedImage, height: int, width: int) -> str:
-    """What is wrong with an upright image of `height` x `width` pixels; empty if it fits its annotation."""
+    """How an upright image of `height` x `width` pixels differs from its annotation; empty if it fits."""
     if (height, width) == (image.height, image.width):
         return ""
     return (

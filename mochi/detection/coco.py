@@ -1,4 +1,4 @@
-"""Read COCO's instances JSON with all its oddities, and write it."""
+"""Read and write COCO's instances JSON."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,10 @@ _FAR = 1e9
 
 
 def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotations:
-    """Read `root/annotations/instances_<split>.json`; images lie in `root/<split>`.
+    """Read `root/annotations/instances_<split>.json`; images are in `root/<split>`.
 
-    Categories become labels 1 to K in the order of their ids, gaps closed. Crowds are kept for evaluation
-    (ignored there) and never trained on. Ids may be numbers, their texts, or other texts.
+    Categories become labels 1 to K in the order of their ids, without gaps. Crowds are kept for evaluation
+    (ignored there) and never trained on. Ids may be numbers or strings.
 
     Args:
         root: the data set's folder.
@@ -41,9 +41,9 @@ def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotation
         masks: read segmentations (polygons, compressed and uncompressed run lengths).
 
     Raises:
-        AnnotationError: the file is missing or not COCO's, an id stands for two things, an object names an
+        AnnotationError: the file is missing or not COCO's, an id is used twice, an object names an
             unknown image or category, a field is malformed, or an object is broken and `broken_objects` is
-            "fail". The first few mistakes are told together.
+            "fail". The first few mistakes are reported together.
     """
     path = root / "annotations" / f"instances_{split}.json"
     data = Fields.of(read_json(path, "COCO's instances format"), str(path))
@@ -164,7 +164,7 @@ class _Image:
 
 
 def _images(data: Fields, folder: Path, mistakes: Mistakes) -> dict[_Id, _Image]:
-    """Id -> image; each id and each file once."""
+    """Id -> image; ids and files must be unique."""
     names, images, files = Names(folder), dict[_Id, _Image](), dict[Path, _Id]()
     for index, value in enumerate(data.items("images")):
         with mistakes.collected():
@@ -189,7 +189,7 @@ class _Object:
 
     def __init__(self, path: Path, index: int, value: object) -> None:
         self.fields = Fields.of(value, f"{path}: annotations[{index}]")
-        # Some programs write no ids of annotations, and nothing refers to them.
+        # Some programs write annotations without ids, and nothing refers to them.
         self.identity: _Id = self.fields.identity("id") if "id" in self.fields.values else f"[{index}]"
         self.where = f"{path}: annotation {self.identity}"
         self.fields = Fields(self.where, self.fields.values)
@@ -197,7 +197,7 @@ class _Object:
         self.category: _Id = 0
 
     def reference(self, key: str, known: Mapping[_Id, object], expected: str) -> _Id:
-        """An id that stands elsewhere in the file."""
+        """An id that refers to another part of the file."""
         identity = self.fields.identity(key)
         if identity not in known:
             raise AnnotationError(f"{self.where}: {key} {identity!r} is not {expected}")
@@ -206,7 +206,7 @@ class _Object:
         return identity
 
     def usable(self, height: int, width: int, masks: bool) -> tuple[RunLengths | None, str]:
-        """The mask, where it is asked for, and what makes the object unusable, or nothing."""
+        """The mask, if requested, and the defect of an unusable object, if any."""
         box = self.fields.values.get("bbox")
         numbers = [as_number(value) for value in box] if isinstance(box, list) and len(box) == 4 else []
         self.box = [number for number in numbers if number is not None]
@@ -217,7 +217,7 @@ class _Object:
             return None, "a box without area"
         if max(abs(x), abs(y), w, h) > _FAR:
             return None, "a box outside the image"
-        # In the precision of the boxes: a thousandth of a pixel may be nothing there.
+        # In the precision of the boxes, where a thousandth of a pixel may round to zero.
         if not (_extent(x, x + w, width) > 0 and _extent(y, y + h, height) > 0):
             return None, "a box outside the image"
         if not masks:
@@ -226,14 +226,14 @@ class _Object:
         return (None, shape) if isinstance(shape, str) else (shape, "")
 
     def area(self) -> float:
-        """COCO's area; that of the box where it is missing."""
+        """COCO's area; that of the box if it is missing."""
         if "area" not in self.fields.values:
             return self.box[2] * self.box[3]
         return self.fields.number("area", at_least=0)
 
 
 def _extent(low: float, high: float, side: int) -> float:
-    """Of an interval cut to [0, side]."""
+    """Length of an interval clipped to [0, side]."""
     return float(np.float32(min(max(high, 0.0), side)) - np.float32(min(max(low, 0.0), side)))
 
 
@@ -245,10 +245,10 @@ def _some(ids: Mapping[_Id, object]) -> str:
 def usable_mask(segmentation: object, height: int, width: int) -> RunLengths | str:
     """A segmentation as compressed run lengths, or why it cannot be used.
 
-    Polygons [[x, y, ...], ...] of at least 3 points each, those with fewer left out; run lengths,
+    Polygons [[x, y, ...], ...] of at least 3 points each, others are skipped; run lengths,
     compressed or not, of the image's size.
 
-    Source: pycocotools mask; detectron2 data/datasets/coco.py leaves out polygons in the same way.
+    Source: pycocotools mask; detectron2 data/datasets/coco.py skips polygons in the same way.
     """
     if not segmentation:
         return "no segmentation"
@@ -268,7 +268,7 @@ def usable_mask(segmentation: object, height: int, width: int) -> RunLengths | s
         elif len(points) < 6 or len(points) % 2:
             defect = "a polygon of fewer than 3 points"
         elif not np.isfinite(points).all():
-            defect = "a polygon with a point that is no number"
+            defect = "a polygon with a point that is not a number"
         elif points.min() < -reach or points.max() > 2 * reach:
             defect = "a polygon outside the image"
         else:
@@ -339,13 +339,13 @@ def encode_masks(masks: np.ndarray) -> list[RunLengths]:
 
 
 def write(root: Path, split: str, annotations: Annotations, segmentations: Sequence[Sequence[Any]]) -> None:
-    """Write `instances_<split>.json`; the images are the caller's, in `root/<split>`.
+    """Write `instances_<split>.json`; the caller writes the images to `root/<split>`.
 
     Args:
         root: the data set's folder.
         split: its name.
         annotations: images, boxes, labels and crowds.
-        segmentations: for each image one polygon list or run lengths an object, as COCO writes them.
+        segmentations: for each image, one list of polygons or run lengths per object, in COCO's form.
     """
     images: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ _RECALLS = np.linspace(0, 1, 101)
 def write_curves(out: Path, curves: Sequence[Curve], classes: Sequence[str]) -> None:
     """precision_recall.csv (class, recall, precision at overlap .5) and precision_recall.png.
 
-    Of classes with objects to find; the others have no curve.
+    Only for classes with objects.
     """
     shown = {name: _sampled(curve) for name, curve in zip(classes, curves, strict=True) if curve.positives}
     tables = [
@@ -48,13 +48,13 @@ def write_curves(out: Path, curves: Sequence[Curve], classes: Sequence[str]) -> 
 
 
 def _sampled(curve: Curve) -> NDArray[np.float64]:
-    """Best precision at or beyond each recall, 0 where it is not reached."""
+    """Best precision at or beyond each recall, 0 if it is not reached."""
     best_after = np.maximum.accumulate(curve.precision[::-1])[::-1]
     return np.append(best_after, 0.0)[np.searchsorted(curve.recall, _RECALLS)]
 
 
 def draw_detections(path: Path, images: Images, detections: Detections) -> None:
-    """The truth (left) and the detections with a score of at least .5 (right) on the first test images."""
+    """Ground truth (left) and detections with a score of at least .5 (right) on the first test images."""
     annotations = images.annotations
     number = min(_SCENES, len(annotations.images))
     figure = Figure(figsize=(6, 3 * number), layout="constrained")
@@ -82,7 +82,7 @@ def draw_detections(path: Path, images: Images, detections: Detections) -> None:
 def _draw(axes: Axes, box: NDArray[np.float32], text: str, color: str) -> None:
     x0, y0, x1, y1 = (float(value) for value in box)
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.5))
-    # Inside its box: above it, a label of a box at the upper edge would cover the title.
+    # Inside the box: above it, labels at the upper edge would cover the title.
     background = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
     axes.text(x0, y0, text, color="white", fontsize=6, verticalalignment="top", bbox=background)
 

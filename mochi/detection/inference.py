@@ -1,4 +1,4 @@
-"""A detector over a split: detections in the coordinates of the original images."""
+"""Run a detector on a split: detections in the coordinates of the original images."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def detect(
     features: Features | None = None,
     workers: int = 0,
 ) -> Detections:
-    """Run the detector over all images of a split; with several processes each does its share once.
+    """Run the detector over all images of a split; several processes divide them.
 
     Args:
         detector: put into evaluation mode.
@@ -47,7 +47,7 @@ def detect(
         longest: bound on the long side, pixels.
         batch_size: images at once.
         autocast: the precision to run in.
-        parts: folder where processes leave their shares for each other; not used by a single one.
+        parts: folder through which processes exchange their parts; not used by a single one.
         features: the backbone, if not the detector's own (frozen and kept).
         workers: processes that read images.
 
@@ -122,7 +122,7 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[Ten
 
 
 def _weights(low: Tensor, high: Tensor, pixels: int, cells: int) -> Tensor:
-    """(n, pixels, cells): how much each cell of [low, high] counts at each pixel's centre."""
+    """(n, pixels, cells): weight of each cell of [low, high] at each pixel's centre."""
     centres = torch.arange(pixels, device=low.device) + 0.5
     places = (centres - low[:, None]) / (high - low)[:, None] * cells - 0.5  # in cells
     distances = places[:, :, None] - torch.arange(cells, device=low.device)
@@ -130,7 +130,7 @@ def _weights(low: Tensor, high: Tensor, pixels: int, cells: int) -> Tensor:
 
 
 def _exchange(found: list[dict[str, Any]], parts: Path) -> list[dict[str, Any]]:
-    """Every process's share, through files: a gather of Python objects would go through pickle."""
+    """Gather all parts through files, because gathering Python objects would use pickle."""
     write_json(parts / f"part-{distributed.rank()}.json", found)
     distributed.wait()
     everything = [

@@ -1,4 +1,4 @@
-"""An encoder's weights into a detector, verified by value."""
+"""Load an encoder's weights into a detector, verified by value."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def load_backbone(detector: Detector, path: Path, config: Encoder) -> dict[str, 
     """Copy the encoder in `path` into the detector.
 
     Args:
-        detector: made for an encoder of `config`.
+        detector: built for an encoder of `config`.
         path: the encoder file.
         config: the encoder's architecture.
 

@@ -1,6 +1,6 @@
 """Faster and Mask R-CNN with a C4 backbone, from torchvision's parts.
 
-conv1 to res4 see the whole image; res5 sees each pooled region, followed by the extra batch
+conv1 to res4 process the whole image; res5 each pooled region, followed by the extra batch
 normalisation of MoCo's Res5ROIHeadsExtraNorm, and feeds both boxes and masks. Every number that the
 detectron2 C4 configuration fixes is here or in the experiment file; docs/detection.md compares
 each with torchvision's default.
@@ -27,7 +27,7 @@ Target = dict[str, Tensor]
 
 
 class Backbone(nn.Module):
-    """conv1 to res4 of an encoder; parameters carry the encoder's names."""
+    """conv1 to res4 of an encoder; parameters have the encoder's names."""
 
     def __init__(self, encoder: ResNet) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Anchors(nn.Module):
 
 
 class _FloatRPNHead(RPNHead):  # type: ignore[misc]
-    """torchvision's head; its outputs leave autocast, because box decoding in bfloat16 loses pixels."""
+    """torchvision's head; its outputs are float32, because box decoding in bfloat16 loses pixels."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
@@ -91,7 +91,7 @@ class _FloatRPNHead(RPNHead):  # type: ignore[misc]
 
 
 class Proposals(RegionProposalNetwork):  # type: ignore[misc]
-    """torchvision's region proposals with detectron2's loss: L1, divided by the samples asked for."""
+    """torchvision's region proposals with detectron2's loss: L1, divided by requested samples."""
 
     def compute_loss(
         self,
@@ -148,7 +148,7 @@ class Res5RoIHeads(RoIHeads):  # type: ignore[misc]
     """detectron2's Res5ROIHeads: boxes and masks share the features of res5.
 
     In training the masks are trained on the positive regions of the box head; in evaluation they are
-    read off the boxes that were detected.
+    computed for the detected boxes.
     """
 
     def forward(
@@ -211,7 +211,7 @@ class Res5RoIHeads(RoIHeads):  # type: ignore[misc]
         return loss
 
     def _add_masks(self, features: Tensor, detections: list[Target]) -> None:
-        """Give each detection its class's mask, (n, 1, m, m) probabilities inside its box."""
+        """Select for each detection the mask of its class, (n, 1, m, m) probabilities inside its box."""
         boxes = [detection["boxes"] for detection in detections]
         if sum(len(each) for each in boxes) == 0:
             for detection in detections:
@@ -226,7 +226,7 @@ class Res5RoIHeads(RoIHeads):  # type: ignore[misc]
 def mask_targets(
     boxes: Tensor, masks: Tensor, matched: Tensor, image_size: tuple[int, int], side: int
 ) -> Tensor:
-    """(R, side, side) of 0 and 1: the part of a region's object that lies in the region.
+    """(R, side, side) of 0 and 1: the part of a region's object inside the region.
 
     Args:
         boxes: (R, 4) regions of one image.
@@ -267,8 +267,8 @@ def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, box_targets: Tens
 class Detector(nn.Module):
     """(B, 3, H, W) images, resized, normalised and padded to one size -> losses or detections.
 
-    torchvision's GeneralizedRCNN resizes images by itself, in evaluation too; here sizes are what the
-    caller made them, and boxes are in the coordinates of the images given.
+    torchvision's GeneralizedRCNN resizes images by itself, in evaluation too; here the caller chooses the
+    sizes, and boxes are in the coordinates of the images given.
     """
 
     def __init__(self, encoder: ResNet, stride: int, num_classes: int, config: DetectionModel) -> None:

@@ -14,9 +14,9 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], run: Any) -> 
     """Replace running statistics by their mean over `batches` of training data ("precise BN").
 
     Args:
-        model: layers in training mode are recomputed; frozen ones (in evaluation mode) stay as they are.
-        batches: what `run` takes.
-        run: runs the model forward on one batch, in training mode; its result is dropped.
+        model: layers in training mode are recomputed; frozen ones (in evaluation mode) are unchanged.
+        batches: arguments of `run`.
+        run: runs the model forward on one batch, in training mode; its result is ignored.
 
     Returns:
         The number of batches.
@@ -34,7 +34,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], run: Any) -> 
     sums = [torch.zeros_like(_statistics(layer)) for layer in layers]
     number = 0
     for layer in layers:
-        # The running statistics become those of the last batch alone.
+        # The running statistics become those of only the last batch.
         layer.momentum = 1.0
     for batch in batches:
         run(batch)

@@ -1,7 +1,7 @@
-"""photo-scenes: pieces of photographs pasted on other photographs, a detection set without a download.
+"""photo-scenes: pieces of photographs pasted onto other photographs, a detection set without a download.
 
-The class of an object is the photograph that its piece comes from. Boxes and masks are exact, because
-what is pasted is the mask. Pieces and backgrounds come from cells of the same split only, so that no
+The class of an object is the photograph that its piece comes from. Boxes and masks are exact, because the
+pasted region is the mask. Pieces and backgrounds come from cells of the same split only, so that no
 pixel of a training scene is in a test scene.
 """
 
@@ -26,7 +26,7 @@ from mochi.storage.atomic import write_json
 
 logger = logging.getLogger(__name__)
 
-# Sides of a piece as shares of the scene's.
+# Sides of a piece as fractions of the scene's side.
 _SMALLEST, _LARGEST = 0.3, 0.6
 _MAX_OBJECTS = 4
 _DIFFICULT_SHARE, _CROWD_SHARE = 0.06, 0.12
@@ -60,25 +60,24 @@ class _Scene:
 def run(data: DetectionData, root: Path) -> dict[str, Any]:
     """Write the scenes below `root` as VOC (`VOC/...`, JPEG) and as COCO (`annotations/...`, PNG).
 
-    The folder appears whole or not at all. `scenes.json` in it describes it.
+    The folder is created atomically. `scenes.json` describes it.
 
     Args:
-        data: its `scenes` and `classes` say what to make.
-        root: the folder to make; scenes that stand there are replaced.
+        data: with `scenes` and `classes`.
+        root: the folder to create; existing scenes are replaced.
 
     Returns:
         The content of scenes.json.
 
     Raises:
-        ConfigError: no `scenes` section, a class that is not a photograph, or files in `root` that are no
-            scenes.
+        ConfigError: no `scenes` section, a class that is not a photograph, or other files in `root`.
         OSError: the disk is full or the folder read-only.
     """
     if data.scenes is None or data.classes is None:
         raise ConfigError(f"{root}: this detection set has no `scenes` section, so nothing is made for it")
     if (foreign := _foreign(root)) is not None:
         raise ConfigError(
-            f"{root}: found {foreign}, which is no part of scenes made here; making them replaces the "
+            f"{root}: found {foreign}, which is not part of generated scenes; generating them replaces the "
             "whole folder, so give `data.path` a separate folder, or remove the `scenes` section"
         )
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -207,13 +206,13 @@ def _parts(picture: Pixels, seed: int, photo: int, split: str) -> list[Pixels]:
 
 
 def _shows_something(picture: Pixels, cell: Cell) -> bool:
-    """A cell of one grey (night sky, the mask round a retina) has no class anyone could see."""
+    """A uniform cell (night sky, the mask around a retina) has no recognisable class."""
     part = picture[cell.top : cell.top + cell.height, cell.left : cell.left + cell.width]
     return bool(part.mean(axis=2).std() >= 4.0)
 
 
 def make_scene(sampler: _PatchSampler, size: int, rng: np.random.Generator) -> _Scene:
-    """One scene: a background and 1 to 4 pieces that do not overlap, now and then a crowd of small ones."""
+    """One scene: a background and 1 to 4 pieces that do not overlap, sometimes a crowd of small ones."""
     scene = _Scene(sampler.background(size, rng).copy(), np.zeros((size, size), bool))
     wanted = int(rng.integers(1, _MAX_OBJECTS + 1))
     for _ in range(20 * wanted):
@@ -249,7 +248,7 @@ def _add_crowd(scene: _Scene, sampler: _PatchSampler, size: int, rng: np.random.
 def _shape(
     size: int, rng: np.random.Generator, smallest: float, largest: float
 ) -> tuple[list[float], NDArray[np.bool_], bool]:
-    """A random star-shaped polygon [x, y, ...], its mask as COCO draws it, whether the border cuts it."""
+    """A random star-shaped polygon [x, y, ...], its COCO mask, and whether it is truncated."""
     side = size * rng.uniform(smallest, largest)
     stretch = rng.uniform(2 / 3, 3 / 2) ** 0.5
     y, x = rng.uniform(0.08, 0.92, 2) * size
@@ -305,7 +304,7 @@ def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def _uncompressed(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """Run lengths as COCO writes crowds: column by column, counts a list that starts with the zeros."""
+    """Run lengths as COCO writes crowds: column by column, starting with the number of zeros."""
     flat = mask.T.reshape(-1)
     edges = np.flatnonzero(np.diff(flat, prepend=False)).tolist()
     counts = np.diff([0, *edges, flat.size]).tolist()

@@ -1,6 +1,6 @@
-"""A detection set from its files: both splits read, and compared with each other and with the images.
+"""Read both splits of a detection set and compare them with each other and with the images.
 
-The stage reads a set so before it trains, and `mochi check` before anything is computed.
+Used by the stage before training, and by `mochi check` before anything is computed.
 """
 
 import json
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_splits(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations]:
-    """Training and test annotations, of one or several folders each; oddities are logged.
+    """Training and test annotations, of one or several folders each; defects are logged.
 
     Raises:
         AnnotationError: see the readers; or the classes of the splits differ, or one of them has no object.
@@ -44,18 +44,18 @@ _SHOWN_APART = ("images", "objects", "classes")
 
 
 class Contents(NamedTuple):
-    """What is in the files of a set."""
+    """The content of a set's files."""
 
     errors: list[str]
-    """What a training would stop at."""
+    """What would stop training."""
     warnings: list[str]
-    """What it would suffer from."""
+    """What would degrade training."""
     counts: dict[str, dict[str, Any]]
-    """Split -> what was counted; empty where the files cannot be read."""
+    """Split -> counts; empty if the files cannot be read."""
 
 
 def contents(data: DetectionData, *, masks: bool, jobs: int) -> Contents:
-    """Read a set whole, images included, and tell what is in it instead of raising."""
+    """Read a complete set with its images, and report its content instead of raising."""
     counts: dict[str, dict[str, Any]] = {}
     try:
         train, test = _read(data, masks=masks)
@@ -135,7 +135,7 @@ def _read(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations
 
 
 def oddities(train: Annotations, test: Annotations) -> list[str]:
-    """What is probably a mistake, though it can be trained on."""
+    """Probable mistakes that do not prevent training."""
     found = alike(set(train.classes))
     for place, split, consequence in (
         ("train", train, "cannot be learnt"),

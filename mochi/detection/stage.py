@@ -56,7 +56,7 @@ def run(
 
     Raises:
         ConfigError: the processes cannot share a batch.
-        AnnotationError: annotations or images that cannot be used, or nothing to train on or measure.
+        AnnotationError: annotations or images cannot be used, or there is nothing to train on or measure.
         EncoderError: the encoder file does not fit.
         CheckpointError: a checkpoint in `work` is of another run.
         NonFiniteError: NaN or Inf in a loss or in the weights.
@@ -108,10 +108,10 @@ def run(
 
 
 def read_search(path: Path, candidates: list[float]) -> dict[str, Any]:
-    """What a search for the learning rate wrote.
+    """The result of a search for the learning rate.
 
     Raises:
-        UserError: it is not that, or of other candidates.
+        UserError: it is not such a result, or has other candidates.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def read_search(path: Path, candidates: list[float]) -> dict[str, Any]:
 
 
 def annotations_digest(annotations: Annotations) -> str:
-    """sha256 of a split's annotations as read, whatever their folder and format; pixels do not count."""
+    """sha256 of a split's annotations, independent of folder and format; pixels are not included."""
     total = hashlib.sha256(json.dumps(annotations.classes).encode())
     for image in annotations.images:
         masks = [[mask["size"], str(mask["counts"])] for mask in image.masks or ()]
@@ -233,7 +233,7 @@ class _FineTunings:
         return result
 
     def clear(self) -> None:
-        """Remove what is kept: the results are written."""
+        """Remove the stored fine-tunings: the results are written."""
         shutil.rmtree(self.pictures, ignore_errors=True)  # a search has none
         for path in self.work.glob("*.json"):
             path.unlink()
@@ -290,7 +290,7 @@ def summarise(
 ) -> dict[str, Any]:
     """metrics.json: means over the fine-tunings, their standard deviations, and every single value.
 
-    Where there was nothing to find, a number is None.
+    If there were no objects, a number is None.
     """
     training = detection.training
     singles = [result["metrics"] for result in results]

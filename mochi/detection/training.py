@@ -1,8 +1,8 @@
-"""One fine-tuning: encoder in, detector out; the same steps on one process or many, resumed or not.
+"""One fine-tuning, from an encoder to a detector; the same steps on one process or many, resumed or not.
 
-On a CPU a resumed training ends with the bytes of one that was not. On a GPU the backward pass of RoIAlign
-adds up in no fixed order; torch's deterministic mode would replace RoIAlign by a version in Python, which
-512 regions an image have no memory for, so detection does not ask for that mode.
+On a CPU a resumed run ends with the same bytes as an uninterrupted one. On a GPU the backward pass of
+RoIAlign sums in no fixed order; torch's deterministic mode would use a version in Python that needs too
+much memory for 512 regions per image, so detection does not use that mode.
 """
 
 import logging
@@ -36,7 +36,7 @@ _FEATURE_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every fine-tuning of one encoder on one set shares."""
+    """The settings shared by all fine-tunings of one encoder on one set."""
 
     settings: DetectionSet
     encoder: Encoder
@@ -47,7 +47,7 @@ class Recipe:
     """Processes of this rank that read images."""
 
     def detector(self) -> tuple[Detector, dict[str, dict[str, str]]]:
-        """A new detector with the encoder in it, and the checksums of both."""
+        """A new detector with the loaded encoder, and the checksums of both."""
         detector = build(self.encoder, self.num_classes, self.settings.model)
         checksums = load_backbone(detector, self.weights, self.encoder)
         return detector.to(self.device).to(memory_format=torch.channels_last), checksums
@@ -68,7 +68,7 @@ class Schedule:
 
     @staticmethod
     def of(training: DetectionTraining, lr: float, iterations: int) -> "Schedule":
-        """The schedule of `training`, squeezed into `iterations` (fewer in the lr search)."""
+        """The schedule of `training`, scaled to `iterations` (fewer in the lr search)."""
         scale = training.lr_batch_size / training.batch_size
         squeeze = scale * iterations / training.iterations
         return Schedule(
@@ -98,10 +98,10 @@ class FrozenBackbone:
     """conv1 to res4 with the encoder's weights, shared by all fine-tunings of mode `frozen`.
 
     Batch-norm statistics are recomputed on the training images, for every encoder: a random encoder has
-    only the 0 and 1 of initialisation, which would be measured instead of its features.
+    only the initial 0 and 1, which would determine its score instead of its features.
 
-    Features of an image are cached where they do not depend on the other images of a batch: where all
-    images have one size, nothing is padded.
+    Features of an image are cached if they
+    do not depend on the other images of a batch: if all images have one size, there is no padding.
     """
 
     def __init__(self, recipe: Recipe, images: Images) -> None:
@@ -142,7 +142,7 @@ class FrozenBackbone:
 
 
 class FineTuning:
-    """A detector on its way from an encoder to its last step.
+    """The training of one detector.
 
     Args:
         recipe: model, data and schedule.
@@ -151,7 +151,7 @@ class FineTuning:
         iterations: of as many images a step; fewer than the recipe's in the lr search.
         seed: of the new layers, the batches, and the sampling of anchors and regions.
         saved: the resume checkpoint.
-        identity: what makes this run itself, for the checkpoint.
+        identity: of this run, for the checkpoint.
         frozen: the backbone of mode `frozen`.
 
     Raises:
@@ -234,7 +234,7 @@ class FineTuning:
     def _advance(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimizer step over `accumulate` micro-batches of every process; returns the mean losses.
 
-        They stay on the device: to read them would make the host wait for it.
+        They stay on the device, because reading them would synchronise with it.
         """
         lr = self._schedule.lr_at(self.step)
         for group in self._optimizer.param_groups:
@@ -262,7 +262,7 @@ class FineTuning:
         """
         means = distributed.mean_over_ranks(torch.stack(list(sums.values())) / steps).tolist()
         losses = dict(zip(sums, means, strict=True))
-        # A loss was computed before its step; the weights after the last are what is saved and evaluated.
+        # A loss is computed before its step; the weights after the last step are saved and evaluated.
         check_finite(
             losses["loss"],
             step=self.step - 1,
@@ -285,7 +285,7 @@ class FineTuning:
         return dict(losses)
 
     def _remaining(self) -> Iterator[Batch]:
-        """The batches of the steps that are left, and after them those of the statistics."""
+        """The batches of the remaining steps, then those for the statistics."""
         first, last = (step * self._accumulate for step in (self.step, self._schedule.steps))
         numbers = self._numbers(first, last + self._recipe.settings.training.precise_bn_batches)
         return stream(
@@ -293,7 +293,7 @@ class FineTuning:
         )
 
     def _numbers(self, first: int, last: int) -> range:
-        """Micro-batches first .. last - 1 of this process: they are dealt out in turn."""
+        """Micro-batches first .. last - 1 of this process, assigned round-robin."""
         world = distributed.world_size()
         return range(first * world + distributed.rank(), last * world + distributed.rank(), world)
 
@@ -322,7 +322,7 @@ def _training_items(training: DetectionTraining, images: Images, seed: int) -> T
 
 
 def accumulation(training: DetectionTraining, world_size: int) -> int:
-    """Micro-batches that a process adds up before a step, so that a step is `batch_size` images anywhere.
+    """Micro-batches that a process accumulates, so that a step is always `batch_size` images.
 
     Raises:
         ConfigError: `batch_size` is not a multiple of micro_batch x processes.

@@ -1,7 +1,7 @@
-"""Read PASCAL VOC files with all their oddities, and write them.
+"""Read and write PASCAL VOC files.
 
-VOC counts pixels from 1 and its boxes include their last pixel: xmin and ymin lose 1, xmax and ymax stay,
-so that (1, 1, W, H) covers the image. A set in which a box starts at 0 counts from 0, in all its files.
+VOC counts pixels from 1 and its boxes include their last pixel: 1 is subtracted from xmin and ymin only,
+so that (1, 1, W, H) covers the image. A set in which a box starts at 0 is 0-based, in all its files.
 """
 
 import logging
@@ -27,27 +27,27 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read(root: Path, image_set: str, classes: Sequence[str], broken_objects: str) -> Annotations:
-    """Read one image set of a VOC folder, as a data set of its own. Raises as `read_sets`."""
+    """Read one image set of a VOC folder as a separate data set. Raises as `read_sets`."""
     return read_sets([(root, image_set)], classes, broken_objects)[0]
 
 
 def read_sets(
     sets: Sequence[tuple[Path, str]], classes: Sequence[str], broken_objects: str
 ) -> list[Annotations]:
-    """Read the image sets of one data set. Whether it counts from 0 or 1 is decided for all of them.
+    """Read the image sets of one data set. Whether it is 0-based or 1-based is decided for all of them.
 
     Args:
-        sets: folders that hold Annotations, JPEGImages and ImageSets/Main, and names such as "trainval".
+        sets: folders with Annotations, JPEGImages and ImageSets/Main, and names such as "trainval".
         classes: names in the order of their labels.
         broken_objects: "drop" (counted) or "fail", for objects without a usable box.
 
     Raises:
-        AnnotationError: a file is missing or unreadable or contradicts its image, a class is unknown, or an
-            object is broken and `broken_objects` is "fail"; files and objects are named, the first few of
-            them together.
+        AnnotationError: a file is missing or unreadable or contradicts its image, a class is unknown, or
+            an object is broken and `broken_objects` is "fail"; the message lists the first few files and
+            objects.
 
     Source: VOC2007 and VOC2012 development kits; detectron2 data/datasets/pascal_voc.py for the 1.
-    Deviation: a set with a box that starts at 0 loses no 1; broken boxes do not end up in training.
+    Deviation: 1 is not subtracted in a set with a box that starts at 0; broken boxes are not trained on.
     """
     classes = [nfc(name) for name in classes]
     labels = {name: 1 + index for index, name in enumerate(classes)}
@@ -81,7 +81,7 @@ def read_sets(
 
 
 def class_names(root: Path, image_set: str) -> Counter[str]:
-    """How many objects of each name an image set has.
+    """Number of objects of each name in an image set.
 
     Raises:
         AnnotationError: a file is missing or not XML, or an object has no name.
@@ -116,7 +116,7 @@ class _File:
     def annotated(
         self, first: int, broken_objects: str, found: Counter[str], dropped: list[str]
     ) -> AnnotatedImage:
-        """The boxes of the file in continuous coordinates, where pixels are counted from `first`."""
+        """The boxes of the file in continuous coordinates, with pixels counted from `first`."""
         written = np.array([each.box for each in self.objects], np.float64).reshape(-1, 4)
         boxes = written - np.array([first, first, 0, 0])
         inside = clip(boxes, self.height, self.width)
@@ -196,7 +196,7 @@ class _Reader:
         return found
 
     def _check_size(self, path: Path, tree: ET.Element, image: Path, width: int, height: int) -> None:
-        """Boxes of another frame, such as that before a resize or a turn, would be misplaced."""
+        """Refuse other image sizes, such as that before resizing or rotation: boxes would be misplaced."""
         stated = []
         for tag in ("width", "height"):
             text = (tree.findtext(f"size/{tag}") or "").strip()
@@ -224,7 +224,7 @@ class _Reader:
         label = self._labels.get(name)
         if label is None:
             alike = [known for known in self._labels if known.casefold() == name.casefold()]
-            hint = f"; {alike[0]!r} differs by case alone" if alike else ""
+            hint = f"; {alike[0]!r} differs only in case" if alike else ""
             raise AnnotationError(
                 f"{where}: unknown class{hint}; allowed: {', '.join(self._labels)}; add it to `classes`"
             )
@@ -250,7 +250,7 @@ def _listed(root: Path, image_set: str, annotations: Names) -> list[str]:
 
 
 def _objects(annotations: Names, name: str) -> tuple[Path, ET.Element, list[ET.Element]]:
-    """The XML file of a name, its root and its objects; parts of persons are none."""
+    """The XML file of a name, its root and its objects, without parts of persons."""
     path = annotations.find(f"{name}.xml")
     if path is None:
         raise AnnotationError(
@@ -278,7 +278,7 @@ def _name(item: ET.Element, where: str) -> str:
 
 
 def _read_box(item: ET.Element) -> tuple[list[float] | None, str]:
-    """The four numbers as written, and what is wrong with them, if anything."""
+    """The four numbers as written, and their defect, if any."""
     bounds = item.find("bndbox")
     if bounds is None:
         return None, "no bndbox"
@@ -297,9 +297,9 @@ def _read_box(item: ET.Element) -> tuple[list[float] | None, str]:
 def write(
     root: Path, image_set: str, annotations: Annotations, truncated: Sequence[Sequence[bool]]
 ) -> None:
-    """Write the XML files and the image set's list; the images are the caller's, in JPEGImages.
+    """Write the XML files and the image set's list; the caller writes the images to JPEGImages.
 
-    Boxes are rounded outwards to whole pixels, as a person draws them.
+    Boxes are rounded outwards to whole pixels, like manual annotations.
     """
     for image, cut in zip(annotations.images, truncated, strict=True):
         tree = ET.Element("annotation")

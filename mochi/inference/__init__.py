@@ -1,1 +1,1 @@
-"""A trained encoder on any folder of images: vectors to take home, and sheets of neighbours to look at."""
+"""Apply a trained encoder to any folder of images: feature files and sheets of neighbours."""

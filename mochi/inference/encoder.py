@@ -1,4 +1,4 @@
-"""An encoder file with the preprocessing that its metadata names."""
+"""An encoder file with the preprocessing from its metadata."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ class LoadedEncoder:
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the user says about an encoder; it wins over the metadata."""
+    """The user's choices, which override the metadata."""
 
     config: Path | None = None
     """Experiment file: its encoder, and the sizes of its evaluation."""
@@ -72,7 +72,8 @@ def load(path: Path, overrides: Overrides, device: torch.device) -> LoadedEncode
     """Read an encoder file.
 
     Raises:
-        EncoderError: not there, unreadable, or it does not say what it is and neither does the user.
+        EncoderError: it does not exist, is unreadable, or neither its metadata nor the user give the
+            architecture.
         UserError: sizes that contradict each other.
     """
     file = read_encoder(path)
@@ -104,7 +105,7 @@ def _described(path: Path, info: EncoderInfo | None, overrides: Overrides) -> tu
         config = info.config(path)
     else:
         raise EncoderError(
-            f"{path}: says nothing about itself (it was written before encoders had metadata); give "
+            f"{path}: has no metadata (it was written by an older version); give "
             "--config FILE of its experiment, or --architecture, --stem, --width and --image-size"
         )
     size = size or (info.image_size if info else None)

@@ -40,7 +40,7 @@ def encode_folder(
     threads: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> FolderFeatures:
-    """Encode all images below a folder, whatever its structure.
+    """Encode all images below a folder, for any structure.
 
     Raises:
         DataError: no such folder, or no readable image in it.
@@ -93,8 +93,8 @@ def encode_files(
         encoder: with its preprocessing.
         files: of any image type that the project reads.
         batch_size: images encoded at once.
-        threads: that decode, at least one.
-        progress: called with the number of files done and in all.
+        threads: decoding threads, at least one.
+        progress: called with the number of files done and the total.
     """
     vectors = np.empty((0, 0), np.float32)
     unreadable: list[tuple[int, str]] = []
@@ -120,7 +120,7 @@ def _decoded(
 ) -> Iterator[list[Tensor | str]]:
     """For each batch its crops (3, S, S) uint8, or the reasons why there is none; decoded ahead."""
     waiting: deque[list[Future[Tensor | str]]] = deque()
-    # Pillow and torch release Python's lock where the time goes, so threads do; they share memory.
+    # Pillow and torch release the GIL during decoding, so threads suffice; they share memory.
     with ThreadPoolExecutor(threads) as pool:
         try:
             for first in range(0, len(files), batch_size):

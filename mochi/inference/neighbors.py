@@ -64,8 +64,8 @@ def nearest(
 
     Args:
         queries: path and (D,) vector of each.
-        found: the images to look among.
-        k: neighbours; fewer where there are not so many.
+        found: the candidate images.
+        k: neighbours, or fewer if there are not enough images.
         classes: path -> class: only images of another class than the query's, its hardest negatives. For
             a query without a class these are all other images.
 
@@ -114,8 +114,8 @@ def sheet(
         queries: files; none: some of the folder's.
         out: the picture.
         k: neighbours of each query.
-        num_queries: how many are taken from the folder.
-        hardest: images of other classes only, where the folder has classes.
+        num_queries: number of queries taken from the folder.
+        hardest: only images of other classes, if the folder has classes.
 
     Raises:
         DataError: a query is not a usable image.

@@ -19,7 +19,7 @@ def require_kind(out: Path, kinds: Sequence[str]) -> None:
     """Refuse a file of another kind before anything is computed.
 
     Raises:
-        UserError: the name ends otherwise.
+        UserError: the name has another suffix.
     """
     if out.suffix.lower() not in kinds:
         raise UserError(f"--out: found {out}; expected a name that ends in {' or '.join(kinds)}")

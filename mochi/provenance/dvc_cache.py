@@ -16,7 +16,7 @@ from mochi.provenance.wanted import RECORD, Result
 from mochi.storage.atomic import publishing
 
 _PREPARED = ("prepare", "scenes")
-"""Not restored: their folders hold more than the files that provenance.json names. Preparing them again
+"""Not restored: their folders contain more than the files in provenance.json. Preparing them again
 gives the same bytes."""
 
 Version = dict[str, Path]
@@ -24,18 +24,18 @@ Version = dict[str, Path]
 
 
 class DvcCache:
-    """Encoders and evaluations in the cache of the DVC project here; empty without one."""
+    """Encoders and evaluations in the cache of this DVC project; empty without one."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: the cache, instead of the one that `dvc cache dir` names."""
+        """`folder`: the cache; default: the output of `dvc cache dir`."""
         self._folder = folder
 
     def restore(self, result: Result) -> bool:
-        """Replace a stale result by a version that is current; False if there is none."""
+        """Replace a stale result with a current version; False if there is none."""
         if result.stage in _PREPARED:
             return False
         parts = result.folder.parts
-        # DVC's lists have paths below the folder that it tracks, which they do not name.
+        # DVC's lists have paths relative to the tracked folder.
         for start in range(1, len(parts)):
             for version in self._versions.get("/".join(parts[start:]), []):
                 if _is_current(result, version):
@@ -47,7 +47,7 @@ class DvcCache:
 
     @cached_property
     def _versions(self) -> dict[str, list[Version]]:
-        """Folder with a provenance.json, relative to the one that DVC tracks -> its versions.
+        """Folder with a provenance.json, relative to the tracked folder -> its versions.
 
         Source: dvc.org/doc/user-guide/project-structure/internal-files, structure of the cache directory.
         """

@@ -22,13 +22,13 @@ def file_digest(path: Path) -> str:
 
 @cache
 def code_digest(*modules: str) -> str:
-    """Digest of what `modules` compute: their syntax trees without what only people read.
+    """Digest of what `modules` compute: their syntax trees without text for readers.
 
     Layout, comments, docstrings, progress, the text of exceptions, of log messages and of assertions do not
     count, nor do the `columns` of a task, which only tables show.
 
     Args:
-        modules: names of modules, or of packages, which stand for all of their modules.
+        modules: names of modules, or of packages, which include all their modules.
     """
     total = hashlib.sha256()
     for path in sorted({path for module in modules for path in source_files(module)}):
@@ -57,7 +57,7 @@ def _computation(path: Path) -> str:
 
 
 class _WithoutMessages(ast.NodeTransformer):
-    """Removes what a program says, and keeps what it computes."""
+    """Removes text for readers and keeps computations."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):

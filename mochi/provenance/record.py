@@ -25,7 +25,7 @@ class Stopwatch:
         self._start = time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since it was created."""
         return round(time.monotonic() - self._start, 3)
 
 
@@ -33,10 +33,10 @@ def write_record(new: Path, result: Result, watch: Stopwatch, **extra: Any) -> N
     """Write the provenance of the files in `new`, which are about to become `result`.
 
     Args:
-        new: folder that holds the new files.
-        result: what they are.
+        new: folder of the new files.
+        result: the result that they become.
         watch: started when the stage began.
-        extra: what the stage adds; it may replace `wall_seconds`.
+        extra: further fields; they may replace `wall_seconds`.
     """
     record = {
         "stage": result.stage,
@@ -73,7 +73,7 @@ def _command() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide numbers."""
+    """Versions of Python and of the packages that affect numbers."""
     found = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:
@@ -84,7 +84,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, as far as results and speed depend on it."""
+    """The hardware that results and speed depend on."""
     about = {"cpu": _cpu_name(), "cores": os.cpu_count()}
     torch = sys.modules.get("torch")
     if torch is None:  # a stage that does not compute with it
@@ -110,7 +110,7 @@ def _cpu_name() -> str:
 def _git() -> dict[str, Any] | None:
     """Commit, and whether tracked files differ from it; None outside a repository (a tarball).
 
-    Results do not count: those in git change while they are computed.
+    Results are ignored: those in git change while they are computed.
     """
     try:
         commit = _ask_git("rev-parse", "HEAD")

@@ -1,8 +1,8 @@
-"""Every result that an experiment asks for, and whether what is on disk is that result.
+"""All results of an experiment, and whether those on disk are current.
 
-A result is *current* when its provenance.json names the settings that are wanted now, the code as it is
-now (or code that the user accepted), the bytes of its inputs, and the bytes of its own files. Nothing here
-writes, and nothing here imports torch: a stage that is asked for what is already there returns at once.
+A result is *current* if its provenance.json has the current settings, the current code (or code that the
+user accepted), and the checksums of its inputs and of its own files. Nothing here writes files or imports
+torch, so a stage with a current result returns at once.
 """
 
 import json
@@ -51,7 +51,7 @@ RECORD = "provenance.json"
 
 @dataclass(frozen=True)
 class Result:
-    """One folder of results and what decides its content."""
+    """One folder of results and what determines its content."""
 
     stage: str
     label: str
@@ -61,7 +61,7 @@ class Result:
     """Files in `folder`, except provenance.json."""
     settings: Mapping[str, Any]
     inputs: Mapping[str, Path]
-    """Name -> file that is read."""
+    """Name -> input file."""
     modules: tuple[str, ...]
     """Code that decides the numbers, as `code_digest` takes it."""
 
@@ -77,11 +77,11 @@ class Result:
 
     @property
     def code_digest(self) -> str:
-        """Digest of the code as it is now."""
+        """Digest of the current code."""
         return code_digest(*self.modules)
 
     def why_stale(self) -> str | None:
-        """Why it must be computed (again); None if it is current."""
+        """Why it must be computed; None if it is current."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
             settings, outputs = record["settings"], dict(record["outputs"])
@@ -145,7 +145,7 @@ def prepared(dataset: Dataset, folder: Path, listing: str = "") -> Result:
     Args:
         dataset: its section of the experiment.
         folder: where it is prepared.
-        listing: digest of the names of the user's own images; more or fewer are another data set.
+        listing: digest of the names of the user's own images, to notice added or removed ones.
     """
     stage = STAGES["prepare"]
     return Result(
@@ -228,14 +228,14 @@ def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Resu
 
 
 def same_features(experiment: Experiment, method: str, seed: int, task: str) -> list[Result]:
-    """The other evaluations of an encoder that see the same images at the same size."""
+    """The other evaluations of an encoder on the same images at the same size."""
     runs = {name: probe_run(experiment, method, seed, name) for name in probes(experiment)}
     others = [name for name, run in runs.items() if name != task and run.images == runs[task].images]
     return [evaluated(experiment, method, seed, name) for name in others]
 
 
 def detection_jobs(experiment: Experiment, name: str) -> list[str]:
-    """What computes a detection set for one encoder: `<set>`, or a search and fine-tunings apart."""
+    """The jobs of a detection set for one encoder: `<set>`, or a search and separate fine-tunings."""
     training = experiment.evaluation.detection[name].training
     if training.together:
         return [name]
@@ -244,7 +244,7 @@ def detection_jobs(experiment: Experiment, name: str) -> list[str]:
 
 
 def fine_tuning_run(experiment: Experiment, method: str, seed: int, job: str) -> DetectionRun:
-    """What a job is asked to compute: one of `detection_jobs`, or all of a set as one result.
+    """The run of a job: one of `detection_jobs`, or all of a set as one result.
 
     Raises:
         ConfigError: no such method, seed, set or job.
@@ -263,7 +263,7 @@ def fine_tuning_run(experiment: Experiment, method: str, seed: int, job: str) ->
 
 
 def analyzed(experiment: Experiment, method: str, seed: int) -> Result:
-    """What one encoder makes of the validation images."""
+    """The analysis of one encoder."""
     places = Layout(experiment.name)
     encoder = places.encoder(method, seed)
     return Result(
@@ -305,9 +305,9 @@ def searches(experiment: Experiment) -> list[tuple[str, int, str]]:
 
 
 def figures(experiment: Experiment) -> list[str]:
-    """Names of the figures that have something to show, which the experiment file alone decides.
+    """Names of the figures with content, which depend only on the experiment file.
 
-    Those of false negatives need labels: an evaluation or a row that uses labels says that there are some.
+    Those of false negatives need labels, which exist if an evaluation or a row uses labels.
     """
     recipes = [pretrain_run(experiment, *run).recipe for run in all_runs(experiment)]
     contrastive = [recipe for recipe in recipes if isinstance(recipe, Contrastive)]
@@ -331,7 +331,7 @@ def figures(experiment: Experiment) -> list[str]:
 
 
 def reported(experiment: Experiment) -> Result:
-    """Scores, tables, figures and the page that shows them."""
+    """Scores, tables, figures and the report page."""
     stage = STAGES["report"]
     places = Layout(experiment.name)
     encoders = [places.pretrain(*run) for run in all_runs(experiment)]
@@ -365,10 +365,10 @@ def reported(experiment: Experiment) -> Result:
 
 
 def results(experiment: Experiment, listings: Mapping[str, str] | None = None) -> list[Result]:
-    """Every result, each after those that it depends on.
+    """Every result, after those it depends on.
 
     Args:
-        experiment: what is wanted.
+        experiment: the experiment.
         listings: name of a data set -> its `listing`, see `prepared`.
     """
     return [

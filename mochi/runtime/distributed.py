@@ -1,4 +1,4 @@
-"""One process or many by the same code: with a single process every call here is the identity."""
+"""Collective operations: with a single process every call here is the identity."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from mochi.runtime.transfer import to_device
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that torchrun describes in the environment; nothing where there is none.
+    """Join the process group described by torchrun's environment; do nothing without one.
 
     Raises:
         UserError: another process did not start.
@@ -36,7 +36,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """This process's rank, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -46,12 +46,12 @@ def world_size() -> int:
 
 
 def pick_device() -> torch.device:
-    """This process's GPU where there is one, else the CPU; the GPU becomes CUDA's current device.
+    """This process's GPU if there is one, else the CPU; the GPU becomes CUDA's current device.
 
-    MOCHI_DEVICE=cpu in the environment computes on the CPU whatever was asked for.
+    MOCHI_DEVICE=cpu in the environment always computes on the CPU.
 
     Raises:
-        UserError: GPUs were asked for (`--gpus`) and torch cannot use as many.
+        UserError: GPUs were requested (`--gpus`) and torch cannot use as many.
     """
     requested = int(os.environ.get(REQUESTED_GPUS, "0"))
     if os.environ.get("MOCHI_DEVICE") == "cpu":
@@ -60,7 +60,7 @@ def pick_device() -> torch.device:
     if not (torch.cuda.is_available() and torch.cuda.device_count()):
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    # Else helper threads and libraries open a context on GPU 0 in every process.
+    # Otherwise helper threads and libraries open a context on GPU 0 in every process.
     torch.cuda.set_device(device)
     return device
 
@@ -98,13 +98,13 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def own_slice(rows: Tensor) -> Tensor:
-    """This rank's part of what `gather` made."""
+    """This rank's part of the result of `gather`."""
     size = len(rows) // world_size()
     return rows[rank() * size : (rank() + 1) * size]
 
 
 def exchange(rows: Tensor, order: Tensor) -> Tensor:
-    """`own_slice(gather(rows)[order])`, for which each rank sends only the rows that another one wants.
+    """`own_slice(gather(rows)[order])`, but each rank sends only the rows that another rank needs.
 
     Args:
         rows: (B, ...) of this rank; no gradient.
@@ -112,9 +112,9 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows[to_device(order, rows.device)]
-    wanted = order.view(world_size(), -1)  # (world, B): the rows that each rank wants
+    wanted = order.view(world_size(), -1)  # (world, B): the rows that each rank needs
     holder = wanted // len(rows)
-    sent = wanted[holder == rank()] - rank() * len(rows)  # by rank that wants them
+    sent = wanted[holder == rank()] - rank() * len(rows)  # by the rank that needs them
     mine = holder[rank()]
     outgoing = rows[to_device(sent, rows.device)].contiguous()
     received = torch.empty_like(outgoing)
@@ -124,18 +124,18 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
         torch.bincount(mine, minlength=world_size()).tolist(),
         (holder == rank()).sum(1).tolist(),
     )
-    # They come by rank that held them, and of one rank in the order in which they are wanted.
+    # They arrive by source rank, and from one rank in the requested order.
     return received[to_device(mine.argsort(stable=True).argsort(), rows.device)]
 
 
 class AveragedGradients:
-    """Means of gradients over ranks, computed while the backward pass goes on.
+    """Average gradients over ranks during the backward pass.
 
-    Gradients are summed in buckets, the last layers' first, as soon as all of a bucket are there.
+    Gradients are summed in buckets, last layers first, as soon as a bucket is complete.
     `wait` must follow each backward pass. With one process nothing happens.
 
-    As torch's DistributedDataParallel, but with buckets that stay as they are: it fills them anew after its
-    first step, and then sums in another order, so a resumed run would differ from an uninterrupted one.
+    Like torch's DistributedDataParallel, but with fixed buckets: DDP rebuilds them after its first step and
+    then sums in a different order, so a resumed run would differ from an uninterrupted one.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], bucket_bytes: int = 25 << 20) -> None:
@@ -153,7 +153,7 @@ class AveragedGradients:
             parameter.register_post_accumulate_grad_hook(self._ready)
 
     def _ready(self, _: Tensor) -> None:
-        """Start the sums of all buckets that are next and complete: in the same order on every rank."""
+        """Start the sums of the next complete buckets, in the same order on every rank."""
         while len(self._running) < len(self._buckets):
             bucket = self._buckets[len(self._running)]
             if any(parameter.grad is None for parameter in bucket):
@@ -161,10 +161,10 @@ class AveragedGradients:
             self._start(bucket)
 
     def _start(self, bucket: list[nn.Parameter]) -> None:
-        """Sum a bucket over ranks; what has no gradient on this one counts as zero."""
+        """Sum a bucket over ranks; a missing gradient on this rank counts as zero."""
         flat = bucket[0].new_empty(sum(parameter.numel() for parameter in bucket))
         parts = [
-            # With the parameter's strides, as the optimizer wants them.
+            # With the parameter's strides, as the optimizer needs them.
             part.as_strided(parameter.shape, parameter.stride())
             for part, parameter in zip(flat.split([each.numel() for each in bucket]), bucket, strict=True)
         ]
@@ -173,7 +173,7 @@ class AveragedGradients:
         self._running.append((dist.all_reduce(flat, async_op=True), flat, bucket, parts))
 
     def wait(self) -> None:
-        """Once this has returned, each gradient is its mean over ranks."""
+        """Wait until each gradient is its mean over ranks."""
         for bucket in self._buckets[len(self._running) :]:
             self._start(bucket)
         for work, flat, bucket, parts in self._running:
@@ -185,12 +185,12 @@ class AveragedGradients:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """The same after the backward pass, for one that adds to gradients that are there."""
+    """The same after the backward pass, for one that accumulates into existing gradients."""
     _average([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 def average_statistics(module: nn.Module) -> None:
-    """Replace the running statistics of batch normalisation by their mean over ranks.
+    """Replace the running statistics of batch normalisation with their mean over ranks.
 
     They are means over groups of images; each rank has seen only its own groups.
     """

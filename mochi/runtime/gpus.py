@@ -1,4 +1,4 @@
-"""Which GPUs of this host a process uses, claimed by locks that the kernel releases with the process.
+"""Assign GPUs of this host to processes by locks, which the kernel releases when a process ends.
 
 Snakemake limits how many jobs use a GPU but assigns none, so two jobs would both use the first.
 """
@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 _NOTICE_SECONDS = 5.0
-_ANSWER_SECONDS = 30  # without persistence mode the driver is loaded first
+_ANSWER_SECONDS = 30  # without persistence mode the driver must be loaded first
 _DEVICES = Path("/dev")
 
 
 def visible() -> list[str]:
-    """The GPUs that this process may use: CUDA_VISIBLE_DEVICES, else all that the driver lists.
+    """The GPUs that this process may use: CUDA_VISIBLE_DEVICES, or all that the driver lists.
 
-    UUIDs where nvidia-smi is installed, so that each GPU has one name however a user spells it; numbers
-    are then nvidia-smi's. As in CUDA, names count up to the first that is not a GPU: "-1" hides all.
+    UUIDs where nvidia-smi is installed, so that each GPU has one name; numbers are then nvidia-smi's. As
+    in CUDA, names after the first that is not a GPU are ignored: "-1" hides all.
     """
     listed = _listed()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -48,12 +48,12 @@ def visible() -> list[str]:
 def _listed() -> list[list[str]]:
     """For each GPU its UUID, or the UUIDs of its MIG instances; empty without a driver.
 
-    Where nvidia-smi does not answer, the numbers of the GPUs' device files.
+    If nvidia-smi does not respond, the numbers of the GPUs' device files.
     """
     said, trouble = _ask_nvidia_smi()
     if trouble:
         count = len(list(_DEVICES.glob("nvidia[0-9]*")))
-        _warn_once(f"{trouble}; /dev has the devices of {count} GPUs, so that many are assumed")
+        _warn_once(f"{trouble}; assuming {count} GPUs, as in /dev")
         return [[str(number)] for number in range(count)]
     gpus: list[list[str]] = []
     for line in said.splitlines():
@@ -61,13 +61,13 @@ def _listed() -> list[list[str]]:
         if found and line.startswith("GPU"):
             gpus.append([found[1]])
         elif found and gpus:
-            # The instances take the place of the card, which CUDA cannot use as a whole then.
+            # The instances replace the card, which CUDA then cannot use as a whole.
             gpus[-1] = [uuid for uuid in gpus[-1] if uuid.startswith("MIG-")] + [found[1]]
     return gpus
 
 
 def _ask_nvidia_smi() -> tuple[str, str]:
-    """Its list of GPUs, and what is wrong with it; neither where there are no GPUs at all."""
+    """The output of nvidia-smi, and its error; neither if there are no GPUs."""
     try:
         done = subprocess.run(
             ["nvidia-smi", "-L"],  # noqa: S607
@@ -94,7 +94,7 @@ def _warn_once(text: str) -> None:
 
 
 def _name(spelled: str, listed: Sequence[Sequence[str]]) -> str | None:
-    """One entry of CUDA_VISIBLE_DEVICES as a UUID, as it is where none are known; None: not a GPU."""
+    """One entry of CUDA_VISIBLE_DEVICES as a UUID, or unchanged if none are known; None: not a GPU."""
     if not re.fullmatch(r"\d+|(GPU|MIG)-.+", spelled):
         return None
     if not listed:
@@ -102,25 +102,25 @@ def _name(spelled: str, listed: Sequence[Sequence[str]]) -> str | None:
     if spelled.isdigit():
         number = int(spelled)
         return listed[number][0] if number < len(listed) else None
-    # CUDA accepts the beginning of a UUID if it fits one GPU only.
+    # CUDA accepts the beginning of a UUID if it is unique.
     matches = [uuid for uuids in listed for uuid in uuids if uuid.startswith(spelled)]
     return matches[0] if len(matches) == 1 else None
 
 
 def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Wait for `count` free GPUs of `names` and lock them for this process and what it becomes by exec.
+    """Wait for `count` free GPUs of `names` and lock them for this process, also after exec.
 
-    Whoever waits longest is served first, also when it waits for several. The locks end with the
-    process, however it ends. A claim that waits logs that.
+    Claims are served in order of waiting time, including those for several GPUs. The locks end with the
+    process. A waiting claim is logged.
 
     Args:
-        count: how many.
+        count: number of GPUs.
         names: candidates, as `visible` gives them.
         folder: of the locks, one for the whole host; by default in the temporary folder, shared by all
             users.
 
     Raises:
-        UserError: more GPUs asked for than there are.
+        UserError: more GPUs are requested than there are.
     """
     if count > len(names):
         raise UserError(
@@ -132,7 +132,7 @@ def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[
     with _umask(0):
         folder.mkdir(mode=0o1777, parents=True, exist_ok=True)
     with _noticed(f"waiting for {count} of the GPUs {', '.join(names)}: other runs use them ({folder})"):
-        # Only the holder of the gate takes GPUs, hence it may keep those it has while it waits for more.
+        # Only the holder of the gate takes GPUs, so it may keep those it has while it waits for more.
         gate = _open(folder / "gate.lock")
         fcntl.flock(gate, fcntl.LOCK_EX)
         files = {name: _open(folder / f"{name.replace('/', '_')}.lock") for name in names}
@@ -165,7 +165,7 @@ def _noticed(text: str) -> Iterator[None]:
 
 
 def _open(path: Path) -> int:
-    """Open for locking, which needs no right to write: the file may be another user's."""
+    """Open for locking, which needs no write permission: the file may be another user's."""
     try:
         with _umask(0o022):
             return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)

@@ -1,6 +1,6 @@
-"""What a job is doing, in a small file next to its checkpoints; `mochi status` reads it.
+"""The status of a job in a small file next to its checkpoints, for `mochi status`.
 
-It decides nothing: without it a job resumes as well. A job that ends well removes it.
+A job resumes without it. A job that succeeds removes it.
 """
 
 import json
@@ -19,7 +19,7 @@ _NAME = "status.json"
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What the file says."""
+    """The content of the file."""
 
     state: Literal["running", "interrupted", "failed"]
     host: str
@@ -28,19 +28,19 @@ class JobStatus:
     """Seconds since 1970."""
     done: int = 0
     total: int = 0
-    """Of the steps, epochs or images that the job is counting now."""
+    """Number of steps, epochs or images that the job is processing."""
     seconds_left: float | None = None
     rate: float | None = None
     """Of those, a second."""
     note: str = ""
-    """How it goes, such as the loss."""
+    """A note, such as the loss."""
     health: str = ""
     accuracy: float | None = None
-    """Of the training's proxy task, 0 to 1, in its last whole epoch."""
+    """Of the proxy task, 0 to 1, in the last complete epoch."""
     error: str = ""
 
     def alive(self) -> bool:
-        """Whether it runs: its process is there, or it reported from another host a minute ago at most."""
+        """Whether it is running: its process exists, or another host reported in the last minute."""
         if self.state != "running":
             return False
         if self.host != socket.gethostname():
@@ -68,7 +68,7 @@ class _Reporter:
             self._last = time.monotonic()
             itself = {"host": socket.gethostname(), "process": os.getpid(), "updated": time.time()}
             status = JobStatus(**{"state": "running", **itself, **self._facts})
-            # Not flushed to disk: what a crash of the machine loses is only looked at.
+            # Not flushed to disk: the file is only for display, and may be lost if the machine crashes.
             temporary = self._path.with_name(f".{_NAME}.{os.getpid()}")
             temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
             temporary.replace(self._path)
@@ -100,13 +100,13 @@ def reported(folder: Path) -> Iterator[None]:
 
 
 def report(*, now: bool = False, **facts: Any) -> None:
-    """Add fields of `JobStatus`, written every few seconds or `now`; nothing outside of a job."""
+    """Update fields of `JobStatus`, written every few seconds or `now`; do nothing outside a job."""
     if _reporter is not None:
         _reporter.update(now=now, **facts)
 
 
 def read(folder: Path) -> JobStatus | None:
-    """The status of a job that runs or did not end well; None without one, or for an unreadable file."""
+    """The status of a running or unsuccessful job; None if there is none or the file is unreadable."""
     try:
         content = json.loads((folder / _NAME).read_text(encoding="utf-8"))
         known = {field.name for field in fields(JobStatus)}

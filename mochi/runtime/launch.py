@@ -10,22 +10,22 @@ from mochi.errors import UserError
 from mochi.runtime import gpus
 
 REQUESTED_GPUS = "MOCHI_REQUESTED_GPUS"
-"""Environment variable: the GPUs of this host that were asked for, so that a missing one is an error."""
+"""Environment variable: the requested GPUs of this host, so that a missing one is an error."""
 
 
 def on_gpus(count: int, nodes: int = 1) -> None:
-    """Give this process its `count` GPUs; with several, become torchrun with this same command on them.
+    """Claim `count` GPUs for this process; with several, become torchrun with the same command.
 
-    Call it before CUDA is first used. Inside torchrun it does nothing. Where the scheduler has given the
-    job as many GPUs as are asked for, they are taken; elsewhere, also where several runs share a Slurm
-    allocation, they are claimed, and waited for, by locks. 0 hides all GPUs.
+    Call it before CUDA is first used. Inside torchrun it does nothing. If the scheduler has given
+    the job as many GPUs as requested, they are used; otherwise, also if several runs share a Slurm
+    allocation, the process waits for them and claims them by locks. 0 hides all GPUs.
 
     Args:
-        count: GPUs in all.
+        count: total number of GPUs.
         nodes: hosts to spread them over, evenly; more than one needs Slurm.
 
     Raises:
-        UserError: more GPUs than the host has, or a spread that cannot be.
+        UserError: the host has fewer GPUs, or they cannot be divided over the nodes.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -41,7 +41,7 @@ def on_gpus(count: int, nodes: int = 1) -> None:
 
 
 def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The command that runs `python -m mochi ARGUMENTS` on `count` GPUs; empty where one process does.
+    """The command that runs `python -m mochi ARGUMENTS` on `count` GPUs; empty if one process is enough.
 
     Raises:
         UserError: see `on_gpus`.
@@ -57,12 +57,12 @@ def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapp
     # `--` ahead of the module: torchrun takes our `--run` for one of its own options otherwise.
     run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count // nodes}"]
     if nodes == 1:
-        # Picks a free port, so that runs side by side do not collide; needs no name that resolves.
+        # Picks a free port, so that concurrent runs do not collide; needs no resolvable host name.
         return [*run, "--standalone", "--local-addr=localhost", "-m", "--", "mochi", *arguments]
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         raise UserError(f"nodes: found {nodes} outside a Slurm job; several nodes need the Slurm profile")
-    # Several runs may share the allocation, so each meets at a port and under a name of its own.
+    # Several runs may share the allocation, so each uses a separate port and rendezvous id.
     spread = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     name, place = f"{job}-{secrets.token_hex(4)}", f"{socket.gethostname()}:{_free_port()}"
     meet = ["--rdzv-backend=c10d", f"--rdzv-id={name}", f"--rdzv-endpoint={place}"]
@@ -70,7 +70,7 @@ def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapp
 
 
 def _free_port() -> int:
-    """A port of this host that nobody listens at; the kernel gives the next caller another one."""
+    """A free port of this host; the kernel gives the next caller a different one."""
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])

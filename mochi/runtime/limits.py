@@ -1,4 +1,4 @@
-"""Limits of a host that loading workers meet."""
+"""Host limits that affect loading workers."""
 
 import multiprocessing.util
 import os
@@ -12,7 +12,7 @@ _LONGEST_FOLDER = 70  # bytes: a socket's path has 107, of which multiprocessing
 
 
 def make_room_for_workers() -> None:
-    """Allow as many open files as may be, and sockets of multiprocessing where TMPDIR is too long for them.
+    """Raise the limit of open files, and use a shorter folder for sockets if TMPDIR is too long.
 
     Workers send each tensor as an open file, and the socket for it has a name in the temporary folder.
 

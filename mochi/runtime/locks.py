@@ -1,6 +1,6 @@
-"""One workflow at a time in a folder, one process at a run: locks that the kernel drops with the process.
+"""Locks for one workflow per folder and one process per run, which the kernel releases with the process.
 
-Snakemake's own lock outlives a kill, after which every run is refused until somebody unlocks by hand.
+Snakemake's own lock survives a kill, after which every run is refused until somebody unlocks it.
 """
 
 import logging
@@ -16,14 +16,14 @@ from mochi.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Whoever may write the folder may lock in it, whatever the umask of the user who came first.
+# Everybody who may write to the folder may lock in it, for any umask of the first user.
 _MODE = 0o666
 
 _held: list[FileLock] = []
 
 
 def hold(path: Path) -> None:
-    """Lock `path` until this process ends, however it ends.
+    """Lock `path` until this process ends.
 
     Raises:
         UserError: another process holds it; the text names it.
@@ -32,8 +32,8 @@ def hold(path: Path) -> None:
         _held.append(_acquired(path, wait_seconds=0))
     except Timeout:
         raise UserError(
-            f"{path}: held by {_holder(path)}; expected no other workflow in this folder, for two would "
-            "write the same results; wait for it, stop it, or run in another clone"
+            f"{path}: held by {_holder(path)}; expected no other workflow in this folder, because "
+            "both would write the same results; wait for it, stop it, or run in another clone"
         ) from None
 
 
@@ -41,7 +41,7 @@ def hold(path: Path) -> None:
 def holding(folder: Path, wait_seconds: float = 20) -> Iterator[None]:
     """Keep other processes from a run's work folder.
 
-    A workflow that was killed alone leaves its jobs running, and two would overwrite each other's
+    If only the workflow is killed, its jobs keep running, and a second job would overwrite their
     checkpoints. The lock file is next to the folder, and is removed at the end.
 
     Args:
@@ -63,13 +63,13 @@ def holding(folder: Path, wait_seconds: float = 20) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:  # not in a forked process, which inherits no lock
-            # Before the release: who waits for the removed file notices that and tries the new one.
+            # Before the release: a waiting process notices that the file is gone and tries the new one.
             path.unlink(missing_ok=True)
             lock.release()
 
 
 def _acquired(path: Path, wait_seconds: float) -> FileLock:
-    """A lock on `path`, in which the holder is written; not locked where the file system cannot lock.
+    """A lock on `path`, which records the holder; no lock if the file system does not support it.
 
     Raises:
         Timeout: another process holds it.

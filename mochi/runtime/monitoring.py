@@ -1,4 +1,4 @@
-"""Is a training healthy: NaN or Inf stop it, and its epochs are summed up in plain words."""
+"""Monitor training: stop at NaN or Inf, and describe each epoch."""
 
 import math
 from collections.abc import Mapping
@@ -7,9 +7,8 @@ from pathlib import Path
 from mochi.errors import UserError
 
 CHECK_INTERVAL = {"cpu": 1, "cuda": 20}
-"""Steps between two checks of the loss. A check waits for the device, so a GPU is checked less often.
-
-Only a state that was checked is saved, so every checkpoint is one to continue from.
+"""Steps between two checks of the loss. A check synchronises with the device, so a GPU is checked less
+often. Only checked states are saved, so training can continue from every checkpoint.
 """
 
 
@@ -18,14 +17,14 @@ class NonFiniteError(UserError):
 
 
 def check_finite(loss: float, *, step: int, lr: float, last_good: Path, norm: float = 0.0) -> None:
-    """Stop at the first loss that is not finite, or at an update that ruined the parameters.
+    """Stop at the first loss that is not finite, or parameter norm that is not finite.
 
     Args:
         loss: loss before the update.
         step: the step of the update.
         lr: its learning rate.
         last_good: the checkpoint to name.
-        norm: of all parameters after the update, which is what a checkpoint holds.
+        norm: of all parameters after the update, which is what a checkpoint contains.
 
     Raises:
         NonFiniteError: names the step, the learning rate and the last good checkpoint.
@@ -50,14 +49,14 @@ def training_status(
     dim: int,
     accuracies: Mapping[int, float],
 ) -> str:
-    """One line on a contrastive training at the end of an epoch.
+    """One line about contrastive training at the end of an epoch.
 
     Args:
         loss: mean loss of the epoch, nats.
         chance: ln(1 + number of negatives), the loss of an untrained network.
-        feature_std: mean standard deviation of each coordinate of unit queries; 1/sqrt(dim) when they
-            cover the sphere evenly, 0 when all are equal (Chen & He 2021, SimSiam, figure 2).
-        queue_fill: share of the queue that holds keys of images, 0 to 1.
+        feature_std: mean standard deviation of each coordinate of unit queries; 1/sqrt(dim) if they
+            cover the sphere evenly, 0 if all are equal (Chen & He 2021, SimSiam, figure 2).
+        queue_fill: fraction of the queue with keys of images, 0 to 1.
         dim: length of a feature.
         accuracies: epoch -> proxy-task accuracy, 0 to 1, of the epochs that began with a full queue, this
             one included; before that, the queue's random rows are easy negatives.

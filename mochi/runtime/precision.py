@@ -6,7 +6,7 @@ import torch
 
 
 def use_bfloat16(device: torch.device, precision: str) -> bool:
-    """Whether to compute in bfloat16: as asked for; `auto` does where the hardware supports it."""
+    """Whether to compute in bfloat16: as requested; `auto` does if the hardware supports it."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
@@ -15,15 +15,15 @@ def use_bfloat16(device: torch.device, precision: str) -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16, or to nothing. Losses leave it: logits and softmax are float32."""
+    """Autocast to bfloat16, or no autocast. Losses disable it: logits and softmax are float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, precision))
 
 
 def make_deterministic(deterministic: bool = True) -> None:
     """The same bytes from the same seed: on a GPU this chooses deterministic kernels.
 
-    Without, cuDNN tries its kernels and takes the fastest: results differ in their last digits from run to
-    run. Either way float32 is IEEE's float32 there: cuDNN would compute convolutions in TF32.
+    Otherwise cuDNN times its kernels and uses the fastest: results differ in their last digits from run to
+    run. In both cases float32 is IEEE float32; cuDNN's default would compute convolutions in TF32.
     """
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

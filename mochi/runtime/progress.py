@@ -1,4 +1,4 @@
-"""What a process tells its user on stderr: log lines and progress. Of several ranks, only the first."""
+"""Log lines and progress on stderr, from the first rank only."""
 
 import logging
 import os
@@ -23,7 +23,8 @@ def configure_logging() -> None:
 def _open_standard_streams() -> None:
     """Open /dev/null where the caller has closed stdin, stdout or stderr, as cron jobs do.
 
-    Else the next files that are opened get their numbers, and what libraries print would go there.
+    Otherwise the next opened
+    files get their descriptors, and output of libraries would go there.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -36,7 +37,7 @@ def _open_standard_streams() -> None:
 class Progress:
     """A bar on a terminal, a plain line every few seconds in a log, nothing on ranks other than 0.
 
-    The lines are not tqdm's, which overwrites its line by a carriage return also in a file.
+    The lines are not tqdm's, which uses carriage returns even in a file.
     """
 
     def __init__(self, label: str, total: int, done: int = 0, every_seconds: float = 10.0) -> None:
@@ -60,7 +61,7 @@ class Progress:
             self._bar.close()
 
     def advance(self, note: str = "") -> None:
-        """One more unit of work is done; `note` says how it goes."""
+        """Count one unit of work; `note` is shown next to it."""
         self._done += 1
         if self._shown:
             rate, left = self._pace()
@@ -87,7 +88,7 @@ class Progress:
 
 
 def counter(label: str) -> Callable[[int, int], None]:
-    """A function of (done, total) that shows progress, for code that counts by itself."""
+    """A function of (done, total) that shows progress, for code that keeps its own count."""
     shown: list[Progress] = []
 
     def report(done: int, total: int) -> None:

@@ -1,6 +1,6 @@
-"""Random generators as functions of what they are for, such as (seed, epoch).
+"""Random generators as functions of their purpose and key, such as (seed, epoch).
 
-There is no generator state to save: a resumed run draws what the uninterrupted one would have drawn.
+There is no generator state to save: a resumed run draws the same numbers as an uninterrupted one.
 Random parameters of images have a separate vectorised generator, `mochi.data.views.counter_rng`.
 """
 

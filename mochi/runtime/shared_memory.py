@@ -1,4 +1,4 @@
-"""How many processes may load images: as many as shared memory has room for."""
+"""Limit the processes that load images to the size of shared memory."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""How much of this machine one run gets, and how many runs go side by side."""
+"""Resources of one run on this machine, and the number of concurrent runs."""
 
 import os
 
@@ -9,24 +9,25 @@ _MOST_THREADS = 8
 def threads_per_run(num_gpus: int) -> int:
     """CPU threads of a run: its share of the cores with GPUs, one without.
 
-    Loaders of one GPU need some cores, but no GPU may wait for cores. On a CPU, two runs of one thread each
+    Loaders of one GPU need
+    some cores, but no GPU may wait for cores. On a CPU, two runs of one thread each
     are faster than one run of two threads.
     """
     return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // num_gpus)) if num_gpus else 1
 
 
 def threads_of_job(num_gpus: int, gpus_of_job: int) -> int:
-    """CPU threads of a job on some GPUs, where this host has `num_gpus`; a login node has none."""
+    """CPU threads of a job on some GPUs, on a host with `num_gpus`; a login node has none."""
     if not gpus_of_job:
         return threads_per_run(0)
     return gpus_of_job * (threads_per_run(num_gpus) if num_gpus else _MOST_THREADS)
 
 
 def workers_of(threads: int) -> int:
-    """Processes that load images for a run of so many threads."""
+    """Processes that load images for a run with this many threads."""
     return threads - 1
 
 
 def runs_at_once(num_gpus: int) -> int:
-    """Runs that `snakemake --cores all` starts side by side."""
+    """Runs that `snakemake --cores all` starts concurrently."""
     return num_gpus or os.cpu_count() or 1

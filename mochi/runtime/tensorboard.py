@@ -12,11 +12,11 @@ logger = logging.getLogger(__name__)
 def write_events(folder: Path | None, row: Mapping[str, Any]) -> None:
     """Add the numbers of a row to the events in `folder`.
 
-    Without tensorboard, one line in the log says so.
+    Without tensorboard, log one line about it.
 
     Args:
         folder: of the training's events; None: write nothing.
-        row: name -> value; `epoch` is the position on the horizontal axis, texts are left out.
+        row: name -> value; `epoch` is the position on the horizontal axis, text is skipped.
     """
     if folder is None or (writer := _writer(folder.resolve())) is None:
         return
@@ -45,7 +45,7 @@ def write_picture(folder: Path | None, name: str, picture: Any) -> None:
 
 @cache
 def _writer(folder: Path) -> Any:
-    """One file of events for each folder and process; None without tensorboard."""
+    """One event file for each folder and process; None without tensorboard."""
     writer_class = _writer_class()
     return None if writer_class is None else writer_class(str(folder))
 

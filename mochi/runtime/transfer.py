@@ -1,4 +1,4 @@
-"""From the host's memory to a device, without making the host wait for it."""
+"""Copy from host memory to a device without blocking the host."""
 
 import math
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ _ALIGNMENT = 16  # bytes, a multiple of every element's size
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. The copy to a GPU is queued behind the work that the GPU has."""
+    """`tensor` on `device`. The copy to a GPU is queued after its pending work."""
     if device.type == "cpu":
         return tensor.to(device)
-    # From pageable memory torch would wait for the copy, and with it for all work before it.
+    # From pageable memory torch would wait for the copy, and for all work before it.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -43,19 +43,19 @@ Batch = TypeVar("Batch")
 
 
 def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches; a GPU makes each on a stream of its own while it computes on the one before.
+    """The same batches; a GPU prepares each on a separate stream while it computes on the previous one.
 
     Args:
         batches: nested lists and tuples of tensors, made when they are asked for.
-        device: where; on a CPU nothing is gained, and nothing done.
+        device: of the batches; on a CPU nothing is done.
     """
     if device.type == "cpu":
         yield from batches
         return
     side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))  # for what earlier loaders left in caches
+    side.wait_stream(torch.cuda.current_stream(device))  # for memory that earlier loaders left in caches
     while True:
-        # Queued when the user of the batch before has queued all work on it, which goes on meanwhile.
+        # Queued when all work on the previous batch is queued, which continues in the meantime.
         with torch.cuda.stream(side):
             batch = next(batches, None)
         if batch is None:

@@ -1,6 +1,6 @@
-"""What dies, hangs or never starts beside this process ends the run within a minute, with its reason.
+"""End a run within a minute, with the reason, if a rank or a loading worker dies, hangs or never starts.
 
-Ranks send signs of life through the store at which they met; loading workers by a number in shared memory.
+Ranks send heartbeats through the rendezvous store; loading workers through a number in shared memory.
 """
 
 import multiprocessing
@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader
 from mochi.errors import UserError
 
 START_SECONDS = 45.0
-"""For all ranks to start."""
+"""Time for all ranks to start."""
 RANK_SECONDS = 25.0
-"""Without a sign of life for so long, a rank counts as dead."""
+"""Without a heartbeat for this long, a rank counts as dead."""
 WORKER_SECONDS = 45.0
-"""The same for loading workers, for none of which an image is ready."""
+"""The same for loading workers, if none has an image ready."""
 LOOK_SECONDS = 5
-"""`timeout` of a loader that is `watched`: between two looks at its workers while a batch is waited for."""
+"""`timeout` of a loader that is `watched`: between two checks of its workers while waiting for a batch."""
 _BEAT_SECONDS = 5.0
 _GONE = b"gone"
 
@@ -36,7 +36,7 @@ Batch_co = TypeVar("Batch_co", covariant=True)
 
 
 def reason(error: RuntimeError) -> str | None:
-    """What an error of torch says about a process that died, for the user; None for any other error."""
+    """Explain an error of torch about a process that died; None for any other error."""
     text = str(error).splitlines()[0] if str(error) else ""
     if "DataLoader worker" in text:
         return (
@@ -52,10 +52,10 @@ def reason(error: RuntimeError) -> str | None:
 
 
 def meet() -> tuple[dist.Store, int, int]:
-    """Wait for all ranks that the environment announces; the store they met at, this rank, their number.
+    """Wait for all ranks of the environment; return the rendezvous store, this rank and their number.
 
     Raises:
-        UserError: some did not come.
+        UserError: some did not start.
     """
     limit = timedelta(seconds=START_SECONDS)
     own, number = os.environ["RANK"], os.environ["WORLD_SIZE"]
@@ -83,16 +83,16 @@ def meet() -> tuple[dist.Store, int, int]:
 def watching(store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
     """End this process if another rank falls silent before it has left this context.
 
-    The main thread may be waiting for that rank in a collective, so a thread watches, and ends the process.
+    The main thread may be waiting for that rank in a collective operation, so another thread watches.
     """
-    # Its own connection: on the other one a wait would hold it up.
+    # A separate connection: on the other one a wait would block it.
     own, done = store.clone(), threading.Event()
     watch = threading.Thread(target=_watch, args=(own, rank, world_size, done), daemon=True)
     watch.start()
     try:
         yield
     except BaseException:
-        done.set()  # and fall silent
+        done.set()  # and stop sending heartbeats
         raise
     done.set()
     watch.join()
@@ -126,7 +126,7 @@ def _watch(store: dist.Store, rank: int, world_size: int, done: threading.Event)
 
 
 def _kill_sibling(process: int) -> None:
-    """Kill a rank that torchrun started on this host: it would wait 30 s for one that is suspended."""
+    """Kill a rank that torchrun started on this host: torchrun would wait 30 s for a suspended one."""
     parent = os.getppid()
     with suppress(OSError):  # no Linux, or it has ended
         if str(process) in Path(f"/proc/{parent}/task/{parent}/children").read_text("ascii").split():
@@ -143,14 +143,14 @@ def _end(rank: int, world_size: int, why: str) -> NoReturn:
 
 
 class Pulse:
-    """When the workers of a loader last did something; every process has the same one."""
+    """When the workers of a loader were last active; shared by all processes."""
 
     def __init__(self) -> None:
         # CLOCK_MONOTONIC is the same in all processes of a host.
         self._last = multiprocessing.RawValue("d", time.monotonic())
 
     def beat(self) -> None:
-        """Something was done."""
+        """Record activity."""
         self._last.value = time.monotonic()
 
     def silent_since(self, moment: float) -> float:
@@ -159,12 +159,12 @@ class Pulse:
 
 
 def watched(loader: DataLoader[Batch_co], pulse: Pulse) -> Iterator[Batch_co]:
-    """The batches of a loader with a `timeout`, whose workers let `pulse` beat.
+    """The batches of a loader with a `timeout`, whose workers record their activity in `pulse`.
 
     Workers may take any time for a batch as long as they work on it.
 
     Raises:
-        UserError: for `WORKER_SECONDS` none did anything.
+        UserError: none was active for `WORKER_SECONDS`.
     """
     batches = iter(loader)
     while True:
@@ -179,7 +179,7 @@ def watched(loader: DataLoader[Batch_co], pulse: Pulse) -> Iterator[Batch_co]:
                     raise
                 if pulse.silent_since(asked) > WORKER_SECONDS:
                     for process in multiprocessing.active_children():
-                        process.kill()  # else Python waits for them at its end
+                        process.kill()  # otherwise Python waits for them at exit
                     raise UserError(
                         f"{loader.num_workers} loading workers did nothing for {WORKER_SECONDS:.0f} s; "
                         "look for their messages and at the disk that holds the images, or use "
@@ -191,7 +191,7 @@ def watched(loader: DataLoader[Batch_co], pulse: Pulse) -> Iterator[Batch_co]:
 
 
 def end_worker_that_cannot_send(worker: int) -> None:
-    """On a worker: end it when a batch cannot be sent, where Python would print that and drop the batch."""
+    """On a worker: end it if a batch cannot be sent; Python would print an error and drop the batch."""
 
     def end(error: Exception, _: object) -> NoReturn:
         sys.stderr.write(f"error: loading worker {worker} cannot send images: {error!r}\n")

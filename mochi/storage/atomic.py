@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed.
+"""Atomic writes: under a temporary name, flushed to disk, then renamed.
 
-A temporary name carries host and process number. What a killed writer left is removed by the next writer
-of the same file on that host; on another host the number means nothing, and the file stays.
+The temporary name contains host and process id. The next writer of the same file on that host removes
+what a killed writer left; files of other hosts stay.
 """
 
 import csv
@@ -41,12 +41,12 @@ _umask_lock = threading.Lock()
 
 
 class StorageError(UserError, OSError):
-    """Files that cannot be written; what was there before is intact."""
+    """Files that cannot be written; existing files are intact."""
 
 
 @contextmanager
 def _explaining(path: Path) -> Iterator[None]:
-    """Explain why `path`, or what is to become it beside it, cannot be written."""
+    """Explain why `path`, or its temporary file, cannot be written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -68,11 +68,11 @@ def _explaining(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; on success it becomes `path`, on any error it is removed.
 
-    An existing file at `path` stays intact until the new one is complete on disk. The new one has the mode
-    that the umask asks for, whatever its writer gave it.
+    An existing file at `path` stays intact until the new one is complete on disk. The new one
+    gets the mode of the umask.
 
     Raises:
-        StorageError: the disk is full or the folder read-only; `path` is as it was.
+        StorageError: the disk is full or the folder read-only; `path` is unchanged.
     """
     temporary = _temporary(path)
     with _explaining(path):
@@ -104,7 +104,7 @@ def publishing(folder: Path) -> Iterator[Path]:
     with _explaining(folder / _LAST):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder / "publishing")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this number before
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this id before
         temporary.mkdir()
         try:
             yield temporary
@@ -122,19 +122,19 @@ def publishing(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+    """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole, keys in the order given. Bytes of file names that are not UTF-8 stay readable."""
+    """Write JSON atomically, keys in the given order; file names that are not UTF-8 stay readable."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(path, text.encode("utf-8", "backslashreplace").decode())
 
 
 def write_rows(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as CSV whole; columns that only some rows have stay empty elsewhere."""
+    """Write rows as CSV atomically; missing cells are empty."""
     rows = list(rows)
     names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -144,10 +144,10 @@ def write_rows(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]
 
 
 def require_writable(folder: Path) -> None:
-    """Make `folder` and test that it takes files, before hours are spent on what is written there.
+    """Create `folder` and check that it is writable, before hours of computing.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: it cannot be created or written.
     """
     probe = _temporary(folder / "probe")
     try:
@@ -162,7 +162,7 @@ def require_writable(folder: Path) -> None:
 
 
 def require_space(needed: Mapping[Path, int]) -> None:
-    """Test that there is room for what will be written, before hours are spent on it.
+    """Check that there is enough disk space, before hours of computing.
 
     Args:
         needed: folder, which need not exist -> bytes. Folders of one file system share its space.
@@ -193,7 +193,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what dead writers of `path` on this host left. What cannot be removed stays."""
+    """Remove temporary files of dead writers of `path` on this host, if possible."""
     prefix = f".{path.name}.{socket.gethostname()}."
     with os.scandir(path.parent) as entries:
         left = [entry for entry in entries if entry.name.startswith(prefix)]

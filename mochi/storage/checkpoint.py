@@ -1,7 +1,7 @@
-"""Resume checkpoints: tensors and JSON only, written whole, the previous one kept.
+"""Resume checkpoints: tensors and JSON only, written atomically, with the previous one kept.
 
-A checkpoint carries the *identity* of its run. It is loaded by the same run or refused: to continue from
-the state of another run would be a silent mistake.
+A checkpoint contains the *identity* of its run, and is refused by any other run: continuing from the
+state of another run would be a silent error.
 """
 
 import json
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used; the text says why and what to do."""
+    """A checkpoint that cannot be used."""
 
 
 def save(
@@ -52,9 +52,9 @@ def save(
 
 
 def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The tensors and state of the newest readable checkpoint, or None where there is none.
+    """The tensors and state of the newest readable checkpoint, or None if there is none.
 
-    A corrupt newest file is named in the log and the previous one is used.
+    If the newest file is corrupt, this is logged and the previous one is used.
 
     Raises:
         CheckpointError: the checkpoint is of another run (both are named), or none is readable.
@@ -96,7 +96,7 @@ def discard(path: Path) -> None:
 
 
 def _remove_unfinished(path: Path) -> None:
-    """Remove what a kill, here or on another host, left half written; a run has one writer.
+    """Remove partial files that a kill left, on any host; a run has one writer.
 
     safetensors writes to `.tmp` and six letters in the same folder, then renames.
     """
@@ -119,7 +119,7 @@ def _refuse_another_run(path: Path, found: Mapping[str, Any], wanted: Mapping[st
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, so that a message names only what differs."""
+    """{"a": {"b": 1}} -> {"a.b": 1}, so that a message shows only differences."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping):
@@ -143,7 +143,7 @@ def unpack(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.op
     """Restore what `pack` returned, in the memory formats that the module's parameters have now.
 
     Raises:
-        CheckpointError: names are missing or left over.
+        CheckpointError: names are missing or unexpected.
     """
     own = {
         name.removeprefix("module."): tensor
@@ -169,8 +169,8 @@ def unpack(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.op
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
     """Give the state of each parameter the strides of the parameter.
 
-    A checkpoint is contiguous. With other strides than the parameter, such as channels-last, the numbers
-    are the same, but the fused update of all parameters falls back to a slow one for each.
+    A checkpoint is contiguous. If its strides differ from the parameter's, such as channels-last,
+    the numbers are the same, but the fused update of all parameters falls back to a slow one for each.
     """
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

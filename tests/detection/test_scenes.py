@@ -153,7 +153,7 @@ def test_a_link_and_a_file_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / "file").write_text("years of work")
     for name in ("link", "file"):
-        with pytest.raises(ConfigError, match=f"found .*{name}, which is no part of scenes"):
+        with pytest.raises(ConfigError, match=f"found .*{name}, which is not part of"):
             scenes.run(data(), tmp_path / name)
     (tmp_path / "elsewhere").rmdir()
     assert (tmp_path / "file").read_text() == "years of work"

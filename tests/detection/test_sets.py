@@ -169,11 +169,11 @@ def test_names_that_differ_by_case_are_named_and_by_unicode_form_found(voc_image
     listing.write_text("café\n", encoding="utf-8")
     assert voc.read(root, "train", ["cafe\u0301"], "fail").images[0].path.name == "cafe\u0301.jpg"
     with pytest.raises(
-        DataError, match=r"'café'\): unknown class; 'Café' differs by case alone; allowed: Café"
+        DataError, match=r"'café'\): unknown class; 'Café' differs only in case; allowed: Café"
     ):
         voc.read(root, "train", ["Café"], "fail")
     listing.write_text("CAFÉ\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"CAFÉ.xml: no such file; found '.*.xml', which differs by case"):
+    with pytest.raises(DataError, match=r"CAFÉ.xml: no such file; found '.*.xml', which differs in case"):
         voc.read(root, "train", ["café"], "fail")
 
 
@@ -283,7 +283,7 @@ FULL = [{"size": [40, 48], "counts": [100, 40, 1780]}, {"size": [40, 48], "count
         ([[4, 5, 6]], "a polygon of fewer than 3 points"),
         ([[3, 4, 20, 22]], "a polygon of fewer than 3 points"),
         ([[4, 5, 20, 5, 20, 22, 4]], "a polygon of fewer than 3 points"),
-        ([[4, 5, 20, 5, None, 22]], "a polygon with a point that is no number"),
+        ([[4, 5, 20, 5, None, 22]], "a polygon with a point that is not a number"),
         ([[4, 5, 20, 5, "x", 22]], "a segmentation that is neither"),
         ([[104, 5, 120, 5, 120, 22]], "a polygon outside the image"),
         ([[54, 5, 70, 5, 70, 22]], "a polygon outside the image"),

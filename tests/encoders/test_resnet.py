@@ -54,7 +54,7 @@ def test_narrow_variants_of_wide_networks(architecture: str, width: int) -> None
             {"architecture": "resnext50_32x4d", "stem": "half", "width": 24},
             "width: found 24; .* of 16",
         ),
-        ({"architecture": "timm:x", "stem": "half"}, "stem, width: found half, None; timm:x has its own"),
+        ({"architecture": "timm:x", "stem": "half"}, "stem, width: found half, None; timm:x fixes them"),
     ],
 )
 def test_an_encoder_that_cannot_be_built_is_refused(settings: dict[str, object], message: str) -> None:

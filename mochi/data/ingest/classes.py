@@ -1,6 +1,6 @@
-"""What the classes of train and val say about each other, before and after preparation.
+"""Check that the classes of train and val agree, before and after preparation.
 
-Names are in Unicode's composed form already: é as one character and as two are one name.
+Names are already in Unicode's composed form: é as one character or as two is the same name.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ Counts = Mapping[str, Mapping[str, int]]
 
 
 def faults(counts: Counts) -> list[str]:
-    """What makes every score of a classifier 0: no class has images in both splits."""
+    """The error that makes every score of a classifier 0: no class has images in both splits."""
     train, val = (_filled(counts, split) for split in ("train", "val"))
     if not train or not val or train & val:
         return []
@@ -30,7 +30,7 @@ def faults(counts: Counts) -> list[str]:
 
 
 def oddities(counts: Counts) -> list[str]:
-    """What is probably a mistake: names that hardly differ, classes to test on without training images."""
+    """Probable mistakes: names that hardly differ, test classes without training images."""
     train, val = (_filled(counts, split) for split in ("train", "val"))
     found = alike({name for split in counts.values() for name in split})
     if train and (missing := val - train):
@@ -43,10 +43,10 @@ def _filled(counts: Counts, split: str) -> set[str]:
 
 
 def alike(names: set[str]) -> list[str]:
-    """Pairs of names that differ by case or blanks alone."""
+    """Pairs of names that differ only in case or spaces."""
     by_form = sorted((" ".join(name.casefold().split()), name) for name in names)
     return [
-        f"classes {first!r} and {second!r} differ by case or blanks alone: rename one"
+        f"classes {first!r} and {second!r} differ only in case or spaces: rename one"
         for (form, first), (other, second) in pairwise(by_form)
         if form == other
     ]

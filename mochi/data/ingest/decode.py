@@ -1,10 +1,10 @@
-"""From any image file to one kind of picture: upright, 8-bit RGB; or the reason why not.
+"""Decode any image file to upright 8-bit RGB, or give the reason why it cannot be decoded.
 
-The content decides, never the extension, and only the decoders of FORMATS are ever run. Orientation tags
-are applied, transparency becomes white, 16 bits are scaled to 8, animations give their first frame, CMYK,
-YCCK and palettes are converted. A JPEG or PNG that already is upright 8-bit RGB or grey keeps its bytes;
-all others are re-encoded as PNG, without loss. An image larger than a given side is stored smaller, a JPEG
-as JPEG. Embedded colour profiles are not applied.
+Files are identified by content, not by extension, and only the decoders of FORMATS are run. Orientation
+tags are applied, transparency becomes white, 16 bits are scaled to 8, animations give their first frame,
+CMYK, YCCK and palettes are converted. A JPEG or PNG that already is upright 8-bit RGB or grey keeps its
+bytes; all others are re-encoded as PNG, without loss. An image larger than a given side is resized, a
+JPEG as JPEG. Embedded colour profiles are not applied.
 """
 
 import io
@@ -28,28 +28,28 @@ RULES = 3
 """Version of the rules above, for the manifest."""
 
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
-"""Pillow's names of the formats that are decoded. Others, PostScript among them, are never tried."""
+"""Pillow's names of the formats that are decoded. Others, such as PostScript, are never tried."""
 
 JPEG_QUALITY = 95
-"""Of a JPEG that is stored smaller."""
+"""Of a resized JPEG."""
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb (twice MAX_IMAGE_PIXELS)."""
 
 MAX_BYTES = 1 << 30
-"""MAX_PIXELS in three channels of 16 bits, not compressed. A longer file is not even read."""
+"""MAX_PIXELS in three channels of 16 bits, not compressed. A longer file is not read."""
 
 # The JPEG reader gives MPO; AVIF came with Pillow 11.3.
 _DECODERS = tuple(
     name for name in FORMATS if name != "MPO" and (name != "AVIF" or find_spec("PIL.AvifImagePlugin"))
 )
 
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 2 to 8 flip or turn, 5 to 8 exchange width and height
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 2 to 8 flip or rotate, 5 to 8 swap width and height
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What was found in a file."""
+    """The result for a file."""
 
     reason: str
     """Why it is unreadable; empty for a usable image, whose other fields are then valid."""
@@ -58,9 +58,9 @@ class CheckResult:
     """Pixels, upright."""
     format: str
     mode: str
-    """Pillow's names, of the file as it is."""
+    """Pillow's names, of the original file."""
     reencoded: bytes | None
-    """A PNG or JPEG to store instead of the file's own bytes; None where those can be stored."""
+    """A PNG or JPEG to store instead of the file's bytes; None if those can be stored."""
     shrunk: bool = False
     """Whether it is stored with fewer pixels than the file has."""
 
@@ -72,8 +72,9 @@ class UnreadableError(ValueError):
 def check(data: bytes, max_side: int | None = None) -> CheckResult:
     """Decode one file completely and decide what to store; no side longer than `max_side`.
 
-    A JPEG that keeps its bytes is decoded to an eighth of its width and height: that reads all its data and
-    finds the same faults in two thirds of the time. A larger one is decoded to about what is kept of it.
+    A JPEG that keeps its bytes is decoded to an eighth of its width and height: that reads all
+    its data and finds the same faults in two thirds of the time. A larger one is decoded to about its
+    stored size.
     """
     try:
         image = open_image(data)
@@ -82,7 +83,7 @@ def check(data: bytes, max_side: int | None = None) -> CheckResult:
         # Not for PNGs: their metadata may follow the pixels.
         plain_jpeg = kind == "JPEG" and _is_plain(image, data)
         if smaller is not None:
-            image.draft(None, (2 * smaller[0], 2 * smaller[1]))  # JPEG alone has one
+            image.draft(None, (2 * smaller[0], 2 * smaller[1]))  # only JPEG has one
         elif plain_jpeg:
             image.draft(None, (1, 1))
         _load(image)
@@ -109,7 +110,7 @@ def _scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a file's upright image, from its header alone.
+    """(width, height) of a file's upright image, from its header only.
 
     Raises:
         UnreadableError: as `open_image`, or the file cannot be read.
@@ -205,7 +206,7 @@ def _load(image: Image.Image) -> None:
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
-    """Do the file's own bytes give the wanted picture through a plain `convert("RGB")`?"""
+    """Whether the file's bytes give the required image through a plain `convert("RGB")`."""
     if image.format not in {"JPEG", "PNG"} or _orientation(image) != 1:
         return False
     if image.format == "PNG" and (image.has_transparency_data or _png_depth(data) > 8):
@@ -234,10 +235,10 @@ _ROWS = 256
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
-    """16-bit and 32-bit grey to 8 bits by scaling, where Pillow's `convert` would clip at 255.
+    """Scale 16-bit and 32-bit grey to 8 bits; Pillow's `convert` would clip at 255.
 
-    Integers are read as 16-bit and floats as [0, 1] if they are in that range, else both are scaled by
-    their own range. NaN and Inf, which usually mark missing data, become black; a PNG's transparent value
+    Integers are treated as 16-bit and floats as [0, 1] if they are in that range; otherwise they are scaled
+    by their range. NaN and Inf, which usually mark missing data, become black; a PNG's transparent value
     becomes white.
 
     Raises:

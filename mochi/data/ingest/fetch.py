@@ -1,4 +1,4 @@
-"""Archives, downloaded once: several URLs, resumed, checked by content, opened safely."""
+"""Download archives once, from several URLs, with resume and checksums, and open them safely."""
 
 import hashlib
 import http.client
@@ -30,8 +30,8 @@ class Archive:
 
 
 def fetch(archive: Archive, options: Download, cache: Path) -> Path:
-    """The archive as a file: the user's own, the one downloaded before, or a download from the first URL
-    that serves the right bytes. An interrupted download is resumed.
+    """The archive as a file: the user's, an earlier download, or a download from the first URL that serves
+    the right bytes. An interrupted download is resumed.
 
     Raises:
         DataError: the user's file is not the archive, or no URL serves it.
@@ -57,7 +57,7 @@ def fetch(archive: Archive, options: Download, cache: Path) -> Path:
             return target
         part.unlink()
         failures.append(f"{url}: found md5 {found}; expected {archive.md5}")
-        logger.warning("%s: another file (md5 %s); trying the next URL", url, found)
+        logger.warning("%s: a different file (md5 %s); trying the next URL", url, found)
     raise DataError(
         f"{archive.file}: no URL serves it:\n  "
         + "\n  ".join(failures)
@@ -72,13 +72,13 @@ def _user_supplied(archive: Archive, path: Path) -> Path:
     if found != archive.md5:
         raise DataError(
             f"archive: {path}: found md5 {found}; expected {archive.md5} ({archive.file}); "
-            "the file is truncated or another one: download it again"
+            "the file is truncated or a different one: download it again"
         )
     return path
 
 
 def _download(url: str, part: Path) -> None:
-    """Download `url` into `part`, continuing after the bytes that are already there."""
+    """Download `url` into `part`, continuing after the existing bytes."""
     if not url.startswith(("http://", "https://", "ftp://")):
         raise ValueError("not an http, https or ftp URL")
     present = part.stat().st_size if part.exists() else 0
@@ -112,7 +112,7 @@ def _md5(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tarfile.TarFile]:
-    """A tar archive, compressed or not, whose members all stay inside the folder they are unpacked in.
+    """A tar archive, compressed or not, whose members are all inside the target folder.
 
     Raises:
         DataError: not a tar archive, truncated, or a member points outside.
@@ -149,7 +149,7 @@ def _fault(member: tarfile.TarInfo, links: set[PurePosixPath]) -> str | None:
 
 
 def unpacked(path: Path, cache: Path) -> Path:
-    """The folder with the archive's contents, unpacked once; after an interruption from the start."""
+    """The folder with the archive's contents, unpacked once; after an interruption, from the start."""
     folder = cache / "unpacked" / path.name
     done = folder / ".complete"
     if not done.is_file():

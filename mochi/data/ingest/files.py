@@ -1,7 +1,7 @@
-"""Which files of a folder are images, for preparation, inspection and detection alike.
+"""Find the image files of a folder, for preparation, inspection and detection.
 
-What systems, editors and this program leave in folders is ignored and counted; the content of the rest
-decides, in `decode`.
+Files of systems, editors and this program are ignored and counted; `decode` identifies the others by
+content.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from mochi.text import nfc, read_lines
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif")
-"""In the order in which the image of a name is looked for, in either case."""
+"""In search order, in either case."""
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Folder name, in any case -> split; without a `val` the `test` images are `val`, for evaluations."""
@@ -42,12 +42,12 @@ _VOC_MASKS = {"SegmentationClass", "SegmentationObject"}
 
 
 def left_behind(name: str) -> str | None:
-    """Why a file or folder of this name holds nothing for the user; None for all others."""
+    """Why a file or folder of this name is ignored; None for all others."""
     lower = name.lower()
     if name.startswith(".") or lower in _SYSTEM or _STREAM.fullmatch(lower):
         return "hidden or system file"
     if _BACKUP.fullmatch(lower):
-        return "editor backup or unfinished copy"
+        return "editor backup or partial copy"
     return None
 
 
@@ -63,8 +63,8 @@ def is_ours(folder: Path) -> bool:
 def walk(root: Path, ignored: Counter[str] | None = None) -> list[str]:
     """Sorted paths, relative to `root`, of every file below it that may be an image.
 
-    What `left_behind` names, folders that this program wrote, other types, broken links and loops are left
-    out and counted in `ignored`. `root` itself may hold its own preparation.
+    Names in `left_behind`, folders that this program wrote, other types, broken links and loops are skipped
+    and counted in `ignored`. `root` may contain its own prepared data.
     """
     return sorted(_walk(root, "", (), Counter() if ignored is None else ignored))
 
@@ -101,7 +101,7 @@ def _walk(
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder that may hold images."""
+    """Sorted names of the subfolders that may contain images."""
     return sorted(
         entry.name
         for entry in folder.iterdir()
@@ -113,16 +113,16 @@ _MARKED = re.compile(r"(.*\S)\s+(-1|0|1)", re.S)
 
 
 def read_list(path: Path, exists: Callable[[str], bool]) -> list[str]:
-    """The names in a text file with one image a line: VOC's image sets, and lists that look like them.
+    """The names in a text file with one image per line: VOC's image sets and similar lists.
 
-    A name may have blanks. In VOC's class-wise lists a last column of -1, 0 or 1 says whether the class is
-    in the image; -1 leaves it out. Where both readings are possible, `exists` decides.
+    Names may contain spaces. In VOC's class-wise lists a last column of -1, 0 or 1 says whether the class
+    is in the image; -1 skips it. If both interpretations are possible, `exists` decides.
 
     Raises:
         DataError: as `read_lines`.
     """
     names = []
-    for line in map(nfc, read_lines(path, "a list of images, one name a line")):
+    for line in map(nfc, read_lines(path, "a list of images, one name per line")):
         marked = _MARKED.fullmatch(line)
         if marked is None or exists(line):
             names.append(line)
@@ -140,7 +140,7 @@ class Names:
         """Subfolder -> composed name -> name."""
 
     def find(self, name: str) -> Path | None:
-        """The file of this name, which may be in a subfolder; None where there is none."""
+        """The file of this name, which may be in a subfolder; None if there is none."""
         below, _, base = name.rpartition("/")
         found = self._names(below).get(nfc(base))
         return None if found is None else self.folder / below / found
@@ -154,13 +154,13 @@ class Names:
         return None
 
     def alike(self, name: str) -> str:
-        """For a message: the file whose name, suffix or not, differs from this one by case alone."""
+        """For a message: the file whose name, suffix or not, differs from this one only in case."""
         below, _, base = name.rpartition("/")
         wanted = nfc(base).casefold()
         for entry, own in self._names(below).items():
             stem = entry.rpartition(".")[0]
             if wanted in {entry.casefold(), stem.casefold()} and nfc(base) not in {entry, stem}:
-                return f"; found {own!r}, which differs by case"
+                return f"; found {own!r}, which differs in case"
         return ""
 
     def _names(self, below: str) -> dict[str, str]:

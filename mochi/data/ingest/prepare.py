@@ -1,4 +1,4 @@
-"""From any source to a folder of shards, as `mochi.data.format` describes it."""
+"""Convert any source to a folder of shards (`mochi.data.format`)."""
 
 import csv
 from collections.abc import Callable, Iterator
@@ -30,14 +30,14 @@ def prepare(
 ) -> dict[str, Any]:
     """Store `dataset` in the folder `out`; returns the manifest.
 
-    The same source, options and program give the same bytes, whatever `jobs` is. What was prepared in `out`
-    before is replaced once everything is complete on disk; until then, and after any error, it is intact.
+    The same source, options and program give the same bytes, for any `jobs`. Earlier prepared data in `out`
+    are replaced when the new data are complete on disk; until then, and after any error, they are intact.
     `cache` (by default `.cache` in the folder of `out`) keeps downloads; `finish` may add files to the new
     folder that it is given.
 
     Raises:
-        DataError: the source is missing, another one, empty or contradicts itself, or more of it is
-            unreadable than allowed.
+        DataError: the source is missing, a different one, empty or inconsistent, or too much of it is
+            unreadable.
         StorageError: `out` cannot be written.
     """
     raw = collect(dataset, cache or out.parent / ".cache")
@@ -85,7 +85,7 @@ def _write(
         "source": raw.source,
         "licence": raw.licence,
         "classes": raw.classes,
-        # What the set is, not where it came from: moved or re-downloaded images are the same set.
+        # Content, not origin: moved or re-downloaded images are the same set.
         "options": dataset.model_dump(
             mode="json", exclude={"path", "archive", "mirrors"}, exclude_defaults=True
         ),
@@ -104,7 +104,7 @@ def collect(dataset: Dataset, cache: Path) -> RawDataset:
     """List what a source has. The module that reads it is named as the source, with `_` for `-`.
 
     Raises:
-        DataError: the source is missing, another one or empty.
+        DataError: the source is missing, a different one or empty.
     """
     module = import_module(f"mochi.data.ingest.sources.{dataset.source.replace('-', '_')}")
     raw: RawDataset = module.collect(dataset, cache)
@@ -114,7 +114,7 @@ def collect(dataset: Dataset, cache: Path) -> RawDataset:
 def _counted(
     files: Iterator[ValidatedFile], progress: Progress | None, done: int, total: int
 ) -> Iterator[ValidatedFile]:
-    """The same files; tells `progress` how much of the whole data set is done."""
+    """The same files; reports the progress over the whole data set."""
     for file in files:
         yield file
         if progress is not None:

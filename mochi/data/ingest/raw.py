@@ -1,4 +1,4 @@
-"""What a source holds, before any pixel is stored."""
+"""The content of a source, before any image is stored."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class ByteRange(NamedTuple):
-    """Where the bytes of an image are: a file, or a part of one (a member of a tar archive)."""
+    """Location of the bytes of an image: a file, or a part of one (a member of a tar archive)."""
 
     file: str
     offset: int = 0
@@ -39,7 +39,7 @@ class FileSplit:
 
 @dataclass(frozen=True)
 class RawDataset:
-    """One data set as its source has it; what `prepare` turns into shards."""
+    """One data set as listed by its source; `prepare` converts it to shards."""
 
     source: str
     """Where it comes from, for the manifest: name, paper or URL."""
@@ -47,13 +47,13 @@ class RawDataset:
     classes: list[str]
     splits: dict[str, ArraySplit | FileSplit]
     ignored: dict[str, int] = field(default_factory=dict)
-    """Reason -> number of files left out on purpose (hidden files, other types)."""
+    """Reason -> number of files skipped on purpose (hidden files, other types)."""
     listing: str = ""
     """Digest of the names of the user's own files, to notice when the folder changes."""
     max_unreadable: float = 0.0
     """Largest share of files that may be quarantined as unreadable."""
     max_side: int | None = None
-    """Larger images are stored with this longer side; None: as they are."""
+    """Larger images are resized to this longer side; None: no limit."""
 
     def class_counts(self) -> dict[str, dict[str, int]]:
         """Split -> class name -> number of images."""
@@ -61,7 +61,7 @@ class RawDataset:
 
 
 Progress = Callable[[int, int], None]
-"""Called with the number of images done and the number in all."""
+"""Called with the number of images done and the total."""
 
 
 def class_counts(labels: NDArray[np.int64], classes: list[str]) -> dict[str, int]:
@@ -71,7 +71,7 @@ def class_counts(labels: NDArray[np.int64], classes: list[str]) -> dict[str, int
 
 
 def as_text(path: str) -> str:
-    """A path as valid UTF-8, whatever bytes its name is made of."""
+    """A path as valid UTF-8, for any bytes in its name."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""What a file is that is not decoded, for users who trust its extension, and what to do with it.
+"""Identify a file that is not decoded, and say what to do with it.
 
 Signatures: the formats' specifications, and `file`'s magic database.
 """
@@ -52,7 +52,7 @@ _TIFF_SENSOR = {32803, 34892}  # photometric: colour filter array, linear raw
 
 
 def sniff(head: bytes) -> str:  # noqa: PLR0911 (a list of cases)
-    """What a file is that no decoder takes; `head` is its first bytes."""
+    """Identify a file that no decoder accepts; `head` is its first bytes."""
     for offset, signature, name in _SIGNATURES:
         if head.startswith(signature, offset):
             return name if "not an image" in name else f"{name}, which is not decoded here: {ADVICE}"
@@ -78,7 +78,7 @@ def sniff(head: bytes) -> str:  # noqa: PLR0911 (a list of cases)
 
 
 def raw_kind(image: Image.Image, head: bytes) -> str | None:
-    """Why a TIFF's first picture is not the photograph: a camera's raw file, or a copy of reduced size.
+    """Why a TIFF's first image is not the photograph: a camera raw file, or a reduced copy.
 
     NEF, DNG, ARW, SRW and others begin with a thumbnail, CR2 with a preview.
     """

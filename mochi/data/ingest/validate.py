@@ -15,33 +15,33 @@ from mochi.data.ingest.raw import ByteRange, FileSplit, in_batches
 from mochi.errors import DataError
 
 _FILES_PER_TASK = 64
-_SERIAL_LIMIT = 512  # files; so few are checked before worker processes have started
+_SERIAL_LIMIT = 512  # files; this many are checked before worker processes have started
 
 
 @dataclass(frozen=True)
 class ValidatedFile:
-    """One file and what was found in it."""
+    """One file and its result."""
 
     row: int
     """In the split."""
     size: int
-    """Bytes; -1 where the file could not be opened."""
+    """Bytes; -1 if the file could not be opened."""
     sha256: bytes
-    """Empty where the file was not read."""
+    """Empty if the file was not read."""
     result: decode.CheckResult
 
 
 class Validator:
     """Checks splits with one pool of `jobs` processes; a context manager.
 
-    Results are not kept between runs. They would save 0.43 of 0.65 ms of processor time in the second
-    preparation of a JPEG of 500 x 375, less than one epoch of training spends on decoding it.
+    Results are not cached between runs. A cache would save 0.43 of 0.65 ms of processor time in the second
+    preparation of a JPEG of 500 x 375, less than decoding it takes in one epoch of training.
     """
 
     def __init__(self, jobs: int) -> None:
         self._jobs = jobs
         # Processes start with the first task, so that small splits do not wait for them.
-        context = multiprocessing.get_context("spawn")  # fork may deadlock where threads run
+        context = multiprocessing.get_context("spawn")  # fork may deadlock if there are threads
         self._pool = ProcessPoolExecutor(jobs, mp_context=context) if jobs > 1 else None
 
     def __enter__(self) -> Self:
@@ -54,7 +54,7 @@ class Validator:
     def validate(
         self, split: FileSplit, *, keep_reencoded: bool = True, max_side: int | None = None
     ) -> Iterator[ValidatedFile]:
-        """Check the files of a split; larger images are re-encoded with a longer side of `max_side`.
+        """Check the files of a split; larger images are resized to a longer side of `max_side`.
 
         Without `keep_reencoded`, re-encoded images are only marked, by empty bytes.
 
@@ -73,7 +73,7 @@ class Validator:
         try:
             for task in tasks:
                 waiting.append(self._pool.submit(_validate_files, *task))
-                # Bounded, so that images do not pile up in memory when the disk is slow.
+                # Bounded, so that images do not accumulate in memory if the disk is slow.
                 if len(waiting) > 3 * self._jobs:
                     yield from waiting.popleft().result()
             while waiting:
@@ -116,9 +116,9 @@ def _unread(row: int, size: int, reason: str) -> ValidatedFile:
 
 
 def bytes_to_store(split: FileSplit, file: ValidatedFile) -> bytes:
-    """The re-encoded image, or the file's own bytes.
+    """The re-encoded image, or the file's bytes.
 
-    The latter are read again, from the system's cache: cheaper than sending them between processes.
+    The latter are read again from the system's cache, which is cheaper than sending them between processes.
 
     Raises:
         DataError: the file vanished or its content changed since it was validated.
@@ -133,7 +133,7 @@ def bytes_to_store(split: FileSplit, file: ValidatedFile) -> bytes:
             f"{part.file}: vanished while it was read ({error.strerror}); prepare again"
         ) from None
     if hashlib.sha256(data).digest() != file.sha256:
-        raise DataError(f"{part.file}: changed while it was read; prepare again once nobody writes there")
+        raise DataError(f"{part.file}: changed while it was read; prepare again when nobody writes there")
     return data
 
 

@@ -19,12 +19,12 @@ from mochi.storage.atomic import replacing
 
 SMALL_SIDE = 128
 SMALL_BYTES = 4 << 30
-"""Images of one size, no side above SMALL_SIDE and SMALL_BYTES in all, are stored as pixels."""
+"""Images of one size, no side above SMALL_SIDE and SMALL_BYTES in total, are stored as pixels."""
 
 
 @dataclass
 class WrittenSplit:
-    """A split on disk, and what was found while it was written."""
+    """A split on disk, and statistics from writing it."""
 
     storage: str = "encoded"
     """pixels or encoded."""
@@ -37,7 +37,7 @@ class WrittenSplit:
     sizes: "array[int]" = field(default_factory=lambda: array("i"))
     """Height and width of each kept row, one after the other."""
     reencoded: int = 0
-    """Images that do not keep their bytes."""
+    """Number of re-encoded images."""
     shrunk: int = 0
     """Those of them that were larger than `max_side`."""
     unreadable: list[tuple[str, int, str]] = field(default_factory=list)
@@ -146,7 +146,7 @@ def _write_pixels(
 
 
 class _Hashing(io.RawIOBase):
-    """A file that is hashed while it is written, so that it is not read again."""
+    """A file that is hashed while it is written, so that it need not be read again."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=1 << 20)

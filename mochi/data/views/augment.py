@@ -1,8 +1,8 @@
 """The photometric part of MoCo's augmentations (versions 1 and 2), a batch at a time on any device.
 
 Random parameters are arrays on the CPU with one row per image (`counter_rng`), and the operations are
-plain functions of images and a plan made of them: each equals torchvision's functional one, image by image.
-Images are (B, 3, H, W) float32 in [0, 1]. Legend: B images, S side of a view.
+plain functions of images and a plan derived from them: each equals torchvision's functional version for
+each image. Images are (B, 3, H, W) float32 in [0, 1]. Legend: B images, S side of a view.
 
 Source: facebookresearch/moco main_moco.py; torchvision.transforms.ColorJitter.
 Deviation: no rounding to 8 bits between operations; the blur is the Gaussian that PIL's three box
@@ -28,7 +28,7 @@ from mochi.runtime.transfer import arrays_to, to_device
 
 _GREY = (0.2989, 0.587, 0.114)  # torchvision's weights
 _BLUR_RADIUS = 6  # three standard deviations of the widest blur
-_BLUR_REACH = 3.5  # taps beyond so many deviations are left out
+_BLUR_REACH = 3.5  # taps beyond this many standard deviations are omitted
 
 # The columns of a row of random numbers. New ones go to the end, so that the others keep their values.
 _ORDER, _FACTORS = slice(0, 4), slice(4, 8)
@@ -37,7 +37,7 @@ _JITTER, _GREYSCALE, _BLUR, _SIGMA, _COLUMNS = 8, 9, 10, 11, 12
 
 @dataclass(frozen=True)
 class PhotometricParameters:
-    """What happens to each image of a batch; every field has B rows."""
+    """Operations on each image of a batch; every field has B rows."""
 
     jitter: NDArray[np.bool_]
     order: NDArray[np.int64]  # (B, 4): a permutation of brightness, contrast, saturation, hue
@@ -47,7 +47,7 @@ class PhotometricParameters:
 
     @cached_property
     def operation(self) -> NDArray[np.int64]:
-        """(B, 4): what happens at each position, -1 for nothing."""
+        """(B, 4): the operation at each position, -1 for none."""
         return np.where(self.jitter[:, None], self.order, -1)
 
     @cached_property
@@ -60,14 +60,14 @@ class PhotometricParameters:
 
     @cached_property
     def hues(self) -> NDArray[np.float32]:
-        """(B, 3) in [-3, 3): hues of red, green and blue, in sixths of the circle, once it has turned."""
+        """(B, 3) in [-3, 3): hues of red, green and blue, in sixths of the circle, after rotation."""
         return ((np.array([0, 2, 4]) - 6 * self.factors[:, 3:] + 3) % 6 - 3).astype(np.float32)
 
 
 class Plan(NamedTuple):
     """The same as operations take it, on the device of the images.
 
-    How many rows each operation has is known on the host, so nothing waits for the device.
+    The number of rows of each operation is known on the host, so nothing waits for the device.
     """
 
     grey: Tensor  # (n,) rows that become grey
@@ -153,7 +153,7 @@ def make_plan(parameters: PhotometricParameters, rows: slice, images: Tensor) ->
 
 
 def normalize(images: Tensor, output: Tensor | None = None) -> Tensor:
-    """ImageNet mean 0 and deviation 1; arguments as `photometric`'s."""
+    """Normalise to ImageNet mean 0 and standard deviation 1; arguments as in `photometric`."""
     output = _channels_last(images) if output is None else output
     for rows in parts(len(images), images[0].numel(), images.device):
         _normalize_into(output[rows], _unit(images[rows]))
@@ -165,7 +165,7 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def _unit(images: Tensor) -> Tensor:
-    """float32 in [0, 1]; float images as they are."""
+    """float32 in [0, 1]; float images are unchanged."""
     return images / 255 if images.dtype == torch.uint8 else images
 
 
@@ -173,7 +173,7 @@ def _normalize_into(output: Tensor, images: Tensor) -> None:
     """`output` <- (images - mean) / std; `images` are overwritten."""
     gain, shift = _constants(images.device)
     if images.device.type == "cpu":
-        # A copy that changes the memory format is faster there than arithmetic that does.
+        # Changing the memory format in a copy is faster there than in arithmetic.
         output.copy_(images.mul_(gain).add_(shift))
     else:
         torch.addcmul(shift, images, gain, out=output)
@@ -219,13 +219,13 @@ def jitter_(images: Tensor, plan: Plan) -> None:
 
 
 def rotate_hue_(images: Tensor, hues: Tensor) -> None:
-    """Turn the hue of each image, in place; value and saturation stay.
+    """Rotate the hue of each image, in place; value and saturation are unchanged.
 
-    HSV without S and V. With m the smallest channel, d the spread of the channels and hues in sixths of the
-    circle, a colour's hue is h = ±(1 + (g + b - r - m) / d), positive where green is above blue; and a
-    colour of hue h has in the channel whose own hue is c (red 0, green 2, blue 4) the value
-    m + d (clamp(||h - c| - 3|, 1, 2) - 1), for h - c in [-6, 6]. No pixel needs a choice of formula, which
-    takes twice as long; and turning a colour one way is turning the three channels the other way.
+    HSV without S and V. With m the smallest channel, d the range of the channels and hues in sixths of
+    the circle, a colour's hue is h = ±(1 + (g + b - r - m) / d), positive where green is above blue; and
+    a colour of hue h has in the channel whose own hue is c (red 0, green 2, blue 4) the value m + d
+    (clamp(||h - c| - 3|, 1, 2) - 1), for h - c in [-6, 6]. This needs no choice of formula per pixel,
+    which takes twice as long; and rotating a colour one way is rotating the three channels the other way.
 
     Args:
         images: (B, 3, H, W).
@@ -244,8 +244,8 @@ def rotate_hue_(images: Tensor, hues: Tensor) -> None:
 def blur_(images: Tensor, plan: Plan) -> None:
     """Gaussian blur of the planned images, in place, border reflected.
 
-    13 taps, as torchvision's kernel_size=13, less those beyond 3.5 deviations: together they weigh an
-    eighth of an 8-bit level.
+    13 taps, as torchvision's kernel_size=13, without those beyond 3.5 standard deviations, whose total
+    weight is an eighth of an 8-bit level.
     """
 
     def along_both_(some: Tensor) -> None:
@@ -255,7 +255,7 @@ def blur_(images: Tensor, plan: Plan) -> None:
     def at_once_(some: Tensor) -> None:
         some.copy_(_convolved(some, plan.kernels))
 
-    # A CPU is faster tap by tap in its cache; an accelerator with fewer passes through its memory.
+    # A CPU is faster tap by tap in its cache; an accelerator with fewer passes over memory.
     _on_rows_(images, plan.blurred, along_both_ if images.device.type == "cpu" else at_once_)
 
 

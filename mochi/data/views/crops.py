@@ -22,7 +22,7 @@ _TOP, _LEFT, _FLIP, _COLUMNS = 20, 21, 22, 23
 
 _LONGEST_RATIO = 16  # of the sides, in the part of an image that a centre crop is cut from
 
-# Images a pass on the CPU: small enough for the cache of one core, large enough to hide the calls.
+# Images per pass on the CPU: few enough for the cache of one core, enough to amortise the calls.
 _CACHE_FLOATS = 300_000
 
 
@@ -65,8 +65,8 @@ def draw(
 def resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
     """(B, target, source) weights of antialiased bilinear resizing of [start, start + length).
 
-    Source: PIL's and torch's triangle filter, as wide as the shrinking asks, cut and renormalised at
-    the window's edges.
+    Source: PIL's and torch's triangle filter, widened by the downsampling factor, truncated and
+    renormalised at the window's edges.
     """
     scale = length.float() / target  # (B,)
     support = scale.clamp(min=1)
@@ -93,7 +93,8 @@ def crop_resize(pixels: Tensor, windows: NDArray[np.int64], flip: NDArray[np.boo
         down = resampling(top, h, height, size)  # (B, S, H)
         across = resampling(left, w, width, size).div_(255)  # (B, S, W)
         across = torch.where(mirrored[:, None, None], across.flip(1), across)
-        # (B, H, 3, W): one product for the three channels on each side, three times as fast as one each.
+        # (B, H, 3, W): one product for the three channels on each side, three times as fast as one per
+        # channel.
         images = pixels[part].permute(0, 1, 3, 2).float().reshape(-1, height, 3 * width)
         images = (down @ images).view(-1, size * 3, width) @ across.mT
         output[part] = images.view(-1, size, 3, size).permute(0, 2, 1, 3)

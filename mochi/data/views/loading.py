@@ -1,9 +1,8 @@
 """Batches of views, in an order that is a pure function of (seed, epoch).
 
-Sets stored as pixels are on the device as one uint8 tensor and are cropped there. Of the others each
-image is decoded once by a worker, which also cuts all its crops (uint8); everything photometric is done
-in batch, on an accelerator or, without one, by the workers. Neither the number of workers nor a resume
-changes a single value.
+Data sets stored as pixels are kept on the device as one uint8 tensor and cropped there. In other sets a
+worker decodes each image once and cuts all its crops (uint8); photometric operations run in batch, on an
+accelerator or, without one, in the workers. Neither the number of workers nor a resume changes any value.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from mochi.runtime.watchdog import LOOK_SECONDS, Pulse, end_worker_that_cannot_s
 
 @dataclass(frozen=True)
 class Loading:
-    """How batches are loaded. Apart from the size of a batch, nothing here changes a value."""
+    """How batches are loaded. Only the batch size affects values."""
 
     batch_size: int
     """Images of a batch over all ranks."""
@@ -96,10 +95,10 @@ def two_views(
         seed: of the order, the crops and the augmentations.
         epoch: the first epoch.
         first_step: of that epoch.
-        epochs: how many; their workers live through all of them.
+        epochs: number of epochs; workers persist over all of them.
 
     Raises:
-        DataError: the batch is larger than the set, or does not divide by the ranks.
+        DataError: the batch is larger than the set, or is not divisible by the ranks.
     """
     parts = _shuffled(np.arange(len(split)), loading, seed, range(epoch, epoch + epochs), first_step)
     cut = RandomCrops(augmentation.image_size, augmentation.min_scale, seed, views=2)
@@ -135,7 +134,7 @@ def random_crops(
     seed: int,
     epoch: int,
 ) -> Iterator[Images]:
-    """Random-resized crops and flips of the labelled images, for a linear probe; the short last batch too.
+    """Random-resized crops and flips of the labelled images, for a linear probe; with the short last batch.
 
     Source: facebookresearch/moco main_lincls.py, whose DataLoader keeps the last batch.
     """
@@ -188,7 +187,7 @@ def _permuted(rows: Rows, seed: int, epoch: int) -> Rows:
 
 
 def _in_order(rows: Rows, loading: Loading, epoch: int = 0) -> Iterator[_Part]:
-    """This rank's part of every global batch, the short last one included; never an empty part."""
+    """This rank's part of every global batch, including the short last one; never empty."""
     for first in range(0, len(rows), loading.batch_size):
         batch = rows[first : first + loading.batch_size]
         part = np.array_split(batch, loading.world_size)[loading.rank]
@@ -262,7 +261,7 @@ def _decoded(
 ) -> Iterator[tuple[Rows, list[Tensor]]]:
     """Each batch's rows and views, of a split of encoded images, which workers decode and crop.
 
-    The views are finished on the device, except that workers do it for a CPU: they are its cores.
+    Views are finished on the device, or in the workers if the device is a CPU.
     """
     device = loading.device
     on_workers = device.type == "cpu"
@@ -300,7 +299,7 @@ _Loaded = tuple[int, Tensor, list[Tensor]]
 
 
 class _Decoded(Dataset[_Loaded | DataError]):
-    """On a worker: the crops of a part, uint8 or finished; one decode an image.
+    """On a worker: the crops of a part, uint8 or finished; each image is decoded once.
 
     A DataError is returned: DataLoader would hide a raised one under a worker's traceback.
     """
@@ -325,7 +324,7 @@ def pixels_on(split: StoredSplit, device: torch.device) -> Tensor | None:
         return None
     pixels = _ON_DEVICE.get(split)
     if pixels is None or pixels.device != device:
-        # Mapped copy-on-write: torch wants writable memory, and on a CPU the file's own pages serve.
+        # Mapped copy-on-write: torch needs writable memory, and a CPU uses the file's pages.
         path = split.folder / f"{split.name}-images.npy"
         pixels = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)).to(device)
         _ON_DEVICE[split] = pixels

@@ -18,7 +18,7 @@ Rows = NDArray[np.int64]
 
 
 def nothing() -> None:
-    """Called after an image, where nobody waits."""
+    """Does nothing after an image."""
 
 
 class RandomCrops:
@@ -88,11 +88,11 @@ def decode_rgb(split: StoredSplit, row: int) -> Tensor:
     """A stored JPEG or PNG as (3, H, W) uint8, by the decoder that checked it.
 
     Raises:
-        DataError: it no longer decodes, so its shard is corrupt; image and folder are named.
+        DataError: it no longer decodes, so its shard is corrupt.
     """
     try:
         image = open_image(split.encoded(row))
-        # `convert` would copy an image that is RGB already.
+        # `convert` would copy an image that is already RGB.
         upright = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow's JPEG and PNG readers raise
         raise DataError(

@@ -102,7 +102,7 @@ def test_names_are_found_in_both_unicode_forms_and_with_any_suffix(tmp_path: Pat
     assert names.image("sub/c") == tmp_path / "sub" / "c.jpeg"
     assert names.image("d") == tmp_path / "d.jpg"
     assert names.image("D") is None
-    assert "'d.jpg', which differs by case" in names.alike("D")
+    assert "'d.jpg', which differs in case" in names.alike("D")
     assert names.find("e.jpg") is names.find("../\0") is names.image("") is None
 
 

@@ -163,7 +163,7 @@ def test_visible_gpus_have_one_name_however_they_are_spelled(
             [],
             "could not reach",
         ),
-        ("echo broken >&2; exit 1", 2, ["0", "1"], "failed: broken; /dev has the devices of 2 GPUs"),
+        ("echo broken >&2; exit 1", 2, ["0", "1"], "failed: broken; assuming 2 GPUs, as in /dev"),
         ("exec sleep 60", 1, ["0"], "gave no answer in 0.2 s"),
         (None, 1, ["0"], "cannot be started"),
         (None, 0, [], ""),

@@ -21,7 +21,7 @@ NAMES = {
 }
 REASONS = {
     "nested": "the only class of train is called 'train': a folder too many was unpacked",
-    "case": "classes 'Cat' and 'cat' differ by case or blanks alone",
+    "case": "classes 'Cat' and 'cat' differ only in case or spaces",
     "other": "no class has images in both train (one, two) and val (three)",
 }
 
@@ -63,7 +63,7 @@ def test_names_that_hardly_differ_and_untrained_classes_are_told() -> None:
     counts = {"train": {"Cat": 3, "cat ": 1, "dog": 2, "eel": 0}, "val": {"Cat": 1, "eel": 2, "dog": 1}}
     assert faults(counts) == []
     said = oddities(counts)
-    assert "classes 'Cat' and 'cat ' differ by case or blanks alone" in said[0]
+    assert "classes 'Cat' and 'cat ' differ only in case or spaces" in said[0]
     assert said[1] == "1 classes of val have no image in train: eel"
 
 

@@ -13,6 +13,6 @@ EXTRAS = {
 
 
 def not_installed(package: str) -> str:
-    """The message to a user whose installation lacks one of these packages."""
+    """The message if one of these packages is not installed."""
     extra = f"mochi-pipeline[{EXTRAS[package]}]"
     return f'{package} is not installed; this command needs it: pip install "{extra}"'

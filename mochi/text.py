@@ -1,7 +1,7 @@
-"""Read text, JSON and XML of any encoding, and tell every mistake in one way.
+"""Read text, JSON and XML of any encoding, and report every mistake in the same form.
 
-Whatever bytes a file holds, its readers end in a value or in a DataError: file, place, what was found,
-what was expected. Files are written in other ways: see `mochi.storage.atomic`.
+For any bytes in a file, readers return a value or raise a DataError: file, place, what was found,
+what was expected. To write files, see `mochi.storage.atomic`.
 """
 
 import codecs
@@ -52,7 +52,7 @@ def read_text(path: Path, expected: str) -> str:
 
 
 def read_lines(path: Path, expected: str) -> list[str]:
-    """The lines of a file that are not empty, without blanks at their ends. Raises as `read_text`."""
+    """The non-empty lines of a file, stripped. Raises as `read_text`."""
     lines = re.split(r"\r\n|\r|\n", read_text(path, expected))
     return [line.strip() for line in lines if line.strip()]
 
@@ -147,7 +147,7 @@ def nfc(name: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of a file for a message: short, in JSON's words."""
+    """A value of a file for a message: short, as JSON."""
     match value:
         case None | bool():
             return json.dumps(value)
@@ -160,7 +160,7 @@ def shown(value: object) -> str:
 
 
 def as_number(value: object) -> float | None:
-    """A finite number, or the text of one; None for all else."""
+    """A finite number, or the text of one; None for other values."""
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -196,7 +196,7 @@ class Fields:
         return DataError(f"{self.where}: {key}: found {shown(self.values[key])}; expected {expected}")
 
     def text(self, key: str) -> str:
-        """A text that is not empty and may be a name, as it stands."""
+        """A non-empty text that may be a name, unchanged."""
         value = self.values.get(key)
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise self.error(key, "a text")
@@ -216,14 +216,14 @@ class Fields:
         return number
 
     def integer(self, key: str, *, at_least: int) -> int:
-        """A whole number; as text or with a zero fraction too."""
+        """A whole number, also as text or with a zero fraction."""
         number = as_number(self.values.get(key))
         if number is None or number != int(number) or number < at_least:
             raise self.error(key, f"a whole number of at least {at_least}")
         return int(number)
 
     def identity(self, key: str) -> int | str:
-        """What identifies something: a whole number or a text. The text of a number is that number."""
+        """An id: a whole number or a text. The text of a number is that number."""
         value = self.values.get(key)
         if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d{0,17}", value.strip(), re.ASCII):
             return int(value)
@@ -236,7 +236,7 @@ class Fields:
         raise self.error(key, "a whole number or a text")
 
     def flag(self, key: str) -> bool:
-        """0, 1, true or false; 0 where it is missing."""
+        """0, 1, true or false; 0 if it is missing."""
         if key not in self.values:
             return False
         value = self.values[key]

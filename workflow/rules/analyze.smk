@@ -34,7 +34,7 @@ rule analyze:
         )
 
 
-# `snakemake analyses`: what DVC keeps of them, and no report.
+# `snakemake analyses`: the analyses that DVC stores, without the report.
 rule analyses:
     input:
         ANALYSES,

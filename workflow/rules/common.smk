@@ -75,7 +75,7 @@ def share_of_a_gpu(nodes="1"):
 
 
 # A job runs again when its settings or its code change: they are params of its rule. `mochi adopt` lets
-# Snakemake remember for every existing result whether its provenance.json is what is wanted.
+# Snakemake remember for every existing result whether its provenance.json is current.
 def settings_of(result):
     return "stale" if is_stale(result) else result.settings_digest
 
@@ -139,7 +139,7 @@ def logged(command):
 
 
 def shown(folder, name):
-    """A file of the report; those to look at are marked for `snakemake --report`."""
+    """A file of the report; main ones are marked for `snakemake --report`."""
     path = str(folder / name)
     if name.endswith(".svg"):
         return in_report(path, "Figures", "figure", figure=Path(name).stem)

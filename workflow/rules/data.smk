@@ -5,7 +5,7 @@ PREPARED = {
     name: wanted.prepared(
         dataset,
         layout.dataset(name),
-        # Listing a million files takes seconds: once, and not again in every job.
+        # Listing a million files takes seconds, so it is done once and not in every job.
         (
             current_listing(dataset, layout.dataset(name))
             if workflow.is_main_process
@@ -46,7 +46,7 @@ rule scenes:
         "python -m mochi scenes {wildcards.folder:q} 2>&1 | tee {log:q}"
 
 
-# `snakemake data`: everything that is prepared or made, and nothing computed on it.
+# `snakemake data`: prepare all data sets and generate scenes; compute nothing else.
 rule data:
     input:
         [f"{result.folder}/manifest.json" for result in PREPARED.values()],

@@ -63,7 +63,7 @@ rule detect:
         )
 
 
-# The learning rate of fine-tunings that are jobs of their own.
+# The learning rate of fine-tunings that are separate jobs.
 rule search:
     input:
         lambda wildcards: list(evaluated(wildcards).inputs.values()),
@@ -91,7 +91,7 @@ rule search:
         )
 
 
-# `snakemake evaluations`: every number, and no report.
+# `snakemake evaluations`: all evaluations, without the report.
 rule evaluations:
     input:
         [

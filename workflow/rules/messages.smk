@@ -1,8 +1,8 @@
-# What is shown when a workflow ends.
+# Messages at the end of a workflow.
 
 
 def show_results():
-    """The table, and where everything is."""
+    """Show the table and the locations of results."""
     table = PLACES.results / "summary.md"
     if table.exists():
         where = f"tables, figures, records: {PLACES.results}"

@@ -30,7 +30,7 @@ rule pretrain:
         )
 
 
-# `snakemake encoders`: pretraining alone.
+# `snakemake encoders`: only pretraining.
 rule encoders:
     input:
         ENCODERS,

@@ -1,1 +1,1 @@
-"""One module per source, named as the source; its `collect(config, cache)` lists what there is."""
+"""One module per source, named as the source; its `collect(config, cache)` lists its images."""

@@ -170,7 +170,7 @@ def _place(path: str, *, has_splits: bool, class_folders: bool) -> tuple[str | N
 def _classes(
     root: Path, top: list[str], splits: dict[str, list[tuple[str, str | None]]], *, has_splits: bool
 ) -> list[str]:
-    """Names of the class folders of every split, the empty ones too, so that numbers stay stable."""
+    """Names of the class folders of every split, including empty ones, so that numbers are stable."""
     if not any(name for rows in splits.values() for _, name in rows):
         return []
     below = [root / folder for folder in top if folder.lower() in SPLITS] if has_splits else [root]

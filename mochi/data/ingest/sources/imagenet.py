@@ -41,7 +41,7 @@ def imagenet100() -> list[str]:
 
 
 def collect(config: ImageNet, cache: Path) -> RawDataset:
-    """List train and val of the wanted classes; class numbers follow the sorted wnids.
+    """List train and val of the requested classes; class numbers follow the sorted wnids.
 
     Raises:
         DataError: neither archives nor tree, classes missing, or no labels for the validation images.

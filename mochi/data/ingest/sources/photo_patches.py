@@ -16,14 +16,14 @@ from mochi.data.views import counter_rng
 from mochi.errors import DataError
 
 _FLAT = 2.0
-"""Patches whose grey levels have a smaller standard deviation are left out (night sky, lens mask)."""
+"""Patches whose grey levels have a smaller standard deviation are skipped (night sky, lens mask)."""
 
 
 def collect(config: PhotoPatches, cache: Path) -> RawDataset:
     """Cut the patches of every photograph at distinct positions, each inside one cell of its split.
 
     Raises:
-        DataError: a photograph is missing or has other bytes, or there are too few distinct patches.
+        DataError: a photograph is missing or changed, or there are too few distinct patches.
     """
     del cache
     pictures = [load(photograph) for photograph in PHOTOGRAPHS]
@@ -51,7 +51,7 @@ def _split(config: PhotoPatches, split: str, count: int, pictures: list[NDArray[
 def _positions(
     config: PhotoPatches, split: str, photo: int, picture: NDArray[np.uint8], count: int
 ) -> list[tuple[int, int]]:
-    """`count` distinct positions (top, left) in a seeded order, flat patches left out."""
+    """`count` distinct positions (top, left) in a seeded order, without flat patches."""
     side = config.patch_size
     height, width, _ = picture.shape
     own = cells(height, width, seed=config.seed, photo=photo, split=split)

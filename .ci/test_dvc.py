@@ -68,7 +68,7 @@ def test_train_again_go_back_and_walk_through_history(clone: Project) -> None:
     for commit, results in (("HEAD", after), ("HEAD~1", before), ("main", after)):
         clone.succeed("git", "checkout", "--quiet", commit)
         clone.succeed("dvc", "checkout")
-        assert "tiny: 11 results are current, 0 will be computed" in clone.mochi("adopt")
+        assert "tiny: 14 results are current, 0 will be computed" in clone.mochi("adopt")
         assert clone.digests(COMPUTED) == results
         assert has_nothing_to_do(clone)
 
@@ -135,7 +135,7 @@ def test_experiments_of_dvc(clone: Project) -> None:
     assert has_nothing_to_do(clone)
     name = re.findall(r"Ran experiment\(s\): (.+)", said)[0]
     clone.succeed("dvc", "exp", "apply", name)
-    assert "tiny: 11 results are current, 0 will be computed" in clone.mochi("adopt")
+    assert "tiny: 14 results are current, 0 will be computed" in clone.mochi("adopt")
     assert clone.digests(COMPUTED) == changed
     assert has_nothing_to_do(clone)
 
@@ -154,7 +154,7 @@ def test_a_corrupt_object_is_seen_and_pulled_again(clone: Project) -> None:
     encoder.unlink(missing_ok=True)
     clone.succeed("dvc", "pull")
     assert encoder.read_bytes() == before
-    assert "tiny: 11 results are current, 0 will be computed" in clone.mochi("adopt")
+    assert "tiny: 14 results are current, 0 will be computed" in clone.mochi("adopt")
     assert has_nothing_to_do(clone)
 
 
@@ -165,5 +165,5 @@ def test_without_git(recorded: Project, tmp_path: Path) -> None:
     shutil.rmtree(project.folder / "results/tiny/evaluations/random-init")
     project.succeed("dvc", "config", "core.no_scm", "true")
     project.succeed("dvc", "checkout", "evaluations@tiny")
-    assert "tiny: 11 results are current, 0 will be computed" in project.mochi("adopt")
+    assert "tiny: 14 results are current, 0 will be computed" in project.mochi("adopt")
     assert has_nothing_to_do(project)

@@ -2,7 +2,6 @@
 
 EXTRAS = {
     "faster_coco_eval": "detection",
-    "jinja2": "report",
     "matplotlib": "report",
     "pandas": "report",
     "scipy": "report",

@@ -140,7 +140,7 @@ def _gpus() -> Iterator[Finding]:
 
 def _packages(experiment: Experiment) -> Iterator[str]:
     """Optional packages that some stage imports."""
-    yield from ("jinja2", "matplotlib", "pandas", "scipy", "sklearn")
+    yield from ("matplotlib", "pandas", "scipy", "sklearn")
     sets = experiment.evaluation.detection.values()
     if sets:
         yield "faster_coco_eval"

@@ -127,7 +127,7 @@ def test_the_pipeline_and_its_lock_are_short(embedded: Project) -> None:
 
 
 def test_a_clone_has_nothing_to_compute(clone: Project) -> None:
-    assert "tiny: 11 results are current, 0 will be computed" in clone.mochi("adopt")
+    assert "tiny: 14 results are current, 0 will be computed" in clone.mochi("adopt")
     assert clone.jobs() == {}
     assert clone.changed_stages() == {}
     said = clone.succeed("dvc", "repro")
@@ -171,9 +171,9 @@ def test_metrics_and_plots(clone: Project, tmp_path: Path) -> None:
         pictures = [path.name for path in (page / "static").iterdir()]
         revisions = ["workspace"] if command == ["show"] else ["HEAD", "workspace"]
         assert sorted(pictures) == sorted(
-            f"{revision}_results_tiny_{name}.png"
+            f"{revision}_results_tiny_figures_{name}.png"
             for revision in revisions
-            for name in ("accuracy", "training", "negatives")
+            for name in ("accuracy", "loss", "proxy-task")
         )
 
 
@@ -185,7 +185,7 @@ def test_a_clone_without_pull_says_what_is_missing(recorded: Project, tmp_path: 
         "to compute: data set photo-patches-tiny: missing",
         f"to compute: {MOCHI} seed 1 pretrain: missing",
         "to compute: random-init seed 0 knn: missing",
-        "tiny: 0 results are current, 11 will be computed",
+        "tiny: 0 results are current, 14 will be computed",
     ):
         assert line in said
     assert clone.jobs() == {"prepare": 1, "pretrain": 3, "evaluate": 6, "analyze": 3, "report": 1}
@@ -195,7 +195,7 @@ def test_a_clone_without_pull_says_what_is_missing(recorded: Project, tmp_path: 
     assert "(not here)" in said
     assert clone.run("git", "status", "--porcelain").stdout == ""
     clone.succeed("dvc", "pull")
-    assert "tiny: 11 results are current, 0 will be computed" in clone.mochi("adopt")
+    assert "tiny: 14 results are current, 0 will be computed" in clone.mochi("adopt")
     assert clone.jobs() == {}
 
 

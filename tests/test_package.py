@@ -181,11 +181,11 @@ def test_a_training_step_needs_the_core_alone(environment: Path, tmp_path: Path)
     assert fill > 0
 
 
-def test_only_detection_and_report_import_optional_packages(environment: Path, tmp_path: Path) -> None:
+def test_only_analysis_detection_and_report_import_optional_packages(environment: Path, tmp_path: Path) -> None:
     done = run(environment / "python", "-c", IMPORT_EVERYTHING, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     missing = json.loads(done.stdout)
-    assert {module.split(".")[1] for module in missing} == {"detection", "report"}, missing
+    assert {module.split(".")[1] for module in missing} == {"analysis", "detection", "report"}, missing
     assert set(missing.values()) <= set(EXTRAS), "the message to the user names no extra"
 
 
@@ -215,7 +215,7 @@ def test_extras_bring_what_the_messages_say() -> None:
 
 def test_the_extra_all_is_everything_for_users() -> None:
     (requirement,) = map(Requirement, OPTIONAL["all"])
-    assert requirement.extras == set(OPTIONAL) - {"all", "dev"}
+    assert requirement.extras == set(OPTIONAL) - {"all", "dev", "docs"}
 
 
 def test_the_lock_holds_what_the_project_asks_for() -> None:

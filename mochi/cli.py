@@ -674,15 +674,18 @@ def main() -> NoReturn:
     try:
         app()
     except (UserError, OSError) as error:
-        for line in str(error).splitlines():
+        text = str(error)
+        if isinstance(error, OSError) and not isinstance(error, UserError) and error.filename:
+            text = f"{error.filename}: {error.strerror}"
+        for line in text.splitlines():
             typer.echo(f"error: {line}", err=True)
         sys.exit(1)
     except RuntimeError as error:
         from mochi.runtime.watchdog import reason
 
-        if (text := reason(error)) is None:
+        if (watched := reason(error)) is None:
             raise
-        typer.echo(f"error: {text}", err=True)
+        typer.echo(f"error: {watched}", err=True)
         sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import tempfile
 import textwrap
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ def new_experiment(folder: Path, out: Path, *, hours: float | None, force: bool)
     text = draft.text()
     parse_experiment(yaml.safe_load(text), str(out))
     write_text(out, text)
-    return [*draft.summary(), *said, f"wrote {out}; next: mochi check {out}"]
+    return [*draft.summary(), *said, f"wrote {out}; next: mochi check {shlex.quote(str(out))}"]
 
 
 class _Draft:

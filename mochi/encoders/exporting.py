@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mochi.config import Encoder
 from mochi.encoders import build
-from mochi.encoders.files import EncoderError, check_fit, check_pixels, read_encoder
+from mochi.encoders.files import EncoderError, check_fit, check_pixels, read_encoder, require_new_file
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mochi.storage.atomic import replacing
 
@@ -38,8 +38,10 @@ def export_encoder(path: Path, format: Format, out: Path) -> list[str]:
         Lines to print: how to load the file.
 
     Raises:
-        EncoderError: the file cannot be read, or the format does not support the encoder.
+        EncoderError: `out` is `path`, the file cannot be read, or the format does not support the
+            encoder.
     """
+    require_new_file(path, out)
     info, tensors = read_encoder(path)
     if info is None:
         raise EncoderError(

@@ -227,8 +227,8 @@ def check_fit(
     """Compare the tensors of a file with those of an encoder of `config`; `advice` ends the message.
 
     Raises:
-        EncoderError: a tensor is missing, unknown, of another shape, or has NaN or Inf; the message lists
-            them.
+        EncoderError: a tensor is missing, unknown, of another shape, or has NaN, Inf or a negative
+            variance; the message lists them.
     """
     lines = [
         _mismatch(name, found.get(name), expected.get(name)) for name in sorted(found.keys() | expected)
@@ -250,11 +250,23 @@ def _mismatch(name: str, found: Tensor | None, expected: Tensor | None) -> str:
         return f"  {name}: expected {_shape(expected)}, found {_shape(found)}"
     if found.is_floating_point() and not torch.isfinite(found).all():
         return f"  {name}: found NaN or Inf"
+    if name.endswith("running_var") and (found < 0).any():
+        return f"  {name}: found a variance below 0"
     return ""
 
 
 def _shape(tensor: Tensor | None) -> str:
     return "no such tensor" if tensor is None else str(list(tensor.shape))
+
+
+def require_new_file(path: Path, out: Path) -> None:
+    """Refuse to write over the file that is read.
+
+    Raises:
+        EncoderError: `out` is `path`.
+    """
+    if path.exists() and out.exists() and out.samefile(path):
+        raise EncoderError(f"--out: found {out}, the file that is read; give another name")
 
 
 def digest(tensors: Mapping[str, Tensor], part: str | None = None) -> str:

@@ -1,6 +1,7 @@
 """Import a checkpoint of another project as an encoder file, or say why it cannot be imported."""
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from mochi.encoders.files import (
     digest,
     read_encoder,
     read_info,
+    require_new_file,
     write_tensors,
 )
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -78,6 +80,7 @@ def import_checkpoint(file: str, out: Path, choices: Choices | None = None) -> l
     if re.match(r"[a-zA-Z][\w+.-]*://", file):
         raise EncoderError(f"{file}: is a URL; only local files are read: download it first")
     path = Path(file)
+    require_new_file(path, out)
     with open_checkpoint(path) as checkpoint:
         own = read_info(path) if checkpoint.form == "safetensors" else None
         found = _chosen(path, checkpoint, choices.which)
@@ -89,7 +92,7 @@ def import_checkpoint(file: str, out: Path, choices: Choices | None = None) -> l
         kind = "this project" if own else origin(found, checkpoint.tensors)
         _refuse_other_padding(path, kind, config)
         pixels = _pixels(path, checkpoint, kind, own, choices)
-        tensors, dtypes = _loaded(checkpoint, found)
+        tensors, dtypes = _loaded(path, checkpoint, found)
         with torch.device("meta"):
             expected = build(config).state_dict()
         likely = _best_fit(_shapes(checkpoint, found), config.stem, RESNETS)
@@ -218,7 +221,7 @@ def _refuse_other_padding(path: Path, kind: str, config: Encoder) -> None:
         )
 
 
-def _loaded(checkpoint: Checkpoint, found: Found) -> tuple[dict[str, Tensor], set[torch.dtype]]:
+def _loaded(path: Path, checkpoint: Checkpoint, found: Found) -> tuple[dict[str, Tensor], set[torch.dtype]]:
     """float32 tensors by torchvision's names, with counters that some files lack; the file's dtypes."""
     tensors: dict[str, Tensor] = {}
     dtypes: set[torch.dtype] = set()
@@ -227,7 +230,7 @@ def _loaded(checkpoint: Checkpoint, found: Found) -> tuple[dict[str, Tensor], se
         if name.endswith("num_batches_tracked"):
             tensors[name] = tensor.to(torch.int64)
         elif not tensor.is_floating_point():
-            raise EncoderError(f"{place}: found {tensor.dtype}; expected floating-point weights")
+            raise EncoderError(f"{path}: {place}: found {tensor.dtype}; expected floating-point weights")
         else:
             dtypes.add(tensor.dtype)
             tensors[name] = tensor.to(torch.float32)
@@ -292,8 +295,12 @@ def _of_detector(checkpoint: Checkpoint) -> Pixels | None:
 
 
 def _three(option: str, values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) != 3 or (option == "--std" and min(values) <= 0):
-        raise EncoderError(f"{option}: found {list(values)}; expected three numbers, one for each channel")
+    is_std = option == "--std"
+    if len(values) != 3 or not all(math.isfinite(value) and (value > 0 or not is_std) for value in values):
+        raise EncoderError(
+            f"{option}: found {list(values)}; expected three finite numbers"
+            f"{' above 0' if is_std else ''}, one for each channel"
+        )
     return values[0], values[1], values[2]
 
 

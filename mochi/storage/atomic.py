@@ -33,6 +33,10 @@ _REMEDIES = {
     errno.EIO: "check the disk",
     errno.ESTALE: "mount its file system again",
     errno.ENOENT: "see why its folder vanished",
+    errno.EEXIST: "a file has the name of its folder: choose another",
+    errno.ENOTDIR: "a file has the name of its folder: choose another",
+    errno.EISDIR: "a folder has this name: choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 _MARGIN = 1 << 20
 """Bytes for tables, records and the file system's own."""

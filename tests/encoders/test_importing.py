@@ -264,7 +264,7 @@ def without(part: str) -> Tensors:
             "found torch.int8; expected floating-point",
         ),
         (WEIGHTS, {"mean": [0.5, 0.5, 0.5]}, r"RGB mean \[0.5, 0.5, 0.5\], here .* zeros are padded"),
-        (WEIGHTS, {"std": [1.0]}, r"--std: found \[1.0\]; expected three numbers"),
+        (WEIGHTS, {"std": [1.0]}, r"--std: found \[1.0\]; expected three finite numbers"),
         (
             {"backbone": stem_weights("full"), "projector.0": HEAD},
             {},
@@ -375,3 +375,24 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "64 wide" in refused("export", here["X.safetensors"], "--format", "timm", *out)
     assert "cannot be read as safetensors" in refused("export", here["x.pth"], "--format", "timm", *out)
     assert not Path(here["none"]).exists()
+
+
+@pytest.mark.parametrize("std", [(0.2, 0.0, 0.2), (0.2, float("nan"), 0.2), (float("inf"), 0.2, 0.2)])
+def test_a_standard_deviation_is_finite_and_above_0(std: tuple[float, ...], tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "c.pth")
+    with pytest.raises(EncoderError, match="expected three finite numbers above 0"):
+        import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "e.safetensors", Choices(std=std))
+
+
+def test_a_variance_below_0_is_refused(tmp_path: Path) -> None:
+    torch.save({**WEIGHTS, "bn1.running_var": -WEIGHTS["bn1.running_var"]}, tmp_path / "c.pth")
+    with pytest.raises(EncoderError, match=r"bn1\.running_var: found a variance below 0"):
+        import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "e.safetensors")
+
+
+def test_the_file_that_is_read_is_never_replaced(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "c.pth")
+    before = (tmp_path / "c.pth").read_bytes()
+    with pytest.raises(EncoderError, match="the file that is read"):
+        import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "c.pth")
+    assert (tmp_path / "c.pth").read_bytes() == before

@@ -277,3 +277,12 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"not/there, .*MB of free disk space; this run writes"):
         require_space({tmp_path / "not" / "there": free // 3 * 2, tmp_path: free // 3 * 2})
     assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["folder", "file/x.txt", "n" * 250])
+def test_a_name_that_no_file_can_have_is_told_as_asked_for(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose") as refused:
+        write_text(tmp_path / name, "x")
+    assert str(refused.value).startswith(f"{tmp_path / name}: cannot be written: ")

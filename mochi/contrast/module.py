@@ -205,9 +205,10 @@ class ContrastiveLoss(nn.Module):
         """
         dim, device = self.queue.keys.shape[1], self.queue.keys.device
         for name, tensor in inputs.items():
-            if not tensor.is_floating_point():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise UserError(
-                    f"{name}: found {tensor.dtype}; expected embeddings of a floating-point type; "
+                    f"{name}: found {found}; expected embeddings of a floating-point type; "
                     "pass what the encoder and its head return"
                 )
             if tensor.ndim != 2 or tensor.shape[1] != dim or not len(tensor):

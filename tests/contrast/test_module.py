@@ -400,6 +400,7 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str
     ("query", "key", "message"),
     [
         (embeddings(0).long(), embeddings(1), r"query: found torch\.int64; expected .* floating-point"),
+        ([[0.0]], embeddings(1), r"query: found list; expected .* floating-point"),
         (embeddings(0), embeddings(1).int(), r"key: found torch\.int32; expected .* floating-point"),
         (embeddings(0, 4, 6), embeddings(1, 4, 6), r"query: found shape \(4, 6\); expected \(batch, 5\)"),
         (embeddings(0), embeddings(1)[0], r"key: found shape \(5,\); expected \(batch, 5\)"),
@@ -409,7 +410,7 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str
         (embeddings(0).to("meta"), embeddings(1), "query: found on meta; the queue is on cpu"),
     ],
 )  # fmt: skip
-def test_inputs_that_do_not_fit_are_refused(query: Tensor, key: Tensor, message: str) -> None:
+def test_inputs_that_do_not_fit_are_refused(query: Any, key: Tensor, message: str) -> None:
     loss = criterion()
     before = copy.deepcopy(loss.queue.state_dict())
     with pytest.raises(ValueError, match=message):

@@ -181,7 +181,7 @@ def test_a_training_step_needs_the_core_alone(environment: Path, tmp_path: Path)
     assert fill > 0
 
 
-def test_only_analysis_detection_and_report_import_optional_packages(environment: Path, tmp_path: Path) -> None:
+def test_which_modules_import_optional_packages(environment: Path, tmp_path: Path) -> None:
     done = run(environment / "python", "-c", IMPORT_EVERYTHING, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     missing = json.loads(done.stdout)

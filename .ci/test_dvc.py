@@ -73,6 +73,24 @@ def test_train_again_go_back_and_walk_through_history(clone: Project) -> None:
         assert has_nothing_to_do(clone)
 
 
+def test_a_changed_setting_where_snakemake_remembers_nothing(clone: Project) -> None:
+    """Nobody has typed `mochi adopt` here: Snakemake alone would find nothing to do."""
+    clone.edit(CONFIG, "k: 5", "k: 4")
+    said = clone.succeed("dvc", "repro")
+    assert RUNNING.findall(said) == ["evaluations@tiny", "report@tiny"]
+    assert set(COMPUTED_AGAIN.findall(said)) == {
+        "random-init seed 0 knn", f"{MOCHI} seed 0 knn", f"{MOCHI} seed 1 knn", "report"
+    }  # fmt: skip
+    assert clone.changed_stages() == {}
+    assert clone.jobs() == {}
+    diff = json.loads(clone.run("dvc", "params", "diff", "--json").stdout)
+    assert diff == {CONFIG: {"evaluation.knn.k": {"old": 5, "new": 4, "diff": -1}}}
+    diff = json.loads(clone.run("dvc", "metrics", "diff", "--json").stdout)
+    changed = set(diff["results/tiny/summary.json"])
+    assert changed
+    assert changed <= {"random-init.knn.top1", f"{MOCHI}.knn.top1"}
+
+
 def test_results_that_snakemake_has_computed_are_stored(finished: Project, tmp_path: Path) -> None:  # noqa: F811
     project = finished.copy(tmp_path / "computed")
     before = project.digests(COMPUTED)

@@ -223,24 +223,6 @@ def test_the_stages_that_a_change_concerns(clone: Project) -> None:
         path.write_text(before)
 
 
-def test_a_changed_setting_where_snakemake_remembers_nothing(clone: Project) -> None:
-    """Nobody has typed `mochi adopt` here: Snakemake alone would find nothing to do."""
-    clone.edit(CONFIG, "k: 5", "k: 4")
-    said = clone.succeed("dvc", "repro")
-    assert re.findall(r"Running stage '(.+)'", said) == ["evaluations@tiny", "report@tiny"]
-    assert set(re.findall(r"^(\S.*): computed again", said, re.MULTILINE)) == {
-        "random-init seed 0 knn", f"{MOCHI} seed 0 knn", f"{MOCHI} seed 1 knn", "report"
-    }  # fmt: skip
-    assert clone.changed_stages() == {}
-    assert clone.jobs() == {}
-    diff = json.loads(clone.run("dvc", "params", "diff", "--json").stdout)
-    assert diff == {CONFIG: {"evaluation.knn.k": {"old": 5, "new": 4, "diff": -1}}}
-    diff = json.loads(clone.run("dvc", "metrics", "diff", "--json").stdout)
-    changed = set(diff["results/tiny/summary.json"])
-    assert changed
-    assert changed <= {"random-init.knn.top1", f"{MOCHI}.knn.top1"}
-
-
 def test_another_experiment_is_a_line(clone: Project) -> None:
     """It shares the prepared data; .ci/test_dvc.py runs it."""
     stages = yaml.safe_load((clone.folder / "dvc.yaml").read_text())

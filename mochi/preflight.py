@@ -24,8 +24,7 @@ from mochi.config import (
     Supervised,
     Training,
     all_runs,
-    method_seeds,
-    pretrain_run,
+    first_runs,
     probe_run,
     probes,
 )
@@ -151,7 +150,7 @@ def _packages(experiment: Experiment) -> Iterator[str]:
 def _gpu_memory(experiment: Experiment, bytes_a_run: int) -> Iterator[Finding]:
     """Two encoders, gradients, momentum and queue must fit; activations come on top."""
     queues = [
-        int(run.recipe.queue_size) for run in _rows(experiment) if isinstance(run.recipe, Contrastive)
+        int(run.recipe.queue_size) for run in first_runs(experiment) if isinstance(run.recipe, Contrastive)
     ]
     needed = 4 * bytes_a_run + 4 * 128 * max(queues, default=0)
     total = torch.cuda.get_device_properties(pick_device()).total_memory
@@ -163,17 +162,9 @@ def _gpu_memory(experiment: Experiment, bytes_a_run: int) -> Iterator[Finding]:
         )
 
 
-def _rows(experiment: Experiment) -> list[PretrainRun]:
-    """One run per row."""
-    return [
-        pretrain_run(experiment, method, method_seeds(experiment, method)[0])
-        for method in experiment.methods
-    ]
-
-
 def _encoder_files(experiment: Experiment) -> Iterator[Finding]:
     """Check that imported encoders exist and fit."""
-    for run in _rows(experiment):
+    for run in first_runs(experiment):
         if isinstance(run.recipe, FromFile):
             try:
                 load_encoder(Path(run.recipe.path), run.encoder, torch.device("cpu"))
@@ -249,7 +240,7 @@ def _data(experiment: Experiment, *, verify: bool) -> Iterator[Finding]:
     if train is not None:
         yield from _image_size(experiment)
         if train.images.get("train"):
-            for run in _rows(experiment):
+            for run in first_runs(experiment):
                 yield from _recipe(run, train)
         else:
             yield Finding("error", "dataset: found 0 images in train; expected some to pretrain on")

@@ -25,6 +25,7 @@ from mochi.config.experiment import (
     datasets,
     detection_run,
     detection_runs,
+    first_runs,
     load_experiment,
     method_seeds,
     mixing_grid,

@@ -197,6 +197,14 @@ def detection_runs(experiment: Experiment, name: str) -> list[tuple[str, int]]:
     ]
 
 
+def first_runs(experiment: Experiment) -> list[PretrainRun]:
+    """The first run of each method; the others differ from it by their seeds alone."""
+    return [
+        pretrain_run(experiment, method, method_seeds(experiment, method)[0])
+        for method in experiment.methods
+    ]
+
+
 def pretrain_run(experiment: Experiment, method: str, seed: int, origin: str = "experiment") -> PretrainRun:
     """The training of one encoder: the shared recipe merged with the method's keys.
 

@@ -16,11 +16,10 @@ from mochi.config import (
     Column,
     Experiment,
     Supervised,
-    all_runs,
     baseline_of,
     columns,
+    first_runs,
     mixing_grid,
-    pretrain_run,
     probes,
     with_oracle,
 )
@@ -266,7 +265,7 @@ def class_oracle(experiment: Experiment, found: Collected) -> Chart:
     """The gap due to false negatives: each row, the same with the class oracle, and the supervised row."""
     pairs = with_oracle(experiment)
     methods = [*itertools.chain(*((row, f"{row}{ORACLE}") for row in pairs))]
-    methods += [method for method in experiment.methods if _objective(experiment, method) is Supervised]
+    methods += [run.method for run in first_runs(experiment) if isinstance(run.recipe, Supervised)]
     task = probes(experiment)[0]
     metric, column = main_number(experiment, task)
     shown = found.scores[(found.scores["task"] == task) & (found.scores["metric"] == metric)]
@@ -369,8 +368,3 @@ def _lines(
 
 def _points(values: "pd.Series[float]") -> tuple[list[float], list[float]]:
     return [float(str(place)) for place in values.index], [float(value) for value in values]
-
-
-def _objective(experiment: Experiment, method: str) -> type:
-    seeds = [seed for row, seed in all_runs(experiment) if row == method]
-    return type(pretrain_run(experiment, method, seeds[0]).recipe)

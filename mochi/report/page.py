@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from mochi.config import Experiment, all_runs, baseline_of, pretrain_run
+from mochi.config import Experiment, all_runs, baseline_of, first_runs
 from mochi.layout import Layout
 from mochi.provenance.wanted import analyzed, evaluated, evaluations, searches
 from mochi.report.analyses import Chart
@@ -127,10 +127,9 @@ def commit(record: Mapping[str, Any]) -> str:
 def _settings(experiment: Experiment) -> list[tuple[str, list[tuple[str, str]]]]:
     """Each row with the settings of its first run."""
     rows = []
-    for method in experiment.methods:
-        seed = next(seed for row, seed in all_runs(experiment) if row == method)
-        settings = pretrain_run(experiment, method, seed).settings()
-        rows.append((method, [*_flat(settings.get("recipe", {})), *_flat(settings.get("encoder", {}))]))
+    for run in first_runs(experiment):
+        settings = run.settings()
+        rows.append((run.method, [*_flat(settings.get("recipe", {})), *_flat(settings.get("encoder", {}))]))
     return rows
 
 

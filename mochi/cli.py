@@ -247,7 +247,9 @@ def neighbors(
     out: Annotated[Path, typer.Option(help="Picture to write, for example sheet.png.")],
     query: Annotated[
         list[Path] | None,
-        typer.Option(help="Query image; may be repeated. Default: some of DIR."),
+        typer.Option(
+            exists=True, dir_okay=False, help="Query image; may be repeated. Default: some of DIR."
+        ),
     ] = None,
     num_queries: Annotated[int, typer.Option(min=1, help="Queries taken from DIR without --query.")] = 8,
     k: Annotated[int, typer.Option(min=1, help="Neighbors of each query.")] = 8,

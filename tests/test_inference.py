@@ -138,7 +138,9 @@ def test_mistakes_are_named_before_anything_is_encoded(encoder: Path, images: Pa
     (tmp_path / "empty").mkdir()
     for folder, said in (("nowhere", "no such folder"), ("empty", "found 0 images")):
         assert said in refused("features", "--encoder", str(encoder), "--images", folder, "--out", "f.npz")
-    assert "--query: cat.txt" in refused("neighbors", *of, "--out", "s.png", "--query", "cat.txt")
+    missing = run("neighbors", *of, "--out", "s.png", "--query", "cat.txt")
+    assert missing.returncode == 2
+    assert "cat.txt" in missing.stderr
 
 
 def test_a_sheet_of_neighbors(encoder: Path, images: Path) -> None:

@@ -90,7 +90,7 @@ def test_check_names_a_file_that_is_missing_or_does_not_fit(tmp_path: Path) -> N
         f"methods.imported.path: {path} is not a resnet10 with stem half and width 8"
     )
     torch.save({}, path)
-    assert "`mochi import` makes one" in errors()[0]
+    assert "`mochi import` converts other checkpoints" in errors()[0]
 
 
 def test_an_encoder_that_does_not_fit_is_not_published(tmp_path: Path) -> None:

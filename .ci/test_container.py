@@ -139,7 +139,15 @@ def test_read_only_data_and_a_second_user_of_the_folder(image: Image) -> None:
 def test_the_package_passes_its_tests(image: Image) -> None:
     # Documents, mathematics and tables are the same outside.
     suite = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
-    same = ("test_documents.py", "benchmarks", "contrast", "detection", "report", "provenance", "test_dvc.py")
+    same = (
+        "test_documents.py",
+        "benchmarks",
+        "contrast",
+        "detection",
+        "report",
+        "provenance",
+        "test_dvc.py",
+    )
     suite += [f"--ignore=tests/{name}" for name in same]
     printed = image.run(*suite, seconds=1500)
     assert " passed" in printed

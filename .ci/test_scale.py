@@ -40,6 +40,7 @@ def make_up(result: Result, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in result.outputs:
         text = json.dumps({"top1": 1.0}) if name.endswith("json") else f"{result.label},{name}\n"
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     inputs = {name: root / path for name, path in result.inputs.items()}
     write_record(folder, replace(result, inputs=inputs), Stopwatch())

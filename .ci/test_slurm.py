@@ -41,13 +41,13 @@ def clone(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) 
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
     profile = folder / "profiles" / "slurm" / "config.yaml"
     adapted = yaml.safe_load(profile.read_text()) | {
-        "set-threads": {"pretrain": 1, "evaluate": 1},
+        "set-threads": {"pretrain": 1, "evaluate": 1, "analyze": 1},
         "default-resources": {"mem_mb": 1000, "runtime": 5},
         "latency-wait": 10,
         "slurm-init-seconds-before-status-checks": 3,
         "seconds-between-status-checks": 3,
     }
-    for rule in ("pretrain", "evaluate"):
+    for rule in ("pretrain", "evaluate", "analyze"):
         adapted["set-resources"][rule] |= {"mem_mb": 1000, "runtime": 1}
     profile.write_text(yaml.safe_dump(adapted))
     return folder

@@ -172,6 +172,10 @@ def as_number(value: object) -> float | None:
     return None
 
 
+_LARGEST = 2**53
+"""Larger numbers count nothing, and JSON does not hold them exactly."""
+
+
 @dataclass(frozen=True)
 class Fields:
     """The keys of one object of a file, each read with a check.
@@ -220,6 +224,8 @@ class Fields:
         number = as_number(self.values.get(key))
         if number is None or number != int(number) or number < at_least:
             raise self.error(key, f"a whole number of at least {at_least}")
+        if number > _LARGEST:
+            raise self.error(key, f"a whole number of at most {_LARGEST}")
         return int(number)
 
     def identity(self, key: str) -> int | str:

@@ -123,6 +123,10 @@ def test_every_field_says_what_was_found_and_expected() -> None:
             "w: found 1.5; expected a whole number of at least 1",
         ),
         (lambda: fields(w=0).integer("w", at_least=1), "w: found 0; expected a whole number of at least 1"),
+        (
+            lambda: fields(w=1e40).integer("w", at_least=1),
+            "w: found 1e+40; expected a whole number of at most",
+        ),
         (lambda: fields(a=True).number("a"), "a: found true; expected a number"),
         (lambda: fields(c=2).flag("c"), "c: found 2; expected 0 or 1"),
         (lambda: fields(c=None).flag("c"), "c: found null; expected 0 or 1"),

@@ -172,6 +172,9 @@ def as_number(value: object) -> float | None:
     return None
 
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name that every file system takes."""
+
 _LARGEST = 2**53
 """Larger numbers count nothing, and JSON does not hold them exactly."""
 
@@ -205,9 +208,11 @@ class Fields:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise self.error(key, "a text")
         try:
-            value.encode()
+            parts = value.encode().split(b"/")
         except UnicodeEncodeError:
             raise self.error(key, "a text that is valid Unicode") from None
+        if max(map(len, parts)) > _LONGEST_NAME:
+            raise self.error(key, f"at most {_LONGEST_NAME} bytes between slashes, as in names of files")
         return value
 
     def number(self, key: str, *, at_least: float = -math.inf) -> float:

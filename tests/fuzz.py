@@ -17,7 +17,13 @@ def fuzz(kind: str, folder: Path, mutations: int) -> None:
     read()
     refused = 0
 
-    @settings(max_examples=mutations, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=mutations,
+        database=None,
+        deadline=None,
+        derandomize=True,  # the same mutations each time
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.integers(0, 2**63))
     def mutated(seed: int) -> None:
         nonlocal refused

@@ -208,7 +208,7 @@ def open_dataset(folder: Path) -> StoredDataset:
         manifest = read_json(path, "what `mochi prepare` wrote")
         version = manifest.get("version") if isinstance(manifest, dict) else None
         if version != MANIFEST_VERSION:
-            raise DataError(f"{path}: found version {version!r}; expected {MANIFEST_VERSION}")
+            raise DataError(f"{path}: found version {version!r:.60}; expected {MANIFEST_VERSION}")
         _check_manifest(Fields.of(manifest, str(path)))
     except DataError as error:
         raise DataError(f"{error}; prepare the data again: {_how(folder)}") from None

@@ -72,7 +72,7 @@ def test_a_worker_that_dies_is_reported(
     assert said in capfd.readouterr().err
 
 
-# The worker is killed, and torch may notice it while it removes the loader, where nobody can catch the error.
+# The worker is killed, and torch may notice it while it removes the loader: nobody can catch that error.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="1 loading workers did nothing for 2 s"):

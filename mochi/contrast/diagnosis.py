@@ -9,8 +9,13 @@ from torch import Tensor
 from mochi.contrast.moco import Step
 from mochi.contrast.rules import Candidates
 
-NUM_MATCHED = 1024
-"""The paper analyses the 1024 hardest negatives (figures 2a and 2c)."""
+NUM_HARDEST = 1024
+"""The paper analyses the 1024 hardest negatives (figures 2a and 2c) of a queue of 16,384 (ImageNet-100)."""
+
+
+def num_hardest(queue_size: int) -> int:
+    """How many negatives count as the hardest: a sixteenth of the queue, as in the paper, at most 1024."""
+    return min(NUM_HARDEST, max(queue_size // 16, 1))
 
 
 @torch.no_grad()
@@ -22,9 +27,9 @@ def matching_probabilities(step: Step, temperature: float) -> Tensor:
         those that a mask excludes.
     """
     positive = (step.query * step.key).sum(-1, keepdim=True)  # (B, 1)
-    logits = torch.cat((positive, _as_the_loss_saw_it(step, step.query @ step.queue.T)), 1) / temperature
+    logits = torch.cat((positive, _masked(step, step.query @ step.queue.T)), 1) / temperature
     probabilities = logits.softmax(1)[:, 1:]
-    return probabilities.topk(min(NUM_MATCHED, len(step.queue)), dim=1).values.mean(0)
+    return probabilities.topk(min(NUM_HARDEST, len(step.queue)), dim=1).values.mean(0)
 
 
 @torch.no_grad()
@@ -36,19 +41,19 @@ def false_negatives(step: Step, labels: Tensor) -> dict[str, float]:
         labels: (B,) classes of the queries, -1 where unknown; unlabelled queries and keys do not count.
 
     Returns:
-        `false_negatives`: among the hardest 1024 of the queue, whether or not a mask excludes them; with
-        synthetics also `false_parents_any` (mixed from at least one) and `false_parents_all` (from false
-        negatives only).
+        `false_negatives`: among the hardest of the queue (`num_hardest`), whether or not a mask excludes
+        them; with synthetics also `false_parents_any` (mixed from at least one) and `false_parents_all`
+        (from false negatives only).
     """
     known = labels >= 0
     if not known.any() or not (step.queue_labels >= 0).any():
         return {}
     similarity = step.query @ step.queue.T
     same = (labels[:, None] == step.queue_labels)[known]  # (B', K)
-    hardest = similarity[known].topk(min(NUM_MATCHED, len(step.queue)), dim=1).indices
+    hardest = similarity[known].topk(num_hardest(len(step.queue)), dim=1).indices
     shares = {"false_negatives": same.gather(1, hardest).float().mean().item()}
     any_parent, all_parents = [], []
-    for parents in _parents(step, _as_the_loss_saw_it(step, similarity)):
+    for parents in _parents(step, _masked(step, similarity)):
         own = parents[known]  # (B', S, P)
         false = same.gather(1, own.flatten(1)).view_as(own)
         any_parent.append(false.any(-1))
@@ -60,12 +65,12 @@ def false_negatives(step: Step, labels: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measured_by_the_rule(step: Step, temperature: float) -> dict[str, Tensor]:
+def rule_measurements(step: Step, temperature: float) -> dict[str, Tensor]:
     """The measurements of the step's rule of negatives, () means over the queries."""
     positive = (step.query * step.key).sum(-1)
-    similarity = _as_the_loss_saw_it(step, step.query @ step.queue.T)
-    found = step.rule.measure(positive, similarity, temperature)
-    return {name: value.float().mean() for name, value in found.items()}
+    similarity = _masked(step, step.query @ step.queue.T)
+    columns = step.rule.measure(positive, similarity, temperature)
+    return {name: value.float().mean() for name, value in columns.items()}
 
 
 def _parents(step: Step, similarity: Tensor) -> list[Tensor]:
@@ -75,6 +80,6 @@ def _parents(step: Step, similarity: Tensor) -> list[Tensor]:
     return [synthetic.parents for synthetic in step.rule.synthetics(candidates)]
 
 
-def _as_the_loss_saw_it(step: Step, similarity: Tensor) -> Tensor:
+def _masked(step: Step, similarity: Tensor) -> Tensor:
     """(B, K) similarities, -inf where a mask excludes a negative."""
     return similarity if step.excluded is None else similarity.masked_fill(step.excluded, -torch.inf)

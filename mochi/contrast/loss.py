@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mochi.contrast.rules import Candidates, Rule, Similarities
 from mochi.contrast.rules.moco import MoCo
+from mochi.errors import UserError
 
 # Queries that a CPU processes at once. Fewer would read the queue too often, more would use more memory.
 _QUERY_CHUNK = 64
@@ -59,18 +60,58 @@ def contrastive_loss(
             negative left contributes neither loss nor gradient.
         generator: for the synthetics; None: torch's global one of the device.
 
+    Raises:
+        UserError: the inputs do not fit each other (a ValueError). Their lengths are not checked.
+
     Source: Kalantidis et al. 2020, eq. 1 and section 3; He et al. 2020, eq. 1.
     """
+    rule = rule or MoCo()
+    _check(query, key, queue, temperature, rule, excluded)
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
         tensors = (query.to(dtype), key.detach().to(dtype), queue.detach().to(dtype))
-        return Contrast(*_Contrast.apply(*tensors, temperature, rule or MoCo(), excluded, generator))
+        return Contrast(*_Contrast.apply(*tensors, temperature, rule, excluded, generator))
 
 
 def chance_level(rule: Rule, queue_size: int, temperature: float) -> float:
     """The rule's loss if all similarities are equal, nats: that of an encoder that has learnt nothing."""
     equal = torch.zeros(1, 1 + queue_size + rule.num_synthetics, dtype=torch.float64)
     return rule.loss(equal[:, 0], equal[:, 1:], temperature).item()
+
+
+def _check(
+    query: Tensor, key: Tensor, queue: Tensor, temperature: float, rule: Rule, excluded: Tensor | None
+) -> None:
+    """Check types, shapes, devices and the rule's settings; no value on a device is read.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    for name, tensor in (("query", query), ("key", key), ("queue", queue)):
+        if not tensor.is_floating_point() or tensor.ndim != 2 or not len(tensor):
+            raise UserError(
+                f"{name}: found {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                "expected unit vectors of a floating-point type, at least one row"
+            )
+        if tensor.device != query.device:
+            raise UserError(f"{name}: found on {tensor.device}; the queries are on {query.device}")
+    if query.shape != key.shape or query.shape[1] != queue.shape[1]:
+        raise UserError(
+            f"query, key, queue: found shapes {tuple(query.shape)}, {tuple(key.shape)} and "
+            f"{tuple(queue.shape)}; expected (B, C), (B, C) and (K, C)"
+        )
+    if not temperature > 0:
+        raise UserError(f"temperature: found {temperature}; expected a number above 0, such as 0.2")
+    expected = (len(query), len(queue))
+    if excluded is not None and (excluded.dtype != torch.bool or excluded.shape != expected):
+        raise UserError(
+            f"excluded: found {excluded.dtype} of shape {tuple(excluded.shape)}; "
+            f"expected bool of shape {expected}"
+        )
+    try:
+        rule.check(len(queue))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 class _Contrast(torch.autograd.Function):

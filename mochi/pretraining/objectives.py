@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mochi.config import Contrastive, PretrainRun, Supervised
-from mochi.contrast.diagnosis import false_negatives, matching_probabilities, measured_by_the_rule
+from mochi.contrast.diagnosis import false_negatives, matching_probabilities, rule_measurements
 from mochi.contrast.loss import chance_level
 from mochi.contrast.moco import MoCo, Step
 from mochi.contrast.rules.moco import MoCo as PlainRule
@@ -126,7 +126,7 @@ class ContrastiveObjective:
             # Before enqueueing: the measurements are of the queue that the loss used.
             temperature = self._recipe.temperature
             self._diagnosis = _of_all_ranks(false_negatives(self._step, self._labels), self._labels)
-            for name, value in measured_by_the_rule(self._step, temperature).items():
+            for name, value in rule_measurements(self._step, temperature).items():
                 self._diagnosis[name] = mean_over_ranks(value).item()
             self._matching = mean_over_ranks(matching_probabilities(self._step, temperature)).tolist()
         self._moco.enqueue(self._step.key, self._labels, self._images)

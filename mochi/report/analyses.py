@@ -201,7 +201,7 @@ def false_negatives(experiment: Experiment, found: Collected) -> Chart:
     return Chart(
         "false-negatives",
         "False negatives among the hardest (figure 2c)",
-        "Share of the hardest negatives of the queue (up to 1024) that are of the query's class by label, "
+        "Share of the hardest sixteenth of the queue (at most 1024) that is of the query's class by label, "
         "in the last batch of each epoch. The class oracle excludes them from the loss, not from this "
         "count.",
         "epoch",

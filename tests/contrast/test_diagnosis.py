@@ -2,11 +2,13 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mochi.contrast.diagnosis import false_negatives, matching_probabilities
+from mochi.contrast import diagnosis
+from mochi.contrast.diagnosis import false_negatives, matching_probabilities, num_hardest
 from mochi.contrast.loss import contrastive_loss
 from mochi.contrast.moco import Step
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs
@@ -51,8 +53,31 @@ def test_matching_probabilities_are_those_of_the_loss() -> None:
         torch.testing.assert_close(found, torch.tensor(matching_by_loops(step, left_out)))
 
 
+@pytest.fixture
+def all_are_hardest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count all 8 negatives as the hardest."""
+    monkeypatch.setattr(diagnosis, "num_hardest", lambda queue_size: queue_size)
+
+
+def test_the_hardest_are_the_share_of_the_queue_that_the_paper_analyses() -> None:
+    assert {size: num_hardest(size) for size in (8, 512, 4096, 16384, 65536)} == {
+        8: 1, 512: 32, 4096: 256, 16384: 1024, 65536: 1024
+    }  # fmt: skip
+
+
+def test_false_negatives_are_counted_among_the_hardest_only() -> None:
+    """Of 8 negatives the hardest one; query 2 has no label and does not count."""
+    step = a_step()
+    nearest = [
+        max(range(8), key=lambda n, q=query: float(step.query[q] @ step.queue[n])) for query in (0, 1)
+    ]
+    same = [int(LABELS[query]) == int(QUEUE_LABELS[n]) for query, n in zip((0, 1), nearest, strict=True)]
+    assert false_negatives(step, LABELS)["false_negatives"] == sum(same) / 2
+
+
+@pytest.mark.usefixtures("all_are_hardest")
 def test_false_negatives_and_parents_by_label() -> None:
-    """All 8 negatives are among the hardest 1024; query 2 has no label and does not count."""
+    """Query 2 has no label and does not count."""
     found = false_negatives(a_step(), LABELS)
     same = of_own_class()
     assert found["false_negatives"] == (3 + 2) / 16
@@ -67,6 +92,7 @@ def test_false_negatives_and_parents_by_label() -> None:
     assert math.isclose(found["false_parents_all"], sum(map(all, false)) / len(false), rel_tol=1e-6)
 
 
+@pytest.mark.usefixtures("all_are_hardest")
 def test_the_oracle_has_no_false_parents_but_the_queue_still_has_false_negatives() -> None:
     found = false_negatives(a_step(of_own_class()), LABELS)
     assert found == {"false_negatives": (3 + 2) / 16, "false_parents_any": 0, "false_parents_all": 0}

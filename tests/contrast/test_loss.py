@@ -15,6 +15,7 @@ from mochi.contrast.negatives import SparseSynthetics, Synthetics
 from mochi.contrast.rules import Candidates, Rule
 from mochi.contrast.rules.mochi import MoCHi
 from mochi.contrast.rules.moco import MoCo
+from mochi.errors import UserError
 from tests.reference import Given, mochi_loss, synthetic_vectors
 
 
@@ -271,3 +272,31 @@ def test_autocast_does_not_reach_the_loss() -> None:
     (plain, plain_gradient), (cast, cast_gradient) = found
     assert torch.equal(cast, plain)
     assert torch.equal(cast_gradient, plain_gradient)
+
+
+UNIT = torch.eye(4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"query": torch.eye(4).int()},
+            r"query: found torch.int32 of shape \(4, 4\); expected unit vectors",
+        ),
+        ({"query": torch.ones(4)}, r"query: found torch.float32 of shape \(4,\)"),
+        ({"key": torch.eye(4)[:3]}, r"query, key, queue: found shapes \(4, 4\), \(3, 4\) and \(4, 4\)"),
+        ({"queue": torch.ones(5, 3)}, r"found shapes \(4, 4\), \(4, 4\) and \(5, 3\); expected \(B, C\)"),
+        ({"queue": torch.ones(0, 4)}, r"queue: .*at least one row"),
+        ({"queue": torch.ones(4, 4, device="meta")}, "queue: found on meta; the queries are on cpu"),
+        ({"temperature": 0.0}, "temperature: found 0.0; expected a number above 0"),
+        ({"temperature": math.nan}, "temperature: found nan"),
+        ({"excluded": torch.ones(4, 4)}, "excluded: found torch.float32"),
+        ({"excluded": torch.ones(4, dtype=torch.bool)}, r"expected bool of shape \(4, 4\)"),
+        ({"rule": mochi_rule(5, 2, 2)}, r"num_hardest: found 5; expected 2 to 4 \(queue_size\)"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(changed: dict[str, object], message: str) -> None:
+    given = {"query": UNIT, "key": UNIT, "queue": UNIT, "temperature": 0.2} | changed
+    with pytest.raises(UserError, match=message):
+        contrastive_loss(**given)

@@ -192,7 +192,7 @@ def test_a_clone_without_pull_says_what_is_missing(recorded: Project, tmp_path: 
     said = clone.mochi("explain", MOCHI, "knn")
     assert "knn top1: " in said
     assert f"{ENCODER} sha256 " in said
-    assert "(not here)" in said
+    assert "(not found)" in said
     assert clone.run("git", "status", "--porcelain").stdout == ""
     clone.succeed("dvc", "pull")
     assert "tiny: 14 results are current, 0 will be computed" in clone.mochi("adopt")

@@ -1,4 +1,4 @@
-"""Warnings about a score: guessing, a single class, classes without images."""
+"""Warnings about a score: chance level, a single class, classes without images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def notes(
     """Warnings about scores that carry little information.
 
     Args:
-        metrics: of the evaluation; `top1` is compared with guessing.
+        metrics: of the evaluation; `top1` is compared with always predicting the largest class.
         train_labels: of the labelled images of train.
         val_labels: of the labelled images of val.
         classes: names of the classes.
@@ -28,12 +28,13 @@ def notes(
     if (train > 0).sum() == 1:
         only = classes[int(train.argmax())]
         found.append(
-            f"train has a single class, {only}: every image is classified as it, so the score says nothing"
+            f"train has a single class, {only}: every image is classified as {only}, so the score is "
+            "meaningless"
         )
     if len(missing := np.flatnonzero((train == 0) & (val > 0))):
         found.append(
             f"{_names(missing, classes)} without a labelled image in train: {val[missing].sum()} of "
-            f"{val.sum()} images of val cannot be classified right"
+            f"{val.sum()} images of val cannot be classified correctly"
         )
     if len(missing := np.flatnonzero((val == 0) & (train > 0))):
         found.append(f"{_names(missing, classes)} without a labelled image in val: not part of the score")
@@ -41,7 +42,7 @@ def notes(
     top1 = metrics.get("top1")
     if top1 is not None and top1 <= guess and (train > 0).sum() > 1:
         found.append(
-            f"top-1 of {top1:.1f} % is at or below guessing: the largest class has {guess:.1f} % of val. "
+            f"top-1 of {top1:.1f}% is at or below chance: the largest class has {guess:.1f}% of val. "
             "The encoder may be untrained or collapsed, or the labels wrong"
         )
     return found

@@ -42,9 +42,9 @@ class Series:
     seeds: int = 1
     label: str = ""
     style: str = "-"
-    """Of the line, as matplotlib names it; empty: markers alone."""
+    """Line style as matplotlib names it; empty: markers only."""
     panel: str = ""
-    """Series of a panel share axes; panels are next to each other."""
+    """Series of a panel share axes; panels are drawn side by side."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ class Chart:
     """The content of one figure."""
 
     name: str
-    """Of its files."""
+    """Name of its files, without suffix."""
     title: str
     caption: str
     x: str
-    """Label of the axis, with its unit."""
+    """Label of the x axis, with its unit."""
     y: str
     series: list[Series] = field(default_factory=list)
     log: bool = False
-    """Both axes."""
+    """Log scale on both axes."""
     categories: list[str] | None = None
-    """Names of the positions 0, 1, ... on the y axis, for charts with methods there."""
+    """Labels of the positions 0, 1, ... on the y axis, for charts that list methods there."""
     annotate: bool = False
     """Write each mean next to its point."""
 
@@ -90,7 +90,7 @@ def chart(name: str, experiment: Experiment, found: Collected) -> Chart:
 
 
 def accuracy(experiment: Experiment, found: Collected) -> Chart:
-    """The main number of each frozen evaluation or, if there is none, of each detection set."""
+    """Main score of each frozen evaluation or, if there is none, of each detection set."""
     methods = list(experiment.methods)
     tasks = probes(experiment) or [f"{DETECTION}{name}" for name in experiment.evaluation.detection]
     series = []
@@ -112,8 +112,7 @@ def accuracy(experiment: Experiment, found: Collected) -> Chart:
     return Chart(
         "accuracy",
         "Accuracy",
-        "The main number of each evaluation, the mean over seeds or fine-tunings; bars: standard "
-        "deviation.",
+        "Main score of each evaluation: mean over seeds or fine-tunings. Error bars: standard deviation.",
         "",
         "",
         series,
@@ -123,12 +122,12 @@ def accuracy(experiment: Experiment, found: Collected) -> Chart:
 
 
 def main_number(experiment: Experiment, task: str) -> tuple[str, Column]:
-    """The plotted number of an evaluation: its key in metrics.json and its column."""
+    """The score of an evaluation that is plotted: its key in metrics.json and its column."""
     return next(iter(columns(experiment, task).items()))
 
 
 def loss(experiment: Experiment, found: Collected) -> Chart:
-    """Mean loss of each epoch, and the loss of guessing."""
+    """Mean loss of each epoch, and the loss at chance."""
     lines = [*_lines(experiment, found.curves, "loss")]
     for method, rows in found.curves.groupby("method", sort=False):
         if "chance" in rows:
@@ -137,8 +136,8 @@ def loss(experiment: Experiment, found: Collected) -> Chart:
     return Chart(
         "loss",
         "Training loss",
-        "Mean loss of each epoch; dotted: chance, ln(1 + negatives) or ln(classes). While the queue fills "
-        "with images, and when mixing begins, a contrastive loss rises.",
+        "Mean loss of each epoch. Dotted: the loss at chance, ln(1 + number of negatives) or ln(number of "
+        "classes). A contrastive loss rises while the queue fills with images, and when mixing begins.",
         "epoch",
         "loss (nats)",
         lines,
@@ -146,7 +145,7 @@ def loss(experiment: Experiment, found: Collected) -> Chart:
 
 
 def proxy_task(experiment: Experiment, found: Collected) -> Chart:
-    """How often the key outranks every negative, with and without the synthetic ones."""
+    """How often the key is more similar than every negative, with and without the synthetic ones."""
     curves = found.curves
     if "accuracy_with_synthetics" not in curves:
         curves = curves.iloc[:0].assign(accuracy=[], accuracy_with_synthetics=[])
@@ -155,13 +154,13 @@ def proxy_task(experiment: Experiment, found: Collected) -> Chart:
     mixing = curves[curves["accuracy_with_synthetics"] != curves["accuracy"]]["method"].unique()
     lines += _lines(
         experiment, curves[curves["method"].isin(mixing)], "accuracy_with_synthetics", scale=100,
-        note="synthetic negatives count", style="--",
+        note="with synthetic negatives", style="--",
     )  # fmt: skip
     return Chart(
         "proxy-task",
         "Proxy task (figures 2b and 3)",
-        "Share of queries whose key is more similar than every negative of the queue; dashed: than every "
-        "synthetic negative too.",
+        "Share of queries that are more similar to their key than to every negative in the queue. Dashed: "
+        "and than to every synthetic negative.",
         "epoch",
         "accuracy (%)",
         lines,
@@ -169,7 +168,7 @@ def proxy_task(experiment: Experiment, found: Collected) -> Chart:
 
 
 def matching(experiment: Experiment, found: Collected) -> Chart:
-    """How much each of the hardest negatives counts in the softmax, at several epochs."""
+    """Softmax probability of each of the hardest negatives, at several epochs."""
     lines = []
     styles = ["-", "--", "-.", ":"]
     epochs = sorted(found.matching["epoch"].unique())
@@ -187,8 +186,8 @@ def matching(experiment: Experiment, found: Collected) -> Chart:
     return Chart(
         "matching",
         "Matching probability (figure 2a)",
-        "Mean probability that the softmax over the key and the queue gives to each of a query's hardest "
-        "negatives, hardest first, in the last batch of an epoch.",
+        "Mean softmax probability, over the key and the queue, of each of a query's hardest negatives, "
+        "hardest first. Measured on the last batch of an epoch.",
         "rank of the negative",
         "matching probability",
         lines,
@@ -197,32 +196,30 @@ def matching(experiment: Experiment, found: Collected) -> Chart:
 
 
 def false_negatives(experiment: Experiment, found: Collected) -> Chart:
-    """The fraction of the hardest negatives that are of the query's class."""
+    """Share of the hardest negatives that have the query's class."""
     return Chart(
         "false-negatives",
         "False negatives among the hardest (figure 2c)",
-        "Share of the hardest sixteenth of the queue (at most 1024) that is of the query's class by label, "
-        "in the last batch of each epoch. The class oracle excludes them from the loss, not from this "
+        "Share of the hardest sixteenth of the queue (at most 1024) that has the query's label. Measured on "
+        "the last batch of each epoch. The class oracle removes these from the loss, but not from this "
         "count.",
         "epoch",
-        "of the query's class (%)",
+        "same class as the query (%)",
         [*_lines(experiment, found.curves, "false_negatives", scale=100)],
     )
 
 
 def false_parents(experiment: Experiment, found: Collected) -> Chart:
-    """The fraction of synthetic negatives mixed from false negatives."""
+    """Share of synthetic negatives that are mixed from false negatives."""
     one = _lines(experiment, found.curves, "false_parents_any", scale=100, note="at least one parent")
-    every = _lines(
-        experiment, found.curves, "false_parents_all", scale=100, note="every parent", style="--"
-    )
+    every = _lines(experiment, found.curves, "false_parents_all", scale=100, note="all parents", style="--")
     return Chart(
         "false-parents",
         "False negatives among the parents (figure 3c)",
-        "Share of synthetic negatives with at least one parent (whole line), or with such parents only "
-        "(dashed), of the query's class by label, in the last batch of each epoch.",
+        "Share of synthetic negatives that have a parent with the query's label: at least one parent "
+        "(solid), or all parents (dashed). Measured on the last batch of each epoch.",
         "epoch",
-        "of the query's class (%)",
+        "same class as the query (%)",
         [*one, *every],
     )
 
@@ -252,9 +249,9 @@ def alignment_uniformity(experiment: Experiment, found: Collected) -> Chart:
     return Chart(
         "alignment-uniformity",
         "Alignment and uniformity (figure 3)",
-        "Wang & Isola 2020 on the validation images: mean squared distance of two images of a class, and "
-        "logarithm of the mean Gaussian potential of two images. Lower is better for both. Pooled: what "
-        "the evaluations use; embedded: after the projection head.",
+        "Wang & Isola 2020, on validation images. Alignment: mean squared distance between two images of a "
+        "class. Uniformity: log of the mean Gaussian potential of two images. Lower is better for both. "
+        "Pooled: the features that the evaluations use; embedded: after the projection head.",
         "uniformity",
         "alignment",
         series,
@@ -262,7 +259,7 @@ def alignment_uniformity(experiment: Experiment, found: Collected) -> Chart:
 
 
 def class_oracle(experiment: Experiment, found: Collected) -> Chart:
-    """The gap due to false negatives: each row, the same with the class oracle, and the supervised row."""
+    """Each row without and with the class oracle, and the supervised row: the gap from false negatives."""
     pairs = with_oracle(experiment)
     methods = [*itertools.chain(*((row, f"{row}{ORACLE}") for row in pairs))]
     methods += [run.method for run in first_runs(experiment) if isinstance(run.recipe, Supervised)]
@@ -280,7 +277,8 @@ def class_oracle(experiment: Experiment, found: Collected) -> Chart:
     return Chart(
         "class-oracle",
         "Gap to the class oracle",
-        "Without negatives of the query's class, by label, the same method is an upper bound of itself.",
+        "The class oracle uses labels to leave out negatives of the query's class: an upper bound for each "
+        "method.",
         f"{column.name} ({column.unit})",
         "",
         series,
@@ -313,8 +311,8 @@ def gain(experiment: Experiment, found: Collected) -> Chart:
     return Chart(
         "gain",
         "Gain over the baseline by N, s and s' (figure 4)",
-        f"{task} {column.name} less that of {baseline}, paired over seeds; bars: 95% interval "
-        "(Student's t), which a single seed does not have.",
+        f"{task} {column.name} minus that of {baseline}, paired over seeds. Error bars: 95% "
+        "confidence interval (Student's t); a single seed has none.",
         f"gain over {baseline} ({column.unit})",
         "s, s'",
         sorted(series, key=lambda each: int(each.panel.removeprefix("N = "))),
@@ -324,14 +322,14 @@ def gain(experiment: Experiment, found: Collected) -> Chart:
 
 
 def precision_recall(experiment: Experiment, found: Collected, name: str) -> Chart:
-    """Precision of each row by recall, the mean over classes."""
+    """Precision against recall of each row, mean over classes."""
     rows = found.precision[found.precision["task"] == f"{DETECTION}{name}"]
     means = rows.groupby(["method", "seed", "recall"], sort=False)["precision"].mean().reset_index()
     return Chart(
         f"precision-recall-{name}",
-        f"Precision and recall, {name}",
-        "Precision at each recall for boxes that overlap by at least .5, the mean over classes, of "
-        "each encoder's first fine-tuning, or of all that are jobs of their own.",
+        f"Precision-recall curve, {name}",
+        "Precision at each recall at IoU 0.5, mean over classes. Of each encoder's first fine-tuning, or "
+        "of all fine-tunings that are separate jobs.",
         "recall",
         "precision",
         [*_lines(experiment, means, "precision", by="recall")],

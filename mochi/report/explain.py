@@ -64,19 +64,19 @@ def _all(values: Iterable[float]) -> str:
 
 def _mean(values: list[float]) -> str:
     if len(values) == 1:
-        return f"{values[0]:.2f}, a single one"
+        return f"{values[0]:.2f}, a single score"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} over {len(values)}"
 
 
 def _link(result: Result, record: Mapping[str, Any]) -> list[str]:
     """One stage of one run."""
     machine = record["hardware"]
-    code = "as here" if record["code_digest"] == result.code_digest else "DIFFERS from here"
+    code = "unchanged" if record["code_digest"] == result.code_digest else "CHANGED"
     if result.code_digest in record.get("accepted_code", []):
         code += ", accepted by the user"
     if len(earlier := record.get("code_digests", [])) > 1:
-        code += f"; resumed after a change of code: {', '.join(earlier[:-1])}"
-    settings = "as here" if record["settings_digest"] == result.settings_digest else "DIFFER from here"
+        code += f"; resumed after a code change: {', '.join(earlier[:-1])}"
+    settings = "unchanged" if record["settings_digest"] == result.settings_digest else "CHANGED"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     devices = ", ".join(machine.get("gpus", [])) or f"{machine['cpu']}, {machine.get('threads', 1)} threads"
     return [
@@ -98,7 +98,7 @@ def _commit(git: Mapping[str, Any] | None) -> str:
 def _file(entry: Mapping[str, str]) -> str:
     path = Path(entry["path"])
     if not path.exists():
-        state = "not here"
+        state = "not found"
     else:
-        state = "as here" if file_digest(path) == entry["sha256"] else "DIFFERS from the file here"
+        state = "unchanged" if file_digest(path) == entry["sha256"] else "CHANGED"
     return f"{path} sha256 {entry['sha256'][:16]} ({state})"

@@ -26,13 +26,13 @@ from mochi.report.tables import Grid, notes
 from mochi.stages import DETECTION, column_of
 
 _MAX_MATRIX = 200
-"""Classes of a confusion matrix that is drawn."""
+"""Most classes for which a confusion matrix is drawn."""
 _MAX_CLASSES = 2000
-"""Rows of a table of classes."""
+"""Most rows of a table of classes."""
 _MAX_CONFUSED = 10
 """Number of listed pairs of classes."""
 _WIDTH, _QUALITY = 900, 80
-"""Of the pictures of detections: pixels, and JPEG quality."""
+"""Width in pixels and JPEG quality of the detection pictures."""
 
 
 def render(
@@ -84,7 +84,7 @@ def render(
 
 
 def duration(seconds: float) -> str:
-    """In a suitable unit."""
+    """Duration in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 3600:
@@ -203,7 +203,7 @@ def _most_confused(
 
 
 def _encoders(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
-    """Neighbours and map of the first seed of each row."""
+    """Nearest neighbours and feature map of the first seed of each row."""
     for method in experiment.methods:
         seeds = [seed for row, seed in found.analyses if row == method]
         for seed in seeds[:1]:
@@ -276,7 +276,7 @@ def _deviations(path: Path) -> list[str]:
 
 
 def _numbers(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
-    """For each cell its scores and the records of its evaluations and encoders."""
+    """Scores of each cell, and the provenance of its evaluations and encoders."""
     places = Layout(experiment.name)
     jobs = [*searches(experiment), *evaluations(experiment)]
     for (method, task), scores in found.scores.groupby(["method", "task"], sort=False):

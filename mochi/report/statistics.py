@@ -1,4 +1,4 @@
-"""Differences paired over seeds, and components of the variance of detection scores."""
+"""Paired differences over seeds, and variance components of detection scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-"""Level of every interval."""
+"""Level of every confidence interval."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Difference:
 
     mean: float
     low: float | None
-    """Ends of the confidence interval; None for a single pair, which has none."""
+    """Bounds of the confidence interval; None for a single pair."""
     high: float | None
     num: int
-    """Pairs."""
+    """Number of pairs."""
 
     @property
-    def told_apart(self) -> bool | None:
+    def significant(self) -> bool | None:
         """Whether the interval excludes zero; None without an interval."""
         if self.low is None or self.high is None:
             return None
@@ -35,7 +35,7 @@ def paired(values: Mapping[Any, float], baseline: Mapping[Any, float]) -> Differ
     """The mean difference over the seeds that both have, and its interval by Student's t.
 
     A seed fixes the order of the data, the views and the initial weights of both rows, so their difference
-    varies less than either score.
+    varies less than either score does.
 
     Args:
         values: seed -> score of a row.
@@ -66,7 +66,7 @@ class Components:
 
 
 def components(values: Mapping[Any, Sequence[float]]) -> Components:
-    """Split the variance of detection into the encoder's and the fine-tuning's part.
+    """Split the variance of detection scores into a part between encoders and one between fine-tunings.
 
     One-way random effects by the method of moments (Searle, Casella & McCulloch 1992, section 3.6); a
     negative estimate of the encoder's variance counts as zero.

@@ -1,7 +1,7 @@
 """Tables: means, standard deviations, differences to the baseline and to the published values.
 
-The long form is summary.csv, a row for each number. `layouts` arranges it like the paper's tables where the
-experiment is one of them; Markdown, LaTeX and HTML show the same cells.
+The long form is summary.csv, a row for each number. `layouts` arranges it like the paper's tables if the
+experiment reproduces one; Markdown, LaTeX and HTML show the same cells.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,10 +34,11 @@ def summarize(scores: pd.DataFrame, published: pd.DataFrame, baseline: str | Non
     """Long form, a row for each method, task and metric that was computed or published.
 
     Columns:
-        mean, std, n, over: over seeds, or, of a single encoder, over its fine-tunings; sample standard
-            deviation, empty for a single value. Of several encoders each counts by its mean.
+        mean, std, n, over: over seeds, or over the fine-tunings of a single encoder; `over` says which. The
+            sample standard deviation is empty for a single value. With several encoders, the mean of
+            each encoder's fine-tunings counts as one value.
         std_encoder, std_fine_tuning: see `statistics.components`; for detection sets.
-        difference, low, high, pairs, told_apart: to the baseline row, see `statistics.paired`.
+        difference, low, high, pairs, significant: to the baseline row, see `statistics.paired`.
         published, published_std, to_published, source, table: the paper's number, and ours minus it.
     """
     own = [
@@ -62,7 +63,7 @@ def _in_order(summary: pd.DataFrame, scores: pd.DataFrame, published: pd.DataFra
 
 
 def _spread(rows: pd.DataFrame) -> dict[str, Any]:
-    """Mean and standard deviation of one cell, and the unit that they are over."""
+    """Mean and standard deviation of one cell, and what they are over."""
     encoders = rows.groupby("seed", sort=False)["value"]
     if not _is_fine_tuned(rows):
         values, over, parts = rows["value"], "seeds", {}
@@ -91,12 +92,12 @@ def _differences(scores: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
                     {
                         "method": method, "task": task, "metric": metric,
                         "difference": difference.mean, "low": difference.low, "high": difference.high,
-                        "pairs": difference.num, "told_apart": difference.told_apart,
+                        "pairs": difference.num, "significant": difference.significant,
                     }
                 )  # fmt: skip
-    return pd.DataFrame(found, columns=[*_KEYS, "difference", "low", "high", "pairs", "told_apart"]).astype(
-        {"low": float, "high": float, "told_apart": object}
-    )
+    return pd.DataFrame(
+        found, columns=[*_KEYS, "difference", "low", "high", "pairs", "significant"]
+    ).astype({"low": float, "high": float, "significant": object})
 
 
 def _difference(own: pd.DataFrame, baseline: pd.DataFrame) -> Difference | None:
@@ -152,8 +153,8 @@ class Cell:
 
     @property
     def better(self) -> bool:
-        """Whether it is better than the baseline, with an interval that excludes zero."""
-        apart = self.difference is not None and self.difference.told_apart
+        """Whether it is significantly better than the baseline."""
+        apart = self.difference is not None and self.difference.significant
         return bool(apart and self.difference and (self.difference.mean > 0) == self.higher_is_better)
 
 
@@ -263,23 +264,23 @@ def notes(experiment: Experiment, grids: Iterable[Grid]) -> list[str]:
     ]
     cells = [cell for grid in grids for _, row, _ in grid.rows for cell in row if cell is not None]
     if any(cell.published is not None for cell in cells):
-        lines.append("In brackets: the published value of this very setting, and ours less it.")
+        lines.append("In brackets: the published value of the same setting, and ours minus it.")
     if any(cell.difference for cell in cells):
         lines.append(
-            f"Differences are to {baseline_of(experiment)}, paired over seeds, with their 95% interval "
-            "(Student's t). Where it holds zero the two cannot be told apart. Bold: better than "
-            f"{baseline_of(experiment)} and told apart from it."
+            f"Differences are to {baseline_of(experiment)}, paired over seeds, with a 95% confidence "
+            "interval (Student's t). Not significant: the interval contains zero. Bold: significantly "
+            f"better than {baseline_of(experiment)}."
         )
         if any(cell.difference and cell.difference.low is None for cell in cells):
-            lines.append("A difference of one seed has no interval: it says nothing about other seeds.")
+            lines.append("A difference from one seed has no interval: it says nothing about other seeds.")
         if any(cell.difference and cell.over == "fine-tunings" for cell in cells):
             lines.append(
-                "Over the fine-tunings of one encoder an interval says nothing about other encoders."
+                "An interval over the fine-tunings of one encoder says nothing about other encoders."
             )
     if any(cell.metric == "best_lr_top1" for cell in cells):
         lines.append(
-            "top-1 is the last epoch at the protocol's learning rate; best lr is the rate that won on a "
-            "held-out part of train."
+            "top-1 is measured after the last epoch at the protocol's learning rate; best lr is the "
+            "learning rate with the highest accuracy on a held-out part of train."
         )
     return lines
 
@@ -323,8 +324,8 @@ def _published(cell: Cell) -> str:
 
 
 def _markdown_difference(cell: Cell) -> str:
-    undecided = cell.difference is not None and cell.difference.told_apart is False
-    return cell.to_baseline + (", not told apart" if undecided else "")
+    undecided = cell.difference is not None and cell.difference.significant is False
+    return cell.to_baseline + (", not significant" if undecided else "")
 
 
 def _row(cells: list[str]) -> str:
@@ -332,10 +333,9 @@ def _row(cells: list[str]) -> str:
 
 
 def latex(experiment: Experiment, grids: list[Grid]) -> str:
-    r"""The same tables for a paper that loads `booktabs`: the difference to the baseline in brackets.
+    r"""The same tables in LaTeX with `booktabs`: the difference to the baseline in brackets.
 
-    A published value
-    is on a separate line, in italics.
+    A published value is on a separate line, in italics.
     """
     lines = [r"% \usepackage{booktabs}"]
     for grid in grids:

@@ -1,4 +1,4 @@
-"""What a score cannot say by itself is said in words."""
+"""Warnings are written for scores that carry little information."""
 
 from pathlib import Path
 
@@ -14,43 +14,43 @@ from tests.evaluation.runs import evaluate, write_images
 CLASSES = ["ant", "bee", "cat", "dog"]
 
 
-def said(top1: float | None, train: list[int], val: list[int]) -> list[str]:
+def notes_of(top1: float | None, train: list[int], val: list[int]) -> list[str]:
     metrics = {} if top1 is None else {"top1": top1}
     return notes(metrics, np.array(train), np.array(val), CLASSES)
 
 
-def test_an_ordinary_score_needs_no_words() -> None:
-    assert said(50.1, [0, 1, 2, 3], [0, 1, 2, 3]) == []
+def test_an_ordinary_score_has_no_note() -> None:
+    assert notes_of(50.1, [0, 1, 2, 3], [0, 1, 2, 3]) == []
 
 
 @pytest.mark.parametrize("top1", [60.0, 59.0])
-def test_at_or_below_guessing(top1: float) -> None:
-    (note,) = said(top1, [0, 1, 2, 3], [0, 0, 0, 1, 2] * 2 + [3, 0, 0, 0, 3])
+def test_a_score_at_or_below_chance_has_a_note(top1: float) -> None:
+    (note,) = notes_of(top1, [0, 1, 2, 3], [0, 0, 0, 1, 2] * 2 + [3, 0, 0, 0, 3])
     assert note.startswith(
-        f"top-1 of {top1:.1f} % is at or below guessing: the largest class has 60.0 % of val"
+        f"top-1 of {top1:.1f}% is at or below chance: the largest class has 60.0% of val"
     )
-    assert said(60.1, [0, 1, 2, 3], [0, 0, 0, 1, 3, 2, 0, 0, 0, 1]) == []
-    assert said(None, [0, 1, 2, 3], [0, 1, 2, 3]) == [], "a task without top-1"
+    assert notes_of(60.1, [0, 1, 2, 3], [0, 0, 0, 1, 3, 2, 0, 0, 0, 1]) == []
+    assert notes_of(None, [0, 1, 2, 3], [0, 1, 2, 3]) == [], "a task without top-1"
 
 
-def test_a_single_class() -> None:
-    notes = said(100.0, [2, 2], [2])
-    assert notes == [
-        "train has a single class, cat: every image is classified as it, so the score says nothing"
+def test_a_single_class_in_train_has_a_note() -> None:
+    found = notes_of(100.0, [2, 2], [2])
+    assert found == [
+        "train has a single class, cat: every image is classified as cat, so the score is meaningless"
     ]
 
 
-def test_classes_without_images() -> None:
-    missing, unscored = said(60.0, [0, 3], [0, 1, 2, 1, 0])
+def test_classes_without_images_have_notes() -> None:
+    missing, unscored = notes_of(60.0, [0, 3], [0, 1, 2, 1, 0])
     assert missing == (
         "2 of 4 classes (bee, cat) without a labelled image in train: 3 of 5 images of val cannot be "
-        "classified right"
+        "classified correctly"
     )
     assert unscored == "1 of 4 classes (dog) without a labelled image in val: not part of the score"
 
 
 @pytest.mark.parametrize("task", ["linear", "knn"])
-def test_they_are_in_the_metrics_and_in_the_log(
+def test_notes_are_in_the_metrics_and_in_the_log(
     task: str, tiny: Experiment, encoder_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_images(tmp_path / "images", {"train/a": 4, "val/a": 2, "val/b": 2})

@@ -1,4 +1,4 @@
-"""The chain behind a number against the files it names."""
+"""`explain` traces a number to the files behind it and checks their digests."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def reported_results(tiny: Experiment, results: Path) -> Path:
     return results
 
 
-def test_every_link_is_named_and_checked(tiny: Experiment, reported_results: Path) -> None:
+def test_every_file_is_named_and_its_digest_checked(tiny: Experiment, reported_results: Path) -> None:
     lines = explain(tiny, MOCHI, "linear")
     text = "\n".join(lines)
     assert lines[0] == f"{MOCHI}, linear top1: 51.50 ± 2.12 over 2"
@@ -34,34 +34,32 @@ def test_every_link_is_named_and_checked(tiny: Experiment, reported_results: Pat
     assert "seed 1: top1 53.00" in lines
     for seed in (0, 1):
         encoder = Layout("tiny").encoder(MOCHI, seed)
-        assert f"{encoder} sha256 {file_digest(encoder)[:16]} (as here)" in text
-    # Two stages of two seeds read the data, two an encoder; each knows its settings and code.
-    assert len(re.findall(r"read \w+: .* \(as here\)", text)) == 6
-    assert len(re.findall(r"code [0-9a-f]{16} \(as here\)", text)) == 4
-    assert len(re.findall(r"settings [0-9a-f]{16} \(as here\)", text)) == 4
+        assert f"{encoder} sha256 {file_digest(encoder)[:16]} (unchanged)" in text
+    # Two seeds, two stages each: every stage reads the data, evaluations read an encoder too.
+    assert len(re.findall(r"read \w+: .* \(unchanged\)", text)) == 6
+    assert len(re.findall(r"code [0-9a-f]{16} \(unchanged\)", text)) == 4
+    assert len(re.findall(r"settings [0-9a-f]{16} \(unchanged\)", text)) == 4
     assert len(re.findall(r"torch \d", text)) == 4
-    assert "DIFFER" not in text
+    assert "CHANGED" not in text
 
     encoder.write_bytes(b"another encoder")
     Path("data", tiny.dataset.name, "manifest.json").unlink()
     text = "\n".join(explain(tiny, MOCHI, "linear"))
-    assert text.count("(DIFFERS from the file here)") == 1
-    assert text.count("(not here)") == 4
+    assert text.count("(CHANGED)") == 1
+    assert text.count("(not found)") == 4
 
 
-def test_a_single_run_has_no_deviation(tiny: Experiment, reported_results: Path) -> None:
-    assert explain(tiny, "random-init", "knn")[0] == "random-init, knn top1: 10.00, a single one"
+def test_a_single_run_has_no_standard_deviation(tiny: Experiment, reported_results: Path) -> None:
+    assert explain(tiny, "random-init", "knn")[0] == "random-init, knn top1: 10.00, a single score"
 
 
-def test_other_settings_than_those_of_the_result_are_shown(reported_results: Path) -> None:
+def test_settings_changed_since_the_result_are_shown(reported_results: Path) -> None:
     text = "\n".join(explain(with_protocol("knn", k=7), MOCHI, "knn"))
-    assert (
-        len(re.findall(r"settings [0-9a-f]{16} \(DIFFER from here\)", text)) == 2
-    )  # of pretraining: as here
-    assert len(re.findall(r"settings [0-9a-f]{16} \(as here\)", text)) == 2
+    assert len(re.findall(r"settings [0-9a-f]{16} \(CHANGED\)", text)) == 2  # not those of pretraining
+    assert len(re.findall(r"settings [0-9a-f]{16} \(unchanged\)", text)) == 2
 
 
-def test_code_that_was_accepted_or_changed_on_the_way_is_shown(
+def test_code_that_was_accepted_or_changed_between_resumes_is_shown(
     tiny: Experiment, reported_results: Path
 ) -> None:
     file = Layout("tiny").results / "records.json"
@@ -71,12 +69,10 @@ def test_code_that_was_accepted_or_changed_on_the_way_is_shown(
     record |= {"code_digest": "c" * 16, "code_digests": ["a" * 16, "c" * 16]}
     file.write_text(json.dumps(records))
     text = "\n".join(explain(tiny, "random-init", "knn"))
-    assert (
-        f"code {'c' * 16} (DIFFERS from here; resumed after a change of code: {'a' * 16}), commit" in text
-    )
+    assert f"code {'c' * 16} (CHANGED; resumed after a code change: {'a' * 16}), commit" in text
     record["accepted_code"] = [result.code_digest]
     file.write_text(json.dumps(records))
-    assert "(DIFFERS from here, accepted by the user;" in "\n".join(explain(tiny, "random-init", "knn"))
+    assert "(CHANGED, accepted by the user;" in "\n".join(explain(tiny, "random-init", "knn"))
 
 
 @pytest.mark.parametrize(
@@ -86,14 +82,14 @@ def test_code_that_was_accepted_or_changed_on_the_way_is_shown(
         (MOCHI, "top1", "tiny has: linear, knn"),
     ],
 )
-def test_unknown_cells(
+def test_an_unknown_method_or_task_is_refused(
     tiny: Experiment, reported_results: Path, method: str, task: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         explain(tiny, method, task)
 
 
-def test_without_a_report_there_is_nothing_to_explain(tiny: Experiment, results: Path) -> None:
+def test_a_missing_report_is_refused(tiny: Experiment, results: Path) -> None:
     with pytest.raises(MissingResultError, match=r"records\.json: not found; run `snakemake"):
         explain(tiny, MOCHI, "knn")
 

@@ -1,4 +1,4 @@
-"""The page holds everything, loads nothing, and shows text of files as text."""
+"""The page contains every result, loads nothing, and escapes text from files."""
 
 import re
 from html.parser import HTMLParser
@@ -15,7 +15,7 @@ from tests.tiny import MOCHI, TINY, changed
 
 
 class Tags(HTMLParser):
-    """Counts tags and gathers attributes."""
+    """Collects tags and attributes."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def page(tiny: Experiment, results: Path) -> str:
     return Path("results/tiny/report.html").read_text()
 
 
-def test_nothing_is_loaded_and_no_script_runs(page: str) -> None:
+def test_the_page_loads_nothing_and_has_no_script(page: str) -> None:
     found = Tags(page)
     assert not {"script", "iframe", "object", "link rel=stylesheet"} & set(found.tags)
     sources = [value for name, value in found.values if name in ("src", "href")]
@@ -44,7 +44,7 @@ def test_nothing_is_loaded_and_no_script_runs(page: str) -> None:
     assert "url(" not in page
 
 
-def test_text_of_files_is_text(page: str) -> None:
+def test_text_from_files_is_escaped(page: str) -> None:
     assert CLASS not in page
     assert "&lt;script&gt;alert(&#39;class&#39;)&lt;/script&gt;" in page
 
@@ -57,9 +57,9 @@ def test_every_link_has_a_target(page: str) -> None:
     assert f"{MOCHI}--linear" in links, "from a cell to its provenance"
 
 
-def test_what_a_reader_looks_for(page: str) -> None:
+def test_the_page_has_every_section(page: str) -> None:
     for expected in (
-        "51.5 ± 2.1", "Most confused", "Health of each training", "Provenance of each number",
+        "51.5 ± 2.1", "Most confused", "Training runs", "Provenance of each number",
         "A pair is of two different negatives (why).", "pooled (64): alignment 0.500, uniformity -1.000",
         f"{MOCHI} seed 0 knn", "settings <code>", "random-init seed 0 pretrain",
         "prefers-color-scheme: dark",
@@ -69,9 +69,7 @@ def test_what_a_reader_looks_for(page: str) -> None:
     assert re.search(r"pretrain +3 +\d", text), "how many runs and how long"
 
 
-def test_an_experiment_with_the_untrained_row_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_experiment_with_only_the_random_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     content = TINY | {"methods": {"random-init": {"objective": "none"}}}
     experiment = parse_experiment(content, "x.yaml")
@@ -79,7 +77,7 @@ def test_an_experiment_with_the_untrained_row_alone(
     stage.run(experiment, reported(experiment))
     page = Path("results/tiny/report.html").read_text()
     assert "Missing" not in page
-    assert "Health" not in page
+    assert "Training runs" not in page
     assert "random-init" in page
 
 

@@ -18,7 +18,7 @@ def test_paired_differences_are_those_of_scipy(num: int) -> None:
     assert (found.mean, found.low, found.high) == pytest.approx(
         (np.mean(ours - baseline), low, high), rel=1e-12
     )
-    assert found.told_apart == (expected.pvalue < 0.05)
+    assert found.significant == (expected.pvalue < 0.05)
     assert found.num == num
 
 
@@ -32,16 +32,16 @@ def test_only_common_seeds_are_paired() -> None:
 def test_a_single_seed_has_no_interval() -> None:
     found = paired({0: 10.0}, {0: 9.0})
     assert found == Difference(1.0, None, None, 1)
-    assert found.told_apart is None
+    assert found.significant is None
 
 
 def test_equal_differences() -> None:
     none = paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
     assert none == Difference(0.0, 0.0, 0.0, 2)
-    assert none.told_apart is False, "nothing differs"
+    assert none.significant is False, "nothing differs"
     one = paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
     assert one == Difference(1.0, 1.0, 1.0, 2)
-    assert one.told_apart is True
+    assert one.significant is True
 
 
 def test_intervals_cover_the_true_difference() -> None:

@@ -50,23 +50,23 @@ def compared(tmp_path: Path, **values: dict[int, float]) -> Path:
     return tmp_path / "results/tiny"
 
 
-def test_differences_are_paired_and_only_those_told_apart_are_bold(
+def test_differences_are_paired_and_only_significant_ones_are_bold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = compared(
         tmp_path,
         moco_v2={0: 40.0, 1: 50.0, 2: 60.0},
-        mochi_16_24_8={0: 41.0, 1: 51.2, 2: 60.8},  # higher by 1, 1.2, 0.8: told apart despite the spread
-        mochi_16_24_8_b={0: 49.0, 1: 50.0, 2: 60.0},  # higher by 9, 0, 0: not told apart
+        mochi_16_24_8={0: 41.0, 1: 51.2, 2: 60.8},  # higher by 1, 1.2, 0.8: significant despite the spread
+        mochi_16_24_8_b={0: 49.0, 1: 50.0, 2: 60.0},  # higher by 9, 0, 0: not significant
         moco_v1={7: 90.0, 0: 41.0},  # one common seed
     )
     table = pd.read_csv(folder / "summary.csv").set_index("method")
     better, undecided, single = table.loc[MOCHI], table.loc[f"{MOCHI}-b"], table.loc["moco-v1"]
     # s = 0.2, t(2) = 4.3027, 0.2 * 4.3027 / sqrt(3) = 0.4968
-    found = (better["difference"], better["low"], better["high"], better["pairs"], better["told_apart"])
+    found = (better["difference"], better["low"], better["high"], better["pairs"], better["significant"])
     assert found == (1.0, pytest.approx(0.5032, abs=1e-4), pytest.approx(1.4968, abs=1e-4), 3, True)
-    assert (undecided["difference"], undecided["told_apart"]) == (3.0, False)
+    assert (undecided["difference"], undecided["significant"]) == (3.0, False)
     assert (single["difference"], single["pairs"]) == (1.0, 1)
     assert pd.isna(single["low"])
     assert pd.isna(table.loc["moco-v2", "difference"])
@@ -76,14 +76,14 @@ def test_differences_are_paired_and_only_those_told_apart_are_bold(
     assert f"| {MOCHI}-b | 53.0 ± 6.1 | 3 seeds |" in text
     assert "| moco-v1 | 65.5 ± 34.6 | 2 seeds |" in text
     assert f"| {MOCHI} | +1.0 [+0.5, +1.5] |" in text
-    assert f"| {MOCHI}-b | +3.0 [-9.9, +15.9], not told apart |" in text
+    assert f"| {MOCHI}-b | +3.0 [-9.9, +15.9], not significant |" in text
     assert "| moco-v1 | +1.0 (one seed: no interval) |" in text
     latex = (folder / "summary.tex").read_text()
     assert rf"{MOCHI} & \textbf{{51.0 $\pm$ 9.9}} (+1.0) \\" in latex
     assert r"moco-v2 & 50.0 $\pm$ 10.0 \\" in latex
     page = (folder / "report.html").read_text()
     assert page.count("<strong>51.0 ± 9.9</strong>") == 1
-    assert page.count("not told apart") == 1
+    assert page.count("not significant") == 1
 
 
 def test_another_baseline_can_be_named(tiny: Experiment) -> None:
@@ -113,7 +113,7 @@ def test_detection_of_several_encoders(tmp_path: Path) -> None:
     assert own["std"] == pytest.approx(8**0.5, abs=1e-4)
     assert own["std_fine_tuning"] == pytest.approx(2**0.5, abs=1e-4)
     assert own["std_encoder"] == pytest.approx(7**0.5, abs=1e-4)  # 8 less half of 2
-    assert (own["difference"], own["pairs"], own["told_apart"]) == (1.0, 2, True)
+    assert (own["difference"], own["pairs"], own["significant"]) == (1.0, 2, True)
     # Of one encoder each fine-tuning is a pair.
     assert (single["over"], single["n"], single["difference"], single["pairs"]) == (
         "fine-tunings",

@@ -1,13 +1,13 @@
-# The GPU image: locked Python packages on a CUDA base; the wheels carry CUDA themselves, so the small
-# `base` flavour is enough. Any Debian or Ubuntu base with Python >= 3.11 works: --build-arg BASE_IMAGE=...
+# The GPU image: locked Python packages on a CUDA base image. The wheels contain the CUDA libraries, so the
+# small `base` variant is enough. Any Debian or Ubuntu base with Python >= 3.11 works: --build-arg BASE_IMAGE=...
 #
 #   docker build -t mochi .
 #   docker run --rm --gpus all --ipc=host --user "$(id -u):$(id -g)" -v "$PWD":/work mochi snakemake --cores all
 ARG BASE_IMAGE=nvidia/cuda:13.0.0-base-ubuntu24.04
 
-# ---------------------------------------------------------------- what both stages stand on
+# ---------------------------------------------------------------- base of both stages
 FROM ${BASE_IMAGE} AS system
-# Debian and Ubuntu drop old versions from their archives, so a pinned version soon cannot be built.
+# No pinned versions: Debian and Ubuntu delete old versions from their archives, so the build would soon fail.
 # hadolint ignore=DL3008
 RUN apt-get update && \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
@@ -20,7 +20,7 @@ FROM system AS environment
 RUN apt-get update && \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv && \
     rm -rf /var/lib/apt/lists/*
-# `none` leaves out torch and its CUDA libraries (most of the image), to check all else in a minute.
+# `none` leaves out torch and its CUDA libraries (most of the image), to test the rest in a minute.
 ARG TORCH=locked
 # The lock is complete, hence --no-deps.
 RUN --mount=type=bind,source=requirements.lock,target=/tmp/requirements.lock \
@@ -41,12 +41,12 @@ LABEL org.opencontainers.image.title="mochi" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=environment /opt/venv /opt/venv
 COPY --chmod=755 container/entrypoint.sh /usr/local/bin/mochi-entrypoint
-# The source lies where a clone is mounted: with `-v "$PWD":/work` the clone's own code runs, without it
-# the image's.
+# The source is where a clone is mounted: with `-v "$PWD":/work` the code of the clone runs, otherwise the
+# code of the image.
 COPY . /work
-# A home and a work folder for any uid. A mounted clone belongs to somebody else: git must trust it.
+# Home and work folders that any uid can write to. git must trust a mounted clone of another uid.
 RUN mkdir -m 1777 /home/mochi && chmod -R a+rwX /work && git config --system --add safe.directory '*'
-# `--user` gives a uid that has no entry in /etc/passwd, so the name that Python looks up stands here.
+# A uid given by `--user` has no entry in /etc/passwd, so the user name that Python looks up is set here.
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/mochi \
     XDG_CACHE_HOME=/home/mochi/.cache \
@@ -55,7 +55,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /work
 USER 1000:1000
-# Snakemake ends its jobs on SIGINT; on SIGTERM it would wait for them until it is killed.
+# On SIGINT Snakemake stops its jobs; on SIGTERM it waits for them until it is killed.
 STOPSIGNAL SIGINT
 ENTRYPOINT ["tini", "-g", "--", "mochi-entrypoint"]
 CMD ["snakemake", "--cores", "all"]

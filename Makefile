@@ -1,4 +1,4 @@
-# Thin: each target makes the environment first, then calls one tool.
+# Each target installs the environment if it is missing or old, then calls the tools.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV := .venv
@@ -7,16 +7,16 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .PHONY: help reproduce test test-slow lint docs mutants lock
 
 help:
-	@echo "make reproduce   environment from the lock, then the embedded experiment, end to end"
-	@echo "make test        environment, then the whole test suite"
-	@echo "make test-slow   kills, scale, Slurm, the image: needs root, slurm-wlm, munge, buildah, debootstrap, chromium"
-	@echo "make lint        environment, then format, lint, spelling, types, import rules, workflow, documentation"
-	@echo "make docs        the documentation as HTML, in build/docs"
-	@echo "make mutants     change the numeric code bit by bit; list what no test notices (hours)"
-	@echo "make lock        resolve requirements.lock again from pyproject.toml"
+	@echo "make reproduce   install the locked environment, then run the embedded experiment end to end"
+	@echo "make test        the test suite"
+	@echo "make test-slow   slow tests; need root, slurm-wlm, munge, buildah, debootstrap, chromium"
+	@echo "make lint        format, lint, spelling, types, import contracts, workflow, documentation"
+	@echo "make docs        build the documentation as HTML in build/docs"
+	@echo "make mutants     mutation tests of the numeric code: list changes that no test detects (hours)"
+	@echo "make lock        update requirements.lock from pyproject.toml"
 
-# The command `mochi` runs the code of the folder it is called in, as `python -m mochi` does: a copy of the project
-# runs its own. An editable install would run the code of this folder there.
+# Like `python -m mochi`, the command `mochi` runs the code of the current folder, so a copy of the project runs its
+# own code. With an editable install it would run the code of this folder.
 $(VENV)/.ready: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, found " + sys.version)'
 	$(PYTHON) -m venv --clear $(VENV)

@@ -8,7 +8,7 @@ min_version("9.18")
 container: "mochi.sif"
 
 
-# Of `snakemake --report`.
+# Introduction of `snakemake --report`.
 report: "workflow/report/workflow.rst"
 
 
@@ -31,7 +31,7 @@ localrules:
     report,
 
 
-# The report alone would not do: where it is there, as in a clone, Snakemake does not miss what it was made from.
+# The report alone is not enough: if it exists, as in a clone, Snakemake does not notice that its inputs are missing.
 rule all:
     default_target: True
     input:
@@ -41,7 +41,7 @@ rule all:
         rules.report.output,
 
 
-# Instead of Snakemake's lock (`nolock` in the profile), which outlives a kill.
+# Replaces Snakemake's lock (`nolock` in the profile), which a killed run leaves behind.
 onstart:
     hold(Path(".snakemake/run.lock"))
 

@@ -1,4 +1,4 @@
-# Analyses of the encoders: geometry of the features, nearest images, a map.
+# Analyses of the encoders: alignment and uniformity, nearest images, a map of the features.
 ANALYSES = [
     PLACES.evaluation(*run, wanted.ANALYSIS) / name
     for run in all_runs(EXPERIMENT)

@@ -17,7 +17,7 @@ from mochi.runtime import gpus
 from mochi.runtime.locks import hold
 from mochi.runtime.shares import threads_of_job
 
-# One file is one experiment. Two would be merged key by key, so the default is read only if none is given.
+# One file is one experiment. Snakemake merges several files key by key, so the default is read only if none is given.
 if not workflow.configfiles:
 
     configfile: "config/config.yaml"
@@ -28,15 +28,15 @@ if len(workflow.configfiles) > 1:
     raise WorkflowError("one experiment at a time: --configfile takes a single file")
 if config != yaml.safe_load(Path(CONFIG).read_text()):
     raise WorkflowError(
-        "--config changes settings on the command line, where no result could be traced back to them; "
-        "copy the experiment file, change the line and the name there and pass it with --configfile"
+        "--config is not supported: settings on the command line could not be traced from a result; "
+        "copy the experiment file, change the setting and the name there, and pass it with --configfile"
     )
 try:
     EXPERIMENT = load_experiment(Path(CONFIG))
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
-# What `mochi` commands read by default. Were it a param, renaming the file would run every job again.
+# The file that `mochi` commands read by default. As a param, renaming the file would re-run every job.
 os.environ["MOCHI_CONFIG"] = CONFIG
 
 
@@ -53,7 +53,7 @@ wildcard_constraints:
     seed="[0-9]+",
 
 
-# Snakemake does not detect GPUs, so tell it their number. A cluster job already has its own.
+# Snakemake does not detect GPUs, so their number is registered here. A job on a cluster already has it.
 GPUS = gpus.visible()
 if workflow.is_main_process and "gpu" not in workflow.global_resources:
     workflow.register_resource("gpu", Resource("gpu", len(GPUS)))
@@ -61,21 +61,21 @@ GPUS_PER_RUN = 1 if GPUS else 0
 
 
 def threads_of(rule):
-    """Threads of a job: a share of the cores for each of its GPUs, which --set-resources may change."""
+    """Threads of a job: a share of the cores for each of its GPUs (--set-resources may change their number)."""
     changed = workflow.resource_settings.overwrite_resources.get(rule, {})
     asked = changed["gpu"] if "gpu" in changed else GPUS_PER_RUN
     return threads_of_job(len(GPUS), int(getattr(asked, "value", asked)))
 
 
 def share_of_a_gpu(nodes="1"):
-    """Options that share the threads, which a job has on each node, among its GPUs."""
+    """Options that divide the threads of a job on each node among its GPUs."""
     gpus = "({resources.gpu} + ! {resources.gpu})"  # at least 1
     share = f"({{threads}} * {nodes} + {gpus} - 1) / {gpus}"
     return f" --threads $(( {share} )) --workers $(( {share} - 1 )) "
 
 
-# A job runs again when its settings or its code change: they are params of its rule. `mochi adopt` lets
-# Snakemake remember for every existing result whether its provenance.json is current.
+# A job runs again when its settings or its code change: they are params of its rule. `mochi adopt` makes
+# Snakemake record for every existing result whether its provenance.json is current.
 def settings_of(result):
     return "stale" if is_stale(result) else result.settings_digest
 
@@ -117,7 +117,7 @@ def in_report(path, category, caption, **labels):
 
 
 def results_of(folder, stage, **labels):
-    """The files of a result. Snakemake keeps them while a job runs: the job replaces them at its end."""
+    """The files of a result. Snakemake keeps the old ones while a job runs; the job replaces them at its end."""
     files = []
     for name in (*wanted.STAGES[stage].outputs, wanted.RECORD):
         path, kind = f"{folder}/{name}", Path(name).stem
@@ -128,9 +128,9 @@ def results_of(folder, stage, **labels):
 
 
 def logged(command):
-    """The command with a log that keeps the first part of a resumed job.
+    """The command, with a log that a resumed job appends to.
 
-    Snakemake deletes the log of a job before the job runs again, but not a second name of the file.
+    Snakemake deletes the log of a job before the job runs again; a hard link, LOG.part, keeps its content.
     """
     return (
         "touch {log:q}.part && ln -f {log:q}.part {log:q}"
@@ -139,7 +139,7 @@ def logged(command):
 
 
 def shown(folder, name):
-    """A file of the report; main ones are marked for `snakemake --report`."""
+    """A file of the report; figures and main tables are marked for `snakemake --report`."""
     path = str(folder / name)
     if name.endswith(".svg"):
         return in_report(path, "Figures", "figure", figure=Path(name).stem)

@@ -1,4 +1,4 @@
-# From raw images to shards and their manifest; detection sets made from photographs.
+# Raw images to shards with a manifest; detection sets made from photographs.
 from mochi.data.ingest.sources.folder import current_listing
 
 PREPARED = {

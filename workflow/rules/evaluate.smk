@@ -1,4 +1,4 @@
-# Evaluations of the encoders: on frozen features, and fine-tuned as detectors.
+# Evaluations of the encoders: on frozen features, and as backbones of detectors.
 PROBES = probes(EXPERIMENT)
 DETECTION_JOBS = [
     job
@@ -63,7 +63,7 @@ rule detect:
         )
 
 
-# The learning rate of fine-tunings that are separate jobs.
+# Learning rate search for fine-tunings that are separate jobs.
 rule search:
     input:
         lambda wildcards: list(evaluated(wildcards).inputs.values()),

@@ -1,8 +1,8 @@
-# Messages at the end of a workflow.
+# Messages at the end of a run.
 
 
 def show_results():
-    """Show the table and the locations of results."""
+    """Show the table and where the results are."""
     table = PLACES.results / "summary.md"
     if table.exists():
         where = f"tables, figures, records: {PLACES.results}"
@@ -10,7 +10,7 @@ def show_results():
 
 
 def show_how_to_continue(logs):
-    """The error of each failed job, from the job's log that Snakemake's log names, and what to do."""
+    """Show the error of each failed job, from the job's log, and how to continue."""
     failed = [
         Path(path)
         for log in logs
@@ -23,6 +23,6 @@ def show_how_to_continue(logs):
         print(f"{log}: {(errors or ['no error line'])[-1]}", file=sys.stderr)
     print(
         "run the same command to continue: finished jobs are kept, interrupted ones resume\n"
-        f"`mochi report --config {CONFIG}` makes the report of what is there so far",
+        f"`mochi report --config {CONFIG}` writes a report of the results so far",
         file=sys.stderr,
     )

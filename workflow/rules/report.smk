@@ -1,4 +1,4 @@
-# Scores, tables, figures and records of the experiment: what git keeps; and the page that shows them.
+# Scores, tables, figures and provenance of the experiment, which git stores, and report.html.
 REPORT = wanted.reported(EXPERIMENT)
 
 

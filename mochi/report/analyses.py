@@ -200,8 +200,8 @@ def false_negatives(experiment: Experiment, found: Collected) -> Chart:
     return Chart(
         "false-negatives",
         "False negatives among the hardest (figure 2c)",
-        "Share of the hardest sixteenth of the queue (at most 1024) that has the query's label. Measured on "
-        "the last batch of each epoch. The class oracle removes these from the loss, but not from this "
+        "Share of the hardest sixteenth of the queue (at most 1024) that has the query's label. Measured "
+        "on the last batch of each epoch. The class oracle removes these from the loss, but not from this "
         "count.",
         "epoch",
         "same class as the query (%)",

@@ -1,4 +1,4 @@
-"""Where the speed tables of the README and of docs/ come from. Each module with a `main` is one benchmark.
+"""Benchmarks behind the speed tables of the README and docs/. Each module with a `main` is one benchmark.
 
-`python -m benchmarks.NAME --help`; run on an idle machine, twice: see `harness`.
+`python -m benchmarks.NAME --help`. Run each twice on an idle machine: see `harness`.
 """

@@ -1,7 +1,7 @@
-"""What one GPU does with each part of the pipeline, in under eight minutes and without a data set.
+"""Time each part of the pipeline on one GPU, in under eight minutes and without a data set.
 
-`python -m benchmarks.gpu` prints tables and writes them as JSON under the card's name. `--small` has sizes
-for a CPU: it shows that the script runs, and its numbers mean nothing.
+`python -m benchmarks.gpu` prints tables and writes them to a JSON file named after the GPU. `--small` runs
+small sizes on a CPU to test the script; its numbers mean nothing.
 """
 
 import json
@@ -33,7 +33,7 @@ from mochi.runtime.precision import autocast, make_deterministic
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """Sizes of all inputs and models."""
 
     num_images: int = 1024
     image_size: int = 224
@@ -67,9 +67,11 @@ SMALL = Sizes(
 
 def main(
     rounds: Rounds = 10,
-    out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("benchmarks/results"),
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file.")] = Path("benchmarks/results"),
     workers: Annotated[int | None, typer.Option(help="Loading processes. Default: cores - 1.")] = None,
-    small: Annotated[bool, typer.Option("--small", help="Sizes for a CPU.")] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="Small sizes, to test the script on a CPU.")
+    ] = False,
 ) -> None:
     """Measure training steps, the loss, loading, probe and detection on one GPU."""
     device = pick_device()
@@ -91,7 +93,7 @@ def main(
 
 
 def run(device: torch.device, sizes: Sizes, *, rounds: int, workers: int) -> dict[str, Any]:
-    """All tables, printed as they come: title -> rows."""
+    """Measure everything and print each table when it is done; returns title -> table."""
     found: dict[str, Any] = {}
 
     def show(title: str, rows: list[Measurement], items: int, unit: str) -> None:
@@ -128,7 +130,7 @@ def _dataset(folder: Path, name: str) -> StoredDataset:
 
 
 def _resnet50(sizes: Sizes) -> Experiment:
-    """Two rows of the paper's ImageNet experiment."""
+    """MoCo-v2 and MoCHi with the settings of the paper's ImageNet experiment."""
     return _changed("config/imagenet1k.yaml", sizes, sizes.image_size)
 
 
@@ -159,7 +161,7 @@ def _changed(config: str, sizes: Sizes, image_size: int) -> Experiment:
 def _training(
     experiment: Experiment, dataset: StoredDataset, device: torch.device, rounds: int
 ) -> list[Measurement]:
-    """Steps of both methods on a batch that is there, their parts, and a supervised step."""
+    """Steps of both methods on a batch already in memory, their parts, and a supervised step."""
     more = {"supervised step": _supervised(experiment, device)}
     return step.run(experiment, dataset, rounds=rounds, device=device, same_batch=True, more=more)
 
@@ -184,7 +186,7 @@ def _supervised(experiment: Experiment, device: torch.device) -> Callable[[], ob
 def _loading(
     dataset: StoredDataset, sizes: Sizes, device: torch.device, rounds: int, workers: int
 ) -> list[Measurement]:
-    """An epoch of two views, in one process and with workers; their start counts."""
+    """An epoch of two views, in one process and with workers; the start of the workers is included."""
     split = dataset.split("train")
     augmentation = _resnet50(sizes).augmentation
 
@@ -201,7 +203,7 @@ def _loading(
 
 
 def _probe(sizes: Sizes, device: torch.device, rounds: int) -> Measurement:
-    """A step of the linear probe's classifiers on features that are there."""
+    """A step of the linear probe's classifiers on features already in memory."""
     experiment = load_experiment(Path("config/imagenet1k.yaml"))
     protocol = experiment.evaluation.tasks["linear"]
     assert isinstance(protocol, LinearProbe)
@@ -216,7 +218,7 @@ def _probe(sizes: Sizes, device: torch.device, rounds: int) -> Measurement:
 
 
 def _detection(sizes: Sizes, device: torch.device, rounds: int) -> Measurement:
-    """Forward and backward of Faster R-CNN C4, eight boxes an image."""
+    """Forward and backward of Faster R-CNN C4, eight boxes per image."""
     experiment = load_experiment(Path("config/imagenet1k.yaml"))
     settings = experiment.evaluation.detection["voc0712"].model.model_copy(
         update={

@@ -1,9 +1,9 @@
 """Time and peak memory of alternatives, as ratios to a baseline that is measured in the same run.
 
-The alternatives take turns, so that what else the machine does slows all of them; torch.utils.benchmark
-times each to its end before the next. A ratio is taken within a round, and its median and range are
-reported. If the load average in the first line is not near 0, or two runs differ by more than a tenth,
-measure again.
+The alternatives are interleaved, so that other load on the machine slows all of them; torch.utils.benchmark
+finishes one before it starts the next. A ratio compares calls of the same round; its median and range are
+reported. If the load average in the first line is not near 0, or two runs differ by more than 10%, measure
+again.
 """
 
 import ctypes
@@ -17,8 +17,10 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds in which every alternative is timed.")]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads to compute with.")]
+Rounds = Annotated[
+    int, typer.Option("--rounds", min=1, help="Number of rounds; each times every alternative once.")
+]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
 
 _CPU = torch.device("cpu")
 
@@ -28,11 +30,11 @@ class Measurement(NamedTuple):
 
     name: str
     seconds: list[float]
-    """One a round."""
+    """One for each round."""
     ratios: list[float]
     """Its seconds divided by the baseline's of the same round."""
     peak_bytes: int | None
-    """Highest memory above where it started; None if it was not asked for or the system does not tell."""
+    """Peak memory above the start; None if not measured or not available on this system."""
 
 
 def compare(
@@ -42,13 +44,13 @@ def compare(
     device: torch.device = _CPU,
     memory: bool = False,
 ) -> list[Measurement]:
-    """Call every alternative once a round, after one call that is not timed.
+    """Call every alternative once in each round, after one call that is not timed.
 
     Args:
         alternatives: name -> a call; all do the same amount of work. The first is the baseline.
         rounds: at least 1.
-        device: waited for before the clock is read.
-        memory: measure the peak memory of this process too, in calls that are not timed.
+        device: synchronised before the clock is read.
+        memory: also measure the peak memory of this process, in calls that are not timed.
     """
     peaks = {name: _warm_up(work, device, memory) for name, work in alternatives.items()}
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
@@ -66,7 +68,7 @@ def compare(
 
 
 def conditions(device: torch.device = _CPU) -> str:
-    """What a reader of the numbers must know; print it before anything is measured."""
+    """Versions, hardware and load, to print before anything is measured."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return (
         f"torch {torch.__version__}, {where}, {torch.get_num_threads()} of {os.cpu_count()} threads, "
@@ -75,11 +77,11 @@ def conditions(device: torch.device = _CPU) -> str:
 
 
 def table(measurements: list[Measurement], *, items: int = 1, unit: str = "") -> list[str]:
-    """Lines to print: a header, then one line an alternative.
+    """Lines to print: a header, then one line for each alternative.
 
     Args:
         measurements: what `compare` returned, the baseline first.
-        items: what one call processes; with `unit` the median rate is shown too.
+        items: number of items that one call processes; with `unit`, the median rate is shown too.
         unit: name of the items, for example "views".
     """
     width = max(len(row.name) for row in measurements)
@@ -91,9 +93,9 @@ def table(measurements: list[Measurement], *, items: int = 1, unit: str = "") ->
     header += f"  {'peak memory':>11}  {'memory ratio':>12}" if has_memory else ""
     lines = [header]
     for row in measurements:
-        line = f"{row.name:{width}}  {_spread(row.seconds, 4):27}"
+        line = f"{row.name:{width}}  {_median_and_range(row.seconds, 4):27}"
         line += f"  {items / statistics.median(row.seconds):10.0f}" if unit else ""
-        line += f"  {_spread(row.ratios, 2):23}"
+        line += f"  {_median_and_range(row.ratios, 2):23}"
         if row.peak_bytes is not None:
             ratio = f"{row.peak_bytes / base.peak_bytes:.2f}" if base.peak_bytes else "-"
             line += f"  {row.peak_bytes / 1e6:8.0f} MB  {ratio:>12}"
@@ -101,13 +103,13 @@ def table(measurements: list[Measurement], *, items: int = 1, unit: str = "") ->
     return [*lines, f"ratios to: {base.name}"]
 
 
-def _spread(values: list[float], digits: int) -> str:
+def _median_and_range(values: list[float], digits: int) -> str:
     median, low, high = statistics.median(values), min(values), max(values)
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _processor() -> str:
-    """The processor's name on Linux, elsewhere "CPU"."""
+    """The CPU model on Linux, otherwise "CPU"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -133,8 +135,8 @@ def _warm_up(work: Callable[[], object], device: torch.device, memory: bool) -> 
         work()
         return torch.cuda.max_memory_allocated(device) - start
     try:
-        # Give back what the C library keeps of freed memory, then, on Linux, forget the highest resident
-        # size so far (proc(5), clear_refs).
+        # Return freed memory to the system, then, on Linux, reset the peak resident size (proc(5),
+        # clear_refs).
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         start = _status("VmRSS")

@@ -1,4 +1,4 @@
-"""The loss alone: every rule of negatives as this project computes it, MoCo-v2 and MoCHi as others do."""
+"""The loss alone: all rules of this project, and plain implementations of MoCo-v2 and MoCHi."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ from mochi.runtime.distributed import pick_device
 
 
 def main(
-    batch: Annotated[int, typer.Option(min=1, help="B, queries.")] = 256,
-    queue_size: Annotated[int, typer.Option(min=2, help="K.")] = 65536,
-    dim: Annotated[int, typer.Option(min=1, help="C.")] = 128,
-    num_hardest: Annotated[int, typer.Option(min=2, help="N, at most K.")] = 1024,
-    num_pairs: Annotated[int, typer.Option(min=0, help="s.")] = 512,
-    num_query: Annotated[int, typer.Option(min=0, help="s'.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Queries (B).")] = 256,
+    queue_size: Annotated[int, typer.Option(min=2, help="Keys in the queue (K).")] = 65536,
+    dim: Annotated[int, typer.Option(min=1, help="Embedding dimension (C).")] = 128,
+    num_hardest: Annotated[int, typer.Option(min=2, help="Hardest negatives (N), at most K.")] = 1024,
+    num_pairs: Annotated[int, typer.Option(min=0, help="Synthetics from pairs (s).")] = 512,
+    num_query: Annotated[int, typer.Option(min=0, help="Synthetics from the query (s').")] = 256,
     rounds: Rounds = 7,
     threads: Threads = 1,
 ) -> None:
@@ -89,7 +89,7 @@ def run(
 
 
 def all_rules(settings: Mapping[str, int]) -> dict[str, Rule]:
-    """Every rule in mochi/contrast/rules/, with those of the settings that it has."""
+    """Every rule in mochi/contrast/rules/, with the settings that the rule has."""
     made: dict[str, Rule] = {}
     for name in names_of(Rule):
         kind = find(name)
@@ -105,7 +105,7 @@ def _loss(query: Tensor, *, key: Tensor, queue: Tensor, rule: Rule) -> Tensor:
 
 
 def plain_loss(query: Tensor, key: Tensor, queue: Tensor, more: list[Tensor]) -> Tensor:
-    """InfoNCE as facebookresearch/moco moco/builder.py writes it, with more columns of logits."""
+    """InfoNCE as in facebookresearch/moco moco/builder.py, with `more` columns of logits."""
     positive = (query * key).sum(-1, keepdim=True)
     logits = torch.cat([positive, query @ queue.T, *more], 1) / 0.2
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
@@ -114,9 +114,9 @@ def plain_loss(query: Tensor, key: Tensor, queue: Tensor, more: list[Tensor]) ->
 def materialised_loss(
     query: Tensor, key: Tensor, queue: Tensor, num_hardest: int, num_pairs: int, num_query: int
 ) -> Tensor:
-    """MoCHi the usual way: gather the parents' rows, mix, normalise, multiply with the query.
+    """MoCHi with materialised synthetics: gather the parents, mix, normalise, multiply with the query.
 
-    What the public re-implementations do; here without their loops over queries.
+    As in public re-implementations, but without their loops over queries.
     """
     device = query.device
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A whole training step of each method of an experiment, and what it is made of."""
+"""A complete training step of each method of an experiment, and its parts."""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
@@ -51,10 +51,10 @@ def run(
     Args:
         experiment: its contrastive rows are compared.
         dataset: its images.
-        rounds: of the measurement.
-        device: computes.
-        same_batch: train on one batch again and again, so that no data is waited for.
-        more: alternatives to compare with.
+        rounds: number of rounds, see `harness.compare`.
+        device: where to compute.
+        same_batch: train on the same batch in every step, so that loading takes no time.
+        more: further alternatives to compare.
     """
     runs = [each for each in first_runs(experiment) if isinstance(each.recipe, Contrastive)]
     if not runs:
@@ -87,7 +87,7 @@ def _objective(run: PretrainRun, dataset: StoredDataset, device: torch.device) -
 
 
 class _Endless:
-    """Batches of a training, over and over; with `same_batch` the first of them alone."""
+    """Repeats the batches of an epoch for ever; with `same_batch`, only the first."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Epochs of MoCo-v2, from images to updated weights: this project, lightly, and the encoders alone.
 
-All train the same encoder on the same images: batch 256, bfloat16 autocast, SGD. The encoders alone have
-plain batch normalisation and one batch that is always there: no training can be faster.
+All train the same encoder on the same images: batch 256, bfloat16 autocast, SGD. "Encoders alone" has
+plain batch normalisation and one batch already in memory: no training can be faster.
 """
 
 import copy
@@ -35,14 +35,16 @@ _CPU = torch.device("cpu")
 
 def main(
     rounds: Rounds = 5,
-    num_images: Annotated[int, typer.Option(min=_BATCH, help="Images of 32 px, an epoch.")] = 2048,
-    cores: Annotated[int, typer.Option(min=1, help="Threads, and workers of lightly's loader.")] = 2,
+    num_images: Annotated[int, typer.Option(min=_BATCH, help="Images of 32 px in an epoch.")] = 2048,
+    cores: Annotated[
+        int, typer.Option(min=1, help="CPU threads, and worker processes of lightly's loader.")
+    ] = 2,
 ) -> None:
     """Compare an epoch of MoCo-v2 with lightly's and with the encoders alone."""
     torch.set_num_threads(cores)
     print(conditions())
     if importlib.util.find_spec("lightly") is None:
-        print("lightly is not installed: it is not compared")
+        print("lightly is not installed and is left out")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_pictures(folder, max(num_images // 2, _BATCH))
@@ -66,7 +68,7 @@ def run(folder: Path, *, rounds: int, cores: int) -> list[Measurement]:
 
 
 def _recipe() -> PretrainRun:
-    """MoCo-v2 of the embedded experiment at the sizes of this comparison."""
+    """MoCo-v2 of the embedded experiment with the sizes of this comparison."""
     experiment = load_experiment(Path("config/config.yaml"))
     changed = {"batch_size": _BATCH, "queue_size": _QUEUE, "precision": "bfloat16", "bn_groups": 2}
     experiment = experiment.model_copy(update={"pretrain": experiment.pretrain | changed})
@@ -118,7 +120,7 @@ def _ours(run: PretrainRun, split: StoredSplit, num_steps: int) -> Callable[[], 
 
 
 def _lightly(run: PretrainRun, images: Path, num_steps: int, workers: int) -> Callable[[], None]:
-    """As in lightly's MoCo example: its dataset, transform, memory bank and momentum update."""
+    """Lightly's MoCo example: its data set, transform, memory bank and momentum update."""
     recipe = run.recipe
     assert isinstance(recipe, Contrastive)
     data = importlib.import_module("lightly.data")

@@ -1,6 +1,6 @@
 """Draw docs/idea.svg: a query, its hardest negatives, and the synthetic negatives of MoCHi section 3.
 
-`python docs/draw_idea.py`. Unit vectors in three dimensions, seen from the query: the
+`python docs/draw_idea.py`. Unit vectors in three dimensions, projected around the query: the
 distance to the centre is the angle to the query.
 """
 
@@ -27,7 +27,7 @@ def seen_from_query(vectors: np.ndarray) -> np.ndarray:
 
 
 def draw(path: Path) -> None:
-    """Write the picture."""
+    """Write the figure."""
     mpl.rcParams.update({"svg.hashsalt": "mochi", "svg.fonttype": "path", "font.size": 10})
     random = np.random.default_rng(6)
     negatives = unit(random.normal((0, 0, 0.55), 1, (NUM_NEGATIVES, 3)))

@@ -1,4 +1,4 @@
-"""Pages that are written from the code: every key of an experiment file, every command."""
+"""Write the reference pages from the code: every key of an experiment file, every command."""
 
 import json
 import re
@@ -14,11 +14,11 @@ _ROOT = Path(__file__).resolve().parents[1]
 _INTRODUCTION = """# Configuration reference
 
 An experiment file (`config/*.yaml`) describes one table of results. Keys without a default are mandatory,
-except in `pretrain` and `methods`, which complete each other. Unknown keys, wrong types and values that do
-not fit together are errors; `mochi check CONFIG` lists all of them.
+except in `pretrain` and `methods`, which are merged: the keys of a method replace those of `pretrain`.
+Unknown keys, wrong types and values that do not fit together are errors; `mochi check CONFIG` lists them.
 
 `mochi schema > config.schema.json` writes the same as a JSON Schema. Editors with the YAML language server
-then complete and check keys, after this line at the top of a file:
+then complete and check keys in a file with this first line:
 
 ```yaml
 # yaml-language-server: $schema=config.schema.json
@@ -36,7 +36,7 @@ def write(folder: Path) -> None:
 
 
 def configuration() -> str:
-    """All sections of an experiment, each after the one that names it first."""
+    """All sections of an experiment file, each after the first section that refers to it."""
     whole = schema()
     sections, queue = {}, ["Experiment"]
     while queue:

@@ -13,17 +13,15 @@ from benchmarks.data import loaders, memory, preparation, views
 from benchmarks.data.pictures import make_pictures, prepared
 from benchmarks.harness import Rounds, conditions
 
-_MULTIPLE = 256  # whole batches on both sides, and enough for `memory`
+_MULTIPLE = 256  # full batches for all alternatives, and enough images for `memory`
 
 
 def main(
     rounds: Rounds = 5,
     num_images: Annotated[
-        int, typer.Option(min=_MULTIPLE, help=f"JPEGs to make, a multiple of {_MULTIPLE}.")
+        int, typer.Option(min=_MULTIPLE, help=f"Number of JPEGs, a multiple of {_MULTIPLE}.")
     ] = 1024,
-    scratch: Annotated[
-        Path | None, typer.Option(help="Existing folder for them. Default: a temporary one.")
-    ] = None,
+    scratch: Annotated[Path | None, typer.Option(help="Existing folder for temporary files.")] = None,
 ) -> None:
     """Compare views, loaders and preparation with torchvision's and lightly's, and memory over time."""
     if num_images % _MULTIPLE:
@@ -31,7 +29,7 @@ def main(
     cores = os.cpu_count() or 1
     print(conditions())
     if importlib.util.find_spec("lightly") is None:
-        print("lightly is not installed: its transform is not compared")
+        print("lightly is not installed: its transform is left out")
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         make_pictures(folder, num_images)

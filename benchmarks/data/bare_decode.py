@@ -1,10 +1,10 @@
-"""The least that any preparation must do; imports little, so that its processes start as fast as ours."""
+"""The minimum that any preparation must do. Imports little, so that its processes start fast."""
 
 from PIL import Image
 
 
 def decode_files(paths: list[str]) -> None:
-    """Decode each file and drop it."""
+    """Decode each file and discard the pixels."""
     for path in paths:
         with Image.open(path) as image:
             image.load()

@@ -19,14 +19,14 @@ from mochi.config import Augmentation
 from mochi.data.format import StoredSplit
 from mochi.data.views.loading import Loading, two_views
 
-_SIZES = {"small": (32, 256), "photos": (224, 64)}  # pixels a side of a view, images a batch
+_SIZES = {"small": (32, 256), "photos": (224, 64)}  # side of a view in pixels, batch size
 
 
 def epochs(name: str, folder: Path, rounds: int, cores: int) -> list[str]:
-    """Every picture of `folder / name` four times.
+    """Load every picture of `folder / name` four times.
 
-    The ordinary loader decodes with Pillow and makes both views on its workers, one a core; where lightly
-    is installed, its transform is run the same way. The start of the workers counts on both sides.
+    The ordinary DataLoader decodes with Pillow and makes both views in its workers, one for each core; if
+    lightly is installed, its transform runs the same way. The start of the workers is included for all.
     """
     size, batch = _SIZES[name]
     paths = 4 * [str(path) for path in sorted((folder / name).rglob("*.*g"))]
@@ -40,7 +40,7 @@ def epochs(name: str, folder: Path, rounds: int, cores: int) -> list[str]:
     for library, two in pairs.items():
         loader = DataLoader(_Pictures(paths, two), batch, shuffle=True, num_workers=cores, drop_last=True)
         alternatives[f"a DataLoader with {library}"] = partial(_exhaust, loader)
-    # Pixels are worked on by the threads of one process, encoded images by workers of one thread each.
+    # Stored pixels are augmented by threads of one process, encoded images by workers of one thread each.
     with threads(cores if name == "small" else 1):
         found = compare(alternatives, rounds=rounds)
     num_views = 2 * batch * (len(paths) // batch)
@@ -51,7 +51,7 @@ def epochs(name: str, folder: Path, rounds: int, cores: int) -> list[str]:
 
 
 def _our_epoch(split: StoredSplit, folder: Path, size: int, batch: int, cores: int) -> Callable[[], None]:
-    """Four epochs of pixels, or one that has every encoded image four times."""
+    """Four epochs of stored pixels, or one epoch with every encoded image four times."""
     config = Augmentation(version="v2", image_size=size, min_scale=0.2, blur=size > 32)
     encoded = split.pixels is None
     if encoded:
@@ -74,7 +74,7 @@ def _exhaust(batches: Iterable[object]) -> None:
 
 
 class _Pictures(Dataset[Any]):
-    """Two views of each file, the usual way."""
+    """Two views of each file, as in MoCo's TwoCropsTransform."""
 
     def __init__(self, paths: list[str], two_of: Callable[[Any], Any]) -> None:
         self.paths, self.two_of = paths, two_of

@@ -1,4 +1,4 @@
-"""What loading costs in memory: over many epochs, and for an index of a million rows."""
+"""Memory that loading needs: over many epochs, and with an index of a million rows."""
 
 import multiprocessing
 import os
@@ -17,13 +17,13 @@ def run(split: StoredSplit, folder: Path, *, num_epochs: int = 20, num_rows: int
     """Resident memory over some epochs, and private memory of a worker with many rows.
 
     Args:
-        split: stored encoded, at least 240 images.
+        split: with encoded images, at least 240.
         folder: for an index of about `num_rows` rows.
         num_epochs: at least 2.
-        num_rows: a multiple of the split's length is taken.
+        num_rows: rounded down to a multiple of the length of the split.
     """
     if not Path("/proc/self/smaps_rollup").exists():
-        return ["Memory of loading: not measured, there is no /proc/self/smaps_rollup"]
+        return ["Memory of loading: not measured, as /proc/self/smaps_rollup does not exist"]
     config = Augmentation(version="v2", image_size=32, min_scale=0.2)
     resident = []
     for epoch in range(num_epochs):
@@ -48,7 +48,7 @@ def _line(part: str, case: str, size: float, base_case: str, base: float) -> str
 def _worker_memory(
     split: StoredSplit, config: Augmentation, epoch: int, workers: int, field: str
 ) -> list[float]:
-    """Read 15 batches; returns `field` of each worker, in MB, before they end."""
+    """Read 15 batches; returns `field` of each worker, in MB, while they run."""
     loading = Loading(16, torch.device("cpu"), workers)
     batches = two_views(split, config, loading, seed=0, epoch=epoch)
     for _ in range(15):
@@ -61,7 +61,7 @@ def _worker_memory(
 
 
 def _megabytes(process: int, field: str) -> float:
-    """`field` of /proc/<pid>/smaps_rollup: Rss is everything resident, Anonymous what no file backs."""
+    """`field` of /proc/<pid>/smaps_rollup: Rss is all resident memory, Anonymous the part not in a file."""
     for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1000

@@ -1,4 +1,4 @@
-"""Pictures to measure with, made from the photographs that need no download."""
+"""Pictures for the benchmarks, made from photographs that need no download."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +17,13 @@ from mochi.data.ingest.prepare import prepare
 from mochi.data.photographs import PHOTOGRAPHS, load
 from mochi.data.views import augment
 
-WIDTH, HEIGHT = 500, 375  # the usual size of ImageNet's photographs
+WIDTH, HEIGHT = 500, 375  # the most common size in ImageNet
 
 
 def make_pictures(folder: Path, count: int) -> None:
     """Write distinct JPEGs of 500 x 375 to photos/, and twice as many PNGs of 32 x 32 to small/.
 
-    They are windows of the photographs, enlarged where they are smaller.
+    They are crops of the photographs, resized to these sizes.
     """
     photos = [Image.fromarray(load(photograph)) for photograph in PHOTOGRAPHS]
     for name, number_of, size in (("photos", count, (WIDTH, HEIGHT)), ("small", 2 * count, (32, 32))):
@@ -83,7 +83,7 @@ def torchvision_transform(size: int, *, blur: bool) -> Callable[[Any], torch.Ten
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Compute on `number` threads inside, on as many as before outside."""
+    """Compute with `number` threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

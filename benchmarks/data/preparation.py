@@ -1,4 +1,4 @@
-"""Preparing a data set compared with processes that only decode its files."""
+"""Preparation of a data set, compared with processes that only decode its files."""
 
 import multiprocessing
 import tempfile
@@ -12,11 +12,11 @@ from mochi.config.datasets import Folder
 from mochi.data.ingest.prepare import prepare
 from mochi.data.ingest.raw import in_batches
 
-_COPIES = 8  # of every JPEG, so that the start of the processes weighs less
+_COPIES = 8  # of every JPEG, so that the start of the processes matters less
 
 
 def run(folder: Path, rounds: int, jobs: int) -> list[str]:
-    """The whole preparation of `folder / photos`, nothing cached; the start of the processes counts."""
+    """Prepare `folder / photos` without caches; the start of the processes is included."""
     many = folder / "many" / "train" / "any"
     many.mkdir(parents=True)
     for original in sorted((folder / "photos").rglob("*.jpg")):

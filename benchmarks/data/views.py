@@ -79,8 +79,8 @@ def large(folder: Path, rounds: int) -> list[str]:
 
     alternatives = {
         "ours": ours,
-        "Pillow and torchvision, one decode an image": one_decode,
-        "Pillow and torchvision, a decode for each view": two_decodes,
+        "Pillow and torchvision, one decode per image": one_decode,
+        "Pillow and torchvision, one decode per view": two_decodes,
     }
     title = "Two views of 224 px from JPEG bytes, one thread"
     return _compared(title, alternatives, rounds, 2 * _LARGE_BATCH)

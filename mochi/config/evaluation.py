@@ -53,6 +53,11 @@ class Task(Section):
         """Number of passes over train through the encoder, for time estimates."""
         return 1
 
+    def checkpoint_bytes(self, num_features: int, num_classes: int) -> int:
+        """Size of a resume checkpoint; 0 without one."""
+        del num_features, num_classes
+        return 0
+
     def columns(self) -> dict[str, Column]:
         """The numbers of metrics.json that tables show, in order; figures show the first."""
         return {"top1": Column("top-1")}

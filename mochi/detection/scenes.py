@@ -7,9 +7,9 @@ pixel of a training scene is in a test scene.
 
 import logging
 import re
-import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mochi.config import ConfigError, DetectionData, PhotoScenes
 from mochi.data.photographs import LICENCE, PHOTOGRAPHS, Cell, cells, load
 from mochi.detection import coco, voc
 from mochi.detection.annotations import AnnotatedImage, Annotations
-from mochi.storage.atomic import write_json
+from mochi.storage.atomic import explaining, require_space, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ _MAX_OBJECTS = 4
 _DIFFICULT_SHARE, _CROWD_SHARE = 0.06, 0.12
 # How much of the background shines through a difficult piece.
 _FADED = 0.5
+
+# Disk space of a scene, as PNG and as JPEG, and of its annotations.
+_PIXEL_BYTES, _ANNOTATION_BYTES = 4, 4096
 
 # Every file of a folder of scenes. scenes.json alone would not tell our folders from others': Snakemake
 # deletes it before it makes the scenes again.
@@ -71,7 +74,7 @@ def run(data: DetectionData, root: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: no `scenes` section, a class that is not a photograph, or other files in `root`.
-        OSError: the disk is full or the folder read-only.
+        StorageError: the disk is full or the folder read-only; existing scenes are intact.
     """
     if data.scenes is None or data.classes is None:
         raise ConfigError(f"{root}: this detection set has no `scenes` section, so nothing is made for it")
@@ -80,9 +83,10 @@ def run(data: DetectionData, root: Path) -> dict[str, Any]:
             f"{root}: found {foreign}, which is not part of generated scenes; generating them replaces the "
             "whole folder, so give `data.path` a separate folder, or remove the `scenes` section"
         )
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as name:
-        new = Path(name) / root.name
+    number = data.scenes.num_train + data.scenes.num_test
+    require_space({root: number * (_PIXEL_BYTES * data.scenes.image_size**2 + _ANNOTATION_BYTES)})
+    with explaining(root), _temporary_folder(root) as temporary:
+        new = temporary / root.name
         counts = {
             split: _write_split(new, split, number, data.classes, data.scenes)
             for split, number in (("train", data.scenes.num_train), ("test", data.scenes.num_test))
@@ -96,9 +100,17 @@ def run(data: DetectionData, root: Path) -> dict[str, Any]:
         }
         write_json(new / "scenes.json", manifest)
         if root.exists():
-            shutil.rmtree(root)
+            root.rename(temporary / "old")
         new.rename(root)
     return manifest
+
+
+@contextmanager
+def _temporary_folder(root: Path) -> Iterator[Path]:
+    """A folder next to `root`, removed at the end."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as name:
+        yield Path(name)
 
 
 def _foreign(root: Path) -> Path | None:

@@ -32,12 +32,15 @@ from mochi.runtime.precision import autocast
 from mochi.runtime.seeding import numpy_generator
 from mochi.runtime.tensorboard import write_events
 from mochi.storage import checkpoint
-from mochi.storage.atomic import publishing, write_json
+from mochi.storage.atomic import publishing, require_space, write_json
 
 logger = logging.getLogger(__name__)
 
 # Metrics whose standard deviation over the fine-tunings is reported.
 _HEADLINE = ("AP", "AP50", "AP75")
+
+# Disk space: of pictures and tables; of a detection as JSON, without and with its mask.
+_PICTURE_BYTES, _BOX_BYTES, _MASK_BYTES = 4 << 20, 128, 512
 
 
 def run(
@@ -60,6 +63,7 @@ def run(
         EncoderError: the encoder file does not fit.
         CheckpointError: a checkpoint in `work` is of another run.
         NonFiniteError: NaN or Inf in a loss or in the weights.
+        StorageError: `work` or the result's folder cannot be written, or has too little space.
     """
     watch = Stopwatch()
     chosen, encoder_file = run.detection, result.inputs["encoder"]
@@ -69,6 +73,7 @@ def run(
         train_images = Images(for_training(train, chosen.data.empty_images))
         check_images([train, test], jobs=torch.get_num_threads())
         recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device, workers)
+        require_space({result.folder: _PICTURE_BYTES, work: _work_bytes(recipe, test, work)})
         frozen = FrozenBackbone(recipe, train_images) if chosen.training.mode == "frozen" else None
         digests = {"train": annotations_digest(train), "test": annotations_digest(test)}
         identity = {
@@ -105,6 +110,14 @@ def run(
                 write_json(new / "metrics.json", metrics)
                 write_record(new, result, watch, **extra)
             tunings.clear()
+
+
+def _work_bytes(recipe: Recipe, test: Annotations, work: Path) -> int:
+    """Additional disk space: three checkpoints during a save, pictures, and what processes exchange."""
+    model, existing = recipe.settings.model, sum(path.stat().st_size for path in work.glob("*.safetensors"))
+    detections = len(test.images) * model.max_detections if distributed.world_size() > 1 else 0
+    exchanged = detections * (_MASK_BYTES if model.masks else _BOX_BYTES)
+    return 3 * recipe.checkpoint_bytes() - existing + _PICTURE_BYTES + exchanged
 
 
 def read_search(path: Path, candidates: list[float]) -> dict[str, Any]:

@@ -46,6 +46,15 @@ class Recipe:
     workers: int = 0
     """Processes of this rank that read images."""
 
+    def checkpoint_bytes(self) -> int:
+        """Size of a resume checkpoint: all tensors of a detector, and the momentum of those trained."""
+        with torch.device("meta"):
+            detector = build(self.encoder, self.num_classes, self.settings.model)
+        if self.settings.training.mode == "frozen":
+            detector.backbone.requires_grad_(requires_grad=False)
+        trained = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+        return sum(tensor.nbytes for tensor in [*detector.state_dict().values(), *trained])
+
     def detector(self) -> tuple[Detector, dict[str, dict[str, str]]]:
         """A new detector with the loaded encoder, and the checksums of both."""
         detector = build(self.encoder, self.num_classes, self.settings.model)
@@ -184,6 +193,7 @@ class FineTuning:
             self.detector.backbone = frozen.module
         self._dataset = _training_items(training, images, seed)
         self._optimizer = _optimizer(self.detector, training)
+        self._gradients = distributed.AveragedGradients(self.detector.parameters(), self._accumulate)
         self.step, self.vanished = 0, 0
         found = checkpoint.load(saved, self._identity)
         if found is not None:
@@ -249,7 +259,7 @@ class FineTuning:
             for name, loss in {"loss": total, **losses}.items():
                 part = loss.detach() / self._accumulate
                 means[name] = means[name] + part if name in means else part
-        distributed.average_gradients(self.detector.parameters())
+        self._gradients.wait()
         self._optimizer.step()
         self.step += 1
         return means

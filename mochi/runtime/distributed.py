@@ -2,7 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -132,17 +134,32 @@ class AveragedGradients:
     """Average gradients over ranks during the backward pass.
 
     Gradients are summed in buckets, last layers first, as soon as a bucket is complete.
-    `wait` must follow each backward pass. With one process nothing happens.
+    `wait` must follow the last backward pass of each step. With one process nothing happens.
+
+    Args:
+        parameters: those with `requires_grad` are averaged; one without a gradient counts as zero.
+        passes: backward passes of a step, which accumulate; ranks communicate during the last one only.
+        bucket_bytes: size of a bucket.
 
     Like torch's DistributedDataParallel, but with fixed buckets: DDP rebuilds them after its first step and
     then sums in a different order, so a resumed run would differ from an uninterrupted one.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], bucket_bytes: int = 25 << 20) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], passes: int = 1, bucket_bytes: int = 25 << 20
+    ) -> None:
         self._buckets: list[list[nn.Parameter]] = []
+        self._passes, self._done = passes, Counter[nn.Parameter]()
         self._running: list[tuple[dist.Work, Tensor, list[nn.Parameter], list[Tensor]]] = []
         if world_size() == 1:
             return
+        # A strong reference would be a cycle through C++: Python would never free the parameters.
+        own = weakref.ref(self)
+
+        def ready(parameter: nn.Parameter) -> None:
+            if (gradients := own()) is not None:
+                gradients._ready(parameter)
+
         room = 0
         for parameter in reversed([each for each in parameters if each.requires_grad]):
             if parameter.nbytes > room or self._buckets[-1][0].dtype != parameter.dtype:
@@ -150,13 +167,14 @@ class AveragedGradients:
                 room = max(bucket_bytes, parameter.nbytes)
             self._buckets[-1].append(parameter)
             room -= parameter.nbytes
-            parameter.register_post_accumulate_grad_hook(self._ready)
+            parameter.register_post_accumulate_grad_hook(ready)
 
-    def _ready(self, _: Tensor) -> None:
+    def _ready(self, parameter: nn.Parameter) -> None:
         """Start the sums of the next complete buckets, in the same order on every rank."""
+        self._done[parameter] += 1
         while len(self._running) < len(self._buckets):
             bucket = self._buckets[len(self._running)]
-            if any(parameter.grad is None for parameter in bucket):
+            if any(self._done[each] < self._passes for each in bucket):
                 return
             self._start(bucket)
 
@@ -182,11 +200,7 @@ class AveragedGradients:
             for parameter, part in zip(bucket, parts, strict=True):
                 parameter.grad = part
         self._running.clear()
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """The same after the backward pass, for one that accumulates into existing gradients."""
-    _average([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._done.clear()
 
 
 def average_statistics(module: nn.Module) -> None:
@@ -194,10 +208,7 @@ def average_statistics(module: nn.Module) -> None:
 
     They are means over groups of images; each rank has seen only its own groups.
     """
-    _average([buffer for name, buffer in module.named_buffers() if "running_" in name])
-
-
-def _average(tensors: Sequence[Tensor]) -> None:
+    tensors = [buffer for name, buffer in module.named_buffers() if "running_" in name]
     if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])

@@ -49,8 +49,12 @@ class StorageError(UserError, OSError):
 
 
 @contextmanager
-def _explaining(path: Path) -> Iterator[None]:
-    """Explain why `path`, or its temporary file, cannot be written."""
+def explaining(path: Path) -> Iterator[None]:
+    """Explain why `path`, or another file in its folder, cannot be written.
+
+    Raises:
+        StorageError: instead of an OSError or SafetensorError of writing there.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -79,7 +83,7 @@ def replacing(path: Path) -> Iterator[Path]:
         StorageError: the disk is full or the folder read-only; `path` is unchanged.
     """
     temporary = _temporary(path)
-    with _explaining(path):
+    with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -105,7 +109,7 @@ def publishing(folder: Path) -> Iterator[Path]:
     """
     # Inside `folder`, which may be a link to another file system.
     temporary = _temporary(folder / "publishing")
-    with _explaining(folder / _LAST):
+    with explaining(folder / _LAST):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder / "publishing")
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this id before

@@ -1,5 +1,8 @@
 """What several processes exchange, against the same with everything gathered."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -58,9 +61,59 @@ def averaged() -> None:
         assert module[1].bias.grad is None
 
 
+def accumulated() -> None:
+    """Gradients of two backward passes, of which the second alone uses one parameter; two steps."""
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    second = nn.Parameter(torch.ones(8))
+    parameters = [*module.parameters(), second]
+    gradients = AveragedGradients(parameters, passes=2, bucket_bytes=400)
+    for step in range(2):
+        rows = torch.randn(
+            world_size(), 2, 3, 8, generator=torch.Generator().manual_seed(step)
+        )  # of each rank and pass
+
+        def loss(rank: int, number: int, rows: torch.Tensor = rows) -> torch.Tensor:
+            mean: torch.Tensor = (module(rows[rank, number]) * (second if number else 1)).square().mean()
+            return mean
+
+        total = torch.stack([loss(other, number) for other in range(world_size()) for number in range(2)])
+        wanted = torch.autograd.grad(total.sum() / world_size(), parameters)
+        for parameter in parameters:
+            parameter.grad = None
+        loss(rank(), 0).backward()
+        assert not gradients._running
+        loss(rank(), 1).backward()
+        # The bucket of `second` never gets both its gradients, and the others are in its order after it.
+        assert not gradients._running
+        gradients.wait()
+        for parameter, mean in zip(parameters, wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, mean)
+    every = AveragedGradients(module.parameters(), passes=2, bucket_bytes=400)
+    for _ in range(2):
+        assert not every._running
+        module(torch.ones(1, 8)).sum().backward()
+    assert len(every._running) == len(every._buckets) > 2, "the last pass already sums"
+    every.wait()
+
+
+def released() -> None:
+    """The memory of a module whose gradients were averaged: a job fine-tunes several detectors."""
+    module = nn.Linear(8, 8)
+    gradients = AveragedGradients(module.parameters())
+    module(torch.ones(1, 8)).sum().backward()
+    gradients.wait()
+    weight = weakref.ref(module.weight)
+    del module, gradients
+    gc.collect()
+    assert weight() is None
+
+
 def everything() -> None:
     exchanged()
     averaged()
+    accumulated()
+    released()
 
 
 @pytest.mark.parametrize("processes", [2, 3])

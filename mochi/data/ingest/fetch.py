@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from mochi.config.datasets import Download
 from mochi.errors import DataError
-from mochi.storage.atomic import write_text
+from mochi.storage.atomic import StorageError, explaining, require_space, write_text
 
 logger = logging.getLogger(__name__)
 _BLOCK = 1 << 20
@@ -35,6 +35,7 @@ def fetch(archive: Archive, options: Download, cache: Path) -> Path:
 
     Raises:
         DataError: the user's file is not the archive, or no URL serves it.
+        StorageError: `cache` cannot be written, or has too little space.
     """
     if options.archive is not None:
         return _user_supplied(archive, Path(options.archive))
@@ -47,6 +48,8 @@ def fetch(archive: Archive, options: Download, cache: Path) -> Path:
         part = target.with_name(f"{target.name}.part")
         try:
             _download(url, part)
+        except StorageError:
+            raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             failures.append(f"{url}: {error}")
             logger.warning("%s: %s; trying the next URL", url, error)
@@ -95,8 +98,10 @@ def _download(url: str, part: Path) -> None:
         resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
         expected = answer.headers.get("Content-Length")
         logger.info("%s: %s bytes%s", url, expected or "unknown", f", from {present}" if resumed else "")
+        if expected is not None:
+            require_space({part.parent: int(expected)})
         received = 0
-        with part.open("ab" if resumed else "wb") as file:
+        with explaining(part), part.open("ab" if resumed else "wb") as file:
             while block := answer.read(_BLOCK):
                 file.write(block)
                 received += len(block)
@@ -153,7 +158,8 @@ def unpacked(path: Path, cache: Path) -> Path:
     folder = cache / "unpacked" / path.name
     done = folder / ".complete"
     if not done.is_file():
-        with opened(path) as archive:
+        with opened(path) as archive, explaining(folder):
+            require_space({folder: sum(member.size for member in archive.getmembers())})
             if hasattr(tarfile, "data_filter"):
                 archive.extractall(folder, filter="data")
             else:

@@ -12,7 +12,7 @@ from mochi.data.ingest import decode, duplicates, write
 from mochi.data.ingest.raw import ArraySplit, Progress, RawDataset, as_text
 from mochi.data.ingest.validate import ValidatedFile, Validator
 from mochi.errors import DataError
-from mochi.storage.atomic import publishing, replacing, write_json
+from mochi.storage.atomic import publishing, replacing, require_space, write_json
 
 SHARD_BYTES = 512 << 20
 """Size at which a shard of encoded images is closed."""
@@ -38,9 +38,10 @@ def prepare(
     Raises:
         DataError: the source is missing, a different one, empty or inconsistent, or too much of it is
             unreadable.
-        StorageError: `out` cannot be written.
+        StorageError: `out` cannot be written, or has too little space for it.
     """
     raw = collect(dataset, cache or out.parent / ".cache")
+    require_space({out: sum(write.estimated_bytes(split, raw.max_side) for split in raw.splits.values())})
     with publishing(out) as new:
         manifest = _write(raw, dataset, new, out, jobs, progress, shard_bytes)
         if finish is not None:

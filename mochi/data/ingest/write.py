@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import math
+import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mochi.data.format import UNLABELLED, StoredSplit, write_encoded, write_index
-from mochi.data.ingest.raw import ArraySplit, FileSplit, as_text, class_counts, in_batches
+from mochi.data.ingest import decode
+from mochi.data.ingest.raw import ArraySplit, ByteRange, FileSplit, as_text, class_counts, in_batches
 from mochi.data.ingest.validate import ValidatedFile, bytes_to_store
 from mochi.storage.atomic import replacing
 
 SMALL_SIDE = 128
 SMALL_BYTES = 4 << 30
 """Images of one size, no side above SMALL_SIDE and SMALL_BYTES in total, are stored as pixels."""
+_INDEX_BYTES = 64
+"""Of a row in the index without its path: sha256, label, size and offsets."""
 
 
 @dataclass
@@ -42,6 +47,42 @@ class WrittenSplit:
     """Those of them that were larger than `max_side`."""
     unreadable: list[tuple[str, int, str]] = field(default_factory=list)
     """(path, bytes, reason)."""
+
+
+def estimated_bytes(split: ArraySplit | FileSplit, max_side: int | None) -> int:
+    """Disk space that writing a split takes, from the sizes of its files and of its first image.
+
+    A resized image counts at most one byte for each pixel. Images that will be stored as pixels are on disk
+    as files too until the pixels are complete.
+    """
+    index = sum(len(path) for path in split.paths) + _INDEX_BYTES * len(split.paths)
+    if isinstance(split, ArraySplit):
+        return math.prod(split.shape) + index
+    sizes = [_file_bytes(part) for part in split.ranges]
+    if max_side is not None:
+        sizes = [min(size, max_side**2) for size in sizes]
+    return sum(sizes) + _pixel_bytes(split) + index
+
+
+def _file_bytes(part: ByteRange) -> int:
+    if part.size is not None:
+        return part.size
+    try:
+        return os.stat(part.file).st_size  # noqa: PTH116 - making a Path takes as long
+    except OSError:  # will be quarantined
+        return 0
+
+
+def _pixel_bytes(split: FileSplit) -> int:
+    """Bytes of the pixels if all images are like the first one; 0 if that is not small."""
+    if not split.ranges or split.ranges[0].size is not None:
+        return 0
+    try:
+        width, height = decode.image_size(Path(split.ranges[0].file))
+    except decode.UnreadableError:
+        return 0
+    total = 3 * width * height * len(split.ranges)
+    return total if max(width, height) <= SMALL_SIDE and total <= SMALL_BYTES else 0
 
 
 def write_arrays(out: Path, name: str, split: ArraySplit) -> WrittenSplit:

@@ -45,6 +45,11 @@ class LinearProbe(Task):
         """See `Task`; random crops are new in every epoch."""
         return 1 if self.min_scale is None else self.epochs
 
+    def checkpoint_bytes(self, num_features: int, num_classes: int) -> int:
+        """See `Task`: weights and momentum of two classifiers for each learning rate, in float32."""
+        rates = len({self.lr, *self.lr_candidates})
+        return 4 * 2 * 2 * rates * num_classes * (num_features + 1)
+
     def columns(self) -> dict[str, Column]:
         """See `Task.columns`; top-5 only with more than five classes."""
         return {

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _HEADLINE = ("AP", "AP50", "AP75")
 
 # Disk space: of pictures and tables; of a detection as JSON, without and with its mask.
-_PICTURE_BYTES, _BOX_BYTES, _MASK_BYTES = 4 << 20, 128, 512
+_PICTURE_BYTES, _BOX_BYTES, _MASK_BYTES = 2 << 20, 128, 512
 
 
 def run(

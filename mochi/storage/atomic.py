@@ -59,7 +59,7 @@ def explaining(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError):
-            number, file = error.errno, error.filename
+            number, file = error.errno, error.filename2 or error.filename  # copies and renames have both
         else:
             found = re.search(r"\(os error (\d+)\)", str(error))
             number, file = int(found[1]) if found else None, None

@@ -59,14 +59,14 @@ def all_are_hardest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "num_hardest", lambda queue_size: queue_size)
 
 
-def test_the_hardest_are_the_share_of_the_queue_that_the_paper_analyses() -> None:
+def test_the_hardest_are_a_sixteenth_of_the_queue_as_in_the_paper() -> None:
     assert {size: num_hardest(size) for size in (8, 512, 4096, 16384, 65536)} == {
         8: 1, 512: 32, 4096: 256, 16384: 1024, 65536: 1024
     }  # fmt: skip
 
 
 def test_false_negatives_are_counted_among_the_hardest_only() -> None:
-    """Of 8 negatives the hardest one; query 2 has no label and does not count."""
+    """Only the hardest of 8 negatives; query 2 has no label and is left out."""
     step = a_step()
     nearest = [
         max(range(8), key=lambda n, q=query: float(step.query[q] @ step.queue[n])) for query in (0, 1)
@@ -77,7 +77,7 @@ def test_false_negatives_are_counted_among_the_hardest_only() -> None:
 
 @pytest.mark.usefixtures("all_are_hardest")
 def test_false_negatives_and_parents_by_label() -> None:
-    """Query 2 has no label and does not count."""
+    """Query 2 has no label and is left out."""
     found = false_negatives(a_step(), LABELS)
     same = of_own_class()
     assert found["false_negatives"] == (3 + 2) / 16
@@ -93,10 +93,10 @@ def test_false_negatives_and_parents_by_label() -> None:
 
 
 @pytest.mark.usefixtures("all_are_hardest")
-def test_the_oracle_has_no_false_parents_but_the_queue_still_has_false_negatives() -> None:
+def test_the_class_oracle_removes_false_parents_but_not_false_negatives() -> None:
     found = false_negatives(a_step(of_own_class()), LABELS)
     assert found == {"false_negatives": (3 + 2) / 16, "false_parents_any": 0, "false_parents_all": 0}
 
 
-def test_without_labels_there_is_nothing_to_say() -> None:
+def test_without_labels_nothing_is_measured() -> None:
     assert false_negatives(a_step(), torch.full((3,), -1)) == {}

@@ -1,4 +1,4 @@
-"""The ring against collections.deque, which is first-in first-out by definition."""
+"""The key queue compared with collections.deque, which is first-in first-out by definition."""
 
 from collections import deque
 
@@ -12,7 +12,7 @@ from mochi.contrast.key_queue import KeyQueue
 
 @given(st.integers(1, 12), st.lists(st.integers(1, 30), max_size=12))
 def test_any_batch_size_is_exact_fifo(size: int, batches: list[int]) -> None:
-    """K not a multiple of the batch, batches larger than K, and wraps in the middle of a batch."""
+    """K not a multiple of the batch size, batches larger than K, and batches that wrap around."""
     queue = KeyQueue(size, 2)
     expected: deque[int] = deque(maxlen=size)
     counter = 0
@@ -34,7 +34,7 @@ def test_initial_rows_are_unit_vectors() -> None:
     torch.testing.assert_close(KeyQueue(50, 8).keys.norm(dim=-1), torch.ones(50))
 
 
-def test_everything_is_saved() -> None:
+def test_the_state_dict_restores_the_queue() -> None:
     queue = KeyQueue(10, 4)
     queue.enqueue(torch.eye(4), torch.arange(4))
     restored = KeyQueue(10, 4)

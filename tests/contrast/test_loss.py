@@ -1,5 +1,6 @@
-"""The loss with its own gradient against the usual way: synthetics materialised, one long row of logits,
-gradient by autograd (tests/reference.py); against closed forms; and against finite differences."""
+"""The loss and its own gradient, compared with the reference in tests/reference.py (materialised
+synthetics, one long row of logits, autograd), closed forms, and finite differences.
+"""
 
 import math
 
@@ -41,7 +42,7 @@ def draws() -> torch.Generator:
 
 
 def drawn(rule: Rule, query: Tensor, queue: Tensor, excluded: Tensor | None = None) -> list[Synthetics]:
-    """What the rule mixes for these queries, by `draws`."""
+    """Synthetics that the rule makes for these queries with `draws`."""
     similarity = query.detach() @ queue.T
     if excluded is not None:
         similarity = similarity.masked_fill(excluded, -torch.inf)
@@ -50,7 +51,7 @@ def drawn(rule: Rule, query: Tensor, queue: Tensor, excluded: Tensor | None = No
 
 
 def both_ways(raw, key, queue, temperature, rule, excluded=None):
-    """(loss, gradient) by the single function and by the usual way, for the same synthetics."""
+    """(loss, gradient) of the fused function and of the reference, for the same synthetics."""
     fast_raw = raw.clone().requires_grad_()
     query = F.normalize(fast_raw, dim=-1)
     fast = contrastive_loss(query, key, queue, temperature, rule, excluded, draws())
@@ -75,7 +76,7 @@ def both_ways(raw, key, queue, temperature, rule, excluded=None):
     temperature=st.sampled_from([0.07, 0.2, 1.0]),
     data=st.data(),
 )
-def test_equals_the_usual_way_in_float64(
+def test_equals_the_reference_in_float64(
     num: int, dim: int, size: int, pairs: int, from_query: int, temperature: float, data: st.DataObject
 ) -> None:
     """Random sizes, s > N, N = K, s or s' = 0: loss and gradient to 1e-12."""
@@ -89,7 +90,7 @@ def test_equals_the_usual_way_in_float64(
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-12, atol=1e-14 / temperature)
 
 
-def test_equals_the_usual_way_in_float32() -> None:
+def test_equals_the_reference_in_float32() -> None:
     raw, key, queue = batch(32, 64, 4096, seed=0, dtype=torch.float32)
     rule = mochi_rule(256, 256, 64)
     (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, 0.2, rule)
@@ -97,14 +98,14 @@ def test_equals_the_usual_way_in_float32() -> None:
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-5, atol=1e-5 * slow_grad.abs().max().item())
 
 
-def test_without_a_rule_it_is_moco() -> None:
+def test_without_a_rule_the_loss_is_mocos() -> None:
     raw, key, queue = batch(4, 5, 11, seed=1)
     (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, 0.2, None)
     torch.testing.assert_close(fast, slow, rtol=1e-13, atol=0)
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-12, atol=1e-15)
 
 
-def test_excluded_negatives_leave_the_loss_and_every_mix() -> None:
+def test_excluded_negatives_are_in_neither_the_loss_nor_the_synthetics() -> None:
     raw, key, queue = batch(3, 5, 12, seed=2)
     excluded = torch.zeros(3, 12, dtype=torch.bool)
     excluded[0, ::2] = True
@@ -131,7 +132,7 @@ def test_a_query_whose_whole_queue_is_excluded_has_no_loss() -> None:
 
 @pytest.mark.parametrize("through_query", [False, True])
 def test_gradient_by_finite_differences(through_query: bool) -> None:
-    """With `through_query` h' moves with the query, else it stays where it was."""
+    """With `through_query` h' moves with the query; otherwise it is fixed."""
     raw, key, queue = batch(2, 4, 9, seed=3)
     start = F.normalize(raw, dim=-1)
     rule = mochi_rule(4, 0, 6, through_query=through_query)
@@ -161,7 +162,7 @@ def test_gradient_by_finite_differences(through_query: bool) -> None:
 
 
 def test_gradcheck_where_nothing_is_detached() -> None:
-    """Pairs do not contain the query, so autograd's own checker applies once the draw is fixed."""
+    """Synthetics from pairs do not contain the query, so gradcheck applies once the draws are fixed."""
     raw, key, queue = batch(2, 4, 9, seed=4)
     fixed = drawn(mochi_rule(4, 6, 0), F.normalize(raw, dim=-1), queue)
 
@@ -174,7 +175,7 @@ def test_gradcheck_where_nothing_is_detached() -> None:
 
 
 def test_closed_forms() -> None:
-    """All rows equal: ln(1 + K), and ln(1 + K + s) with pairs, which are then that row again."""
+    """All rows equal: ln(1 + K), and ln(1 + K + s) with pairs, whose synthetics equal that row too."""
     row = F.normalize(torch.ones(1, 4, dtype=torch.float64), dim=-1)
     query, queue = row.expand(3, 4), row.expand(7, 4)
     assert contrastive_loss(query, query, queue, 0.2).loss.item() == pytest.approx(math.log(8), rel=1e-14)
@@ -218,7 +219,7 @@ def test_identical_images_at_a_small_temperature_stay_finite_under_autocast() ->
     assert free.grad.isfinite().all()
 
 
-def test_nothing_but_the_query_gets_a_gradient() -> None:
+def test_only_the_query_gets_a_gradient() -> None:
     raw, key, queue = batch(3, 6, 20, seed=8)
     key.requires_grad_()
     queue.requires_grad_()
@@ -227,8 +228,8 @@ def test_nothing_but_the_query_gets_a_gradient() -> None:
     assert queue.grad is None
 
 
-def test_queries_taken_in_groups_equal_the_whole_batch() -> None:
-    """150 queries are three groups on a processor, the last one short; excluded columns follow."""
+def test_groups_of_queries_equal_the_whole_batch() -> None:
+    """150 queries are three groups on a CPU, the last one smaller; excluded columns are split too."""
     raw, key, queue = batch(150, 6, 40, seed=9)
     excluded = torch.rand(150, 40, generator=torch.Generator().manual_seed(0)) < 0.2
     query = F.normalize(raw, dim=-1)
@@ -258,8 +259,8 @@ def test_queries_taken_in_groups_equal_the_whole_batch() -> None:
     torch.testing.assert_close(grouped_raw.grad, slow_raw.grad, rtol=1e-11, atol=1e-15)
 
 
-def test_autocast_does_not_reach_the_loss() -> None:
-    """Not the similarities, not the synthetics, and not the product that makes the gradient."""
+def test_autocast_does_not_change_the_loss() -> None:
+    """Similarities, synthetics and the matrix product of the gradient stay in float32."""
     raw, key, queue = batch(5, 8, 24, seed=3, dtype=torch.float32)
     found = []
     for enabled in (False, True):
@@ -296,7 +297,7 @@ UNIT = torch.eye(4)
         ({"rule": mochi_rule(5, 2, 2)}, r"num_hardest: found 5; expected 2 to 4 \(queue_size\)"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(changed: dict[str, object], message: str) -> None:
+def test_invalid_inputs_are_refused(changed: dict[str, object], message: str) -> None:
     given = {"query": UNIT, "key": UNIT, "queue": UNIT, "temperature": 0.2} | changed
     with pytest.raises(UserError, match=message):
         contrastive_loss(**given)

@@ -1,4 +1,4 @@
-"""MoCo's step against the algorithm written out in the test, and the guards that its papers ask for."""
+"""MoCo's step compared with the algorithm written out here, and the properties that the papers require."""
 
 import copy
 
@@ -36,7 +36,7 @@ LABELS = torch.arange(8) % 3
 
 
 def drawn(step: Step, generator: torch.Generator) -> list[Synthetics]:
-    """The step's synthetics, drawn again."""
+    """The synthetics of the step, drawn a second time."""
     similarity = step.query @ step.queue.T
     pool = hardest(similarity, MOCHI["num_hardest"])
     pairs = mix_pairs(step.queue, pool, MOCHI["num_pair_synthetics"], generator)
@@ -44,7 +44,7 @@ def drawn(step: Step, generator: torch.Generator) -> list[Synthetics]:
 
 
 def mixed(step: Step) -> list[Synthetics]:
-    """What the step's rule mixes."""
+    """The synthetics that the step's rule mixes."""
     similarity = step.query @ step.queue.T
     if step.excluded is not None:
         similarity = similarity.masked_fill(step.excluded, -torch.inf)
@@ -57,7 +57,7 @@ def mixing_draws(seed: int, step: int, rank: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("through_query", [False, True])
-def test_a_step_is_the_algorithm_of_the_paper(through_query: bool) -> None:
+def test_a_step_equals_the_papers_algorithm(through_query: bool) -> None:
     negatives = {**MOCHI, "through_query": through_query}
     moco = MoCo(ENCODER, recipe(negatives=negatives), seed=5)
     with torch.no_grad():
@@ -103,9 +103,10 @@ def test_a_step_is_the_algorithm_of_the_paper(through_query: bool) -> None:
     assert torch.equal(moco.queue.labels[:8], LABELS)
 
 
-def test_each_rank_mixes_for_itself_and_all_shuffle_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank's queries are its own, so equal draws would halve what two ranks see; a shuffle is of the
-    batch of all ranks."""
+def test_ranks_draw_different_synthetics_but_the_same_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks have different queries, so equal draws would halve their variety; the shuffle is of the global
+    batch.
+    """
     moco, keys = MoCo(ENCODER, recipe(negatives=MOCHI), seed=5), []
     for rank in (0, 1, 2):
         monkeypatch.setattr("mochi.contrast.moco.rank", lambda rank=rank: rank)
@@ -119,8 +120,7 @@ def test_each_rank_mixes_for_itself_and_all_shuffle_alike(monkeypatch: pytest.Mo
     assert torch.equal(keys[0], keys[2])
 
 
-def test_keys_come_back_in_the_order_of_their_images() -> None:
-    """One image repeated in every group but one: only its own key may differ from the others' keys."""
+def test_keys_are_unshuffled() -> None:
     moco = MoCo(ENCODER, recipe(bn_groups=1), seed=0)
     batch = images(0)
     shuffled = [moco._encode_keys(batch, step) for step in (0, 1, 2)]
@@ -130,16 +130,17 @@ def test_keys_come_back_in_the_order_of_their_images() -> None:
 
 
 def test_shuffling_moves_images_between_batch_norm_groups() -> None:
-    """What hides the statistics that betray the positive: a key depends on the step's shuffle, but only
-    where there is more than one group. A plain permutation of a single group changes nothing."""
+    """With several groups a key depends on the shuffle, so batch statistics cannot leak which key is the
+    positive. With a single group, shuffling changes nothing.
+    """
     for groups, moves in ((2, True), (1, False)):
         moco = MoCo(ENCODER, recipe(bn_groups=groups), seed=0)
         keys = [moco._encode_keys(images(0), step) for step in (0, 1)]
         assert torch.allclose(keys[0], keys[1], atol=1e-4) is not moves
 
 
-def test_groups_that_processes_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups are of the global batch: more processes than groups would quietly make more groups."""
+def test_processes_must_divide_the_batch_norm_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are of the global batch: with more processes than groups there would be more groups."""
     for processes, groups in ((1, 6), (2, 3), (3, 2), (6, 1)):
         monkeypatch.setattr("mochi.contrast.moco.world_size", lambda processes=processes: processes)
         assert MoCo(ENCODER, recipe(bn_groups=6, batch_size=12), seed=0).backbone.bn1.num_groups == groups
@@ -149,7 +150,7 @@ def test_groups_that_processes_cannot_share_are_refused(monkeypatch: pytest.Monk
             MoCo(ENCODER, recipe(bn_groups=6, batch_size=12), seed=0)
 
 
-def test_the_momentum_encoder_moves_by_parameters_only() -> None:
+def test_the_momentum_update_changes_parameters_only() -> None:
     moco = MoCo(ENCODER, recipe(key_momentum=1.0), seed=0)
     before = copy.deepcopy(moco.momentum_encoder)
     moco.training_step(images(0), images(1), LABELS, step=0, synthesize=False)
@@ -161,7 +162,7 @@ def test_the_momentum_encoder_moves_by_parameters_only() -> None:
     assert not torch.equal(moco.backbone.bn1.running_mean, before.backbone.bn1.running_mean)
 
 
-def test_synthesis_waits_for_the_warm_up() -> None:
+def test_there_are_no_synthetics_during_the_warmup() -> None:
     moco = MoCo(ENCODER, recipe(negatives=MOCHI), seed=0)
     assert not mixed(moco.training_step(images(0), images(1), LABELS, step=0, synthesize=False))
     step = moco.training_step(images(0), images(1), LABELS, step=1, synthesize=True)
@@ -170,14 +171,14 @@ def test_synthesis_waits_for_the_warm_up() -> None:
     assert mixes.parents.shape == (8, 3, 1)
 
 
-def test_nothing_synthetic_enters_the_queue() -> None:
+def test_synthetics_never_enter_the_queue() -> None:
     moco = MoCo(ENCODER, recipe(negatives=MOCHI), seed=0)
     step = moco.training_step(images(0), images(1), LABELS, step=0, synthesize=True)
     moco.enqueue(step.key, LABELS)
     assert int(moco.queue.num_enqueued) == 8
 
 
-def test_the_oracle_excludes_the_class_of_the_query() -> None:
+def test_the_class_oracle_excludes_negatives_of_the_querys_class() -> None:
     moco = MoCo(ENCODER, recipe(negatives=MOCHI, masks=["class_oracle"]), seed=0)
     moco.queue.enqueue(F.normalize(torch.randn(20, 6), dim=-1), torch.arange(20) % 3)
     step = moco.training_step(images(0), images(1), LABELS, step=0, synthesize=True)
@@ -205,8 +206,8 @@ def test_older_keys_of_the_querys_own_image_are_excluded_by_their_index() -> Non
     torch.testing.assert_close(step.loss.hardest_negative, masked.amax(1))
 
 
-def test_the_oracle_excludes_nothing_of_which_the_class_is_unknown() -> None:
-    """A fresh queue has no labels, and an unlabelled image no class: all negatives stay."""
+def test_the_class_oracle_keeps_negatives_without_a_label() -> None:
+    """A new queue has no labels, and neither has an unlabelled image."""
     moco = MoCo(ENCODER, recipe(masks=["class_oracle"]), seed=0)
     labels = torch.tensor([-1, 0, -1, 1, -1, 2, -1, 0])
     step = moco.training_step(images(0), images(1), labels, step=0, synthesize=False)
@@ -214,7 +215,7 @@ def test_the_oracle_excludes_nothing_of_which_the_class_is_unknown() -> None:
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
-def test_seed_and_step_decide_everything(head: str) -> None:
+def test_equal_seeds_and_steps_give_equal_results(head: str) -> None:
     def losses(seed: int, step: int) -> torch.Tensor:
         moco = MoCo(ENCODER, recipe(negatives=MOCHI, head=head), seed=seed)
         return moco.training_step(images(0), images(1), LABELS, step=step, synthesize=True).loss.loss
@@ -224,8 +225,8 @@ def test_seed_and_step_decide_everything(head: str) -> None:
     assert not torch.equal(losses(0, 0), losses(0, 1))
 
 
-def test_the_seed_decides_the_shuffles_and_not_the_weights_alone() -> None:
-    """torch's generator on a CPU reads only the low 32 bits of a seed: the run's seed must reach them."""
+def test_the_seed_decides_the_shuffles_too() -> None:
+    """torch's CPU generator reads only the low 32 bits of a seed; the seed of the run must reach them."""
     moco = MoCo(ENCODER, recipe(), seed=0)
     other = copy.deepcopy(moco)
     other.seed = 1

@@ -1,4 +1,4 @@
-"""MoCHiLoss against pretraining's step to the bit, against loops in float64, and as a module of PyTorch."""
+"""MoCHiLoss compared with a pretraining step bit by bit, with loops in float64, and used as a module."""
 
 import copy
 import os
@@ -51,7 +51,7 @@ def embeddings(seed: int, num: int = 4, dim: int = 5, dtype: torch.dtype = torch
     ],
     ids=["mochi", "pairs", "through the query", "moco"],
 )
-def test_four_steps_are_those_of_pretraining_to_the_bit(mixing: dict[str, Any] | None) -> None:
+def test_four_steps_are_bit_identical_to_pretraining(mixing: dict[str, Any] | None) -> None:
     recipe = Contrastive.model_validate({
         "objective": "contrastive", "epochs": 2, "batch_size": 8, "lr": 0.1, "momentum": 0.9,
         "weight_decay": 1e-4, "schedule": "cosine", "head": "mlp", "embedding_dim": 6, "queue_size": 20,
@@ -82,7 +82,7 @@ def test_four_steps_are_those_of_pretraining_to_the_bit(mixing: dict[str, Any] |
 
 
 def written_out(query: Tensor, key: Tensor, queue: Tensor, step: int, seed: int = 3) -> Tensor:
-    """MoCHi sections 3.2 and 3.3 in loops: every synthetic is a vector. The draws are the module's."""
+    """MoCHi sections 3.2 and 3.3 in loops, every synthetic a vector; the draws are those of the module."""
     num, size = len(query), SETTINGS["num_hardest"]
     draws = generator("mix negatives", seed, step, 0)
 
@@ -108,7 +108,7 @@ def written_out(query: Tensor, key: Tensor, queue: Tensor, step: int, seed: int 
     return mochi_loss(query, key, queue, SETTINGS["temperature"], vectors)
 
 
-def test_ten_steps_equal_the_equations_written_out_in_float64() -> None:
+def test_ten_steps_equal_the_equations_in_float64() -> None:
     loss = criterion().double()
     loss.queue.keys.copy_(F.normalize(loss.queue.keys, dim=-1))  # unit to float32 only
     rows = deque(loss.queue.keys.clone(), maxlen=24)
@@ -149,7 +149,7 @@ def test_the_loss_sees_the_queue_before_its_keys_enter_it() -> None:
     assert loss.queue.labels.eq(-1).all()
 
 
-def test_keys_enter_the_queue_in_training_mode_or_by_hand() -> None:
+def test_keys_enter_the_queue_in_training_mode_or_by_enqueue() -> None:
     loss = criterion()
     before = loss.queue.keys.clone()
     loss(embeddings(0), embeddings(1), enqueue=False)
@@ -175,7 +175,7 @@ def test_a_restored_state_continues_equally(tmp_path: Path) -> None:
     assert torch.equal(loss.queue.keys, restored.queue.keys)
 
 
-def test_a_seed_makes_the_draws_and_the_first_rows() -> None:
+def test_the_seed_decides_the_draws_and_the_initial_queue() -> None:
     query, key = embeddings(0), embeddings(1)
     losses = []
     for seed in (3, 3, 4):
@@ -203,7 +203,7 @@ def test_without_a_seed_draws_come_from_the_global_generator() -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_autocast_does_not_reach_the_loss() -> None:
+def test_autocast_does_not_change_the_loss() -> None:
     found = []
     for enabled in (False, True):
         query = embeddings(0).requires_grad_()
@@ -228,14 +228,14 @@ def test_half_precision_embeddings_are_computed_in_float32() -> None:
 
 
 def test_gradcheck() -> None:
-    """Through the normalisation, and through the query inside a mix, where nothing is detached."""
+    """Through the normalisation, and through the query in a synthetic, with nothing detached."""
     loss = criterion(through_query=True, dim=3).double().eval()
     query = embeddings(0, 2, 3, torch.float64).requires_grad_()
     key = embeddings(1, 2, 3, torch.float64)
     assert torch.autograd.gradcheck(lambda free: loss(free, key), (query,))
 
 
-def test_the_warm_up_is_moco() -> None:
+def test_during_the_warmup_the_loss_is_mocos() -> None:
     query, key = embeddings(0), embeddings(1)
     plain = criterion(**PLAIN)(query, key)
     assert torch.equal(criterion()(query, key, synthesize=False), plain)
@@ -243,7 +243,7 @@ def test_the_warm_up_is_moco() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_queue_is_made_on_the_default_device(device: str) -> None:
+def test_the_queue_is_on_the_default_device(device: str) -> None:
     with torch.device(device):
         queue = criterion().queue
     assert {each.device.type for each in queue.buffers()} == {device}
@@ -265,7 +265,7 @@ def test_a_batch_of_one_and_nan() -> None:
     assert criterion()(embeddings(1), broken).isnan()
 
 
-def test_the_host_waits_for_no_gpu() -> None:
+def test_a_step_does_not_synchronise_with_the_gpu() -> None:
     loss = criterion()
     with pretended_gpu() as gpu:
         loss.to("cuda")
@@ -289,7 +289,7 @@ def encoder() -> nn.Module:
 
 
 def train_a_rank(folder: str, numbers: dict[str, int]) -> None:
-    """What a user writes: DDP around the model, the loss outside it."""
+    """As a user writes it: DDP around the model, the loss outside it."""
     torch.manual_seed(rank())  # ranks seeded differently still share a queue
     model, loss = DistributedDataParallel(encoder()), criterion(**numbers)
     losses = []
@@ -329,7 +329,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path, numbers: d
 
 
 def rank_by_rank(model: nn.Module, images: Tensor, views: Tensor, queue: Tensor, step: int) -> Tensor:
-    """The mean over two ranks, each with its own draws."""
+    """The mean of the losses of two ranks, each with its own draws."""
     losses = []
     for number, rows in enumerate((slice(0, 4), slice(4, 8))):
         draws = generator("mix negatives", 3, step, number)
@@ -344,7 +344,7 @@ def rank_by_rank(model: nn.Module, images: Tensor, views: Tensor, queue: Tensor,
 
 
 class Pair(nn.Module):
-    """A model with the loss inside it."""
+    """A model that contains the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -410,7 +410,7 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str
         (embeddings(0).to("meta"), embeddings(1), "query: found on meta; the queue is on cpu"),
     ],
 )  # fmt: skip
-def test_inputs_that_do_not_fit_are_refused(query: Any, key: Tensor, message: str) -> None:
+def test_invalid_inputs_are_refused(query: Any, key: Tensor, message: str) -> None:
     loss = criterion()
     before = copy.deepcopy(loss.queue.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -418,7 +418,7 @@ def test_inputs_that_do_not_fit_are_refused(query: Any, key: Tensor, message: st
     assert all(torch.equal(before[name], value) for name, value in loss.queue.state_dict().items())
 
 
-def test_a_large_batch_may_be_evaluated() -> None:
+def test_a_batch_larger_than_the_queue_can_be_evaluated() -> None:
     assert criterion().eval()(embeddings(0, 30), embeddings(1, 30)).isfinite()
     assert criterion()(embeddings(0, 30), embeddings(1, 30), enqueue=False).isfinite()
     with pytest.raises(ValueError, match="queue_size: found 24"):
@@ -447,7 +447,7 @@ def by_name(rule: str, **changes: Any) -> ContrastiveLoss:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_any_rule_by_name(rule: str) -> None:
-    """The loss is the function's, the step goes on, and a GPU is not waited for."""
+    """The loss equals the function's, a step works, and the GPU is not synchronised."""
     loss = by_name(rule)
     query, key = embeddings(0).requires_grad_(), embeddings(1)
     before = loss.queue.keys.clone()
@@ -477,7 +477,7 @@ def test_mochi_by_name_is_mochi_loss() -> None:
     assert torch.equal(by_name("mochi")(query, key), criterion()(query, key))
 
 
-def test_a_rule_may_be_given_itself() -> None:
+def test_a_rule_can_be_given_as_an_object() -> None:
     query, key = embeddings(0), embeddings(1)
     rule = HardWeighting(positive_prior=0.01, concentration=0.5)
     assert torch.equal(
@@ -486,7 +486,7 @@ def test_a_rule_may_be_given_itself() -> None:
 
 
 def test_masks_leave_out_older_keys_of_the_same_image_and_class() -> None:
-    """As if those keys had never been: a queue with others in their places gives the same loss."""
+    """Replacing those keys by any others does not change the loss."""
     images, labels = torch.tensor([7, 8, 9, 4]), torch.tensor([0, 1, -1, 0])
     first = by_name("debiased", masks=["same_image", "class_oracle"])
     first.enqueue(embeddings(1), labels=labels, images=images)
@@ -516,7 +516,7 @@ def test_masks_leave_out_older_keys_of_the_same_image_and_class() -> None:
         ({"rule": HardWeighting(), "concentration": 2.0}, "concentration: found with a rule that is"),
     ],
 )  # fmt: skip
-def test_rules_that_cannot_be_made_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_rules_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ContrastiveLoss(24, 5, 0.2, **arguments)
 
@@ -529,7 +529,7 @@ def test_rules_that_cannot_be_made_are_refused(arguments: dict[str, Any], messag
         ({"images": torch.zeros(4)}, "images: found torch.float32"),
     ],
 )
-def test_images_that_do_not_fit_are_refused(given: dict[str, Tensor], message: str) -> None:
+def test_invalid_image_indices_are_refused(given: dict[str, Tensor], message: str) -> None:
     loss = by_name("moco", masks=["same_image"])
     with pytest.raises(ValueError, match=message):
         loss(embeddings(0), embeddings(1), **given)
@@ -537,7 +537,7 @@ def test_images_that_do_not_fit_are_refused(given: dict[str, Tensor], message: s
 
 
 def test_importing_mochi_is_light() -> None:
-    """The command line imports the package, and the loss needs none of the pipeline's packages."""
+    """The command line imports the package; the loss needs none of the pipeline's packages."""
     code = "import sys, mochi; assert mochi.__version__; print('torch' in sys.modules)"
     assert run_python(code) == "False\n"
     heavy = [

@@ -1,5 +1,6 @@
-"""Synthetic negatives: weights against vectors mixed one by one from the paper's formulas; pools against a
-sort; and the properties that tell the paper's rule from its common misreadings."""
+"""Synthetic negatives: weights compared with vectors mixed one by one by the paper's formulas, pools with a
+sort, and properties that distinguish the paper's rule from common misreadings.
+"""
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_the_two_step_selection_equals_a_plain_topk(size: int, num_hardest: int)
     assert torch.equal(hardest(similarity, num_hardest).columns.sort().values, expected)
 
 
-def test_excluded_columns_stand_behind_all_others_and_are_not_counted() -> None:
+def test_excluded_columns_rank_last_and_are_not_counted() -> None:
     similarity = torch.rand(2, 6, generator=rng())
     similarity[0, [1, 2, 3, 4]] = -torch.inf
     pool = hardest(similarity, 4, some_excluded=True)
@@ -46,7 +47,7 @@ def test_excluded_columns_stand_behind_all_others_and_are_not_counted() -> None:
     assert set(pool.columns[0, :2].tolist()) == {0, 5}
 
 
-def test_pairs_are_the_papers_vectors() -> None:
+def test_pairs_equal_the_papers_vectors() -> None:
     query, queue = unit(3, 4), unit(20, 4, seed=1)
     pool = hardest(query @ queue.T, 5)
     synthetics = mix_pairs(queue, pool, num=12, generator=rng())  # s = 12 > N = 5
@@ -63,7 +64,7 @@ def test_pairs_are_the_papers_vectors() -> None:
     )
 
 
-def test_query_mixes_are_the_papers_vectors() -> None:
+def test_query_mixes_equal_the_papers_vectors() -> None:
     query, queue = unit(3, 4), unit(20, 4, seed=1)
     similarity = query @ queue.T
     synthetics = mix_with_query(similarity, hardest(similarity, 5), num=12, generator=rng())
@@ -77,7 +78,7 @@ def test_query_mixes_are_the_papers_vectors() -> None:
     assert ((shares > 0) & (shares < MAX_QUERY_SHARE)).all()
 
 
-def test_parents_come_from_the_querys_own_pool_and_pairs_are_distinct() -> None:
+def test_parents_are_from_the_querys_pool_and_pairs_are_distinct() -> None:
     query, queue = unit(4, 8), unit(64, 8, seed=1)
     similarity = query @ queue.T
     pool = hardest(similarity, 6)
@@ -91,7 +92,9 @@ def test_parents_come_from_the_querys_own_pool_and_pairs_are_distinct() -> None:
 
 
 def test_the_negative_dominates_a_query_mix() -> None:
-    """n_j . h' >= q . h' for every draw when b <= 0.5 is the query's share, for none were it n_j's."""
+    """n_j . h' >= q . h' for every draw if b <= 0.5 is the share of the query, for none if it were that of
+    n_j.
+    """
     query, queue = unit(8, 16), unit(256, 16, seed=1)
     similarity = query @ queue.T
     synthetics = mix_with_query(similarity, hardest(similarity, 32), num=500, generator=rng())
@@ -104,7 +107,7 @@ def test_the_negative_dominates_a_query_mix() -> None:
 
 
 def test_draws_are_uniform() -> None:
-    """20,000 draws: every pair's share and every parent's frequency near their uniform expectation."""
+    """20,000 draws: shares of pairs and frequencies of parents are near their expectations."""
     query, queue = unit(1, 16), unit(64, 16, seed=1)
     pool = hardest(query @ queue.T, 8)
     pairs = mix_pairs(queue, pool, num=20_000, generator=rng())
@@ -115,7 +118,7 @@ def test_draws_are_uniform() -> None:
     assert (counts / 40_000 - 1 / 8).abs().max() < 0.01
 
 
-def test_the_generator_decides_everything() -> None:
+def test_equal_generators_give_equal_synthetics() -> None:
     queue = unit(64, 16)
     pool = hardest(unit(2, 16, seed=1) @ queue.T, 8)
     once, again, other = (mix_pairs(queue, pool, 9, rng(seed)) for seed in (0, 0, 1))

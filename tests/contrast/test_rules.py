@@ -1,5 +1,6 @@
-"""Every rule of negatives: fused against simple form, simple form against the papers' formulas in a few
-lines, degenerate inputs, masks, and how rules are found."""
+"""Rules of negatives: the fused form compared with the simple form, the simple form with the papers'
+formulas, degenerate inputs, masks, and how rules are found.
+"""
 
 import math
 import subprocess
@@ -93,7 +94,7 @@ def test_fused_equals_simple_in_float64(
 
 @every_rule
 def test_fused_equals_simple_in_float32(rule: Rule) -> None:
-    """More columns than are weighted at once, and more queries than a processor takes at once."""
+    """More columns than one block of weights has, and more queries than one block on a CPU."""
     raw, key, queue = batch(70, 5000, dim=32, dtype=torch.float32)
     fused = loss_and_gradient(rule, raw, key, queue, 0.2)
     simple = loss_and_gradient(simple_form(rule), raw, key, queue, 0.2)
@@ -103,7 +104,7 @@ def test_fused_equals_simple_in_float32(rule: Rule) -> None:
 
 @pytest.mark.parametrize("name", ["moco", "through the query", "debiased", "soft weighting", "decoupled"])
 def test_gradcheck(name: str) -> None:
-    """Where nothing is a constant to the gradient; tests of the loss check the others."""
+    """For losses that detach nothing; the tests of the loss check the others."""
     raw, key, queue = batch(2, 9, seed=3)
 
     def loss(free: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ def test_gradcheck(name: str) -> None:
 
 
 def from_the_paper(rule: Rule, query: Tensor, key: Tensor, queue: Tensor, t: float) -> Tensor:
-    """The losses as their authors' public code writes them, on the same logits."""
+    """The losses as in the authors' public code, on the same logits."""
     pos, neg = ((query * key).sum(-1) / t).exp(), (query @ queue.T / t).exp()
     num = len(queue)
     if isinstance(rule, Decoupled):
@@ -144,8 +145,8 @@ def test_equals_the_papers_formula(name: str, temperature: float) -> None:
     torch.testing.assert_close(gradient, free.grad, rtol=1e-11, atol=1e-13)
 
 
-def test_some_estimates_are_at_their_least_and_some_are_not() -> None:
-    """Else the tests above would leave a branch out."""
+def test_some_debiased_estimates_are_clamped_and_some_are_not() -> None:
+    """Otherwise the tests above would not cover both branches."""
     raw, key, queue = batch(70, 50)
     query = F.normalize(raw, dim=-1)
     positive, similarity = (query * key).sum(-1), query @ queue.T
@@ -155,7 +156,7 @@ def test_some_estimates_are_at_their_least_and_some_are_not() -> None:
 
 
 def test_effective_negatives_are_between_one_and_all() -> None:
-    """Equal similarities: all count. A small temperature: only the hardest."""
+    """With equal similarities all negatives count; with a small temperature only the hardest."""
     rule = HardWeighting()
     equal = rule.measure(torch.ones(2), torch.zeros(2, 8), 0.2)["effective_negatives"]
     torch.testing.assert_close(equal, torch.full((2,), 8.0))
@@ -165,7 +166,7 @@ def test_effective_negatives_are_between_one_and_all() -> None:
 
 @every_rule
 def test_a_query_without_negatives_has_neither_loss_nor_gradient(rule: Rule) -> None:
-    """And changes nothing for the others, by either form."""
+    """And other queries do not change, in either form."""
     raw, key, queue = batch(3, 12)
     excluded = torch.zeros(3, 12, dtype=torch.bool)
     excluded[1] = True
@@ -181,7 +182,7 @@ def test_a_query_without_negatives_has_neither_loss_nor_gradient(rule: Rule) -> 
 
 
 @every_rule
-def test_excluded_negatives_could_as_well_be_anything(rule: Rule) -> None:
+def test_the_values_of_excluded_negatives_do_not_matter(rule: Rule) -> None:
     raw, key, queue = batch(3, 12)
     excluded = torch.zeros(3, 12, dtype=torch.bool)
     excluded[:, [2, 5, 11]] = True
@@ -232,14 +233,14 @@ def test_chance_is_the_loss_of_equal_similarities(rule: Rule) -> None:
 
 
 @every_rule
-def test_the_number_of_synthetics_is_what_it_says(rule: Rule) -> None:
+def test_num_synthetics_is_the_number_of_synthetics(rule: Rule) -> None:
     raw, _, queue = batch(3, 12)
     query = F.normalize(raw, dim=-1)
     made = rule.synthetics(Candidates(query, query @ queue.T, queue, False, None))
     assert sum(each.parents.shape[1] for each in made) == rule.num_synthetics
 
 
-def test_warm_up() -> None:
+def test_warmup() -> None:
     rule = HardWeighting(warmup_epochs=2)
     assert [rule.is_active(epoch) for epoch in range(4)] == [False, False, True, True]
     assert MoCo().is_active(0)
@@ -259,7 +260,7 @@ def synco_types(**changes: Any) -> tuple[Tensor, Tensor, list[Synthetics]]:
 
 
 def test_synco_sums_of_query_and_negative() -> None:
-    """Types 1, 2 and 5: the share of q over its whole range, and vectors of length 1."""
+    """Types 1, 2 and 5: the share of q covers its range, and vectors have length 1."""
     query, queue, made = synco_types(perturbation=0.3)
     ranges = {0: (0.0, 0.5), 1: (-0.5, 0.0), 4: (0.3 / 1.3, 0.3 / 1.3)}
     for kind, (low, high) in ranges.items():
@@ -278,7 +279,7 @@ def test_synco_sums_of_query_and_negative() -> None:
         torch.testing.assert_close(found, torch.einsum("bc,bsc->bs", query, vectors))
 
 
-def test_synco_pairs_are_mochis() -> None:
+def test_synco_pairs_equal_mochis() -> None:
     _, _, made = synco_types()
     assert made[2].parents.shape == (2, 200, 2)
     assert (made[2].parents[..., 0] != made[2].parents[..., 1]).all()
@@ -302,7 +303,7 @@ def test_synco_vectors() -> None:
         torch.testing.assert_close(found, torch.einsum("bc,bsc->bs", query, each.vectors))
 
 
-def test_each_number_of_synco_is_of_its_own_type() -> None:
+def test_each_count_of_synco_is_of_its_type() -> None:
     raw, _, queue = batch(2, 12)
     query = F.normalize(raw, dim=-1)
     candidates = Candidates(query, query @ queue.T, queue, False, None)
@@ -324,7 +325,7 @@ def filled_queue() -> KeyQueue:
     return queue
 
 
-def test_masks_exclude_what_is_the_same_and_known() -> None:
+def test_masks_exclude_equal_known_labels_and_images() -> None:
     queue = filled_queue()
     labels, images = torch.tensor([0, -1, 2]), torch.tensor([11, 12, -1])
     of_class = ClassOracle().excluded(labels, images, queue).nonzero().tolist()
@@ -341,7 +342,7 @@ def test_masks_exclude_what_is_the_same_and_known() -> None:
 
 
 def test_rules_and_masks_are_found_without_torch() -> None:
-    """Commands that read an experiment must not wait for it."""
+    """Commands that read an experiment file must not wait for torch."""
     code = (
         "import sys; from mochi.contrast import rules; "
         "print(*[f'{name}={rules.find(name).__name__}' for name in sys.argv[1:]]); "
@@ -376,7 +377,7 @@ def test_a_file_without_a_rule_is_refused(
 
 
 class Squared(MoCo):
-    """A rule that replaces the loss of one that is fused."""
+    """A subclass of a fused rule that replaces the loss."""
 
     def loss(self, positive: Tensor, similarity: Tensor, temperature: float) -> Tensor:
         return super().loss(positive, similarity, temperature) ** 2
@@ -387,7 +388,7 @@ class Mean(Rule):
         return (similarity.mean(1) - positive).mean()
 
 
-def test_a_subclass_that_replaces_the_loss_alone_is_not_fused() -> None:
+def test_a_subclass_that_replaces_only_the_loss_is_not_fused() -> None:
     assert MoCo().is_fused
     assert RULES["mochi"].is_fused
     assert not Squared().is_fused
@@ -397,15 +398,15 @@ def test_a_subclass_that_replaces_the_loss_alone_is_not_fused() -> None:
     torch.testing.assert_close(loss_and_gradient(Squared(), raw, key, queue, 0.2)[0], plain**2)
 
 
-def test_a_loss_that_is_not_of_each_query_is_refused() -> None:
+def test_a_loss_that_is_not_per_query_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"Mean\.loss: found shape \(\); expected \(3,\), the loss of each"
     ):
         loss_and_gradient(Mean(), *batch(3, 9), 0.2)
 
 
-def test_only_its_own_rows_of_a_simple_rule_are_in_memory() -> None:
-    """A processor differentiates 64 queries at a time."""
+def test_a_simple_rule_needs_memory_for_one_block_of_queries() -> None:
+    """A CPU differentiates 64 queries at a time."""
     seen = []
 
     class Counted(MoCo):

@@ -8,7 +8,7 @@ from mochi.encoders.batch_norm import GroupedBatchNorm2d
 
 
 def per_group(layer: GroupedBatchNorm2d, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`tensor_split` and a batch norm for each group; the output and the new running statistics."""
+    """`tensor_split` and one batch norm for each group; the output and the new running statistics."""
     means, variances, outputs = [], [], []
     for group in images.tensor_split(layer.num_groups):
         mean, var = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
@@ -21,10 +21,10 @@ def per_group(layer: GroupedBatchNorm2d, images: torch.Tensor) -> tuple[torch.Te
 @pytest.mark.parametrize(("batch_size", "num_groups"), [(8, 2), (7, 3), (11, 4), (6, 3), (5, 1)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bit_equal_to_a_layer_for_each_group(
+def test_bit_identical_to_a_layer_for_each_group(
     batch_size: int, num_groups: int, memory_format: torch.memory_format, dtype: torch.dtype
 ) -> None:
-    """bfloat16 is what autocast hands over; parameters and statistics stay float32."""
+    """Under autocast the input is bfloat16; parameters and statistics stay float32."""
     torch.manual_seed(0)
     layer = GroupedBatchNorm2d(5, num_groups)
     torch.nn.init.uniform_(layer.weight)
@@ -62,7 +62,7 @@ def test_groups_have_their_own_statistics() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["weight", "input"])
-def test_only_the_wanted_gradients(wanted: str) -> None:
+def test_only_required_gradients_are_computed(wanted: str) -> None:
     layer, images = GroupedBatchNorm2d(3, 2), torch.randn(4, 3, 5, 5)
     layer.requires_grad_(wanted == "weight")
     images.requires_grad_(wanted == "input")
@@ -74,8 +74,9 @@ def test_only_the_wanted_gradients(wanted: str) -> None:
 
 
 def test_autograd_sees_one_operation() -> None:
-    """Not a `cat` of the groups, which copies all activations, nor a slice of the batch for each group,
-    whose backward pass fills a whole batch with zeros."""
+    """Not a `cat` of the groups, which copies all activations, and not a slice for each group, whose
+    backward pass fills a whole batch with zeros.
+    """
     layer = GroupedBatchNorm2d(3, 4)
     output = layer(torch.randn(8, 3, 4, 4, requires_grad=True))
     names, waiting = [], [output.grad_fn]

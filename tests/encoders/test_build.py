@@ -1,4 +1,4 @@
-"""The factory: seeds decide the weights and disturb no other generator."""
+"""`build`: the seed decides the weights and does not change other generators."""
 
 import torch
 from torch import nn
@@ -16,13 +16,13 @@ def test_the_seed_decides_the_weights() -> None:
     assert one == again != other
 
 
-def test_an_untrained_encoder_is_what_its_seed_initialises() -> None:
+def test_an_untrained_encoder_has_the_initial_weights_of_its_seed() -> None:
     torch.manual_seed(3)
     expected = digest(ResNet(CONFIG).state_dict())
     assert digest(encoders.build_untrained(CONFIG, seed=3).state_dict()) == expected
 
 
-def test_a_seed_leaves_the_generator_of_torch_as_it_was() -> None:
+def test_building_does_not_change_torchs_generator() -> None:
     before = torch.get_rng_state()
     encoders.build(CONFIG, seed=1)
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,6 @@
-"""Exported encoders: other programs load them strictly and compute the same, and so does an import."""
+"""Exported encoders load strictly in other programs and give the same features there and when imported
+again.
+"""
 
 import pickle
 from pathlib import Path
@@ -40,7 +42,7 @@ def values(path: Path) -> str:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_is_exported_and_imported_again_is_the_same(format: Format, tmp_path: Path) -> None:
+def test_an_exported_and_imported_encoder_is_the_same(format: Format, tmp_path: Path) -> None:
     path = saved(tmp_path)
     export_encoder(path, format, tmp_path / "exported")
     import_checkpoint(str(tmp_path / "exported"), tmp_path / "again.safetensors")
@@ -68,7 +70,7 @@ def test_torchvision_and_timm_load_it_strictly(architecture: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("stem", ["half", "full"])
-def test_a_small_stem_says_how_to_change_torchvisions(stem: str, tmp_path: Path) -> None:
+def test_exporting_a_small_stem_explains_how_to_change_torchvisions(stem: str, tmp_path: Path) -> None:
     path = saved(tmp_path, stem=stem)
     lines = export_encoder(path, "torchvision", tmp_path / "exported")
     model = torchvision.models.resnet18()
@@ -82,8 +84,8 @@ def test_a_small_stem_says_how_to_change_torchvisions(stem: str, tmp_path: Path)
     )
 
 
-def test_mocos_linear_classification_finds_all_but_its_classifier(tmp_path: Path) -> None:
-    """main_lincls.py, the lines that load a checkpoint."""
+def test_main_lincls_misses_only_its_classifier(tmp_path: Path) -> None:
+    """The lines of MoCo's main_lincls.py that load a checkpoint."""
     export_encoder(saved(tmp_path), "moco", tmp_path / "x.pth")
     model = torchvision.models.resnet18()
     state_dict = torch.load(tmp_path / "x.pth", weights_only=True)["state_dict"]
@@ -96,7 +98,7 @@ def test_mocos_linear_classification_finds_all_but_its_classifier(tmp_path: Path
     assert not found.unexpected_keys
 
 
-def test_detectron2s_file_has_its_names_and_arrays(tmp_path: Path) -> None:
+def test_the_detectron2_file_has_detectron2s_names_and_arrays(tmp_path: Path) -> None:
     path = saved(tmp_path, "resnet50", width=8)
     export_encoder(path, "detectron2", tmp_path / "x.pkl")
     content = pickle.loads((tmp_path / "x.pkl").read_bytes())  # noqa: S301 (written here)
@@ -118,7 +120,7 @@ def test_detectron2s_file_has_its_names_and_arrays(tmp_path: Path) -> None:
         (("resnet10", "imagenet", 64), "detectron2", "detectron2 has no ResNet-10"),
     ],
 )
-def test_what_a_format_cannot_hold_is_refused(
+def test_an_encoder_that_a_format_cannot_represent_is_refused(
     encoder: tuple[str, str, int], format: Format, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(EncoderError, match=message):
@@ -126,7 +128,7 @@ def test_what_a_format_cannot_hold_is_refused(
     assert not (tmp_path / "exported").exists()
 
 
-def test_an_encoder_of_timm_goes_back_to_timm(tmp_path: Path) -> None:
+def test_a_timm_encoder_loads_in_timm_again(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     encoder = build(Encoder(architecture="timm:resnet14t"), seed=0)
     save_encoder(tmp_path / "X.safetensors", encoder)

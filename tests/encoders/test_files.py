@@ -1,4 +1,4 @@
-"""Encoder files: what is loaded is what was saved, and a file that does not fit is refused by name."""
+"""Encoder files: a loaded encoder equals the saved one, and a file that does not match is refused."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
     return saved
 
 
-def test_what_is_loaded_is_what_was_saved_frozen(path: Path) -> None:
+def test_a_loaded_encoder_equals_the_saved_one_and_is_frozen(path: Path) -> None:
     encoder = load_encoder(path, CONFIG, CPU)
     original = encoders.build(CONFIG, seed=5).eval()
     assert digest(encoder.state_dict()) == digest(original.state_dict())
@@ -49,7 +49,7 @@ def test_what_is_loaded_is_what_was_saved_frozen(path: Path) -> None:
         torch.testing.assert_close(encoder(images), original(images))
 
 
-def test_equal_encoders_are_equal_files(path: Path, tmp_path: Path) -> None:
+def test_equal_encoders_give_equal_files(path: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.safetensors"
     save_encoder(again, encoders.build(CONFIG, seed=5).to(memory_format=torch.channels_last))
     assert again.read_bytes() == path.read_bytes()
@@ -69,7 +69,7 @@ def test_equal_encoders_are_equal_files(path: Path, tmp_path: Path) -> None:
     ],
     ids=["misspelt", "prefixed", "no layer4", "classifier", "another stem", "nan"],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_by_name(
+def test_tensors_that_do_not_match_are_named(
     path: Path, change: Callable[[Tensors], Tensors], message: str
 ) -> None:
     save_file(change(load_file(path)), path)
@@ -87,7 +87,7 @@ def test_a_missing_file_and_one_of_another_format_are_refused(tmp_path: Path) ->
         read_encoder(tmp_path / "x.safetensors")
 
 
-def test_the_digest_counts_names_and_bytes_and_nothing_else(path: Path) -> None:
+def test_the_digest_depends_on_names_and_bytes_only(path: Path) -> None:
     tensors = read_encoder(path).tensors
     whole = digest(tensors)
     assert digest(dict(reversed(tensors.items()))) == whole
@@ -107,7 +107,7 @@ def with_metadata(path: Path, text: str | None) -> None:
     save_file(load_file(path), path, None if text is None else {METADATA_KEY: text})
 
 
-def test_a_file_says_what_it_is(path: Path) -> None:
+def test_a_file_describes_its_encoder(path: Path) -> None:
     info = EncoderInfo.of(CONFIG, image_size=32, method="moco-v2", experiment="x", seed=3)
     save_encoder(path, encoders.build(CONFIG, seed=5), info)
     assert read_info(path) == info
@@ -121,7 +121,7 @@ def test_a_file_says_what_it_is(path: Path) -> None:
 
 
 def test_the_same_encoder_is_the_same_file_in_every_process(path: Path, tmp_path: Path) -> None:
-    """The order of metadata must not depend on how a process hashes text."""
+    """The order of metadata must not depend on the hash seed of a process."""
     program = (
         "from pathlib import Path; from mochi import encoders; from mochi.config import Encoder\n"
         "from mochi.encoders.files import save_encoder\n"
@@ -143,7 +143,7 @@ def test_the_same_encoder_is_the_same_file_in_every_process(path: Path, tmp_path
         ({"architecture": "resnet11"}, "metadata names an unknown encoder: found 'resnet11'"),
     ],
 )
-def test_a_file_of_other_pixels_or_another_encoder_is_refused(
+def test_another_normalisation_or_architecture_is_refused(
     path: Path, about: dict[str, object], message: str
 ) -> None:
     info = EncoderInfo.model_validate(CONFIG.model_dump() | about)

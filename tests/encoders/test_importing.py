@@ -1,4 +1,4 @@
-"""Checkpoints of other projects: what is written is what their own encoder computes, or it is refused."""
+"""Checkpoints of other projects: the imported encoder computes the same as theirs, or the file is refused."""
 
 import argparse
 import pickle
@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor]
 
 
 def weights(config: Encoder = CONFIG, seed: int = 0) -> Tensors:
-    """An encoder whose statistics and biases are not those of the beginning."""
+    """An encoder whose statistics and biases are not the initial ones."""
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = build(config, seed=seed).state_dict()
     for name, value in tensors.items():
@@ -154,7 +154,7 @@ def stem_weights(stem: str) -> Tensors:
     return weights(Encoder.model_validate({"architecture": "resnet18", "stem": stem, "width": 8}))
 
 
-def test_a_c4_detector_has_its_last_stage_in_the_region_heads(tmp_path: Path) -> None:
+def test_the_last_stage_of_a_c4_detector_is_read_from_its_region_heads(tmp_path: Path) -> None:
     content = {
         ("roi_heads." if name.startswith("res5") else "backbone.") + name: value
         for name, value in detectron2()["model"].items()
@@ -166,14 +166,14 @@ def test_a_c4_detector_has_its_last_stage_in_the_region_heads(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("architecture", ["resnet10", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
-def test_the_architecture_is_that_of_the_shapes(architecture: str, tmp_path: Path) -> None:
+def test_the_architecture_follows_from_the_shapes(architecture: str, tmp_path: Path) -> None:
     config = Encoder(architecture=architecture, stem="imagenet", width=16)
     save_file(build(config, seed=0).state_dict(), tmp_path / "x.safetensors")
     imported(tmp_path / "x.safetensors")
     assert load_encoder(tmp_path / "out.safetensors").config == config
 
 
-def test_momentum_encoders_are_taken_when_asked_for(tmp_path: Path) -> None:
+def test_the_momentum_encoder_can_be_imported(tmp_path: Path) -> None:
     for name in ("moco", "moco-v3", "lightly's benchmarks", "solo-learn", "mmselfsup"):
         torch.save(LAYOUTS[name][0], tmp_path / "x.pth")
         assert digest(imported(tmp_path / "x.pth", which="momentum")) == digest(OTHERS), name
@@ -186,7 +186,7 @@ def test_one_of_several_encoders_is_chosen_by_its_prefix(tmp_path: Path) -> None
     assert digest(imported(tmp_path / "x.pth", which="right")) == digest(OTHERS)
 
 
-def test_everything_in_the_file_is_named(tmp_path: Path) -> None:
+def test_used_and_unused_tensors_are_listed(tmp_path: Path) -> None:
     torch.save(LAYOUTS["moco"][0], tmp_path / "x.pth")
     lines = import_checkpoint(str(tmp_path / "x.pth"), tmp_path / "out.safetensors")
     assert lines[0].endswith("torch zip, MoCo: 120 of 242 tensors, those below state_dict.module.encoder_q")
@@ -198,7 +198,7 @@ def test_everything_in_the_file_is_named(tmp_path: Path) -> None:
     assert lines[-1].endswith(f"120 tensors, sha256 of their values {VALUES[:16]}")
 
 
-def test_a_whole_pickled_model_gives_its_tensors(tmp_path: Path) -> None:
+def test_tensors_are_read_from_a_pickled_model(tmp_path: Path) -> None:
     model = build(CONFIG)
     model.load_state_dict(WEIGHTS)
     torch.save({"model": model, "args": argparse.Namespace(lr=1.0)}, tmp_path / "x.pth")
@@ -206,7 +206,7 @@ def test_a_whole_pickled_model_gives_its_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_numbers_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_other_dtypes_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     content = {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in WEIGHTS.items()
     }
@@ -272,7 +272,7 @@ def without(part: str) -> Tensors:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_a_checkpoint_that_does_not_match_is_refused(
     content: Any, choices: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     torch.save(content, tmp_path / "x.pth")
@@ -286,7 +286,7 @@ def test_a_url_is_refused(tmp_path: Path) -> None:
         import_checkpoint("https://example.org/x.pth", tmp_path / "out.safetensors")
 
 
-def test_the_stride_of_a_small_stem_is_the_users_to_say(tmp_path: Path) -> None:
+def test_the_stride_of_a_small_stem_must_be_given(tmp_path: Path) -> None:
     torch.save(stem_weights("half"), tmp_path / "x.pth")
     lines = import_checkpoint(str(tmp_path / "x.pth"), tmp_path / "out.safetensors")
     assert any("taken as stem full (stride 1); --stem half for stride 2" in line for line in lines)
@@ -302,8 +302,10 @@ def features(tensors: Tensors, pixels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_other_pixels_are_made_up_for_in_the_first_convolution(order: str, tmp_path: Path) -> None:
-    """detectron2's own models: bytes, less ImageNet's mean, not divided; to the border of the image."""
+def test_another_normalisation_is_folded_into_the_first_convolution(order: str, tmp_path: Path) -> None:
+    """detectron2's own models: bytes minus ImageNet's mean, not divided. Equal at the border of the
+    image too.
+    """
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({**detectron2(), "__author__": "Model Zoo"}))
     numbers = [103.53, 116.28, 123.675] if order == "BGR" else [123.675, 116.28, 103.53]
     with pytest.raises(EncoderError, match="does not say whether it was trained on RGB or BGR"):
@@ -321,7 +323,7 @@ def test_other_pixels_are_made_up_for_in_the_first_convolution(order: str, tmp_p
     )
 
 
-def test_an_encoder_file_of_other_pixels_is_converted_by_what_it_says(tmp_path: Path) -> None:
+def test_an_encoder_file_is_converted_by_the_normalisation_in_its_metadata(tmp_path: Path) -> None:
     encoder = build(CONFIG)
     encoder.load_state_dict(WEIGHTS | {"conv1.weight": WEIGHTS["conv1.weight"].flip(1)})
     info = EncoderInfo.of(
@@ -342,8 +344,8 @@ def test_detectron2s_names_are_those_of_its_converter() -> None:
     assert {_detectron2_name(name) for name in WEIGHTS} == detectron2()["model"].keys()
 
 
-def test_the_commands(tmp_path: Path) -> None:
-    """A file of MoCo in, an encoder out, and on to detectron2; mistakes end in one message."""
+def test_import_and_export_commands(tmp_path: Path) -> None:
+    """A file of MoCo is imported and exported to detectron2; mistakes give one message."""
     torch.save(LAYOUTS["moco"][0], tmp_path / "x.pth")
     here = {name: str(tmp_path / name) for name in ("x.pth", "X.safetensors", "x.pkl", "none")}
     given = (
@@ -378,19 +380,19 @@ def test_the_commands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("std", [(0.2, 0.0, 0.2), (0.2, float("nan"), 0.2), (float("inf"), 0.2, 0.2)])
-def test_a_standard_deviation_is_finite_and_above_0(std: tuple[float, ...], tmp_path: Path) -> None:
+def test_a_standard_deviation_must_be_finite_and_positive(std: tuple[float, ...], tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "c.pth")
     with pytest.raises(EncoderError, match="expected three finite numbers above 0"):
         import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "e.safetensors", Choices(std=std))
 
 
-def test_a_variance_below_0_is_refused(tmp_path: Path) -> None:
+def test_a_negative_variance_is_refused(tmp_path: Path) -> None:
     torch.save({**WEIGHTS, "bn1.running_var": -WEIGHTS["bn1.running_var"]}, tmp_path / "c.pth")
     with pytest.raises(EncoderError, match=r"bn1\.running_var: found a variance below 0"):
         import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "e.safetensors")
 
 
-def test_the_file_that_is_read_is_never_replaced(tmp_path: Path) -> None:
+def test_the_input_file_is_never_overwritten(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "c.pth")
     before = (tmp_path / "c.pth").read_bytes()
     with pytest.raises(EncoderError, match="the file that is read"):

@@ -1,4 +1,4 @@
-"""Pickles that would run code, in every form of file; and files made to exhaust the machine."""
+"""Pickles that would run code, in every file format, and files that try to exhaust memory."""
 
 import contextlib
 import copyreg
@@ -43,11 +43,11 @@ class Calls:
 
 
 class Victim:
-    """Found by its name, and never touched."""
+    """A class that pickles name; it must never be used."""
 
 
 def payloads(mark: Path) -> dict[str, object]:
-    """Each would leave `mark` behind, or change this process, where it ran."""
+    """If it ran, each would create `mark` or change this process."""
     touch, write = f"touch {mark}", f"open({str(mark)!r}, 'w')"
     return {
         "os.system": Calls(os.system, touch),
@@ -90,7 +90,7 @@ class Stateful:
         b"\x82\x01.",
     ],
 )
-def test_no_opcode_runs_anything(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_opcode_runs_code(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     read(content)
     assert not Path("mark").exists()
@@ -114,7 +114,7 @@ def as_old_pickle(content: object, file: Path) -> None:
 
 
 def as_tar(content: object, file: Path) -> None:
-    """What torch wrote before 0.2: one storage of three floats, one tensor of it."""
+    """The format of torch before 0.2: one storage of three floats, and one tensor of it."""
     kind, stored = torch.FloatStorage, object()
     storages = pickle.dumps(1, 2) + pickle.dumps((5, "cpu", kind), 2) + struct.pack("<q3f", 3, 1, 2, 3)
     tensors = pickle.dumps(1, 2) + pickle.dumps((9, 5, kind), 2) + struct.pack("<ii3q", 1, 0, 3, 1, 0)
@@ -138,7 +138,7 @@ FORMS = [as_zip, as_legacy, as_pickle, as_old_pickle, as_tar]
 
 @pytest.mark.parametrize("write", FORMS)
 @pytest.mark.parametrize("name", payloads(Path()))
-def test_nothing_in_a_file_is_run(
+def test_no_code_in_a_file_is_run(
     name: str, write: Callable[[object, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark, file = tmp_path / "mark", tmp_path / "x.pth"
@@ -158,7 +158,7 @@ def test_nothing_in_a_file_is_run(
     assert not hasattr(Victim, "touched")
 
 
-def test_a_tensor_of_a_tar_has_its_numbers(tmp_path: Path) -> None:
+def test_a_tensor_in_a_tar_is_read(tmp_path: Path) -> None:
     as_tar({}, tmp_path / "x.pth")
     with open_checkpoint(tmp_path / "x.pth") as checkpoint:
         assert checkpoint.tensors["tensor"].load().tolist() == [1, 2, 3]
@@ -170,7 +170,7 @@ class Holder:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_containers_numbers_and_arrays_are_what_they_were(protocol: int) -> None:
+def test_containers_numbers_and_arrays_are_read(protocol: int) -> None:
     shared = [1, -2, 2**70, 1.5, "text", b"bytes", None, True]
     value = {"a": shared, "b": (shared, (1, 2), (1, 2, 3, 4)), 3: {"c": np.arange(6.0).reshape(2, 3)}}
     found = read(pickle.dumps(value, protocol))
@@ -182,14 +182,14 @@ def test_containers_numbers_and_arrays_are_what_they_were(protocol: int) -> None
     assert sorted(read(pickle.dumps({1, 2}, protocol))) == [1, 2]
 
 
-def test_an_unknown_object_is_a_placeholder_with_its_content() -> None:
+def test_an_unknown_object_becomes_a_placeholder_with_its_content() -> None:
     found = read(pickle.dumps(Holder()))
     assert isinstance(found, Placeholder)
     assert found.kind.endswith("Holder")
     assert found.state["weight"].tolist() == [0, 1, 2]  # type: ignore[index]
 
 
-def test_every_opcode_is_run_or_is_a_value() -> None:
+def test_every_opcode_of_this_python_is_handled() -> None:
     """A new version of Python may add some."""
     values = {"INT", "LONG", "STRING", "UNICODE", "FLOAT", "BININT", "BINFLOAT", "BINSTRING", "BINBYTES"}
     source = Path(inert_pickle.__file__).read_text()
@@ -200,7 +200,7 @@ def test_every_opcode_is_run_or_is_a_value() -> None:
         ), opcode.name
 
 
-def test_a_small_file_cannot_ask_for_much() -> None:
+def test_a_small_file_cannot_allocate_much_memory() -> None:
     text = pickle.dumps("x" * 100_000, 2)[:-1] + b"q\x00"
     again = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R"
     with pytest.raises(PickleError, match="copies of more than the file contains"):
@@ -213,7 +213,7 @@ def test_a_small_file_cannot_ask_for_much() -> None:
     assert time.monotonic() - begin < 20
 
 
-def test_a_bomb_of_references_is_walked_once(tmp_path: Path) -> None:
+def test_shared_references_are_visited_once(tmp_path: Path) -> None:
     value: list[Any] = [np.ones(2)]
     for _ in range(60):
         value = [value, value]
@@ -243,8 +243,8 @@ def test_damaged_pickles_are_refused(content: bytes) -> None:
         read(content)
 
 
-def test_every_cut_and_every_changed_byte_is_read_or_refused() -> None:
-    """Never another exception, whatever the damage."""
+def test_truncated_and_changed_files_are_read_or_refused() -> None:
+    """Whatever the damage, never another exception."""
     whole = pickle.dumps({"a": np.arange(4.0), "b": [Holder(), (1, 2)], "c": torch.float32}, 4)
     for place, byte in itertools.product(range(len(whole)), (None, 0, 0x28, 0x52, 0x62, 0x93, 0xFF)):
         content = whole[:place] if byte is None else whole[:place] + bytes([byte]) + whole[place + 1 :]
@@ -271,7 +271,7 @@ def edited(file: Path, change: Callable[[str, bytes], bytes], compress: int = zi
     ],
     ids=["short", "compressed", "big-endian", "larger than its storage"],
 )
-def test_archives_that_lie_are_refused(
+def test_inconsistent_archives_are_refused(
     change: Callable[[str, bytes], bytes], compress: int, message: str, tmp_path: Path
 ) -> None:
     torch.save({"a": torch.ones(3)}, tmp_path / "x.pth")
@@ -295,7 +295,9 @@ def test_archives_that_lie_are_refused(
         ("x.safetensors", b"\x05\x00\x00\x00\x00\x00\x00\x00{{{{{", "corrupt or truncated: Error while"),
     ],
 )
-def test_what_is_no_checkpoint_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_named(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EncoderError, match=message), open_checkpoint(tmp_path / name):
         pass
@@ -306,7 +308,7 @@ def test_what_is_no_checkpoint_is_named(name: str, content: bytes, message: str,
 
 
 @pytest.mark.parametrize("write", [as_zip, as_legacy])
-def test_a_file_that_is_cut_off_is_refused(write: Callable[[object, Path], None], tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(write: Callable[[object, Path], None], tmp_path: Path) -> None:
     file = tmp_path / "x.pth"
     write({"a": torch.ones(3000)}, file)
     whole = file.read_bytes()

@@ -35,7 +35,7 @@ def test_equals_torchvision(architecture: str) -> None:
     assert ours.num_features == expected.shape[1]
 
 
-def test_the_registry_has_the_names_of_the_settings() -> None:
+def test_the_registry_matches_the_configuration() -> None:
     assert tuple(LAYOUTS) == RESNETS
 
 
@@ -73,15 +73,15 @@ def test_small_and_narrow_variants(stem: str, side: int) -> None:
     assert encoder(images).shape == (2, 64)
 
 
-def test_heads_are_those_of_moco() -> None:
+def test_heads_equal_mocos() -> None:
     linear, mlp = projection_head(20, 6, "linear"), projection_head(20, 6, "mlp")
     assert [tuple(p.shape) for p in linear.parameters()] == [(6, 20), (6,)]
     assert [tuple(p.shape) for p in mlp.parameters()] == [(20, 20), (20,), (6, 20), (6,)]
 
 
 @pytest.mark.parametrize("size", [33, 56])
-def test_narrow_encoders_have_the_gradients_of_any_memory_format(size: int) -> None:
-    """In channels-last a strided 1x1 convolution of few channels once wrote outside its memory."""
+def test_gradients_do_not_depend_on_the_memory_format(size: int) -> None:
+    """In channels-last, a strided 1x1 convolution with few channels once wrote outside its memory."""
     torch.manual_seed(0)
     encoder = ResNet(Encoder(architecture="resnet10", stem="full", width=4))
     images = torch.randn(2, 3, size, size)

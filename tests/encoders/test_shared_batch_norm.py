@@ -1,4 +1,4 @@
-"""Shared batch normalisation on two processes compared with one process that has both parts."""
+"""Shared batch normalisation in two processes compared with one process that has the whole batch."""
 
 from pathlib import Path
 
@@ -46,8 +46,8 @@ def _rank(folder: Path, mean: float) -> None:
     save_file(_normalise(PARTS[distributed.rank()], mean), folder / f"{distributed.rank()}.safetensors")
 
 
-def test_on_gpus_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SyncBatchNorm's kernels: the sums written out here would pass over the images seven times."""
+def test_gpus_use_torchs_sync_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SyncBatchNorm has fused kernels: the sums of the CPU version would read the images seven times."""
     called: list[torch.Tensor] = []
 
     def forward(self: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_on_gpus_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mean", [1.0, 300.0])
 def test_two_processes_normalise_as_one(tmp_path: Path, mean: float) -> None:
-    """Also where the deviation is a hundredth of the mean."""
+    """Also if the standard deviation is a hundredth of the mean."""
     run_ranks(_rank, 2, tmp_path, mean)
     parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
     whole = _normalise(slice(0, 4), mean)

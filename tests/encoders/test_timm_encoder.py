@@ -1,4 +1,4 @@
-"""Encoders of timm: its features with this project's batch normalisation, and files like any other's."""
+"""timm encoders: their features with this project's batch normalisation, and their files."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ timm = pytest.importorskip("timm")
 CONFIG = Encoder(architecture="timm:mobilenetv3_small_050")
 
 
-def test_the_features_are_timms_whatever_normalises(tmp_path: Path) -> None:
+def test_features_equal_timms_with_every_norm_layer(tmp_path: Path) -> None:
     encoder = build(CONFIG, partial(GroupedBatchNorm2d, num_groups=2), seed=1)
     images = torch.randn(4, 3, 48, 48)
     encoder(images)  # statistics that are not those of the beginning

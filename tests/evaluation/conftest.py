@@ -1,4 +1,6 @@
-"""An untrained encoder, what it makes of train and val taken by hand, and a set with unlabelled images."""
+"""An untrained encoder, its features computed one image at a time, and a data set with unlabelled
+images.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The format that `auto` chooses, whatever this processor has: numbers are compared."""
+    """The format that `auto` chooses, on every CPU: tests compare numbers."""
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
 
@@ -34,7 +36,7 @@ def encoder_file(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def by_hand(tiny: Experiment, tiny_data: Path, encoder_file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Split -> features in float32 and labels of its images, one image at a time."""
+    """Split -> float32 features and labels of its images, computed one image at a time."""
     encoder = load_encoder(encoder_file, tiny.encoder, CPU)
     found = {}
     for name in ("train", "val"):
@@ -49,8 +51,9 @@ def by_hand(tiny: Experiment, tiny_data: Path, encoder_file: Path) -> dict[str, 
 
 @pytest.fixture(scope="session")
 def partly_labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared set of noise, small enough to read: 24 labelled images of train in two classes, 9 without
-    a label, and 8 of val."""
+    """A small prepared data set of noise: in train 24 labelled images of two classes and 9 without a
+    label, in val 8 images.
+    """
     root = tmp_path_factory.mktemp("partly labelled")
     counts = {"train/unlabelled": 9, "train/a": 10, "train/z": 14, "val/a": 4, "val/z": 4}
     write_images(root / "images", counts)

@@ -1,4 +1,4 @@
-"""What each of two ranks runs in test_ranks.py: every task, one after another, in one process group."""
+"""What each of the two ranks of test_ranks.py runs: every task, one after another, in one process group."""
 
 import sys
 from contextlib import nullcontext

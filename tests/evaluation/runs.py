@@ -1,4 +1,4 @@
-"""Evaluations of the untrained row in a folder of a test's choice, and images of noise."""
+"""Helpers that evaluate the untrained row in a given folder and write images of noise."""
 
 import json
 from dataclasses import replace
@@ -14,13 +14,13 @@ from mochi.provenance.wanted import Result, evaluated
 
 
 def result_in(folder: Path, experiment: Experiment, task: str, encoder: Path, data: Path) -> Result:
-    """What the experiment wants, in `folder`, of this encoder and this prepared set."""
+    """The wanted result of this encoder and this prepared data set, in `folder`."""
     inputs = {"encoder": encoder, "data": data / "manifest.json"}
     return replace(evaluated(experiment, "random-init", 0, task), folder=folder, inputs=inputs)
 
 
 def evaluate(experiment: Experiment, task: str, encoder: Path, data: Path, folder: Path) -> dict[str, Any]:
-    """Run the stage into `folder`; the content of metrics.json."""
+    """Run the stage with results in `folder`; returns the content of metrics.json."""
     run = probe_run(experiment, "random-init", 0, task)
     stage.run(run, result_in(folder, experiment, task, encoder, data), folder / "work")
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
@@ -28,7 +28,7 @@ def evaluate(experiment: Experiment, task: str, encoder: Path, data: Path, folde
 
 
 def write_images(root: Path, counts: dict[str, int]) -> None:
-    """Folder -> so many pictures of noise, 16 px."""
+    """Write the given number of noise images, 16 px, into each folder."""
     draw = np.random.default_rng(0)
     for folder, count in counts.items():
         (root / folder).mkdir(parents=True)

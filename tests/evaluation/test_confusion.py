@@ -1,4 +1,4 @@
-"""Confusions counted one by one."""
+"""Confusion matrices compared with counts one by one."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The fit against scikit-learn's, subsets counted, and the stage on the subsets that it must draw."""
+"""The fit compared with scikit-learn's, subsets counted, and the stage compared with its protocol."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ ONE = {"task": "few_label", "images_per_class": 3, "samples": 2, "l2": 0.5}
 
 
 @pytest.mark.parametrize("l2", [0.01, 1.0])
-def test_the_fit_is_that_of_scikit_learn(l2: float) -> None:
+def test_the_fit_equals_scikit_learns(l2: float) -> None:
     draws = torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(40, 6, generator=draws, dtype=torch.float64))
     labels = torch.randint(4, (40,), generator=draws) * 2  # classes 1, 3 and 5 have no image
@@ -100,7 +100,7 @@ def test_one_image_of_one_class_is_enough(
         ),
     ],
 )
-def test_sizes_that_are_refused(few: dict[str, float], message: str) -> None:
+def test_invalid_subset_sizes_are_refused(few: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_experiment(changed("evaluation/few", {"task": "few_label", **few}), "x.yaml")
     assert message in str(error.value)

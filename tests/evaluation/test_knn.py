@@ -1,5 +1,6 @@
-"""The chunked vote against one written out in loops, and the stage against that vote on the tiny
-experiment's images."""
+"""The vote in chunks compared with one in loops, and the stage with that vote on the tiny experiment's
+images.
+"""
 
 import math
 from pathlib import Path
@@ -16,7 +17,9 @@ from tests.tiny import with_protocol
 
 
 def vote(train: torch.Tensor, labels: list[int], row: torch.Tensor, k: int, temperature: float) -> int:
-    """Wu et al. 2018: each of the k nearest votes for its class with weight exp(cosine / temperature)."""
+    """Wu et al. 2018: each of the k nearest neighbours votes for its class with weight exp(cosine /
+    temperature).
+    """
     cosines = [float(row @ other / (row.norm() * other.norm())) for other in train]
     nearest = sorted(range(len(train)), key=lambda i: -cosines[i])[:k]
     votes: dict[int, float] = {}
@@ -40,7 +43,7 @@ def test_equals_a_vote_in_loops(sizes: tuple[int, int], chunks: tuple[int, int],
     assert predicted.tolist() == [expected]
 
 
-def test_several_votes_are_those_of_each_pair_alone() -> None:
+def test_several_settings_equal_each_setting_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     train, val = (torch.randn(size, 4, generator=generator) for size in (50, 30))
     labels = torch.randint(3, (50,), generator=generator)
@@ -54,7 +57,7 @@ def test_several_votes_are_those_of_each_pair_alone() -> None:
 def test_a_grid_of_k_and_temperature(
     tiny_data: Path, encoder_file: Path, tmp_path: Path, tiny: Experiment
 ) -> None:
-    """Each pair has a number and a column; the first pair is the main one."""
+    """Each pair of k and temperature has a metric and a column; the first pair is the main one."""
     grid = with_protocol("knn", k=[20, 3], temperature=[0.1, 1.0])
     metrics = evaluate(grid, "knn", encoder_file, tiny_data, tmp_path / "grid")
     keys = {"top1": (20, 0.1), "top1_k20_t1": (20, 1.0), "top1_k3_t0.1": (3, 0.1), "top1_k3_t1": (3, 1.0)}
@@ -72,10 +75,10 @@ def test_a_grid_of_k_and_temperature(
 
 
 @given(SIZES, CHUNKS, st.integers(1, 30), st.integers(0, 100))
-def test_of_equally_similar_rows_the_first_are_neighbours(
+def test_ties_are_broken_by_row_order(
     sizes: tuple[int, int], chunks: tuple[int, int], k: int, seed: int
 ) -> None:
-    """Exact products, most of them tied, some negative and some -0: the chunks decide nothing."""
+    """Exact products, most of them tied, some negative and some -0; the size of chunks does not matter."""
     generator = torch.Generator().manual_seed(seed)
     train, val = (torch.randint(-1, 2, (size, 4), generator=generator).float() for size in sizes)
     k = min(k, sizes[0])
@@ -86,7 +89,7 @@ def test_of_equally_similar_rows_the_first_are_neighbours(
 
 
 @pytest.mark.parametrize("similarity", [[1.0, -1.0, 0.5, -0.5, 1e-30, -1e-30, 0.0], [float("inf"), 3e38]])
-def test_whole_numbers_order_like_floats(similarity: list[float]) -> None:
+def test_integer_keys_sort_like_their_similarities(similarity: list[float]) -> None:
     values = torch.tensor([similarity])
     keys = knn._keys(values.clone(), 5)
     assert torch.equal(keys.argsort(), values.argsort())

@@ -1,5 +1,6 @@
-"""All classifiers at once against each one alone; the stage against the same protocol written out; that
-candidates are compared on rows they did not see; and that only what is needed is encoded."""
+"""All classifiers at once compared with each one alone; the stage with its protocol written out;
+learning rates are compared on held-out rows; and only needed images are encoded.
+"""
 
 import math
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ PROTOCOL = LinearProbe(
 
 @pytest.mark.parametrize("which", [linear.ALL, linear.WITHOUT_HELD_OUT])
 @pytest.mark.parametrize("index", [0, 1])
-def test_each_classifier_equals_a_plain_loop_of_its_own(index: int, which: int) -> None:
+def test_each_classifier_equals_one_trained_alone(index: int, which: int) -> None:
     draws = torch.Generator().manual_seed(0)
     features = torch.randn(8, 5, generator=draws)
     labels = torch.randint(3, (8,), generator=draws)
@@ -57,7 +58,7 @@ def test_each_classifier_equals_a_plain_loop_of_its_own(index: int, which: int) 
 def one_probe(
     train: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor, rate: float, protocol: LinearProbe
 ) -> torch.Tensor:
-    """Weights (D + 1, 16), last the bias, of one classifier trained on `rows` alone, in seed 0's order."""
+    """Weights (D + 1, 16), bias last, of one classifier trained on `rows` only, in the order of seed 0."""
     features, labels = F.pad(train[0], (0, 1), value=1.0), train[1]
     start = 0.01 * torch.randn(16, train[0].shape[1], generator=generator("probe weights", 0))
     weight = F.pad(start.T, (0, 0, 0, 1)).requires_grad_()
@@ -131,7 +132,7 @@ def test_the_stage_equals_the_protocol_written_out(
 def test_a_random_crop_of_a_held_out_row_is_held_out(
     encoder_file: Path, partly_labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In every batch of every epoch, and whatever rows without a label lie between."""
+    """In every batch of every epoch, wherever rows without a label are."""
     cut: list[torch.Tensor] = []
     marks: list[torch.Tensor] = []
     crops, step = Frozen.random_crops, linear.Probes.step
@@ -178,10 +179,10 @@ def test_a_classifier_that_diverged_has_no_score() -> None:
 
 
 @pytest.mark.parametrize("min_scale", [None, 0.2])
-def test_what_an_untrained_encoder_reaches(
+def test_an_untrained_encoder_is_far_above_chance(
     min_scale: float | None, encoder_file: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """16 photographs, 4 patches each: far above the 6.25 % of a guess."""
+    """16 photographs, 4 patches each: chance is 6.25%."""
     experiment = with_protocol("linear", min_scale=min_scale)
     metrics = evaluate(experiment, "linear", encoder_file, tiny_data, tmp_path)
     assert metrics["top1"] > 12.5
@@ -191,7 +192,7 @@ def test_what_an_untrained_encoder_reaches(
     assert metrics["best_lr"] in {0.1, 1.0}
 
 
-def test_a_protocol_that_diverges_stops(
+def test_a_probe_that_diverges_stops(
     tiny: Experiment, encoder_file: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     experiment = with_protocol("linear", lr=1e38, lr_candidates=[0.1])
@@ -199,7 +200,9 @@ def test_a_protocol_that_diverges_stops(
         evaluate(experiment, "linear", encoder_file, tiny_data, tmp_path)
 
 
-def test_a_candidate_that_diverges_loses(encoder_file: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_learning_rate_that_diverges_is_not_chosen(
+    encoder_file: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     experiment = with_protocol("linear", lr=0.1, lr_candidates=[1e38])
     metrics = evaluate(experiment, "linear", encoder_file, tiny_data, tmp_path)
     assert metrics["best_lr"] == 0.1
@@ -209,7 +212,7 @@ def test_a_candidate_that_diverges_loses(encoder_file: Path, tiny_data: Path, tm
 
 
 @pytest.mark.parametrize(("min_scale", "passes", "uncropped"), [(None, 0, 24), (0.2, 3, 6)])
-def test_only_what_is_needed_is_encoded(
+def test_only_needed_images_are_encoded(
     min_scale: float | None,
     passes: int,
     uncropped: int,
@@ -218,8 +221,9 @@ def test_only_what_is_needed_is_encoded(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With random crops of uncropped images only val and the held-out part; every crop, also of the last
-    batch."""
+    """With random crops, uncropped images are needed of val and the held-out part only. Every crop is
+    encoded, also of the last batch.
+    """
     count, forward = 0, ResNet.forward
 
     def counted(self: ResNet, images: torch.Tensor) -> torch.Tensor:
@@ -233,7 +237,7 @@ def test_only_what_is_needed_is_encoded(
     assert count == passes * 24 + uncropped + 8
 
 
-def test_standardized_features_have_no_mean_and_unit_variance() -> None:
+def test_standardized_features_have_zero_mean_and_unit_variance() -> None:
     features = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) * 5 + 7
     features[:, 2] = 4.0  # of a unit that never fires
     later = features.clone()

@@ -1,4 +1,4 @@
-"""The largest memory of a process that evaluates: 1.1 times the features and a constant."""
+"""Peak memory of an evaluation: 1.1 times the features plus a constant."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="the system does not
 
 
 class WideEncoder(nn.Module):
-    """Many features of a small image at no cost."""
+    """Many features of a small image, without cost."""
 
     num_features = NUM_FEATURES
 
@@ -38,7 +38,7 @@ class WideEncoder(nn.Module):
 
 
 def peak() -> int:
-    """Bytes of memory that this process had at most, shared libraries and mapped files included."""
+    """Peak memory of this process in bytes, shared libraries and mapped files included."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return 1024 * int(lines["VmHWM"].split()[0])
 
@@ -52,7 +52,7 @@ def growth(
     large: Path,
     work: Path,
 ) -> int:
-    """By how much evaluating the large set, after the small one, raises this process's peak."""
+    """By how much evaluating the large data set, after the small one, raises the peak of this process."""
     torch.set_num_threads(1)
     run = probe_run(experiment, "random-init", 0, task)
     encoder: Any = WideEncoder()
@@ -70,7 +70,7 @@ def growth(
 
 @pytest.fixture(scope="module")
 def large_data(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24,000 images of train, 1,600 of val."""
+    """24,000 images in train, 1,600 in val."""
     assert isinstance(tiny.dataset, PhotoPatches)
     folder = tmp_path_factory.mktemp("large") / "patches"
     prepare(tiny.dataset.model_copy(update={"train_per_photo": 1500, "val_per_photo": 100}), folder, jobs=1)

@@ -1,4 +1,4 @@
-"""Two processes against one: they share the images, and have the same metrics."""
+"""Two processes compared with one: they split the images and give the same metrics."""
 
 import json
 import os
@@ -27,7 +27,7 @@ EVALUATION = {
 }
 
 
-def test_two_processes_have_the_metrics_of_one(
+def test_two_processes_give_the_metrics_of_one(
     encoder_file: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

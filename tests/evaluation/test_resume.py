@@ -1,4 +1,4 @@
-"""A probe that was killed ends with the bytes of one that nobody killed, and continues no other result."""
+"""A killed probe ends with the same bytes as an uninterrupted one, and resumes only its own checkpoint."""
 
 import json
 import multiprocessing
@@ -28,7 +28,9 @@ CACHED = {"min_scale": None, "batch_size": 48}
 
 
 def probe(experiment: Experiment, encoder: Path, data: Path, folder: Path) -> tuple[bytes, bytes]:
-    """Evaluate with a checkpoint after every epoch; the bytes of metrics.json and of the classifiers."""
+    """Evaluate with a checkpoint after every epoch; returns the bytes of metrics.json and of the
+    classifiers.
+    """
     torch.set_num_threads(1)  # also where it is a process of its own
     scores = linear.Probes.scores
 
@@ -46,7 +48,7 @@ def probe(experiment: Experiment, encoder: Path, data: Path, folder: Path) -> tu
 
 
 def epochs_done(folder: Path) -> int:
-    """Epochs in the checkpoint; -1 where there is none."""
+    """Epochs in the checkpoint; -1 if there is none."""
     saved = folder / "work" / "checkpoint.safetensors"
     if not saved.exists():
         return -1
@@ -57,10 +59,10 @@ def epochs_done(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("protocol", [CACHED, CROPS], ids=["cached", "crops"])
-def test_killed_at_random_moments(
+def test_a_probe_killed_at_random_moments_ends_with_the_same_bytes(
     protocol: dict[str, Any], encoder_file: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL, then the same command. Weights and velocities are compared, not only the accuracies."""
+    """SIGKILL, then the same command. Weights and momentum are compared, not only accuracies."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.evaluation.test_resume"])
     experiment = with_protocol("linear", epochs=30, lr_drops=[10, 20], weight_decay=1e-3, **protocol)
@@ -83,7 +85,7 @@ def test_killed_at_random_moments(
 
 
 def interrupted_at(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next probe is stopped when this epoch begins."""
+    """Stop the next probe when this epoch begins."""
     start_epoch = linear.Probes.start_epoch
 
     def stopping(self: linear.Probes, now: int) -> None:
@@ -95,7 +97,7 @@ def interrupted_at(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def count_epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The epochs that are computed from now on."""
+    """Collect the epochs that are computed from now on."""
     seen: list[int] = []
     start_epoch: Callable[[linear.Probes, int], None] = linear.Probes.start_epoch
     monkeypatch.setattr(
@@ -120,14 +122,14 @@ def test_a_resumed_probe_computes_only_what_is_left(
 def test_a_checkpoint_is_written_when_due(
     tiny: Experiment, encoder_file: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A short probe writes none: on a network file system each costs a second."""
+    """A short probe writes none: on a network file system each takes a second."""
     interrupted_at(4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny, "linear", encoder_file, tiny_data, tmp_path)
     assert epochs_done(tmp_path) == -1
 
 
-def test_another_protocol_does_not_continue_it(
+def test_another_protocol_does_not_use_the_checkpoint(
     tiny: Experiment, encoder_file: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -138,10 +140,10 @@ def test_another_protocol_does_not_continue_it(
         probe(with_protocol("linear", lr=0.2), encoder_file, tiny_data, tmp_path)
 
 
-def test_the_record_names_all_code_and_all_time(
+def test_provenance_has_the_code_and_time_of_all_attempts(
     tiny: Experiment, encoder_file: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As that of a pretraining: the code of all attempts is named, and their time is added up."""
+    """As for pretraining: every code digest is listed, and times are added."""
     with monkeypatch.context() as patch:
         interrupted_at(3, patch)
         patch.setattr(resume.ResumePoint, "wall_seconds", lambda self: 5000.0)

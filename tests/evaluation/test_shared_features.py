@@ -1,4 +1,6 @@
-"""Features are computed once for all evaluations of an encoder; their files are gone with the last."""
+"""Features are computed once for all evaluations of an encoder; their files are removed after the last
+one.
+"""
 
 import multiprocessing
 import random
@@ -36,7 +38,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of all batches that reach an encoder."""
+    """Sizes of all batches that reach an encoder."""
     sizes: list[int] = []
     forward = ResNet.forward
 
@@ -53,7 +55,7 @@ def result_of(task: str, experiment: Experiment, encoder: Path, data: Path) -> R
 
 
 def run(task: str, experiment: Experiment, encoder: Path, data: Path) -> bytes:
-    """Evaluate as the command does; the bytes of metrics.json."""
+    """Evaluate as the command does; returns the bytes of metrics.json."""
     torch.set_num_threads(1)
     wanted = same_features(experiment, "random-init", 0, task)
     others = [result_of(other.folder.name, experiment, encoder, data) for other in wanted]
@@ -62,7 +64,7 @@ def run(task: str, experiment: Experiment, encoder: Path, data: Path) -> bytes:
     return (result.folder / "metrics.json").read_bytes()
 
 
-def test_images_are_encoded_once_and_the_numbers_are_those_of_each_alone(
+def test_images_are_encoded_once_and_metrics_equal_separate_runs(
     experiment: Experiment, encoder_file: Path, tiny_data: Path, encoded: list[int]
 ) -> None:
     alone = {}
@@ -91,7 +93,7 @@ def test_other_images_and_sizes_share_nothing(experiment: Experiment) -> None:
     assert same_features(extended, "random-init", 0, "moved") == []
 
 
-def test_another_encoder_gets_features_of_its_own(
+def test_another_encoder_has_separate_features(
     experiment: Experiment, encoder_file: Path, tiny_data: Path, tmp_path: Path, encoded: list[int]
 ) -> None:
     run("knn", experiment, encoder_file, tiny_data)
@@ -124,7 +126,7 @@ def test_damaged_files_are_not_used(content: bytes | None, tmp_path: Path) -> No
         assert file.read((3, 2)) is None
 
 
-def test_a_disk_that_is_full_costs_only_the_time(
+def test_with_a_full_disk_features_are_computed_again(
     experiment: Experiment, encoder_file: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -142,7 +144,7 @@ def test_a_disk_that_is_full_costs_only_the_time(
 def test_evaluations_at_the_same_time_wait_for_each_other(
     experiment: Experiment, encoder_file: Path, tiny_data: Path
 ) -> None:
-    """Two processes that both want the features while a third holds them."""
+    """Two processes need the features while a third one holds their lock."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.evaluation.test_shared_features"])
     FILES.mkdir(parents=True)
@@ -164,8 +166,10 @@ def test_evaluations_at_the_same_time_wait_for_each_other(
     assert done == [None, None]
 
 
-def test_killed_at_random_moments(experiment: Experiment, encoder_file: Path, tiny_data: Path) -> None:
-    """SIGKILL while features are computed, written or read; what is left serves, or harms nobody."""
+def test_features_of_a_killed_evaluation_are_used_or_ignored(
+    experiment: Experiment, encoder_file: Path, tiny_data: Path
+) -> None:
+    """SIGKILL while features are computed, written or read."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.evaluation.test_shared_features"])
     tasks = ["knn", "knn-1", "few", "linear"]
@@ -187,7 +191,7 @@ def test_killed_at_random_moments(experiment: Experiment, encoder_file: Path, ti
     assert not list(Path("work").rglob(".*.lock"))
 
 
-def test_a_result_that_is_stale_needs_features_again(
+def test_a_stale_result_computes_features_again(
     experiment: Experiment, encoder_file: Path, tiny_data: Path
 ) -> None:
     result = result_of("knn", experiment, encoder_file, tiny_data)

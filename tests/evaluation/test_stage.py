@@ -1,5 +1,4 @@
-"""What every evaluation shares: the encoder that it leaves as it was, the number format, the record of its
-result."""
+"""What all evaluations share: the encoder stays unchanged, the number format, provenance."""
 
 import json
 from pathlib import Path
@@ -42,7 +41,7 @@ def test_the_result_is_current_until_the_encoder_changes(
 @pytest.mark.parametrize(
     ("task", "protocol"), [("linear", {}), ("linear", {"min_scale": 0.2}), ("knn", {})]
 )
-def test_the_same_encoder_gets_the_same_numbers(
+def test_the_same_encoder_gives_the_same_numbers(
     task: str, protocol: dict[str, object], encoder_file: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     experiment = with_protocol(task, **protocol)
@@ -57,7 +56,7 @@ def test_the_same_encoder_gets_the_same_numbers(
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_the_format_is_that_of_the_device_and_on_record(
+def test_the_number_format_is_the_devices_and_is_recorded(
     task: str,
     bfloat16: bool,
     tiny: Experiment,
@@ -84,7 +83,7 @@ def test_the_format_is_that_of_the_device_and_on_record(
 @pytest.mark.parametrize(
     ("task", "protocol"), [("linear", {}), ("linear", {"min_scale": 0.2}), ("knn", {})]
 )
-def test_no_image_reaches_an_encoder_that_learns(
+def test_the_encoder_is_in_eval_mode_without_gradients(
     task: str,
     protocol: dict[str, object],
     encoder_file: Path,
@@ -110,7 +109,7 @@ def test_no_image_reaches_an_encoder_that_learns(
 def test_an_evaluation_that_changes_the_encoder_has_no_result(
     tiny: Experiment, tiny_data: Path, encoder_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In training mode the running statistics move, without any gradient."""
+    """In training mode the running statistics change, without any gradient."""
 
     def careless(settings: NearestNeighbours, frozen: Frozen) -> dict[str, float]:
         frozen.encoder.train()(torch.randn(4, 3, 16, 16))
@@ -122,7 +121,7 @@ def test_an_evaluation_that_changes_the_encoder_has_no_result(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_evaluation_leaves_the_result_of_before(
+def test_a_failed_evaluation_keeps_the_previous_result(
     tiny: Experiment, tiny_data: Path, encoder_file: Path, tmp_path: Path
 ) -> None:
     evaluate(tiny, "knn", encoder_file, tiny_data, tmp_path)
@@ -132,7 +131,7 @@ def test_a_failed_evaluation_leaves_the_result_of_before(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_encoders_that_do_not_fit_are_refused(
+def test_encoders_that_do_not_match_are_refused(
     tiny: Experiment, tiny_data: Path, encoder_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(EncoderError, match="no such encoder"):
@@ -143,7 +142,7 @@ def test_encoders_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_images_without_labels_take_no_part(
+def test_unlabelled_images_are_ignored(
     task: str, tiny: Experiment, encoder_file: Path, partly_labelled: Path, tmp_path: Path
 ) -> None:
     metrics = evaluate(tiny, task, encoder_file, partly_labelled, tmp_path)

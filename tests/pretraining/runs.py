@@ -1,4 +1,4 @@
-"""Trainings of the tiny experiment in a folder of a test's choice, and what they wrote."""
+"""Helpers that train the tiny experiment in a given folder and read the results."""
 
 import csv
 import json
@@ -19,14 +19,14 @@ _TIMINGS = {"images_per_second", "data_wait"}
 def result_in(
     folder: Path, experiment: Experiment, data: Path, method: str = MOCHI, seed: int = 0
 ) -> Result:
-    """What the experiment wants, in `folder/out` and from the prepared set in `data`."""
+    """The wanted result in `folder/out`, from the prepared data in `data`."""
     result = pretrained(experiment, method, seed)
     inputs = {"data": data / "manifest.json"} if result.inputs else {}
     return replace(result, folder=folder / "out", inputs=inputs)
 
 
 def train(experiment: Experiment, data: Path, folder: Path, method: str = MOCHI, seed: int = 0) -> bytes:
-    """Train with checkpoints in `folder/work`; the bytes of the encoder file."""
+    """Train with checkpoints in `folder/work`; returns the bytes of the encoder file."""
     torch.set_num_threads(1)  # also where it is a process of its own; bytes depend on the number
     run = pretrain_run(experiment, method, seed)
     stage.run(run, result_in(folder, experiment, data, method, seed), folder / "work")
@@ -38,7 +38,7 @@ def encoder_bytes(folder: Path) -> bytes:
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without what depends on the speed of the machine."""
+    """metrics.csv without the columns that depend on the speed of the machine."""
     with (folder / "out" / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if k not in _TIMINGS} for row in csv.DictReader(file)]
 
@@ -54,7 +54,7 @@ def saved_in(folder: Path) -> Path:
 
 
 def steps_done(saved: Path) -> int:
-    """Steps in a checkpoint, of 5 an epoch; -1 where there is none."""
+    """Steps in a checkpoint, 5 in each epoch; -1 if there is none."""
     if not saved.exists():
         return -1
     # safe_open opens a path twice, and the file is replaced all the time.

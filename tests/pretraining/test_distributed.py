@@ -1,4 +1,4 @@
-"""Two processes against one: the same batches and batch-norm groups, the same queue, the same encoder."""
+"""Two processes compared with one: the same batches, batch-norm groups, queue and encoder."""
 
 import csv
 import os
@@ -22,7 +22,7 @@ CONFIG = "tiny.yaml"
 
 
 def project(folder: Path, experiment: Experiment, data: Path) -> Path:
-    """A folder to run commands in, with the experiment's file and its prepared data."""
+    """A folder to run commands in, with the experiment file and its prepared data."""
     (folder / "data").mkdir(parents=True)
     (folder / "data" / data.name).symlink_to(data)
     (folder / CONFIG).write_text(yaml.safe_dump(experiment.model_dump(mode="json", exclude_unset=True)))
@@ -42,7 +42,9 @@ def pretrain_arguments(method: str) -> list[str]:
 
 
 def queue_of_this_rank(config: str, out: str) -> None:
-    """What each of two ranks runs below: three steps on its half of the batch, then its queue saved."""
+    """What each of the two ranks below runs: three steps on its half of the batch, then it saves its
+    queue.
+    """
     run = pretrain_run(load_experiment(Path(config)), "moco-v2", 0)
     assert isinstance(run.recipe, Contrastive)
     torch.set_num_threads(1)
@@ -58,7 +60,7 @@ def queue_of_this_rank(config: str, out: str) -> None:
         save_file(state, f"{out}/rank{distributed.rank()}.safetensors")
 
 
-def test_one_process_needs_no_group() -> None:
+def test_one_process_needs_no_process_group() -> None:
     rows = torch.arange(4)
     with distributed.process_group(torch.device("cpu")):
         assert distributed.world_size() == 1
@@ -91,12 +93,12 @@ def metrics(folder: Path, method: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("row", [{}, {"objective": "supervised"}], ids=["contrastive", "supervised"])
-def test_two_processes_train_the_encoder_that_one_does(
+def test_two_processes_train_the_same_encoder_as_one(
     row: dict[str, str], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Weights, the running statistics that an evaluation normalises with, and the metrics of all images.
+    """Weights, running statistics, and the metrics of all images.
 
-    Few steps: the ranks sum in another order, and after many nothing can be compared.
+    Few steps: ranks sum in another order, and after many steps rounding makes the results differ.
     """
     content = changed("methods", {"row": row})
     content["pretrain"] |= {"precision": "float32", "epochs": 1, "batch_size": 48, "matching_epochs": []}

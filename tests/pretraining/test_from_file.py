@@ -1,4 +1,6 @@
-"""A row whose encoder is a file: copied, not trained; the file's bytes are its cause."""
+"""A row whose encoder is a file: it is copied, not trained, and its result depends on the bytes of the
+file.
+"""
 
 import shutil
 from pathlib import Path
@@ -35,7 +37,7 @@ def compute(file: Path, folder: Path) -> Result:
     return result
 
 
-def test_the_file_is_the_encoder_and_its_bytes_are_the_cause(file: Path, tmp_path: Path) -> None:
+def test_the_encoder_is_the_file_and_depends_on_its_bytes(file: Path, tmp_path: Path) -> None:
     result = compute(file, tmp_path)
     assert (tmp_path / "out/encoder.safetensors").read_bytes() == file.read_bytes()
     assert (tmp_path / "out/metrics.csv").read_text() == "epoch\n"
@@ -74,12 +76,12 @@ def test_a_mistake_in_the_row_is_named(row: dict[str, object], message: str) -> 
         experiment(**row)
 
 
-def test_a_path_belongs_to_rows_from_a_file() -> None:
+def test_only_rows_from_a_file_have_a_path() -> None:
     with pytest.raises(ConfigError, match=r"methods.moco.path: unknown key 'path'"):
         parse_experiment(changed("methods/moco", {"path": "x"}), "x.yaml")
 
 
-def test_check_names_a_file_that_is_missing_or_does_not_fit(tmp_path: Path) -> None:
+def test_check_names_a_file_that_is_missing_or_does_not_match(tmp_path: Path) -> None:
     def errors() -> list[str]:
         return [finding.text for finding in check(experiment(path=str(path))) if finding.level == "error"]
 
@@ -93,7 +95,7 @@ def test_check_names_a_file_that_is_missing_or_does_not_fit(tmp_path: Path) -> N
     assert "`mochi import` converts other checkpoints" in errors()[0]
 
 
-def test_an_encoder_that_does_not_fit_is_not_published(tmp_path: Path) -> None:
+def test_an_encoder_that_does_not_match_gives_no_result(tmp_path: Path) -> None:
     path = tmp_path / "X.safetensors"
     save_encoder(path, build(Encoder(architecture="resnet10", stem="full", width=8), seed=0))
     with pytest.raises(EncoderError, match="its metadata says resnet10 with stem full and width 8"):

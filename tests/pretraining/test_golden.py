@@ -1,11 +1,11 @@
-"""The losses of fifty steps, as they were when they were last written: no number moves in silence.
+"""The losses of fifty steps compared with recorded ones, so that no number changes unnoticed.
 
-If a change is intended, write the file again and say why in the commit:
+If a change is intended, write the file again and give the reason in the commit message:
 
     python -m tests.pretraining.test_golden
 
-The steps are the first five of ten trainings, each of which begins in another epoch of the recipe: in a
-longer one, another processor's rounding grows to more than what is to be noticed.
+The steps are the first five of ten trainings, each of which starts in another epoch of the recipe. In a
+longer training, rounding differences between CPUs grow larger than the changes to be detected.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 def write_images(root: Path) -> None:
-    """320 images of 24 px, each nine squares of colour, from a hash: the same with every numpy."""
+    """320 images of 24 px, each nine squares of colour from a hash: the same with every numpy version."""
     (root / "train").mkdir(parents=True)
     for index in range(320):
         colours = np.frombuffer(hashlib.sha256(str(index).encode()).digest(), np.uint8)[:27]
@@ -45,7 +45,7 @@ def write_images(root: Path) -> None:
 
 
 class OneEpoch:
-    """Observes a training: collects the loss of every step, and stops at the end of an epoch."""
+    """Observer of a training: collects the loss of every step and stops at the end of an epoch."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -63,7 +63,7 @@ class OneEpoch:
 
 
 def losses(method: str, folder: Path) -> list[float]:
-    """In float32 on one thread, through the real objective, loop and loaders."""
+    """The losses in float32 on one thread, with the real objective, loop and loaders."""
     write_images(folder / "images")
     source = Folder(source="folder", name="waves", path=str(folder / "images"))
     prepare(source, folder / "data", jobs=1)
@@ -88,7 +88,7 @@ def losses(method: str, folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_are_what_they_were(method: str, tmp_path: Path) -> None:
+def test_losses_equal_the_recorded_ones(method: str, tmp_path: Path) -> None:
     found, expected = losses(method, tmp_path), json.loads(GOLDEN.read_text())[method]
     assert len(found) == len(expected) == 50
     moved = [

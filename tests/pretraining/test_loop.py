@@ -1,4 +1,4 @@
-"""Every step of a run against the same step written out from the papers, without the package's loop."""
+"""Every step of a run compared with the same step written from the papers, without the package's loop."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ STEPS = 5
 
 
 class Snapshots:
-    """A checkpoint after every step, kept instead of replaced."""
+    """Keeps a checkpoint after every step instead of replacing it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tensors: list[dict[str, Tensor]] = []
@@ -44,7 +44,7 @@ class Snapshots:
         self._save(path, tensors, state, identity)
 
     def loss(self, step: int) -> float:
-        """Of one step, from the sums over the epoch."""
+        """The loss of one step, from the sums over the epoch."""
         state, first = self.states[step], step % STEPS == 0
         total = state["sums"][0] if state["sums"] else STEPS * state["rows"][-1]["loss"]
         return float(total - (0.0 if first else self.states[step - 1]["sums"][0]))
@@ -53,7 +53,9 @@ class Snapshots:
 def plain_step(
     run: PretrainRun, moco: MoCo, velocities: list[Tensor], batch: Views, step: int
 ) -> tuple[float, list[Tensor]]:
-    """One step of MoCo with MoCHi's synthetics and SGD in place; the loss and the new velocities."""
+    """One step of MoCo with MoCHi's synthetics and SGD, in place; returns the loss and the new
+    velocities.
+    """
     recipe = run.recipe
     assert isinstance(recipe, Contrastive)
     mixing = recipe.negatives.make()
@@ -90,11 +92,13 @@ def plain_step(
     return loss.item(), velocities
 
 
-def test_every_step_is_the_papers(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An epoch without mixing and one with: the loss, both encoders, the velocities and the queue.
+def test_every_step_equals_the_papers(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One epoch without mixing and one with it: the loss, both encoders, velocities and queue.
 
-    Each step starts from what the run had before it: over several, a rounding error in one activation at
-    zero grows without bound.
+    Each step starts from the state of the run before it: over several steps, a rounding difference in one
+    activation near zero grows without bound.
     """
     experiment = with_recipe(precision="float32", weight_decay=0.05, checkpoint_minutes=1e-9)
     found = Snapshots(monkeypatch)

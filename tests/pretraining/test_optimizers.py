@@ -45,7 +45,7 @@ def lars_reference(weight: Tensor, gradient: Tensor, velocity: Tensor, lr: float
     return weight - lr * velocity, velocity
 
 
-def test_lars_is_the_papers_update() -> None:
+def test_lars_equals_the_papers_update() -> None:
     module = network()
     with torch.no_grad():
         module[3].weight.zero_()  # a weight without a size takes the gradient as it is
@@ -67,7 +67,7 @@ def test_lars_is_the_papers_update() -> None:
             torch.testing.assert_close(parameter.detach(), weight, rtol=1e-12, atol=1e-14)
 
 
-def test_lars_passes_over_parameters_without_a_gradient() -> None:
+def test_lars_skips_parameters_without_a_gradient() -> None:
     module = network()
     optimizer = LARS(module.parameters(), 0.1, 0.9, 0.1)
     before = [parameter.detach().clone() for parameter in module.parameters()]
@@ -76,7 +76,7 @@ def test_lars_passes_over_parameters_without_a_gradient() -> None:
     assert not optimizer.state
 
 
-def test_adamw_decays_apart_from_the_gradient() -> None:
+def test_adamw_decouples_weight_decay_from_the_gradient() -> None:
     """Loshchilov & Hutter 2019, algorithm 2."""
     module = nn.Linear(3, 2).double()
     recipe = recipe_of(with_recipe(optimizer="adamw", lr=0.01, momentum=0.8, weight_decay=0.1))
@@ -115,7 +115,7 @@ def test_learning_rates(schedule: str, expected: list[float]) -> None:
         assert rates[5:9] == pytest.approx([1.0, 0.1, 0.1, 0.01])
 
 
-def test_the_warmup_rises_to_the_rate_from_which_the_cosine_falls() -> None:
+def test_the_warmup_ends_where_the_cosine_starts() -> None:
     recipe = recipe_of(with_recipe(epochs=10, lr=2.0, warmup_epochs=2))
     rising = [learning_rate(recipe, epoch, done) for epoch in (0, 1) for done in (0.25, 0.5, 0.75, 1)]
     assert rising == pytest.approx([2 * share / 8 for share in range(1, 9)])
@@ -130,7 +130,7 @@ def test_a_warmup_as_long_as_the_training_is_refused() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_a_resumed_training_has_the_bytes_of_one_that_was_not(
+def test_a_resumed_training_ends_with_the_same_bytes(
     optimizer: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = with_recipe(optimizer=optimizer, warmup_epochs=1, lr=0.01)

@@ -1,5 +1,6 @@
-"""Training ends with the same bytes whether or not it was killed on the way; what it writes means what it
-says; and what is wrong is refused before anything is computed."""
+"""A killed training ends with the same bytes; its files contain what they should; mistakes are refused
+before any compute.
+"""
 
 import csv
 import itertools
@@ -45,14 +46,14 @@ def uninterrupted(tiny: Experiment, tiny_data: Path, tmp_path_factory: pytest.Te
     return folder
 
 
-def test_the_product_is_a_torchvision_encoder(uninterrupted: Path, tiny: Experiment) -> None:
+def test_the_encoder_loads_in_torchvision(uninterrupted: Path, tiny: Experiment) -> None:
     ResNet(tiny.encoder).load_state_dict(load_file(uninterrupted / "out" / "encoder.safetensors"))
     head = load_file(uninterrupted / "out" / "head.safetensors")
     projection_head(64, 16, "mlp").load_state_dict(head)
     assert not list((uninterrupted / "work").iterdir()), "no checkpoint is left"
 
 
-def test_metrics_say_what_happened(uninterrupted: Path) -> None:
+def test_metrics_describe_each_epoch(uninterrupted: Path) -> None:
     first, second = rows(uninterrupted)
     # 160 images in batches of 32; K = 100; s + s' = 32 once the warm-up epoch is over.
     assert float(first["chance"]) == pytest.approx(math.log(101))
@@ -75,7 +76,7 @@ def test_metrics_say_what_happened(uninterrupted: Path) -> None:
     assert sum(probabilities) < 1
 
 
-def test_the_result_is_current_and_says_what_made_it(
+def test_the_result_is_current_and_has_provenance(
     uninterrupted: Path, tiny: Experiment, tiny_data: Path
 ) -> None:
     result = result_in(uninterrupted, tiny, tiny_data)
@@ -98,8 +99,8 @@ def test_same_seed_same_bytes_other_seed_other_bytes(
     assert train(tiny, tiny_data, tmp_path / "other", seed=1) != encoder_bytes(uninterrupted)
 
 
-def test_killed_at_random_moments(tiny_data: Path, tmp_path: Path) -> None:
-    """SIGKILL, then the same command: bit-identical to the run that nobody killed, every time.
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tiny_data: Path, tmp_path: Path) -> None:
+    """SIGKILL, then the same command: bit-identical to an uninterrupted run, every time.
 
     `.ci/test_random_kills.py` has more kills, and several processes.
     """
@@ -127,10 +128,10 @@ def test_killed_at_random_moments(tiny_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_a_device_that_is_seldom_checked_gets_the_same_bytes(
+def test_the_interval_of_checks_does_not_change_the_bytes(
     stop: int, uninterrupted: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: checked at some steps only, and resumed from a step between two of them."""
+    """As on a GPU: the loss is checked at some steps only, and a run resumes between two of them."""
     experiment = with_recipe(checkpoint_minutes=EVERY_STEP)
     at_step(stop, interrupt, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -143,7 +144,7 @@ def test_a_device_that_is_seldom_checked_gets_the_same_bytes(
 
 
 def at_step(step: int, do: Callable[[torch.nn.Parameter], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do something to the first parameter after the gradients of this step of the next run."""
+    """Change the first parameter after the gradients of this step of the next run."""
     update, steps = torch.optim.SGD.step, itertools.count()
 
     def faulty(optimizer: torch.optim.SGD, *arguments: Any) -> None:
@@ -158,10 +159,10 @@ def interrupt(_: torch.nn.Parameter) -> None:
     raise KeyboardInterrupt
 
 
-def test_an_interrupted_training_leaves_the_result_of_before(
+def test_an_interrupted_training_keeps_the_previous_result(
     tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`epochs` changed, started, Ctrl-C, changed back: nothing to compute."""
+    """Change `epochs`, start, press Ctrl-C, change it back: nothing to compute."""
     train(tiny, tiny_data, tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     at_step(12, interrupt, monkeypatch)
@@ -171,7 +172,9 @@ def test_an_interrupted_training_leaves_the_result_of_before(
     assert result_in(tmp_path, tiny, tiny_data).why_stale() is None
 
 
-def test_random_init_is_the_seeds_first_weights(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
+def test_random_init_has_the_initial_weights_of_the_seed(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path
+) -> None:
     train(tiny, tiny_data, tmp_path, "random-init")
     assert rows(tmp_path) == []
     assert load_file(tmp_path / "out" / "head.safetensors") == {}
@@ -201,7 +204,7 @@ def test_a_checkpoint_of_another_run_is_refused(tiny: Experiment, tiny_data: Pat
 def test_a_resume_on_other_data_is_refused(
     tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same name, another manifest: prepared again from other files."""
+    """The same name with another manifest, prepared from other files."""
     at_step(7, interrupt, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(with_recipe(checkpoint_minutes=EVERY_STEP), tiny_data, tmp_path)
@@ -216,7 +219,7 @@ def test_a_resume_on_other_data_is_refused(
         train(tiny, other, tmp_path)
 
 
-def test_a_resume_with_other_code_is_on_record(
+def test_a_resume_with_other_code_is_recorded(
     tiny: Experiment,
     tiny_data: Path,
     tmp_path: Path,
@@ -234,7 +237,7 @@ def test_a_resume_with_other_code_is_on_record(
     assert "the code changed since the checkpoint was written" in caplog.text
 
 
-def test_the_time_is_that_of_all_sessions(
+def test_the_recorded_time_is_that_of_all_attempts(
     tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage.Stopwatch, "seconds", lambda _: 100.0)
@@ -249,7 +252,7 @@ def test_the_time_is_that_of_all_sessions(
 def test_checkpoints_are_written_when_due_and_at_the_end(
     minutes: float, saves: int, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not at every epoch's end: small epochs take a few seconds."""
+    """Not after every epoch: small epochs take a few seconds."""
     positions, save = [], checkpoint.save
 
     def watched(path: Path, tensors: Any, state: Any, identity: Any) -> None:
@@ -276,7 +279,7 @@ def test_missing_data_names_what_to_run(tiny: Experiment, tmp_path: Path) -> Non
     ("queue_size", "masks", "warned"),
     [(80, [], False), (81, [], True), (320, [], True), (320, ["same_image"], False)],
 )
-def test_a_queue_of_more_than_half_of_the_data_is_warned_of(
+def test_a_queue_larger_than_half_of_the_data_gives_a_warning(
     queue_size: int, masks: list[str], warned: bool
 ) -> None:
     recipe = pretrain_run(with_recipe(queue_size=queue_size, masks=masks), "moco-v2", 0).recipe
@@ -289,10 +292,8 @@ def test_a_queue_of_more_than_half_of_the_data_is_warned_of(
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(50, 8), (48, 8), (30, 30)])
 @pytest.mark.parametrize("queue_size", [20, 45, 64, 130])
-def test_the_share_of_stale_keys_is_the_share_that_is_counted(
-    queue_size: int, num_images: int, batch_size: int
-) -> None:
-    """In the order in which trainings meet their images, over many epochs."""
+def test_the_share_of_stale_keys_equals_a_count(queue_size: int, num_images: int, batch_size: int) -> None:
+    """In the order in which a training loads images, over many epochs."""
     rows, queue, counts = np.arange(num_images), [], []
     loading = Loading(batch_size, torch.device("cpu"))
     epochs = range(400)
@@ -305,7 +306,7 @@ def test_the_share_of_stale_keys_is_the_share_that_is_counted(
     assert share == pytest.approx(np.mean(np.array(counts) > 0), abs=0.02)
 
 
-def test_a_loss_that_is_not_finite_stops(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_training(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"at step \d+ \(learning rate 1e\+30\).*none yet"):
         train(with_recipe(lr=1e30), tiny_data, tmp_path)
     assert not (tmp_path / "out").exists()
@@ -313,7 +314,7 @@ def test_a_loss_that_is_not_finite_stops(tiny_data: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("fault", [3, 4, 8])
-def test_what_an_update_ruined_is_not_saved(
+def test_parameters_that_are_not_finite_are_not_saved(
     interval: int,
     fault: int,
     uninterrupted: Path,
@@ -321,8 +322,9 @@ def test_what_an_update_ruined_is_not_saved(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A gradient of NaN, in the middle of an epoch of 5 steps and at its end: the loss before it is fine.
-    The checkpoint is of a step before, and without the fault the run goes on from it."""
+    """A NaN gradient, in the middle and at the end of an epoch of 5 steps; the loss before it is finite.
+    The checkpoint is from an earlier step, and without the fault the run resumes from it.
+    """
     experiment = with_recipe(checkpoint_minutes=EVERY_STEP)
     monkeypatch.setitem(monitoring.CHECK_INTERVAL, "cpu", interval)
     at_step(fault, lambda parameter: parameter.grad[0, 0].fill_(math.nan), monkeypatch)

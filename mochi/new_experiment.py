@@ -481,7 +481,11 @@ def _detection(
         "pretrain_seeds": [0],
         "data": {
             **data,
-            **({"classes": list(boxes.classes), "rule": "all-point"} if data["format"] == "voc" else {}),
+            **(
+                {"classes": list(boxes.classes), "interpolation": "all-point"}
+                if data["format"] == "voc"
+                else {}
+            ),
             "broken_objects": "drop",
             "empty_images": "keep" if data["format"] == "voc" else "drop",
         },

@@ -205,7 +205,7 @@ def _set(where: str, chosen: DetectionSet) -> Iterator[Finding]:
     """What the detection stage would refuse about an existing set, and warnings about it."""
     from mochi.detection import sets  # noqa: PLC0415 (detection is an extra)
 
-    found = sets.contents(chosen.data, masks=chosen.model.masks, jobs=os.cpu_count() or 1)
+    found = sets.contents_of(chosen.data, masks=chosen.model.masks, jobs=os.cpu_count() or 1)
     yield from (Finding("error", f"{where}: {text}") for text in found.errors)
     yield from (Finding("warning", f"{where}: {text}") for text in found.warnings)
     if not found.errors and len(chosen.training.lr) > 1 and found.counts["train"]["images"] < 2:

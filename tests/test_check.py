@@ -37,7 +37,7 @@ SET = {
         "train": ["VOC/train"],
         "test": ["VOC/val"],
         "classes": ["thing"],
-        "rule": "all-point",
+        "interpolation": "all-point",
         "broken_objects": "fail",
         "empty_images": "keep",
     },

@@ -21,6 +21,6 @@ def nearest(features: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return found.indices, found.values
 
 
-def spread(num: int, wanted: int) -> Tensor:
+def evenly_spaced(num: int, wanted: int) -> Tensor:
     """At most `wanted` of the rows 0 to num - 1, evenly spread, in order."""
     return torch.linspace(0, max(num - 1, 0), min(num, wanted), dtype=torch.float64).round().long()

@@ -36,11 +36,11 @@ def draw_sheet(path: Path, rows: Sequence[tuple[NDArray[np.uint8], Sequence[Sequ
     width = step + sum(_COLUMN_GAP + step * group for group in groups) + _GAP
     sheet = Image.new("RGB", (width, step * len(rows) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for index, (query, found) in enumerate(rows):
+    for index, (query, groups_of_tiles) in enumerate(rows):
         top = _GAP + index * step
         _paste(sheet, query, (_GAP + _FRAME, top + _FRAME))
         left = _GAP + step
-        for tiles in found:
+        for tiles in groups_of_tiles:
             left += _COLUMN_GAP if tiles else 0
             for pixels, same in tiles:
                 _frame(draw, left, top, same)
@@ -52,12 +52,12 @@ def draw_sheet(path: Path, rows: Sequence[tuple[NDArray[np.uint8], Sequence[Sequ
 
 
 def draw_map(
-    path: Path, places: NDArray[np.float64], pictures: Sequence[NDArray[np.uint8]], classes: Sequence[int]
+    path: Path, points: NDArray[np.float64], pictures: Sequence[NDArray[np.uint8]], classes: Sequence[int]
 ) -> None:
     """Thumbnails at their positions in the unit square, framed by class; -1 has no frame."""
     sheet = Image.new("RGB", (_MAP, _MAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for (x, y), pixels, label in zip(places, pictures, classes, strict=True):
+    for (x, y), pixels, label in zip(points, pictures, classes, strict=True):
         left, top = (round(float(value) * (_MAP - _DOT - 4)) + 2 for value in (x, 1 - y))
         if label >= 0:
             draw.rectangle((left, top, left + _DOT - 1, top + _DOT - 1), _CLASSES[label % len(_CLASSES)])

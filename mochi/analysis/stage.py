@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mochi.analysis.embedding_map import flatten
+from mochi.analysis.embedding_map import project_2d
 from mochi.analysis.geometry import alignment, uniformity
-from mochi.analysis.neighbours import nearest, spread
+from mochi.analysis.neighbours import evenly_spaced, nearest
 from mochi.analysis.pictures import Tile, draw_map, draw_sheet
 from mochi.config import AnalysisRun
 from mochi.data.format import StoredDataset, StoredSplit, open_dataset
@@ -52,13 +52,16 @@ def run(run: AnalysisRun, result: Result, *, workers: int = 0) -> None:
     make_deterministic()
     dataset = open_dataset(result.inputs["data"].parent)
     split = _split(dataset)
-    rows = spread(len(split), MAX_IMAGES).numpy()
+    rows = evenly_spaced(len(split), MAX_IMAGES).numpy()
     spaces = _spaces(run, result, split, rows, device, workers)
     labels = torch.from_numpy(split.labels[rows])
     classes = [dataset.classes[label] if label >= 0 else None for label in labels.tolist()]
-    queries, mapped = spread(len(rows), _QUERIES).tolist(), spread(len(rows), _MAPPED).tolist()
+    queries, mapped = (
+        evenly_spaced(len(rows), _QUERIES).tolist(),
+        evenly_spaced(len(rows), _MAPPED).tolist(),
+    )
     similar = {name: _similar(space, queries) for name, space in spaces.items()}
-    places, map_method = flatten(spaces["pooled"].cpu().numpy()[mapped])
+    points, map_method = project_2d(spaces["pooled"].cpu().numpy()[mapped])
 
     def described(row: int) -> dict[str, Any]:
         return {"image": split.path(rows[row]), "class": classes[row]}
@@ -94,7 +97,7 @@ def run(run: AnalysisRun, result: Result, *, workers: int = 0) -> None:
     with publishing(result.folder) as new:
         write_json(new / "analysis.json", analysis)
         draw_sheet(new / "neighbours.jpg", sheet)
-        draw_map(new / "map.jpg", places, [pictures[row] for row in mapped], labels[mapped].tolist())
+        draw_map(new / "map.jpg", points, [pictures[row] for row in mapped], labels[mapped].tolist())
         write_record(new, result, watch)
 
 

@@ -31,8 +31,9 @@ class DetectionData(Section):
     classes: Annotated[list[str], Field(min_length=1)] | None = None
     """Names in the order of their labels, from 1. Required by voc; coco takes the file's categories. For
     scenes: the photographs whose pieces are the objects; the others are backgrounds."""
-    rule: Literal["11-point", "all-point"] | None = None
-    """voc: the average precision that fills AP, AP50 and AP75; the others are reported too."""
+    interpolation: Literal["11-point", "all-point"] | None = None
+    """voc: of the precision-recall curve, for AP, AP50 and AP75: `11-point` (2007) or `all-point` (2010 and
+    later); the other one and COCO's are reported too."""
     broken_objects: Literal["drop", "fail"]
     """An object without a usable box (none, not four numbers, reversed, without area, outside the image)
     or, with masks, without a usable segmentation: drop it (counted and named), or fail."""
@@ -53,8 +54,10 @@ class DetectionData(Section):
 
     @model_validator(mode="after")
     def _voc_says_more(self) -> Self:
-        if self.format == "voc" and (self.classes is None or self.rule is None):
-            raise ValueError("format voc needs `classes` (in order) and `rule` (11-point or all-point)")
+        if self.format == "voc" and (self.classes is None or self.interpolation is None):
+            raise ValueError(
+                "format voc needs `classes` (in order) and `interpolation` (11-point or all-point)"
+            )
         if self.scenes is not None and self.classes is None:
             raise ValueError("scenes need `classes`: the names of the photographs that are objects")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):

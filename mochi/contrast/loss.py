@@ -189,11 +189,11 @@ def _fused_rows(
 
     weights = rule.fused(Similarities(positive, [p, *mixed], hardest, num), temperature)
     for synthetic, p_h in zip(synthetics, mixed, strict=True):
-        synthetic.give_to_parents(p_h, p)
+        synthetic.scatter_to_parents(p_h, p)
     gradient = p @ queue
     gradient += weights.positive[:, None] * key
     for synthetic, p_h in zip(synthetics, mixed, strict=True):
-        if (rest := synthetic.remaining(p_h, query)) is not None:
+        if (rest := synthetic.rest_of_gradient(p_h, query)) is not None:
             gradient += rest
     gradient = gradient / weights.divisor[:, None]
     return weights.loss, positive, hardest_negative, hardest_synthetic, gradient

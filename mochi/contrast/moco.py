@@ -16,7 +16,7 @@ from mochi.config import ConfigError, Contrastive, Encoder
 from mochi.contrast.key_queue import KeyQueue
 from mochi.contrast.loss import Contrast, contrastive_loss
 from mochi.contrast.rules import Rule, exclude
-from mochi.contrast.rules.moco import MoCo as PlainRule
+from mochi.contrast.rules.moco import MoCo as MoCoRule
 from mochi.encoders.backbone import Backbone
 from mochi.encoders.batch_norm import GroupedBatchNorm2d
 from mochi.encoders.heads import projection_head
@@ -99,13 +99,13 @@ class MoCo(nn.Module):
         with torch.no_grad():
             self._update_momentum_encoder()
             key = self._encode_keys(key_images, step)  # (B, C)
-        rule = self.rule if synthesize else PlainRule()
+        rule = self.rule if synthesize else MoCoRule()
         images = torch.full_like(labels, -1) if images is None else images
         excluded = exclude(self.masks, labels, images, self.queue)  # (B, K)
         # Of this rank's queries, so each rank mixes differently.
-        draws = generator("mix negatives", self.seed, step, rank(), device=self.queue.keys.device)
-        loss = contrastive_loss(query, key, self.queue.keys, self.recipe.temperature, rule, excluded, draws)
-        return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, excluded, rule, draws)
+        rng = generator("mix negatives", self.seed, step, rank(), device=self.queue.keys.device)
+        loss = contrastive_loss(query, key, self.queue.keys, self.recipe.temperature, rule, excluded, rng)
+        return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, excluded, rule, rng)
 
     def enqueue(self, key: Tensor, labels: Tensor, images: Tensor | None = None) -> None:
         """Replace the oldest keys, gathered in rank order: the same queue on every rank."""

@@ -16,7 +16,7 @@ from mochi.contrast import rules
 from mochi.contrast.key_queue import KeyQueue
 from mochi.contrast.loss import contrastive_loss
 from mochi.contrast.rules import Mask, Rule, at_least, exclude
-from mochi.contrast.rules.moco import MoCo as PlainRule
+from mochi.contrast.rules.moco import MoCo as MoCoRule
 from mochi.errors import UserError, guess
 from mochi.runtime.distributed import gather, rank, world_size
 from mochi.runtime.seeding import generator
@@ -68,11 +68,11 @@ class ContrastiveLoss(nn.Module):
             raise UserError(f"temperature: found {temperature}; expected a number above 0, such as 0.2")
         try:
             at_least(1, queue_size=queue_size, dim=dim)
-            self.rule = rule if isinstance(rule, Rule) else _made("rule", rule, Rule, settings)
+            self.rule = rule if isinstance(rule, Rule) else _build("rule", rule, Rule, settings)
             self.rule.check(queue_size)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self.masks = [_made("masks", mask, Mask, {}) for mask in masks]
+        self.masks = [_build("masks", mask, Mask, {}) for mask in masks]
         self.temperature = temperature
         self.seed = seed
         self.steps = 0
@@ -123,10 +123,10 @@ class ContrastiveLoss(nn.Module):
         dtype = torch.promote_types(query.dtype, torch.float32)
         unit_query, unit_key = _unit(query, dtype), _unit(key.detach(), dtype)
         queue = self.queue.keys.to(dtype)
-        rule = self.rule if synthesize else PlainRule()
+        rule = self.rule if synthesize else MoCoRule()
         excluded = exclude(self.masks, *identities, self.queue)
-        draws = self._draws(queue.device)
-        loss = contrastive_loss(unit_query, unit_key, queue, self.temperature, rule, excluded, draws).loss
+        rng = self._rng(queue.device)
+        loss = contrastive_loss(unit_query, unit_key, queue, self.temperature, rule, excluded, rng).loss
         if enqueue:
             self._replace_oldest(unit_key, *identities)
         if self.training:
@@ -170,7 +170,7 @@ class ContrastiveLoss(nn.Module):
     def _replace_oldest(self, unit_key: Tensor, labels: Tensor, images: Tensor) -> None:
         self.queue.enqueue(gather(unit_key), *gather(torch.stack((labels, images), 1)).unbind(1))
 
-    def _draws(self, device: torch.device) -> torch.Generator | None:
+    def _rng(self, device: torch.device) -> torch.Generator | None:
         """The generator of this step's synthetics, the same as in pretraining if there is a seed."""
         if self.seed is None:
             return None
@@ -247,7 +247,7 @@ def _unit(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
     return F.normalize(embeddings.to(dtype), dim=-1)
 
 
-def _made(key: str, name: str, kind: type[_Part], settings: Mapping[str, Any]) -> _Part:
+def _build(key: str, name: str, kind: type[_Part], settings: Mapping[str, Any]) -> _Part:
     """The rule or mask with a name.
 
     Raises:

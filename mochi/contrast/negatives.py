@@ -34,10 +34,10 @@ class Synthetics(Protocol):
     def similarity(self, query: Tensor, similarity: Tensor) -> Tensor:
         """q . h from the queries (B, C) and their similarities (B, K) to the queue -> (B, S)."""
 
-    def give_to_parents(self, p_h: Tensor, p: Tensor) -> None:
+    def scatter_to_parents(self, p_h: Tensor, p: Tensor) -> None:
         """Add each synthetic's weight p_h (B, S) times v_p to its parents' columns of `p` (B, K)."""
 
-    def remaining(self, p_h: Tensor, query: Tensor) -> Tensor | None:
+    def rest_of_gradient(self, p_h: Tensor, query: Tensor) -> Tensor | None:
         """(B, C) the part of sum_h p_h dh/dq outside the queue's rows; None: zero."""
 
 
@@ -57,11 +57,11 @@ class SparseSynthetics(NamedTuple):
         mixed = (self.weights * rows).sum(-1)
         return mixed if self.query_weight is None else mixed + self.query_weight
 
-    def give_to_parents(self, p_h: Tensor, p: Tensor) -> None:
+    def scatter_to_parents(self, p_h: Tensor, p: Tensor) -> None:
         """See `Synthetics`."""
         p.scatter_add_(1, self.parents.flatten(1), (p_h[..., None] * self.gradient_weights).flatten(1))
 
-    def remaining(self, p_h: Tensor, query: Tensor) -> Tensor | None:
+    def rest_of_gradient(self, p_h: Tensor, query: Tensor) -> Tensor | None:
         """The query's part."""
         if self.gradient_query_weight is None:
             return None
@@ -80,10 +80,10 @@ class VectorSynthetics(NamedTuple):
         rows = similarity.gather(1, self.parents.flatten(1)).view_as(self.parents)
         return mixed.masked_fill(rows.isneginf().any(-1), -torch.inf)
 
-    def give_to_parents(self, p_h: Tensor, p: Tensor) -> None:
-        """Nothing: see `remaining`."""
+    def scatter_to_parents(self, p_h: Tensor, p: Tensor) -> None:
+        """Nothing: see `rest_of_gradient`."""
 
-    def remaining(self, p_h: Tensor, query: Tensor) -> Tensor | None:
+    def rest_of_gradient(self, p_h: Tensor, query: Tensor) -> Tensor | None:
         """sum_h p_h h."""
         del query
         return torch.einsum("bs,bsc->bc", p_h, self.vectors)
@@ -192,9 +192,9 @@ def sum_with_query(
     query_weight, weight = share / length, rest / length
     gradient_query_weight, gradient_weight = query_weight, weight
     if through_query:
-        remaining = 1 - query_weight * (query_weight + weight * x)
-        gradient_weight = remaining * weight
-        gradient_query_weight = remaining * query_weight + query_weight
+        c = 1 - query_weight * (query_weight + weight * x)  # see `mix_with_query`
+        gradient_weight = c * weight
+        gradient_query_weight = c * query_weight + query_weight
     return SparseSynthetics(
         parents[..., None],
         weight[..., None],
@@ -211,8 +211,8 @@ def draw_parents(pool: Pool, num: int, generator: torch.Generator | None) -> Ten
 
 def _draw(size: Tensor, num: int, generator: torch.Generator | None) -> Tensor:
     """(B, num) integers, uniform in [0, size) for each row of `size` (B, 1)."""
-    places = torch.rand(len(size), num, generator=generator, device=size.device, dtype=torch.float64)
-    return (places * size).long()
+    u = torch.rand(len(size), num, generator=generator, device=size.device, dtype=torch.float64)
+    return (u * size).long()
 
 
 def uniform(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:

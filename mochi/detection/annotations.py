@@ -48,18 +48,19 @@ class Mistakes:
             raise AnnotationError("\n".join([*self._texts[:_SHOWN], *more]))
 
 
-def drop(where: str, defect: str, broken_objects: str, found: Counter[str], dropped: list[str]) -> None:
+def drop(where: str, defect: str, broken_objects: str, counts: Counter[str], dropped: list[str]) -> None:
     """Drop an object that cannot be used, or refuse it."""
     if broken_objects == "fail":
         raise AnnotationError(f"{where}: {defect}; correct the file, or set broken_objects: drop")
-    found[f"objects dropped: {defect}"] += 1
+    counts[f"objects dropped: {defect}"] += 1
     dropped.append(f"{where}: {defect}")
 
 
-def counted(found: Counter[str]) -> str:
+def render_counts(counts: Counter[str]) -> str:
     """What readers counted, for a message."""
     return (
-        ", ".join(f"{name}: {count}" for name, count in sorted(found.items()) if count) or "nothing counted"
+        ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()) if count)
+        or "nothing counted"
     )
 
 
@@ -85,7 +86,7 @@ class Annotations:
 
     classes: tuple[str, ...]
     images: tuple[AnnotatedImage, ...]
-    found: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     """What the reader counted, defects included."""
     numbering: str = ""
     """The first number of pixels (VOC) or categories (COCO): one decision for the whole set."""
@@ -101,13 +102,13 @@ class Annotations:
         labels = (
             np.concatenate([image.labels for image in self.images]) if self.images else np.zeros(0, int)
         )
-        counts = np.bincount(labels, minlength=len(self.classes) + 1)
+        per_class = np.bincount(labels, minlength=len(self.classes) + 1)
         return {
             "images": len(self.images),
-            "objects": int(counts.sum()),
-            "classes": {name: int(counts[1 + index]) for index, name in enumerate(self.classes)},
+            "objects": int(per_class.sum()),
+            "classes": {name: int(per_class[1 + index]) for index, name in enumerate(self.classes)},
             **({"numbering": self.numbering} if self.numbering else {}),
-            **dict(sorted(self.found.items())),
+            **dict(sorted(self.counts.items())),
         }
 
 
@@ -143,7 +144,7 @@ def merge(parts: list[Annotations]) -> Annotations:
     for part in parts[1:]:
         require_same_classes(classes, part.classes)
     images = tuple(image for part in parts for image in part.images)
-    return Annotations(classes, images, sum((part.found for part in parts), Counter()), parts[0].numbering,
+    return Annotations(classes, images, sum((part.counts for part in parts), Counter()), parts[0].numbering,
                        tuple(each for part in parts for each in part.dropped))  # fmt: skip
 
 
@@ -169,10 +170,10 @@ def for_training(annotations: Annotations, empty_images: str) -> Annotations:
     Source: detectron2 data/build.py drops images without usable annotations (1,021 of COCO's train2017).
     """
     images = []
-    found = Counter(annotations.found)
+    counts = Counter(annotations.counts)
     for image in annotations.images:
         keep = image.trained
-        found["images without a trained box"] += int(not keep.any())
+        counts["images without a trained box"] += int(not keep.any())
         if not keep.any() and empty_images == "drop":
             continue
         masks = image.masks
@@ -188,9 +189,9 @@ def for_training(annotations: Annotations, empty_images: str) -> Annotations:
     if not any(len(image.boxes) for image in images):
         raise AnnotationError(
             f"found no object to train on in {len(annotations.images)} training images "
-            f"({counted(found)}); nothing can be trained or measured without one"
+            f"({render_counts(counts)}); nothing can be trained or measured without one"
         )
-    return Annotations(annotations.classes, tuple(images), found, annotations.numbering)
+    return Annotations(annotations.classes, tuple(images), counts, annotations.numbering)
 
 
 def split_off(

@@ -1,4 +1,4 @@
-"""Average precision, by PASCAL VOC's rules and by COCO's.
+"""Average precision, as PASCAL VOC and as COCO define it.
 
 Legend: M detections and G objects of all images; T = 10 overlap thresholds .5, .55, ... .95.
 """
@@ -41,7 +41,7 @@ class Curve:
     positives: int
     """Objects to find, difficult ones not counted."""
 
-    def average_precision(self, rule: str) -> float:
+    def average_precision(self, interpolation: str) -> float:
         """In [0, 1], or NaN if there are no objects.
 
         `11-point`: mean over recall 0, .1, ... 1 of the best precision from there on (VOC2007).
@@ -52,10 +52,10 @@ class Curve:
         if self.positives == 0:
             return float("nan")
         best_after = np.maximum.accumulate(self.precision[::-1])[::-1]
-        if rule == "11-point":
+        if interpolation == "11-point":
             # The fourth is 0.30000000000000004, as in the public evaluator: it decides ties at recall 0.3.
-            places = np.searchsorted(self.recall, np.arange(0.0, 1.1, 0.1), side="left")
-            return float(np.append(best_after, 0.0)[places].mean())
+            indices = np.searchsorted(self.recall, np.arange(0.0, 1.1, 0.1), side="left")
+            return float(np.append(best_after, 0.0)[indices].mean())
         steps = np.diff(self.recall, prepend=0.0)
         return float((steps * best_after).sum())
 
@@ -152,25 +152,25 @@ def _overlap(a: Floats, b: Floats) -> Floats:
     return result
 
 
-def voc_metrics(curves: Any, classes: tuple[str, ...], rule: str) -> dict[str, Any]:
-    """AP (mean over thresholds .5 to .95), AP50, AP75 by `rule`, percent; the other rule too.
+def voc_metrics(curves: Any, classes: tuple[str, ...], interpolation: str) -> dict[str, Any]:
+    """AP (mean over thresholds .5 to .95), AP50, AP75 by `interpolation`, percent; the other one too.
 
     None where there is nothing to find.
     """
     metrics: dict[str, Any] = {}
-    for each in (rule, "all-point" if rule == "11-point" else "11-point"):
+    for each in (interpolation, "all-point" if interpolation == "11-point" else "11-point"):
         table = 100 * np.array(
             [[curve.average_precision(each) for curve in row] for row in curves]
         )  # (T, K)
         present = table[:, ~np.isnan(table[0])]
         means = present.mean(axis=1) if present.size else None
-        prefix = "" if each == rule else f"{each.replace('-', '_')}_"
+        prefix = "" if each == interpolation else f"{each.replace('-', '_')}_"
         metrics |= {
             f"{prefix}AP": None if means is None else float(means.mean()),
             f"{prefix}AP50": None if means is None else float(means[0]),
             f"{prefix}AP75": None if means is None else float(means[5]),
         }
-        if each == rule:
+        if each == interpolation:
             metrics["AP50_by_class"] = {
                 name: None if np.isnan(value) else float(value)
                 for name, value in zip(classes, table[0], strict=True)
@@ -194,9 +194,9 @@ def coco_metrics(annotations: Annotations, detections: Detections) -> dict[str, 
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-        for place, name in enumerate(("AP", "AP50", "AP75")):
-            share = float(evaluator.stats[place])  # -1 if there are no objects
-            metrics[f"{prefix}{name}"] = None if share < 0 else 100 * share
+        for position, name in enumerate(("AP", "AP50", "AP75")):
+            value = float(evaluator.stats[position])  # -1 if there are no objects
+            metrics[f"{prefix}{name}"] = None if value < 0 else 100 * value
     return metrics
 
 

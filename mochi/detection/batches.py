@@ -70,14 +70,17 @@ class Batch:
     """For each image boxes, labels and, with masks, masks, as in `Item`."""
     vanished: int
 
-    def images(self, device: torch.device, places: Sequence[int] | None = None) -> Tensor:
-        """(B, 3, H, W) float32 on `device`, normalised; padding is zero after that. `places`: of these."""
-        chosen = range(len(self.sizes)) if places is None else places
-        pixels = self.pixels if places is None else self.pixels[list(places)]
+    def images(self, device: torch.device, positions: Sequence[int] | None = None) -> Tensor:
+        """(B, 3, H, W) float32 on `device`, normalised; padding is zero after that.
+
+        `positions`: of these images of the batch only.
+        """
+        chosen = range(len(self.sizes)) if positions is None else positions
+        pixels = self.pixels if positions is None else self.pixels[list(positions)]
         mean, std = arrays_to(device, _MEAN, _STD)
         images = (to_device(pixels, device) - mean) / std
-        for image, place in zip(images, chosen, strict=True):
-            height, width = self.sizes[place]
+        for image, position in zip(images, chosen, strict=True):
+            height, width = self.sizes[position]
             image[height:] = 0
             image[:, width:] = 0
         return images.permute(0, 3, 1, 2)  # channels last in memory
@@ -92,7 +95,7 @@ class Batch:
         return replace(self, pixels=self.pixels.pin_memory(), objects=objects)
 
 
-def resized(height: int, width: int, short_side: int, longest: int) -> tuple[int, int]:
+def resized_size(height: int, width: int, short_side: int, longest: int) -> tuple[int, int]:
     """The size of an image with short side `short_side`, unless its long side exceeds `longest`.
 
     Source: detectron2 data/transforms/augmentation_impl.py ResizeShortestEdge.
@@ -119,7 +122,7 @@ class Images:
         """
         annotated = self.annotations.images[index]
         pixels = self._pixels(index, annotated)
-        height, width = resized(annotated.height, annotated.width, short_side, longest)
+        height, width = resized_size(annotated.height, annotated.width, short_side, longest)
         if (height, width) != pixels.shape[:2]:
             small = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
             pixels = np.asarray(small)
@@ -142,7 +145,7 @@ class Images:
         """Bytes of the largest item, masks included."""
         sizes = [0]
         for image in self.annotations.images:
-            height, width = resized(image.height, image.width, short_side, longest)
+            height, width = resized_size(image.height, image.width, short_side, longest)
             sizes.append(3 * height * width + len(image.masks or ()) * image.height * image.width)
         return max(sizes)
 
@@ -210,10 +213,10 @@ class TrainingItems:
 
     def indices(self, number: int) -> NDArray[np.int64]:
         """(micro_batch,) images of micro-batch `number`, counted through all epochs."""
-        epoch, place = divmod(number, self.per_epoch)
+        epoch, position = divmod(number, self.per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffle(epoch))
-        chosen: NDArray[np.int64] = self._epoch[1][place]
+        chosen: NDArray[np.int64] = self._epoch[1][position]
         return chosen
 
     def _shuffle(self, epoch: int) -> NDArray[np.int64]:
@@ -286,7 +289,7 @@ def stream(
         AnnotationError: an image cannot be used.
         UserError: the workers hang.
     """
-    workers, ahead = fitting_workers(workers, batch_bytes)
+    workers, prefetch_factor = fitting_workers(workers, batch_bytes)
     if workers:
         make_room_for_workers()
     pulse = Pulse()
@@ -295,7 +298,7 @@ def stream(
         batch_size=None,
         sampler=keys,
         num_workers=workers,
-        prefetch_factor=ahead,
+        prefetch_factor=prefetch_factor,
         timeout=LOOK_SECONDS if workers else 0,
         worker_init_fn=end_worker_that_cannot_send,
         pin_memory=device.type == "cuda",

@@ -51,7 +51,7 @@ def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotation
         raise AnnotationError(f"{path}: found no {', '.join(missing)}; expected COCO's instances format")
     classes = _categories(data)
     labels = {identity: 1 + index for index, identity in enumerate(classes)}
-    mistakes, found = Mistakes(), Counter[str]()
+    mistakes, counts = Mistakes(), Counter[str]()
     images = _images(data, root / split, mistakes)
     mistakes.refuse()
     objects: dict[_Id, list[_Object]] = {identity: [] for identity in images}
@@ -71,12 +71,12 @@ def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotation
     for identity, image in images.items():
         with mistakes.collected():
             annotated.append(
-                image.annotated(objects[identity], labels, masks, broken_objects, found, dropped)
+                image.annotated(objects[identity], labels, masks, broken_objects, counts, dropped)
             )
     mistakes.refuse()
     ids = list(labels)
     numbering = f"category ids {ids[0]!r} to {ids[-1]!r}"
-    return Annotations(tuple(classes.values()), tuple(annotated), found, numbering, tuple(dropped))
+    return Annotations(tuple(classes.values()), tuple(annotated), counts, numbering, tuple(dropped))
 
 
 def has_masks(root: Path, split: str) -> bool:
@@ -130,7 +130,7 @@ class _Image:
         labels: Mapping[_Id, int],
         masks: bool,
         broken_objects: str,
-        found: Counter[str],
+        counts: Counter[str],
         dropped: list[str],
     ) -> AnnotatedImage:
         """The image with its usable objects."""
@@ -138,7 +138,7 @@ class _Image:
         for item in objects:
             shape, defect = item.usable(self.height, self.width, masks)
             if defect:
-                drop(f"{item.where} of image {self.identity!r}", defect, broken_objects, found, dropped)
+                drop(f"{item.where} of image {self.identity!r}", defect, broken_objects, counts, dropped)
                 continue
             kept.append(item)
             shapes.append(shape)
@@ -146,9 +146,9 @@ class _Image:
         areas = [item.area() for item in kept]
         crowd = np.array([item.fields.flag("iscrowd") for item in kept], bool)
         boxes[:, 2:] += boxes[:, :2]
-        found["crowds"] += int(crowd.sum())
-        found["images without boxes"] += int(not kept)
-        found["images with crowds alone"] += int(len(kept) > 0 and bool(crowd.all()))
+        counts["crowds"] += int(crowd.sum())
+        counts["images without boxes"] += int(not kept)
+        counts["images with crowds alone"] += int(len(kept) > 0 and bool(crowd.all()))
         return AnnotatedImage(
             self.identity,
             self.path,

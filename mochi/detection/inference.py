@@ -65,7 +65,7 @@ def detect(
         device,
         batch_size * images.largest(short_side, longest),
     )
-    found = []
+    entries = []
     with Progress("detecting", len(keys)) as progress, torch.inference_mode():
         for batch in batches:
             with autocast():
@@ -74,20 +74,20 @@ def detect(
                 else:
                     results = detector.from_features(features(batch), batch.sizes)
             for index, size, result in zip(batch.indices, batch.sizes, results, strict=True):
-                found.append(_one(images.annotations.images[index], index, size, result))
+                entries.append(_as_json(images.annotations.images[index], index, size, result))
             progress.advance()
     if distributed.world_size() > 1:
-        found = _exchange(found, parts)
-    return _together(sorted(found, key=lambda part: part["image"]))
+        entries = _gather_through_files(entries, parts)
+    return _as_detections(sorted(entries, key=lambda part: part["image"]))
 
 
-def _one(
+def _as_json(
     annotated: AnnotatedImage, index: int, size: tuple[int, int], result: dict[str, Tensor]
 ) -> dict[str, Any]:
     """One image's detections as JSON: boxes scaled back to the original image, masks as run lengths."""
     ratio = torch.tensor([annotated.width / size[1], annotated.height / size[0]]).repeat(2)
     boxes = result["boxes"].cpu() * ratio
-    one: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "image": index,
         "boxes": boxes.tolist(),
         "scores": result["scores"].cpu().tolist(),
@@ -99,8 +99,8 @@ def _one(
             for inside in paste(result["masks"][:, 0], boxes, annotated.height, annotated.width)
             for mask in encode_masks(inside.cpu().numpy())
         ]
-        one["masks"] = [{"size": mask["size"], "counts": mask["counts"].decode()} for mask in masks]
-    return one
+        entry["masks"] = [{"size": mask["size"], "counts": mask["counts"].decode()} for mask in masks]
+    return entry
 
 
 def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[Tensor]:
@@ -124,33 +124,35 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[Ten
 def _weights(low: Tensor, high: Tensor, pixels: int, cells: int) -> Tensor:
     """(n, pixels, cells): weight of each cell of [low, high] at each pixel's centre."""
     centres = torch.arange(pixels, device=low.device) + 0.5
-    places = (centres - low[:, None]) / (high - low)[:, None] * cells - 0.5  # in cells
-    distances = places[:, :, None] - torch.arange(cells, device=low.device)
+    positions = (centres - low[:, None]) / (high - low)[:, None] * cells - 0.5  # in cells
+    distances = positions[:, :, None] - torch.arange(cells, device=low.device)
     return (1 - distances.abs()).clamp(min=0)
 
 
-def _exchange(found: list[dict[str, Any]], parts: Path) -> list[dict[str, Any]]:
+def _gather_through_files(own: list[dict[str, Any]], parts: Path) -> list[dict[str, Any]]:
     """Gather all parts through files, because gathering Python objects would use pickle."""
-    write_json(parts / f"part-{distributed.rank()}.json", found)
-    distributed.wait()
-    everything = [
-        one
+    write_json(parts / f"part-{distributed.rank()}.json", own)
+    distributed.barrier()
+    gathered = [
+        entry
         for rank in range(distributed.world_size())
-        for one in json.loads((parts / f"part-{rank}.json").read_text(encoding="utf-8"))
+        for entry in json.loads((parts / f"part-{rank}.json").read_text(encoding="utf-8"))
     ]
-    distributed.wait()
+    distributed.barrier()
     (parts / f"part-{distributed.rank()}.json").unlink()
-    return everything
+    return gathered
 
 
-def _together(found: list[dict[str, Any]]) -> Detections:
+def _as_detections(entries: list[dict[str, Any]]) -> Detections:
     masks = None
-    if found and "masks" in found[0]:
-        masks = [{**mask, "counts": mask["counts"].encode()} for one in found for mask in one["masks"]]
+    if entries and "masks" in entries[0]:
+        masks = [
+            {**mask, "counts": mask["counts"].encode()} for entry in entries for mask in entry["masks"]
+        ]
     return Detections(
-        np.array([one["image"] for one in found for _ in one["scores"]], np.int64),
-        np.array([box for one in found for box in one["boxes"]], np.float32).reshape(-1, 4),
-        np.array([score for one in found for score in one["scores"]], np.float32),
-        np.array([label for one in found for label in one["labels"]], np.int64),
+        np.array([entry["image"] for entry in entries for _ in entry["scores"]], np.int64),
+        np.array([box for entry in entries for box in entry["boxes"]], np.float32).reshape(-1, 4),
+        np.array([score for entry in entries for score in entry["scores"]], np.float32),
+        np.array([label for entry in entries for label in entry["labels"]], np.int64),
         masks,
     )

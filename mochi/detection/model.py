@@ -196,17 +196,19 @@ class Res5RoIHeads(RoIHeads):  # type: ignore[misc]
         targets: list[Target],
         image_shapes: list[tuple[int, int]],
     ) -> Tensor:
-        every = torch.cat(labels)
-        rows = torch.where(every > 0)[0]
+        all_labels = torch.cat(labels)
+        rows = torch.where(all_labels > 0)[0]
         logits = self.mask_predictor(regions[rows]).float()
-        wanted = []
+        target_masks = []
         for boxes, match, label, target, size in zip(
             proposals, matched, labels, targets, image_shapes, strict=True
         ):
             own = torch.where(label > 0)[0]
-            wanted.append(mask_targets(boxes[own], target["masks"], match[own], size, logits.shape[-1]))
-        chosen = logits[torch.arange(len(rows), device=rows.device), every[rows] - 1]
-        total = F.binary_cross_entropy_with_logits(chosen, torch.cat(wanted), reduction="sum")
+            target_masks.append(
+                mask_targets(boxes[own], target["masks"], match[own], size, logits.shape[-1])
+            )
+        chosen = logits[torch.arange(len(rows), device=rows.device), all_labels[rows] - 1]
+        total = F.binary_cross_entropy_with_logits(chosen, torch.cat(target_masks), reduction="sum")
         loss: Tensor = total / max(chosen.numel(), 1)
         return loss
 
@@ -277,7 +279,7 @@ class Detector(nn.Module):
         # res4 has half as many channels as res5 in every ResNet.
         channels = encoder.num_features // 2
         anchors = Anchors(config.anchor_sizes, config.anchor_ratios, stride)
-        before, after = zip(config.proposals_train, config.proposals_test, strict=True)
+        pre_nms, post_nms = zip(config.proposals_train, config.proposals_test, strict=True)
         self.proposals = Proposals(
             anchors,
             _FloatRPNHead(channels, len(anchors.cells)),
@@ -285,8 +287,8 @@ class Detector(nn.Module):
             bg_iou_thresh=0.3,
             batch_size_per_image=config.rpn_batch,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": before[0], "testing": before[1]},
-            post_nms_top_n={"training": after[0], "testing": after[1]},
+            pre_nms_top_n={"training": pre_nms[0], "testing": pre_nms[1]},
+            post_nms_top_n={"training": post_nms[0], "testing": post_nms[1]},
             nms_thresh=0.7,
         )
         self.heads = Res5RoIHeads(

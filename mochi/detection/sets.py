@@ -15,9 +15,9 @@ from mochi.detection import coco, voc
 from mochi.detection.annotations import (
     AnnotationError,
     Annotations,
-    counted,
     for_training,
     merge,
+    render_counts,
     require_same_classes,
 )
 from mochi.detection.check_images import check_images
@@ -54,7 +54,7 @@ class Contents(NamedTuple):
     """Split -> counts; empty if the files cannot be read."""
 
 
-def contents(data: DetectionData, *, masks: bool, jobs: int) -> Contents:
+def contents_of(data: DetectionData, *, masks: bool, jobs: int) -> Contents:
     """Read a complete set with its images, and report its content instead of raising."""
     counts: dict[str, dict[str, Any]] = {}
     try:
@@ -88,23 +88,23 @@ def inspect(data: Mapping[str, Any], jobs: int) -> Contents:
     chosen = {
         **data,
         "classes": classes,
-        "rule": "all-point",
+        "interpolation": "all-point",
         "broken_objects": "drop",
         "empty_images": "keep",
     }
-    return contents(DetectionData.model_validate(chosen), masks=masks, jobs=jobs)
+    return contents_of(DetectionData.model_validate(chosen), masks=masks, jobs=jobs)
 
 
-def render(found: Contents) -> str:
+def render(contents: Contents) -> str:
     """The contents as text for a terminal."""
     lines = []
-    for split, counts in found.counts.items():
+    for split, counts in contents.counts.items():
         lines.append(f"boxes of {split}: {counts['objects']} in {counts['images']} images")
         classes = [f"{name} {count}" for name, count in counts["classes"].items()]
         lines.append(f"  {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}")
         lines += [f"  {name}: {value}" for name, value in counts.items() if name not in _SHOWN_APART]
-    lines += [f"warning: {text}" for text in found.warnings]
-    lines += [f"error: {text}" for text in found.errors]
+    lines += [f"warning: {text}" for text in contents.warnings]
+    lines += [f"error: {text}" for text in contents.errors]
     return "\n".join(lines)
 
 
@@ -115,8 +115,8 @@ def _read(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations
     else:
         assert data.classes is not None
         halves = [name.rpartition("/") for name in names]
-        places = [(Path(data.path) / folder, image_set) for folder, _, image_set in halves]
-        parts = voc.read_sets(places, data.classes, data.broken_objects)
+        image_sets = [(Path(data.path) / folder, image_set) for folder, _, image_set in halves]
+        parts = voc.read_sets(image_sets, data.classes, data.broken_objects)
     try:
         train, test = merge(parts[: len(data.train)]), merge(parts[len(data.train) :])
         require_same_classes(train.classes, test.classes)
@@ -129,26 +129,26 @@ def _read(data: DetectionData, *, masks: bool) -> tuple[Annotations, Annotations
     if all(image.ignored.all() for image in test.images):
         raise AnnotationError(
             f"{data.path}: found no object in {len(test.images)} test images ({' + '.join(data.test)}; "
-            f"{counted(test.found)}): there is nothing to measure, so nothing is trained"
+            f"{render_counts(test.counts)}): there is nothing to measure, so nothing is trained"
         )
     return train, test
 
 
 def oddities(train: Annotations, test: Annotations) -> list[str]:
     """Probable mistakes that do not prevent training."""
-    found = alike(set(train.classes))
-    for place, split, consequence in (
+    texts = alike(set(train.classes))
+    for name, split, consequence in (
         ("train", train, "cannot be learnt"),
         ("test", test, "have no average precision"),
     ):
         if split.dropped:
             examples = "; ".join(split.dropped[:3]) + ("; ..." if len(split.dropped) > 3 else "")
-            found.append(f"{len(split.dropped)} objects of {place} are dropped: {examples}")
+            texts.append(f"{len(split.dropped)} objects of {name} are dropped: {examples}")
         missing = [name for name, count in split.report()["classes"].items() if not count]
         if missing:
             some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            found.append(f"{len(missing)} classes have no object in {place} and {consequence}: {some}")
+            texts.append(f"{len(missing)} classes have no object in {name} and {consequence}: {some}")
     shared = {image.path for image in train.images} & {image.path for image in test.images}
     if shared:
-        found.append(f"{len(shared)} images are in both train and test, such as {min(shared)}")
-    return found
+        texts.append(f"{len(shared)} images are in both train and test, such as {min(shared)}")
+    return texts

@@ -66,15 +66,15 @@ def run(
         StorageError: `work` or the result's folder cannot be written, or has too little space.
     """
     watch = Stopwatch()
-    chosen, encoder_file = run.detection, result.inputs["encoder"]
+    settings, encoder_file = run.detection, result.inputs["encoder"]
     device = distributed.pick_device()
     with distributed.process_group(device):
-        train, test = read_splits(chosen.data, masks=chosen.model.masks)
-        train_images = Images(for_training(train, chosen.data.empty_images))
+        train, test = read_splits(settings.data, masks=settings.model.masks)
+        train_images = Images(for_training(train, settings.data.empty_images))
         check_images([train, test], jobs=torch.get_num_threads())
-        recipe = Recipe(chosen, run.encoder, encoder_file, len(train.classes), device, workers)
+        recipe = Recipe(settings, run.encoder, encoder_file, len(train.classes), device, workers)
         require_space({result.folder: _PICTURE_BYTES, work: _work_bytes(recipe, test, work)})
-        frozen = FrozenBackbone(recipe, train_images) if chosen.training.mode == "frozen" else None
+        frozen = FrozenBackbone(recipe, train_images) if settings.training.mode == "frozen" else None
         digests = {"train": annotations_digest(train), "test": annotations_digest(test)}
         identity = {
             "experiment": run.experiment,
@@ -86,8 +86,12 @@ def run(
         }
         label = f"{run.method} seed {run.seed}, {run.set_name}"
         tunings = _FineTunings(label, recipe, frozen, identity, work, events)
-        found = result.inputs.get("lr")
-        search = tunings.search_lr(train) if found is None else read_search(found, chosen.training.lr)
+        search_file = result.inputs.get("lr")
+        search = (
+            tunings.search_lr(train)
+            if search_file is None
+            else read_search(search_file, settings.training.lr)
+        )
         extra: dict[str, Any] = {
             "annotations": {"train": train_images.annotations.report(), "test": test.report()},
             "annotations_sha256": digests,
@@ -98,9 +102,9 @@ def run(
         else:
             tuned = [
                 tunings.result(train_images, Images(test), search["lr"], seed)
-                for seed in chosen.training.seeds
+                for seed in settings.training.seeds
             ]
-            metrics = {**summarise(tuned, chosen, search), "notes": oddities(train, test)}
+            metrics = {**summarise(tuned, settings, search), "notes": oddities(train, test)}
             extra["checksums"] = tuned[0]["checksums"]
         if distributed.rank() == 0:
             with publishing(result.folder) as new:
@@ -152,11 +156,11 @@ def annotations_digest(annotations: Annotations) -> str:
 
 
 def evaluate(annotations: Annotations, detections: Detections, data: DetectionData) -> dict[str, Any]:
-    """Metrics in percent: for VOC sets by both VOC rules and COCO's, for COCO sets by COCO's, masks too."""
+    """Metrics in percent: of VOC sets by VOC's two interpolations and COCO's, of COCO sets by COCO's."""
     if data.format == "coco":
         return dict(coco_metrics(annotations, detections))
-    assert data.rule is not None
-    metrics = voc_metrics(voc_curves(annotations, detections), annotations.classes, data.rule)
+    assert data.interpolation is not None
+    metrics = voc_metrics(voc_curves(annotations, detections), annotations.classes, data.interpolation)
     return metrics | {
         f"coco_{name}": value for name, value in coco_metrics(annotations, detections).items()
     }
@@ -203,19 +207,19 @@ class _FineTunings:
         scores: dict[str, float | None] = {}
         for lr in training.lr:
             name = f"lr{lr:g}"
-            found = self._load(name)
-            if found is None:
-                found = {"AP50": None}
+            stored = self._load(name)
+            if stored is None:
+                stored = {"AP50": None}
                 try:
                     detector, _ = self._train(
                         train_images, lr, training.search_iterations, training.seeds[0], name
                     )
                     detections = self._detect(detector, validation_images)
-                    found = {"AP50": evaluate(validation, detections, data)["AP50"]}
+                    stored = {"AP50": evaluate(validation, detections, data)["AP50"]}
                 except NonFiniteError as error:
                     logger.warning("learning rate %g diverges: %s", lr, error)
-                self._keep(name, found)
-            scores[f"{lr:g}"] = found["AP50"]
+                self._store(name, stored)
+            scores[f"{lr:g}"] = stored["AP50"]
         best = max(training.lr, key=lambda lr: scores[f"{lr:g}"] or 0.0)
         logger.info(
             "learning rate %g chosen on %d validation images: %s", best, len(validation.images), scores
@@ -225,9 +229,9 @@ class _FineTunings:
     def result(self, train: Images, test: Images, lr: float, seed: int) -> dict[str, Any]:
         """Metrics of one fine-tuning and the encoder's checksums; the first seed also writes pictures."""
         name = f"seed{seed}"
-        found = self._load(name)
-        if found is not None:
-            return found
+        stored = self._load(name)
+        if stored is not None:
+            return stored
         training = self.recipe.settings.training
         detector, tuning = self._train(train, lr, training.iterations, seed, name)
         detections = self._detect(detector, test)
@@ -241,7 +245,7 @@ class _FineTunings:
             self.pictures.mkdir(parents=True, exist_ok=True)
             figures.write_curves(self.pictures, curves, test.annotations.classes)
             figures.draw_detections(self.pictures / "detections.png", test, detections)
-        self._keep(name, result)
+        self._store(name, result)
         logger.info("%s %s: %s", self.label, name, json.dumps(result["metrics"]))
         return result
 
@@ -282,17 +286,17 @@ class _FineTunings:
         )
 
     def _load(self, name: str) -> dict[str, Any] | None:
-        """What `_keep` wrote for this identity, or None."""
+        """What `_store` wrote for this identity, or None."""
         path = self._path(name)
         if not path.exists():
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return stored
 
-    def _keep(self, name: str, result: Mapping[str, Any]) -> None:
+    def _store(self, name: str, result: Mapping[str, Any]) -> None:
         if distributed.rank() == 0:
             write_json(self._path(name), result)
-        distributed.wait()
+        distributed.barrier()
 
     def _path(self, name: str) -> Path:
         return self.work / f"{name}-{digest(self.identity)}.json"
@@ -321,7 +325,7 @@ def summarise(
         **deviations,
         "num_fine_tunings": len(singles),
         "mode": training.mode,
-        "rule": detection.data.rule or "coco",
+        "interpolation": detection.data.interpolation or "101-point",
         "lr": search["lr"],
         "lr_candidates_AP50": search["lr_candidates_AP50"],
         "iterations": training.iterations,

@@ -99,7 +99,7 @@ class Schedule:
         return rate * 0.1 ** sum(step >= drop for drop in self.drops)
 
 
-_Shown = tuple[str | int, str, bool, tuple[int, int]]
+_ImageKey = tuple[str | int, str, bool, tuple[int, int]]
 """An image as it is shown: id, path, mirrored or not, and size."""
 
 
@@ -126,7 +126,7 @@ class FrozenBackbone:
         with autocast(self._device, training.precision):
             recompute_statistics(self.module.train(), batches, self.module)
         self.module.eval()
-        self._kept: dict[_Shown, Tensor] = {}
+        self._cached: dict[_ImageKey, Tensor] = {}
         self._bytes = 0
 
     @torch.no_grad()
@@ -141,13 +141,13 @@ class FrozenBackbone:
             (annotated[index].image_id, str(annotated[index].path), flipped, size)
             for index, flipped, size in zip(batch.indices, batch.flipped, batch.sizes, strict=True)
         ]
-        missing = [place for place, key in enumerate(keys) if key not in self._kept]
+        missing = [position for position, key in enumerate(keys) if key not in self._cached]
         if missing:
             computed = self.module(batch.images(self._device, missing))
-            for place, feature in zip(missing, computed, strict=True):
-                self._kept[keys[place]] = feature
+            for position, feature in zip(missing, computed, strict=True):
+                self._cached[keys[position]] = feature
                 self._bytes += feature.numel() * feature.element_size()
-        return torch.stack([self._kept[key] for key in keys])
+        return torch.stack([self._cached[key] for key in keys])
 
 
 class FineTuning:
@@ -195,9 +195,9 @@ class FineTuning:
         self._optimizer = _optimizer(self.detector, training)
         self._gradients = distributed.AveragedGradients(self.detector.parameters(), self._accumulate)
         self.step, self.vanished = 0, 0
-        found = checkpoint.load(saved, self._identity)
-        if found is not None:
-            tensors, state = found
+        resumed = checkpoint.load(saved, self._identity)
+        if resumed is not None:
+            tensors, state = resumed
             checkpoint.unpack(tensors, self.detector, self._optimizer)
             self.step, self.vanished = state["step"], state["vanished"]
             logger.info(

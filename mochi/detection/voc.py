@@ -53,10 +53,14 @@ def read_sets(
     labels = {name: 1 + index for index, name in enumerate(classes)}
     if len(labels) < len(classes):
         raise AnnotationError(f"classes: found {', '.join(classes)}; two are one name in two Unicode forms")
-    mistakes, founds, drops = Mistakes(), [Counter[str]() for _ in sets], [list[str]() for _ in sets]
+    mistakes, counts_by_set, dropped_by_set = (
+        Mistakes(),
+        [Counter[str]() for _ in sets],
+        [list[str]() for _ in sets],
+    )
     files: list[list[_File]] = []
-    for (root, image_set), found, dropped in zip(sets, founds, drops, strict=True):
-        reader = _Reader(root, labels, broken_objects, found, dropped, mistakes)
+    for (root, image_set), counts, dropped in zip(sets, counts_by_set, dropped_by_set, strict=True):
+        reader = _Reader(root, labels, broken_objects, counts, dropped, mistakes)
         files.append(reader.files(image_set))
     mistakes.refuse()
     boxes = [each.box for part in files for file in part for each in file.objects]
@@ -65,18 +69,18 @@ def read_sets(
     numbering = f"pixels counted from {first}: {low} of {len(boxes)} boxes start at 0"
     logger.info("%s: %s", sets[0][0], numbering)
     splits = []
-    for part, found, dropped in zip(files, founds, drops, strict=True):
+    for part, counts, dropped in zip(files, counts_by_set, dropped_by_set, strict=True):
         images = []
         for file in part:
             with mistakes.collected():
-                images.append(file.annotated(first, broken_objects, found, dropped))
+                images.append(file.annotated(first, broken_objects, counts, dropped))
         if first == 0:
-            found["files counted from 0"] += len(part)
-        splits.append((images, found, dropped))
+            counts["files counted from 0"] += len(part)
+        splits.append((images, counts, dropped))
     mistakes.refuse()
     return [
-        Annotations(tuple(classes), tuple(images), found, numbering, tuple(dropped))
-        for images, found, dropped in splits
+        Annotations(tuple(classes), tuple(images), counts, numbering, tuple(dropped))
+        for images, counts, dropped in splits
     ]
 
 
@@ -114,7 +118,7 @@ class _File:
     objects: list[_Object]
 
     def annotated(
-        self, first: int, broken_objects: str, found: Counter[str], dropped: list[str]
+        self, first: int, broken_objects: str, counts: Counter[str], dropped: list[str]
     ) -> AnnotatedImage:
         """The boxes of the file in continuous coordinates, with pixels counted from `first`."""
         written = np.array([each.box for each in self.objects], np.float64).reshape(-1, 4)
@@ -124,8 +128,8 @@ class _File:
         usable: NDArray[np.bool_] = np.all(inside[:, 2:] > inside[:, :2], axis=1)
         for each, fine in zip(self.objects, usable, strict=True):
             if not fine:
-                drop(each.where, "a box outside the image", broken_objects, found, dropped)
-        found["boxes cut to the image"] += int(cut[usable].sum())
+                drop(each.where, "a box outside the image", broken_objects, counts, dropped)
+        counts["boxes cut to the image"] += int(cut[usable].sum())
         kept = [each for each, fine in zip(self.objects, usable, strict=True) if fine]
         return AnnotatedImage(
             self.name,
@@ -147,12 +151,12 @@ class _Reader:
         root: Path,
         labels: dict[str, int],
         broken_objects: str,
-        found: Counter[str],
+        counts: Counter[str],
         dropped: list[str],
         mistakes: Mistakes,
     ) -> None:
         self._root, self._labels, self._broken_objects = root, labels, broken_objects
-        self._found, self._dropped, self._mistakes = found, dropped, mistakes
+        self._counts, self._dropped, self._mistakes = counts, dropped, mistakes
         self._annotations, self._images = Names(root / "Annotations"), Names(root / "JPEGImages")
 
     def files(self, image_set: str) -> list[_File]:
@@ -160,7 +164,7 @@ class _Reader:
         listed = _listed(self._root, image_set, self._annotations)
         names = list(dict.fromkeys(listed))
         if len(names) < len(listed):
-            self._found["names listed twice"] += len(listed) - len(names)
+            self._counts["names listed twice"] += len(listed) - len(names)
         files = []
         for name in names:
             with self._mistakes.collected():
@@ -185,15 +189,15 @@ class _Reader:
     def _image(self, name: str, stated: str | None) -> Path:
         """The image of an XML file: by the image set's name, or else by the file's own `filename`."""
         stated = (stated or "").strip().replace("\\", "/").rpartition("/")[2]
-        found = self._images.image(name) or (self._images.find(stated) if stated else None)
-        if found is not None and not found.is_file():
-            raise AnnotationError(f"{found}: a broken link, or not a regular file; expected the image")
-        if found is None:
+        image = self._images.image(name) or (self._images.find(stated) if stated else None)
+        if image is not None and not image.is_file():
+            raise AnnotationError(f"{image}: a broken link, or not a regular file; expected the image")
+        if image is None:
             raise AnnotationError(
                 f"{self._images.folder / name}: no image of that name{self._images.alike(name)}; "
                 f"expected one of {', '.join(IMAGE_SUFFIXES)}"
             )
-        return found
+        return image
 
     def _check_size(self, path: Path, tree: ET.Element, image: Path, width: int, height: int) -> None:
         """Refuse other image sizes, such as that before resizing or rotation: boxes would be misplaced."""
@@ -207,7 +211,7 @@ class _Reader:
                 )
             stated.append(int(number))
         if 0 in stated:
-            self._found["files whose size is missing"] += 1
+            self._counts["files whose size is missing"] += 1
         elif stated != [width, height]:
             turned = (
                 " (it is stored so, and its EXIF orientation turns it)" if stated == [height, width] else ""
@@ -230,10 +234,10 @@ class _Reader:
             )
         box, defect = _read_box(item)
         if defect or box is None:
-            drop(where, defect, self._broken_objects, self._found, self._dropped)
+            drop(where, defect, self._broken_objects, self._counts, self._dropped)
             return None
         for tag in ("difficult", "truncated", "pose"):
-            self._found[f"objects without {tag}"] += int(item.find(tag) is None)
+            self._counts[f"objects without {tag}"] += int(item.find(tag) is None)
         difficult = (item.findtext("difficult") or "").strip().lower() or "0"
         number = {"true": 1.0, "false": 0.0}.get(difficult, as_number(difficult))
         if number is None:

@@ -78,26 +78,26 @@ class _Grouped(torch.autograd.Function):
         """For input, weight and bias, where required."""
         images, weight, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        of_input = torch.empty_like(images)
-        of_weight, of_bias = [], []
+        grad_input = torch.empty_like(images)
+        grad_weight, grad_bias = [], []
         for part, grad, group, mean, invstd in zip(
-            *(tensor.split(ctx.sizes) for tensor in (of_input, grads[0], images)),
+            *(tensor.split(ctx.sizes) for tensor in (grad_input, grads[0], images)),
             saved[::2],
             saved[1::2],
             strict=True,
         ):
-            found = torch.ops.aten.native_batch_norm_backward(
+            grads_of_group = torch.ops.aten.native_batch_norm_backward(
                 grad, group, weight, None, None, mean, invstd, True, ctx.eps, wanted
             )
             if wanted[0]:
-                part.copy_(found[0])
-            of_weight.append(found[1])
-            of_bias.append(found[2])
+                part.copy_(grads_of_group[0])
+            grad_weight.append(grads_of_group[1])
+            grad_bias.append(grads_of_group[2])
         # Last group first: the order in which autograd would sum.
         return (
-            of_input if wanted[0] else None,
-            sum(reversed(of_weight[:-1]), of_weight[-1]) if wanted[1] else None,
-            sum(reversed(of_bias[:-1]), of_bias[-1]) if wanted[2] else None,
+            grad_input if wanted[0] else None,
+            sum(reversed(grad_weight[:-1]), grad_weight[-1]) if wanted[1] else None,
+            sum(reversed(grad_bias[:-1]), grad_bias[-1]) if wanted[2] else None,
             *[None] * 4,
         )
 

@@ -46,13 +46,13 @@ def _replace_norms(parent: nn.Module, norm_layer: Callable[[int], nn.Module]) ->
             new: Any = norm_layer(child.num_features)
             new.eps, new.momentum = child.eps, child.momentum
             new.load_state_dict(child.state_dict())
-            then = [module for key, module in child.named_children() if key in {"drop", "act"}]
-            new.register_forward_hook(_Then(*then))  # timm's BatchNormAct2d applies both afterwards
+            after = [module for key, module in child.named_children() if key in {"drop", "act"}]
+            new.register_forward_hook(_AfterNorm(*after))  # timm's BatchNormAct2d applies both afterwards
             setattr(parent, name, new)
         else:
             _replace_norms(child, norm_layer)
 
 
-class _Then(nn.Sequential):
+class _AfterNorm(nn.Sequential):
     def __call__(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Any:
         return super().__call__(output)

@@ -95,11 +95,11 @@ class Frozen:
             # Either every rank reads or every rank encodes its share.
             if distributed.mean_over_ranks(torch.tensor(float(stored is None), device=self.device)) == 0:
                 assert stored is not None
-                place = self._place(*shape)
-                return Features(stored.to(place), self._labels(split, split.labelled).to(place))
-            found = self.features_of(split, split.labelled)
-            file.write(found.values)
-            return found
+                storage = self._storage_device(*shape)
+                return Features(stored.to(storage), self._labels(split, split.labelled).to(storage))
+            features = self.features_of(split, split.labelled)
+            file.write(features.values)
+            return features
 
     def features_of(self, split: StoredSplit, rows: Rows) -> Features:
         """Like `features`, for some rows of a split, all labelled; computed for this call only."""
@@ -107,17 +107,17 @@ class Frozen:
         batch_size = run.batch_size * world  # so each rank's batch equals a batch of a single process
         loading = Loading(batch_size, self.device, self.workers, distributed.rank(), world)
         crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size, rows=rows)
-        place = self._place(len(rows), self.encoder.num_features)
+        storage = self._storage_device(len(rows), self.encoder.num_features)
         # One allocation: at ImageNet's size a list and its concatenation are too much.
-        values = torch.empty(len(rows), self.encoder.num_features, device=place)
+        values = torch.empty(len(rows), self.encoder.num_features, device=storage)
         label = f"{run.method} seed {run.seed}, features of {split.name}"
         done = 0
         with Progress(label, -(-len(rows) // batch_size)) as progress:
-            for found, _ in self._encoded(crops, len(rows), batch_size):
-                values[done : done + len(found)] = found.to(place)
-                done += len(found)
+            for encoded, _ in self._encoded(crops, len(rows), batch_size):
+                values[done : done + len(encoded)] = encoded.to(storage)
+                done += len(encoded)
                 progress.advance()
-        return Features(values, self._labels(split, rows).to(place))
+        return Features(values, self._labels(split, rows).to(storage))
 
     def random_crops(
         self, split: StoredSplit, *, batch_size: int, min_scale: float, epoch: int
@@ -157,12 +157,12 @@ class Frozen:
             else:
                 own = torch.empty(0, self.encoder.num_features, device=self.device)
                 rows = torch.empty(0, dtype=torch.int64)
-            yield _joined(own, count, self.device), _joined(rows, count, self.device)
+            yield _gather_uneven(own, count, self.device), _gather_uneven(rows, count, self.device)
 
     def _labels(self, split: StoredSplit, rows: Rows) -> Tensor:
         return torch.from_numpy(split.labels[rows])
 
-    def _place(self, count: int, width: int) -> torch.device:
+    def _storage_device(self, count: int, width: int) -> torch.device:
         """Where so many features are kept."""
         where = self.run.features_on
         if where == "auto" and self.device.type == "cuda":
@@ -177,7 +177,7 @@ def _share(count: int, rank: int) -> int:
     return count // world + (rank < count % world)
 
 
-def _joined(own: Tensor, count: int, device: torch.device) -> Tensor:
+def _gather_uneven(own: Tensor, count: int, device: torch.device) -> Tensor:
     """The `_share` of every rank, gathered by way of `device` -> (count, ...), where `own` is."""
     if distributed.world_size() == 1:
         return own

@@ -59,7 +59,7 @@ def run(
         train, val = (split.labels[split.labelled] for split in map(frozen.split, ("train", "val")))
         metrics = run.protocol.evaluate(frozen)
         assert digest(encoder.state_dict()) == before, "the evaluation changed the encoder"
-        distributed.wait()  # for ranks that read the checkpoint
+        distributed.barrier()  # for ranks that read the checkpoint
         if distributed.rank() != 0:
             return
         predicted = metrics.pop("predicted", None)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from mochi.analysis.neighbours import spread
+from mochi.analysis.neighbours import evenly_spaced
 from mochi.config.datasets import Folder
 from mochi.data.describe_folder import describe
 from mochi.data.ingest.decode import open_image, to_rgb
@@ -122,7 +122,7 @@ def sheet(
     """
     classes = classes_of(folder)
     row_of = {path: row for row, path in enumerate(found.paths)}
-    chosen = spread(len(found.paths), num_queries).tolist()
+    chosen = evenly_spaced(len(found.paths), num_queries).tolist()
     files = list(queries) or [folder / found.paths[row] for row in chosen]
     inside = [_name_in(folder, file) for file in files]
     outside = [file for file, name in zip(files, inside, strict=True) if name not in row_of]

@@ -12,7 +12,7 @@ from mochi.config import Contrastive, PretrainRun, Supervised
 from mochi.contrast.diagnosis import false_negatives, matching_probabilities, rule_measurements
 from mochi.contrast.loss import chance_level
 from mochi.contrast.moco import MoCo, Step
-from mochi.contrast.rules.moco import MoCo as PlainRule
+from mochi.contrast.rules.moco import MoCo as MoCoRule
 from mochi.data.format import StoredDataset, StoredSplit
 from mochi.data.views.loading import Images, Loading, Views, one_view, two_views
 from mochi.encoders import build
@@ -133,7 +133,7 @@ class ContrastiveObjective:
 
     def describe_epoch(self, epoch: int) -> dict[str, Any]:
         """Chance level (the loss of uniform guessing, nats), queue fill and measurements."""
-        rule = self._moco.rule if self._moco.rule.is_active(epoch) else PlainRule()
+        rule = self._moco.rule if self._moco.rule.is_active(epoch) else MoCoRule()
         return {
             "chance": chance_level(rule, self._recipe.queue_size, self._recipe.temperature),
             "queue_fill": self._moco.queue.fill(),

@@ -112,10 +112,9 @@ def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
 def stale_keys(queue_size: int, num_images: int, batch_size: int) -> tuple[float, float]:
     """The mean number of a query's own stale keys in the queue, and the fraction of queries that meet any.
 
-    In an epoch's step t the queue holds no key of the query from the running epoch, whose images are
-    distinct, hence none
-    from that epoch and max(0, K - t B) keys of earlier ones. The last w keys of one of those epochs
-    contain the query's with probability w / N, because the orders are independent.
+    In an epoch's step t the queue contains t B keys of this epoch, none of them the query's because the
+    images of an epoch are distinct, and max(0, K - t B) keys of earlier epochs. The last w keys of one of
+    those contain the query's with probability w / N, because the orders are independent.
     """
     steps = max(1, num_images // batch_size)
     numbers, shares = [], []

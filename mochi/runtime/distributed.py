@@ -115,16 +115,16 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
     if world_size() == 1:
         return rows[to_device(order, rows.device)]
     wanted = order.view(world_size(), -1)  # (world, B): the rows that each rank needs
-    holder = wanted // len(rows)
-    sent = wanted[holder == rank()] - rank() * len(rows)  # by the rank that needs them
-    mine = holder[rank()]
+    source = wanted // len(rows)
+    sent = wanted[source == rank()] - rank() * len(rows)  # by the rank that needs them
+    mine = source[rank()]
     outgoing = rows[to_device(sent, rows.device)].contiguous()
     received = torch.empty_like(outgoing)
     dist.all_to_all_single(
         received,
         outgoing,
         torch.bincount(mine, minlength=world_size()).tolist(),
-        (holder == rank()).sum(1).tolist(),
+        (source == rank()).sum(1).tolist(),
     )
     # They arrive by source rank, and from one rank in the requested order.
     return received[to_device(mine.argsort(stable=True).argsort(), rows.device)]
@@ -150,7 +150,7 @@ class AveragedGradients:
     ) -> None:
         self._buckets: list[list[nn.Parameter]] = []
         self._passes, self._done = passes, Counter[nn.Parameter]()
-        self._running: list[tuple[dist.Work, Tensor, list[nn.Parameter], list[Tensor]]] = []
+        self._pending: list[tuple[dist.Work, Tensor, list[nn.Parameter], list[Tensor]]] = []
         if world_size() == 1:
             return
         # A strong reference would be a cycle through C++: Python would never free the parameters.
@@ -172,8 +172,8 @@ class AveragedGradients:
     def _ready(self, parameter: nn.Parameter) -> None:
         """Start the sums of the next complete buckets, in the same order on every rank."""
         self._done[parameter] += 1
-        while len(self._running) < len(self._buckets):
-            bucket = self._buckets[len(self._running)]
+        while len(self._pending) < len(self._buckets):
+            bucket = self._buckets[len(self._pending)]
             if any(self._done[each] < self._passes for each in bucket):
                 return
             self._start(bucket)
@@ -188,18 +188,18 @@ class AveragedGradients:
         ]
         for part, parameter in zip(parts, bucket, strict=True):
             part.zero_() if parameter.grad is None else part.copy_(parameter.grad)
-        self._running.append((dist.all_reduce(flat, async_op=True), flat, bucket, parts))
+        self._pending.append((dist.all_reduce(flat, async_op=True), flat, bucket, parts))
 
     def wait(self) -> None:
         """Wait until each gradient is its mean over ranks."""
-        for bucket in self._buckets[len(self._running) :]:
+        for bucket in self._buckets[len(self._pending) :]:
             self._start(bucket)
-        for work, flat, bucket, parts in self._running:
+        for work, flat, bucket, parts in self._pending:
             work.wait()
             flat.div_(world_size())
             for parameter, part in zip(bucket, parts, strict=True):
                 parameter.grad = part
-        self._running.clear()
+        self._pending.clear()
         self._done.clear()
 
 
@@ -228,7 +228,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until every process has called this."""
     if world_size() > 1:
         dist.barrier()

@@ -27,22 +27,22 @@ def arrays_to(device: torch.device, *arrays: NDArray[np.generic]) -> list[Tensor
         return tensors
     ends = np.cumsum([math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT for tensor in tensors]).tolist()
     packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
-    places = [
+    slices = [
         slice(start, start + tensor.nbytes) for start, tensor in zip([0, *ends[:-1]], tensors, strict=True)
     ]
-    for place, tensor in zip(places, tensors, strict=True):
-        packed[place].view(tensor.dtype).copy_(tensor.flatten())
+    for part, tensor in zip(slices, tensors, strict=True):
+        packed[part].view(tensor.dtype).copy_(tensor.flatten())
     moved = packed.to(device, non_blocking=True)
     return [
-        moved[place].view(tensor.dtype).view(tensor.shape)
-        for place, tensor in zip(places, tensors, strict=True)
+        moved[part].view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(slices, tensors, strict=True)
     ]
 
 
 Batch = TypeVar("Batch")
 
 
-def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches; a GPU prepares each on a separate stream while it computes on the previous one.
 
     Args:

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mochi.analysis.embedding_map import flatten
-from mochi.analysis.neighbours import nearest, spread
+from mochi.analysis.embedding_map import project_2d
+from mochi.analysis.neighbours import evenly_spaced, nearest
 
 
 def test_nearest_against_sorting() -> None:
@@ -28,23 +28,23 @@ def test_few_images_have_few_neighbours() -> None:
 
 
 def test_spread() -> None:
-    assert spread(100, 3).tolist() == [0, 50, 99]
-    assert spread(2, 8).tolist() == [0, 1]
-    assert spread(1, 8).tolist() == [0]
+    assert evenly_spaced(100, 3).tolist() == [0, 50, 99]
+    assert evenly_spaced(2, 8).tolist() == [0, 1]
+    assert evenly_spaced(1, 8).tolist() == [0]
 
 
 def test_two_clusters_lie_apart_on_the_map() -> None:
     draw = np.random.default_rng(0)
     clusters = np.repeat(np.eye(2, 16), 20, axis=0)
     features = (clusters + 0.05 * draw.standard_normal((40, 16))).astype(np.float32)
-    places, method = flatten(features)
+    points, method = project_2d(features)
     assert method == "t-SNE, perplexity 13"
-    assert places.shape == (40, 2)
-    assert (places.min(), places.max()) == (0, 1)
-    first, second = places[:20], places[20:]
+    assert points.shape == (40, 2)
+    assert (points.min(), points.max()) == (0, 1)
+    first, second = points[:20], points[20:]
     between = np.linalg.norm(first.mean(0) - second.mean(0))
     assert between > 2 * max(np.linalg.norm(part - part.mean(0), axis=1).max() for part in (first, second))
-    assert np.array_equal(flatten(features)[0], places)
+    assert np.array_equal(project_2d(features)[0], points)
 
 
 def test_few_or_equal_images_have_places() -> None:
@@ -53,7 +53,7 @@ def test_few_or_equal_images_have_places() -> None:
         (np.eye(2, 8), "in a row"),
         (np.ones((12, 8)), "in a row"),
     ):
-        places, found = flatten(features.astype(np.float32))
+        points, found = project_2d(features.astype(np.float32))
         assert found == method
-        assert places.min() >= 0
-        assert places.max() <= 1
+        assert points.min() >= 0
+        assert points.max() <= 1

@@ -28,7 +28,7 @@ def small_set(root: Path, *, data: dict[str, object] | None = None, model: dict[
         {
             "data": {
                 "format": "voc", "path": str(root.parent), "train": [f"{root.name}/train"],
-                "test": [f"{root.name}/test"], "classes": ["square", "bar"], "rule": "11-point",
+                "test": [f"{root.name}/test"], "classes": ["square", "bar"], "interpolation": "11-point",
                 "broken_objects": "drop", "empty_images": "keep", **(data or {}),
             },
             "model": small_model(**(model or {})).model_dump(),
@@ -76,7 +76,7 @@ def tiny_with_detection(**changes: Any) -> dict[str, Any]:
     data = copy.deepcopy(TINY)
     scenes: dict[str, object] = {
         "format": "voc", "path": "data/few-scenes", "train": ["VOC/train"], "test": ["VOC/test"],
-        "classes": ["brick", "coffee"], "rule": "11-point", "broken_objects": "fail",
+        "classes": ["brick", "coffee"], "interpolation": "11-point", "broken_objects": "fail",
         "empty_images": "keep",
         "scenes": {"image_size": 64, "num_train": 6, "num_test": 3, "seed": 0},
     }  # fmt: skip

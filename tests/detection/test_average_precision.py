@@ -48,7 +48,7 @@ def detections(rows: list[tuple[int, list[float], float, int]]) -> Detections:
 
 
 def slow_average_precision(
-    truth: Annotations, found: Detections, label: int, threshold: float, rule: str
+    truth: Annotations, found: Detections, label: int, threshold: float, interpolation: str
 ) -> float:
     """py-faster-rcnn's rules, one detection after the other, boxes in VOC's inclusive pixels."""
     objects = [
@@ -84,7 +84,7 @@ def slow_average_precision(
     if positives == 0:
         return float("nan")
     recalls, precisions = np.array(recall), np.array(precision)
-    if rule == "11-point":
+    if interpolation == "11-point":
         best_from = [precisions[recalls >= t].max(initial=0.0) for t in np.arange(0.0, 1.1, 0.1)]
         return float(np.mean(best_from))
     area_under, before = 0.0, 0.0
@@ -130,17 +130,17 @@ def test_equals_the_slow_evaluator(case: tuple[Annotations, Detections]) -> None
     truth, found = case
     # Among equal scores the order is the detector's, in both.
     curves = voc_curves(truth, found)
-    for rule in ("11-point", "all-point"):
+    for interpolation in ("11-point", "all-point"):
         for place in (0, 5, 9):
             for label in (1, 2, 3):
-                expected = slow_average_precision(truth, found, label, THRESHOLDS[place], rule)
-                assert curves[place][label - 1].average_precision(rule) == pytest.approx(
+                expected = slow_average_precision(truth, found, label, THRESHOLDS[place], interpolation)
+                assert curves[place][label - 1].average_precision(interpolation) == pytest.approx(
                     expected, nan_ok=True
                 )
 
 
-def headline(truth: Annotations, found: Detections, rule: str = "11-point") -> dict[str, Any]:
-    return voc_metrics(voc_curves(truth, found), truth.classes, rule)
+def headline(truth: Annotations, found: Detections, interpolation: str = "11-point") -> dict[str, Any]:
+    return voc_metrics(voc_curves(truth, found), truth.classes, interpolation)
 
 
 def test_hand_made_cases() -> None:
@@ -191,17 +191,17 @@ def test_difficult_objects_neither_help_nor_hurt() -> None:
         assert coco_metrics(truth, case)["AP50"] == pytest.approx(100, abs=0.01)
 
 
-@pytest.mark.parametrize("rule", ["11-point", "all-point"])
-def test_nothing_found_and_nothing_to_find(rule: str) -> None:
+@pytest.mark.parametrize("interpolation", ["11-point", "all-point"])
+def test_nothing_found_and_nothing_to_find(interpolation: str) -> None:
     truth = Annotations(CLASSES, (image([[10, 10, 30, 30]], [1], image_id="a string"),))
     nothing = detections([])
-    metrics = headline(truth, nothing, rule)
+    metrics = headline(truth, nothing, interpolation)
     assert (metrics["AP"], metrics["AP50"], metrics["AP75"]) == (0, 0, 0)
     assert metrics["AP50_by_class"] == {"a": 0.0, "b": None, "c": None}
     assert coco_metrics(truth, nothing) == {"AP": 0, "AP50": 0, "AP75": 0}
     empty = Annotations(CLASSES, (image([], []),))
     found = detections([(0, [1, 1, 9, 9], 0.5, 2)])
-    assert headline(empty, found, rule) == dict.fromkeys(metrics) | {
+    assert headline(empty, found, interpolation) == dict.fromkeys(metrics) | {
         "AP50_by_class": dict.fromkeys(CLASSES)
     }
     assert coco_metrics(empty, found) == {"AP": None, "AP50": None, "AP75": None}

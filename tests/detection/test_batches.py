@@ -12,7 +12,7 @@ from PIL import Image
 
 from mochi.detection import voc
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
-from mochi.detection.batches import Images, TrainingItems, collate, read_rgb, resized, stream
+from mochi.detection.batches import Images, TrainingItems, collate, read_rgb, resized_size, stream
 from mochi.detection.coco import encode_masks
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 def test_sizes_by_detectron2s_rule(
     height: int, width: int, short_side: int, expected: tuple[int, int]
 ) -> None:
-    assert resized(height, width, short_side, 1333) == expected
+    assert resized_size(height, width, short_side, 1333) == expected
 
 
 def picture(path: Path, width: int, height: int, boxes: list[list[float]]) -> AnnotatedImage:

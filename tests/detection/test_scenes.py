@@ -18,7 +18,7 @@ CLASSES = ["astronaut", "brick", "chelsea", "coffee"]
 def data(**changes: object) -> DetectionData:
     values = {
         "format": "voc", "path": "unused", "train": ["VOC/train"], "test": ["VOC/test"],
-        "classes": CLASSES, "rule": "11-point", "broken_objects": "fail", "empty_images": "keep",
+        "classes": CLASSES, "interpolation": "11-point", "broken_objects": "fail", "empty_images": "keep",
         "scenes": PhotoScenes(image_size=64, num_train=30, num_test=12, seed=0), **changes,
     }  # fmt: skip
     return DetectionData.model_validate(values)

@@ -32,7 +32,7 @@ def test_mistakes_in_a_set_are_named(changes: dict[str, Any], message: str) -> N
         ("training", {"BASE_LR": 0.1}, "unknown key 'BASE_LR'; allowed: batch_size, checkpoint"),
         ("model", {"masks": True}, "masks: found true with format voc"),
         ("model", {"proposals_test": [5]}, "proposals_test"),
-        ("data", {"rule": None}, "format voc needs `classes`"),
+        ("data", {"interpolation": None}, "format voc needs `classes`"),
         ("data", {"classes": None}, "format voc needs `classes`"),
         ("data", {"classes": ["a", "a"]}, "names must be distinct"),
     ],

@@ -63,7 +63,7 @@ def test_what_the_stage_writes(ask: Callable[..., Asked], tmp_path: Path) -> Non
         values = [single[name] for single in singles.values()]
         assert written[name] == pytest.approx(np.mean(values))
     assert written["AP50_std"] == pytest.approx(np.std([s["AP50"] for s in singles.values()], ddof=1))
-    assert (written["mode"], written["rule"], written["lr"]) == ("finetune", "11-point", 0.02)
+    assert (written["mode"], written["interpolation"], written["lr"]) == ("finetune", "11-point", 0.02)
     assert written["num_fine_tunings"] == 2
     checksums = written["checksums"]
     assert isinstance(checksums, dict)
@@ -290,7 +290,7 @@ def test_validation_and_rest_are_disjoint_and_whole(voc_set: Path) -> None:
 
 def masked_set(root: Path) -> DetectionSet:
     data = {
-        "format": "coco", "path": str(root), "train": ["train"], "test": ["test"], "rule": None,
+        "format": "coco", "path": str(root), "train": ["train"], "test": ["test"], "interpolation": None,
         "classes": ["brick", "coffee"],
         "scenes": {"image_size": 64, "num_train": 6, "num_test": 3, "seed": 0},
     }  # fmt: skip
@@ -304,7 +304,7 @@ def test_masks_on_coco_scenes(tiny: Experiment, weights: Path, tmp_path: Path) -
     stage.run(*detection(tiny, chosen, weights, tmp_path / "out"), tmp_path / "work")
     written = metrics(tmp_path / "out")
     assert {"AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75"} <= written.keys()
-    assert written["rule"] == "coco"
+    assert written["interpolation"] == "101-point"
 
 
 def test_mask_rcnn_on_real_coco(
@@ -312,7 +312,8 @@ def test_mask_rcnn_on_real_coco(
 ) -> None:
     """Polygons of several parts, crowds, 80 classes: from files to box and mask AP."""
     data = {"format": "coco", "path": str(real_data("coco-tiny.tar") / "coco-tiny"), "train": ["train2017"],
-            "test": ["val2017"], "rule": None, "classes": None, "empty_images": "drop"}  # fmt: skip
+            "test": ["val2017"], "interpolation": None, "classes": None,
+            "empty_images": "drop"}  # fmt: skip
     chosen = small_set(
         tmp_path, data=data, model={"masks": True}, training={"train_sizes": [64], "test_size": 64}
     )

@@ -162,12 +162,12 @@ def test_kept_features_are_those_computed(
     kept = tuning(chosen, encoder_file, tmp_path / "a")
     kept.train("kept")
     assert kept._frozen is not None
-    assert 0 < len(kept._frozen._kept) <= 12 * len(sizes)  # six images, each of two sides
+    assert 0 < len(kept._frozen._cached) <= 12 * len(sizes)  # six images, each of two sides
     again = tuning(chosen, encoder_file, tmp_path / "b")
     assert again._frozen is not None
     again._images.of_one_size = False
     again.train("computed")
-    assert len(again._frozen._kept) == 0
+    assert len(again._frozen._cached) == 0
     for name, value in state(again).items():
         torch.testing.assert_close(value, state(kept)[name], rtol=1e-4, atol=1e-5)
 
@@ -277,7 +277,7 @@ def _train_rank(voc_set: Path, encoder_file: Path, out: Path) -> None:
     run = tuning(chosen, encoder_file, out / "saved")
     run.train("rank", lambda row: run.save() if row["step"] == 2 else None)
     save_file(state(run), out / f"{distributed.rank()}.safetensors")
-    distributed.wait()
+    distributed.barrier()
     resumed = tuning(chosen, encoder_file, out / "saved", workers=1)
     assert resumed.step == 2
     resumed.train("resumed")

@@ -42,8 +42,8 @@ class Debiased(Rule):
     def loss(self, positive: Tensor, similarity: Tensor, temperature: float) -> Tensor:
         """The equation above, with every exponential divided by the largest."""
         top = positive.maximum(similarity.amax(1)).detach()
-        of_negatives = ((similarity - top[:, None]) / temperature).exp().sum(1)
-        return self._loss(positive, of_negatives, top, _count(similarity), temperature)
+        negative_sum = ((similarity - top[:, None]) / temperature).exp().sum(1)
+        return self._loss(positive, negative_sum, top, _count(similarity), temperature)
 
     def fused(self, similarities: Similarities, temperature: float) -> Weights:
         """Like MoCo's, with weights of negatives divided by 1 - tau+, or 0 where g is at its minimum."""
@@ -51,45 +51,45 @@ class Debiased(Rule):
         top = positive.maximum(hardest)
         for each in negatives:
             each.sub_(top[:, None]).div_(temperature).exp_()
-        of_negatives = negatives[0].sum(1) + sum(each.sum(1) for each in negatives[1:])
-        weights, share = self._weights(positive, of_negatives, top, num, temperature)
+        negative_sum = negatives[0].sum(1) + sum(each.sum(1) for each in negatives[1:])
+        weights, slope = self._weights(positive, negative_sum, top, num, temperature)
         for each in negatives:
-            each.mul_(share[:, None])
+            each.mul_(slope[:, None])
         return weights
 
     def measure(self, positive: Tensor, similarity: Tensor, temperature: float) -> Mapping[str, Tensor]:
         """The fraction of queries whose g is at its minimum, so that negatives give no gradient."""
         top = positive.maximum(similarity.amax(1))
-        of_negatives = ((similarity - top[:, None]) / temperature).exp().sum(1)
-        estimate, least = self._estimate(positive, of_negatives, top, _count(similarity), temperature)
-        return {"debiased_at_least": (estimate <= least).float()}
+        negative_sum = ((similarity - top[:, None]) / temperature).exp().sum(1)
+        estimate, minimum = self._estimate(positive, negative_sum, top, _count(similarity), temperature)
+        return {"debiased_at_minimum": (estimate <= minimum).float()}
 
     def _estimate(
-        self, positive: Tensor, of_negatives: Tensor, top: Tensor, num: Tensor | int, temperature: float
+        self, positive: Tensor, negative_sum: Tensor, top: Tensor, num: Tensor | int, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """The two arguments of g, (B,) each, divided by e^{top/tau} as `of_negatives` is."""
-        of_positive = ((positive - top) / temperature).exp()
-        estimate = (of_negatives - self.positive_prior * (num * of_positive)) / (1 - self.positive_prior)
+        """The two arguments of g, (B,) each, divided by e^{top/tau} as `negative_sum` is."""
+        positive_exp = ((positive - top) / temperature).exp()
+        estimate = (negative_sum - self.positive_prior * (num * positive_exp)) / (1 - self.positive_prior)
         return estimate, num * ((-1 - top) / temperature).exp()
 
     def _loss(
-        self, positive: Tensor, of_negatives: Tensor, top: Tensor, num: Tensor | int, temperature: float
+        self, positive: Tensor, negative_sum: Tensor, top: Tensor, num: Tensor | int, temperature: float
     ) -> Tensor:
-        estimate, least = self._estimate(positive, of_negatives, top, num, temperature)
-        of_positive = ((positive - top) / temperature).exp()
-        return (of_positive + estimate.maximum(least)).log() + (top - positive) / temperature
+        estimate, minimum = self._estimate(positive, negative_sum, top, num, temperature)
+        positive_exp = ((positive - top) / temperature).exp()
+        return (positive_exp + estimate.maximum(minimum)).log() + (top - positive) / temperature
 
     def _weights(
-        self, positive: Tensor, of_negatives: Tensor, top: Tensor, num: Tensor | int, temperature: float
+        self, positive: Tensor, negative_sum: Tensor, top: Tensor, num: Tensor | int, temperature: float
     ) -> tuple[Weights, Tensor]:
-        """And (B,) the derivative of g by `of_negatives`."""
-        estimate, least = self._estimate(positive, of_negatives, top, num, temperature)
-        of_positive = ((positive - top) / temperature).exp()
-        total = of_positive + estimate.maximum(least)
-        share = (estimate > least).to(total.dtype) / (1 - self.positive_prior)
+        """And (B,) the derivative of g by `negative_sum`."""
+        estimate, minimum = self._estimate(positive, negative_sum, top, num, temperature)
+        positive_exp = ((positive - top) / temperature).exp()
+        total = positive_exp + estimate.maximum(minimum)
+        slope = (estimate > minimum).to(total.dtype) / (1 - self.positive_prior)
         loss = total.log() + (top - positive) / temperature
-        by_positive = of_positive * (1 - share * self.positive_prior * num) - total
-        return Weights(loss, by_positive, total), share
+        by_positive = positive_exp * (1 - slope * self.positive_prior * num) - total
+        return Weights(loss, by_positive, total), slope
 
 
 def _count(similarity: Tensor) -> Tensor:

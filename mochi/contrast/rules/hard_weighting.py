@@ -48,8 +48,8 @@ class HardWeighting(Debiased):
         num = (similarity != -math.inf).sum(1)
         top = positive.maximum(similarity.amax(1)).detach()
         weights = num[:, None] * (self.concentration * similarity / temperature).softmax(1)
-        of_negatives = (weights * ((similarity - top[:, None]) / temperature).exp()).sum(1)
-        return self._loss(positive, of_negatives, top, num, temperature)
+        negative_sum = (weights * ((similarity - top[:, None]) / temperature).exp()).sum(1)
+        return self._loss(positive, negative_sum, top, num, temperature)
 
     def fused(self, similarities: Similarities, temperature: float) -> Weights:
         """With a = softmax((1 + beta) x / tau) and b = softmax(beta x / tau), the weighted sum G has
@@ -59,17 +59,17 @@ class HardWeighting(Debiased):
         positive, negatives, hardest, num = similarities
         beta = self.concentration
         parts = [part for each in negatives for part in each.split(_COLUMNS, dim=1)]
-        of_weights, of_products = positive * 0, positive * 0
+        weight_sum, product_sum = positive * 0, positive * 0
         for part in parts:
             part.sub_(hardest[:, None]).div_(temperature)
             weights, exponential = _exponentials(part, beta)
-            of_weights += weights.sum(1)
-            of_products += weights.mul(exponential).sum(1)
+            weight_sum += weights.sum(1)
+            product_sum += weights.mul(exponential).sum(1)
         top = positive.maximum(hardest)
-        of_negatives = num * of_products / of_weights * ((hardest - top) / temperature).exp()
-        result, share = self._weights(positive, of_negatives, top, num, temperature)
-        by_product = (share * of_negatives * (1 + beta) / of_products)[:, None]
-        by_weight = (share * of_negatives * beta / of_weights)[:, None]
+        negative_sum = num * product_sum / weight_sum * ((hardest - top) / temperature).exp()
+        result, slope = self._weights(positive, negative_sum, top, num, temperature)
+        by_product = (slope * negative_sum * (1 + beta) / product_sum)[:, None]
+        by_weight = (slope * negative_sum * beta / weight_sum)[:, None]
         for part in parts:
             weights, exponential = _exponentials(part, beta)
             part.copy_(exponential.mul(by_product).sub_(by_weight).mul_(weights))

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from mochi.config import Augmentation
 from mochi.data.views import counter_rng
-from mochi.data.views.crops import parts
+from mochi.data.views.crops import chunks
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mochi.runtime.transfer import arrays_to, to_device
 
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
     grey: Tensor  # (n,) rows that become grey
     kinds: list[set[int]]  # by position: the operations that some image has there
     gains: Tensor  # (3, B, 4)
-    turned: list[Tensor]  # by position: (n,) rows whose hue turns
+    rotated: list[Tensor]  # by position: (n,) rows whose hue is rotated
     hues: list[Tensor]  # by position: (n, 3) of those rows
     blurred: Tensor  # (n,) rows
     kernels: Tensor  # (taps, n) weights of the centre and of the taps on one side of it
@@ -111,8 +111,8 @@ def photometric(
         output: (B, 3, S, S) float32, filled and returned; channels last when made here.
     """
     output = _channels_last(images) if output is None else output
-    for rows in parts(len(images), images[0].numel(), images.device):
-        part = _unit(images[rows])
+    for rows in chunks(len(images), images[0].numel(), images.device):
+        part = _to_float(images[rows])
         plan = make_plan(parameters, rows, part)
         if version == "v1":
             greyscale_(part, plan)
@@ -127,7 +127,7 @@ def photometric(
 def make_plan(parameters: PhotometricParameters, rows: slice, images: Tensor) -> Plan:
     """What the operations do to `images` (B, 3, H, W), which `rows` of the batch are; one copy sends it."""
     operation = parameters.operation[rows]
-    turned = [np.flatnonzero(operation[:, position] == 3) for position in range(4)]
+    rotated = [np.flatnonzero(operation[:, position] == 3) for position in range(4)]
     hues = parameters.hues[rows]
     sigma = parameters.sigma[rows]
     blurred = np.flatnonzero(sigma)
@@ -136,8 +136,8 @@ def make_plan(parameters: PhotometricParameters, rows: slice, images: Tensor) ->
         images.device,
         np.flatnonzero(parameters.grey[rows]),
         parameters.gains[:, rows],
-        *turned,
-        *(hues[some] for some in turned),
+        *rotated,
+        *(hues[some] for some in rotated),
         blurred,
         _half_gaussians(sigma[blurred], radius) if len(blurred) else np.empty((0, 0), np.float32),
     )
@@ -145,7 +145,7 @@ def make_plan(parameters: PhotometricParameters, rows: slice, images: Tensor) ->
         grey=sent[0],
         kinds=[set(column) for column in operation.T.tolist()],
         gains=sent[1],
-        turned=sent[2:6],
+        rotated=sent[2:6],
         hues=sent[6:10],
         blurred=sent[10],
         kernels=sent[11],
@@ -155,8 +155,8 @@ def make_plan(parameters: PhotometricParameters, rows: slice, images: Tensor) ->
 def normalize(images: Tensor, output: Tensor | None = None) -> Tensor:
     """Normalise to ImageNet mean 0 and standard deviation 1; arguments as in `photometric`."""
     output = _channels_last(images) if output is None else output
-    for rows in parts(len(images), images[0].numel(), images.device):
-        _normalize_into(output[rows], _unit(images[rows]))
+    for rows in chunks(len(images), images[0].numel(), images.device):
+        _normalize_into(output[rows], _to_float(images[rows]))
     return output
 
 
@@ -164,7 +164,7 @@ def _channels_last(images: Tensor) -> Tensor:
     return torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
 
 
-def _unit(images: Tensor) -> Tensor:
+def _to_float(images: Tensor) -> Tensor:
     """float32 in [0, 1]; float images are unchanged."""
     return images / 255 if images.dtype == torch.uint8 else images
 
@@ -215,30 +215,30 @@ def jitter_(images: Tensor, plan: Plan) -> None:
                 images.addcmul_(grey, by_grey[here])
             images.clamp_(0, 1)
         if 3 in kinds:
-            _on_rows_(images, plan.turned[position], partial(rotate_hue_, hues=plan.hues[position]))
+            _on_rows_(images, plan.rotated[position], partial(rotate_hue_, hues=plan.hues[position]))
 
 
 def rotate_hue_(images: Tensor, hues: Tensor) -> None:
     """Rotate the hue of each image, in place; value and saturation are unchanged.
 
-    HSV without S and V. With m the smallest channel, d the range of the channels and hues in sixths of
-    the circle, a colour's hue is h = ±(1 + (g + b - r - m) / d), positive where green is above blue; and
-    a colour of hue h has in the channel whose own hue is c (red 0, green 2, blue 4) the value m + d
-    (clamp(||h - c| - 3|, 1, 2) - 1), for h - c in [-6, 6]. This needs no choice of formula per pixel,
+    HSV without S and V. With m the smallest channel, d the chroma (the range of the channels) and hues in
+    sixths of the circle, a colour's hue is h = ±(1 + (g + b - r - m) / d), positive where green is above
+    blue; and a colour of hue h has in the channel whose own hue is c (red 0, green 2, blue 4) the value
+    m + d (clamp(||h - c| - 3|, 1, 2) - 1), for h - c in [-6, 6]. This needs no choice of formula per pixel,
     which takes twice as long; and rotating a colour one way is rotating the three channels the other way.
 
     Args:
         images: (B, 3, H, W).
-        hues: (B, 3) the channels' hues, turned (`PhotometricParameters.hues`).
+        hues: (B, 3) the channels' hues after rotation (`PhotometricParameters.hues`).
     """
     red, green, blue = images.tensor_split(3, dim=1)  # (B, 1, H, W)
     smallest = torch.minimum(torch.minimum(red, green), blue)
-    spread = torch.maximum(torch.maximum(red, green), blue).sub_(smallest)
-    hue = (green + blue).sub_(red).sub_(smallest).div_(spread.clamp(min=1e-8)).add_(1)
+    chroma = torch.maximum(torch.maximum(red, green), blue).sub_(smallest)
+    hue = (green + blue).sub_(red).sub_(smallest).div_(chroma.clamp(min=1e-8)).add_(1)
     hue.copysign_(green - blue)  # [-3, 3]
     torch.sub(hue, hues[:, :, None, None], out=images)
     images.abs_().sub_(3).abs_().clamp_(1, 2)
-    images.mul_(spread).add_(smallest.sub_(spread))
+    images.mul_(chroma).add_(smallest.sub_(chroma))
 
 
 def blur_(images: Tensor, plan: Plan) -> None:

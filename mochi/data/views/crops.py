@@ -51,13 +51,13 @@ def draw(
     fits = (tried_widths > 0) & (tried_widths <= widths[:, None])
     fits &= (tried_heights > 0) & (tried_heights <= heights[:, None])
     each, first = np.arange(len(fits)), fits.argmax(axis=1)
-    found = fits.any(axis=1)
+    any_fits = fits.any(axis=1)
     whole_widths = np.minimum(widths, np.rint(heights * (4 / 3)).astype(np.int64))
     whole_heights = np.minimum(heights, np.rint(widths / (3 / 4)).astype(np.int64))
-    h = np.where(found, tried_heights[each, first], whole_heights)
-    w = np.where(found, tried_widths[each, first], whole_widths)
-    top = np.where(found, np.floor(uniforms[:, _TOP] * (heights - h + 1)), (heights - h) // 2)
-    left = np.where(found, np.floor(uniforms[:, _LEFT] * (widths - w + 1)), (widths - w) // 2)
+    h = np.where(any_fits, tried_heights[each, first], whole_heights)
+    w = np.where(any_fits, tried_widths[each, first], whole_widths)
+    top = np.where(any_fits, np.floor(uniforms[:, _TOP] * (heights - h + 1)), (heights - h) // 2)
+    left = np.where(any_fits, np.floor(uniforms[:, _LEFT] * (widths - w + 1)), (widths - w) // 2)
     windows = np.stack([top, left, h, w], axis=1).astype(np.int64)
     return windows, uniforms[:, _FLIP] < 0.5
 
@@ -87,17 +87,17 @@ def crop_resize(pixels: Tensor, windows: NDArray[np.int64], flip: NDArray[np.boo
     """
     _, height, width, _ = pixels.shape
     output = torch.empty(len(pixels), 3, size, size, device=pixels.device)
-    for part in parts(len(pixels), 3 * max(size, height) * max(size, width), pixels.device):
-        placed, mirrored = arrays_to(pixels.device, windows[part], flip[part])
-        top, left, h, w = placed.unbind(1)
+    for chunk in chunks(len(pixels), 3 * max(size, height) * max(size, width), pixels.device):
+        boxes, mirrored = arrays_to(pixels.device, windows[chunk], flip[chunk])
+        top, left, h, w = boxes.unbind(1)
         down = resampling(top, h, height, size)  # (B, S, H)
         across = resampling(left, w, width, size).div_(255)  # (B, S, W)
         across = torch.where(mirrored[:, None, None], across.flip(1), across)
         # (B, H, 3, W): one product for the three channels on each side, three times as fast as one per
         # channel.
-        images = pixels[part].permute(0, 1, 3, 2).float().reshape(-1, height, 3 * width)
+        images = pixels[chunk].permute(0, 1, 3, 2).float().reshape(-1, height, 3 * width)
         images = (down @ images).view(-1, size * 3, width) @ across.mT
-        output[part] = images.view(-1, size, 3, size).permute(0, 2, 1, 3)
+        output[chunk] = images.view(-1, size, 3, size).permute(0, 2, 1, 3)
     return output
 
 
@@ -113,7 +113,7 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
-def shortened(height: int, width: int, resize: int) -> tuple[int, int]:
+def resized_size(height: int, width: int, resize: int) -> tuple[int, int]:
     """(height, width) once the short side is `resize`, the ratio kept (torchvision's Resize)."""
     if height <= width:
         return resize, int(resize * width / height)
@@ -127,11 +127,11 @@ def centre_resize(pixels: Tensor, resize: int, size: int) -> Tensor:
     nothing = torch.zeros(1, device=pixels.device)
     down, across = (
         resampling(nothing, nothing + source, source, target)[0].narrow(0, _margin(target, size), size)
-        for source, target in zip((height, width), shortened(height, width, resize), strict=True)
+        for source, target in zip((height, width), resized_size(height, width, resize), strict=True)
     )
-    for part in parts(count, 3 * max(size, height) * max(size, width), pixels.device):
-        images = pixels[part].permute(0, 3, 1, 2).float().div_(255)
-        output[part] = down @ (images @ across.mT)
+    for chunk in chunks(count, 3 * max(size, height) * max(size, width), pixels.device):
+        images = pixels[chunk].permute(0, 3, 1, 2).float().div_(255)
+        output[chunk] = down @ (images @ across.mT)
     return output
 
 
@@ -142,7 +142,7 @@ def centre_image(image: Tensor, resize: int, size: int) -> Tensor:
     take gigabytes. The crop is at most half a pixel off the centre.
     """
     image = _middle(image, _LONGEST_RATIO * min(image.shape[1:]))
-    height, width = shortened(image.shape[1], image.shape[2], resize)
+    height, width = resized_size(image.shape[1], image.shape[2], resize)
     top, left = _margin(height, size), _margin(width, size)
     return _resize(image, height, width)[:, top : top + size, left : left + size]
 
@@ -160,7 +160,7 @@ def _margin(side: int, size: int) -> int:
     return round((side - size) / 2)
 
 
-def parts(count: int, floats: int, device: torch.device) -> Iterator[slice]:
+def chunks(count: int, floats: int, device: torch.device) -> Iterator[slice]:
     """The batch in pieces that fit the cache of a core, `floats` per image; undivided on an accelerator."""
     size = max(1, _CACHE_FLOATS // floats) if device.type == "cpu" else count
     for first in range(0, count, size):

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from mochi.config import Augmentation
 from mochi.data.format import StoredSplit
 from mochi.data.views import augment, counter_rng
-from mochi.data.views.stored_crops import CentreCrop, Cut, RandomCrops, Rows
+from mochi.data.views.stored_crops import CentreCrop, Crop, RandomCrops, Rows
 from mochi.errors import DataError
 from mochi.runtime.limits import make_room_for_workers
 from mochi.runtime.shared_memory import fitting_workers
-from mochi.runtime.transfer import ahead, to_device
+from mochi.runtime.transfer import prefetch, to_device
 from mochi.runtime.watchdog import LOOK_SECONDS, Pulse, end_worker_that_cannot_send, watched
 
 
@@ -101,9 +101,9 @@ def two_views(
         DataError: the batch is larger than the set, or is not divisible by the ranks.
     """
     parts = _shuffled(np.arange(len(split)), loading, seed, range(epoch, epoch + epochs), first_step)
-    cut = RandomCrops(augmentation.image_size, augmentation.min_scale, seed, views=2)
+    crop = RandomCrops(augmentation.image_size, augmentation.min_scale, seed, views=2)
     finish = partial(_photometric, augmentation=augmentation, seed=seed)
-    for (query, key), labels, indices in _batches(split, loading, parts, cut, finish):
+    for (query, key), labels, indices in _batches(split, loading, parts, crop, finish):
         yield Views(query, key, labels, indices)
 
 
@@ -119,9 +119,9 @@ def one_view(
 ) -> Iterator[Images]:
     """One augmented view of the labelled images, for supervised training; see `two_views`."""
     parts = _shuffled(split.labelled, loading, seed, range(epoch, epoch + epochs), first_step)
-    cut = RandomCrops(augmentation.image_size, augmentation.min_scale, seed, views=1)
+    crop = RandomCrops(augmentation.image_size, augmentation.min_scale, seed, views=1)
     finish = partial(_photometric, augmentation=augmentation, seed=seed)
-    for (images,), labels, indices in _batches(split, loading, parts, cut, finish):
+    for (images,), labels, indices in _batches(split, loading, parts, crop, finish):
         yield Images(images, labels, indices)
 
 
@@ -139,8 +139,8 @@ def random_crops(
     Source: facebookresearch/moco main_lincls.py, whose DataLoader keeps the last batch.
     """
     parts = _in_order(_permuted(split.labelled, seed, epoch), loading, epoch)
-    cut = RandomCrops(image_size, min_scale, seed, views=1)
-    for (images,), labels, indices in _batches(split, loading, parts, cut, _plain):
+    crop = RandomCrops(image_size, min_scale, seed, views=1)
+    for (images,), labels, indices in _batches(split, loading, parts, crop, _plain):
         yield Images(images, labels, indices)
 
 
@@ -152,8 +152,8 @@ def centre_crops(
     `rows` of the split; None: those with a label.
     """
     parts = _in_order(split.labelled if rows is None else rows, loading)
-    cut = CentreCrop(resize, image_size)
-    for (images,), labels, indices in _batches(split, loading, parts, cut, _plain):
+    crop = CentreCrop(resize, image_size)
+    for (images,), labels, indices in _batches(split, loading, parts, crop, _plain):
         yield Images(images, labels, indices)
 
 
@@ -226,18 +226,18 @@ _Finish = Callable[[Tensor, int, Rows, int], Tensor]
 
 
 def _batches(
-    split: StoredSplit, loading: Loading, parts: Iterator[_Part], cut: Cut, finish: _Finish
+    split: StoredSplit, loading: Loading, parts: Iterator[_Part], crop: Crop, finish: _Finish
 ) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
     """For each part: its views (B, 3, S, S), float32 and normalised, and its labels, both on the
     device; and its rows as a tensor on the CPU.
     """
     pixels = pixels_on(split, loading.device)
     loaded = (
-        _decoded(split, loading, parts, cut, finish)
+        _decoded(split, loading, parts, crop, finish)
         if pixels is None
-        else _cropped_on_device(pixels, parts, cut, finish)
+        else _cropped_on_device(pixels, parts, crop, finish)
     )
-    yield from ahead(_with_labels(split, loading.device, loaded), loading.device)
+    yield from prefetch(_with_labels(split, loading.device, loaded), loading.device)
 
 
 def _with_labels(
@@ -248,16 +248,16 @@ def _with_labels(
 
 
 def _cropped_on_device(
-    pixels: Tensor, parts: Iterator[_Part], cut: Cut, finish: _Finish
+    pixels: Tensor, parts: Iterator[_Part], crop: Crop, finish: _Finish
 ) -> Iterator[tuple[Rows, list[Tensor]]]:
     """Each batch's rows and views, of a split whose pixels are on the device."""
     for epoch, rows in parts:
-        views = cut.of_pixels(pixels[to_device(torch.from_numpy(rows), pixels.device)], epoch, rows)
+        views = crop.of_pixels(pixels[to_device(torch.from_numpy(rows), pixels.device)], epoch, rows)
         yield rows, [finish(images, epoch, rows, view) for view, images in enumerate(views)]
 
 
 def _decoded(
-    split: StoredSplit, loading: Loading, parts: Iterator[_Part], cut: Cut, finish: _Finish
+    split: StoredSplit, loading: Loading, parts: Iterator[_Part], crop: Crop, finish: _Finish
 ) -> Iterator[tuple[Rows, list[Tensor]]]:
     """Each batch's rows and views, of a split of encoded images, which workers decode and crop.
 
@@ -268,18 +268,18 @@ def _decoded(
     first = next(parts, None)
     if first is None:
         return
-    batch_bytes = cut.views * len(first[1]) * 3 * cut.size**2 * (4 if on_workers else 1)
-    workers, ahead = fitting_workers(loading.workers, batch_bytes)
+    batch_bytes = crop.views * len(first[1]) * 3 * crop.size**2 * (4 if on_workers else 1)
+    workers, prefetch_factor = fitting_workers(loading.workers, batch_bytes)
     if workers:
         make_room_for_workers()
     pulse = Pulse()
     loader: DataLoader[_Loaded | DataError] = DataLoader(
-        _Decoded(split, cut, finish if on_workers else None, pulse),
+        _Decoded(split, crop, finish if on_workers else None, pulse),
         sampler=chain([first], parts),
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=ahead,
+        prefetch_factor=prefetch_factor,
         timeout=LOOK_SECONDS if workers else 0,
         worker_init_fn=end_worker_that_cannot_send,
     )
@@ -304,13 +304,13 @@ class _Decoded(Dataset[_Loaded | DataError]):
     A DataError is returned: DataLoader would hide a raised one under a worker's traceback.
     """
 
-    def __init__(self, split: StoredSplit, cut: Cut, finish: _Finish | None, pulse: Pulse) -> None:
-        self.split, self.cut, self.finish, self.pulse = split, cut, finish, pulse
+    def __init__(self, split: StoredSplit, crop: Crop, finish: _Finish | None, pulse: Pulse) -> None:
+        self.split, self.crop, self.finish, self.pulse = split, crop, finish, pulse
 
     def __getitem__(self, part: _Part) -> _Loaded | DataError:
         epoch, rows = part
         try:
-            views = list(self.cut.of_split(self.split, epoch, rows, self.pulse.beat))
+            views = list(self.crop.of_split(self.split, epoch, rows, self.pulse.beat))
         except DataError as error:
             return error
         if self.finish is not None:

@@ -17,7 +17,7 @@ Rows = NDArray[np.int64]
 """(B,) rows of a split."""
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     """Does nothing after an image."""
 
 
@@ -32,22 +32,22 @@ class RandomCrops:
         """(B, H, W, 3) uint8 -> for each view (B, 3, S, S) float32 in [0, 1]."""
         count, height, width, _ = pixels.shape
         sides = np.full(count, height), np.full(count, width)
-        placed = (self._draw(rows, *sides, epoch=epoch, view=view) for view in range(self.views))
-        return [crops.crop_resize(pixels, windows, flip, self.size) for windows, flip in placed]
+        drawn = (self._draw(rows, *sides, epoch=epoch, view=view) for view in range(self.views))
+        return [crops.crop_resize(pixels, windows, flip, self.size) for windows, flip in drawn]
 
     def of_split(
-        self, split: StoredSplit, epoch: int, rows: Rows, done: Callable[[], None] = nothing
+        self, split: StoredSplit, epoch: int, rows: Rows, done: Callable[[], None] = do_nothing
     ) -> Tensor:
         """Rows of an encoded split, each decoded once -> (views, B, 3, S, S) uint8.
 
         `done` is called after each image.
         """
         sides = split.heights[rows].astype(np.int64), split.widths[rows].astype(np.int64)
-        placed = [self._draw(rows, *sides, epoch=epoch, view=view) for view in range(self.views)]
+        drawn = [self._draw(rows, *sides, epoch=epoch, view=view) for view in range(self.views)]
         output = torch.empty(self.views, len(rows), 3, self.size, self.size, dtype=torch.uint8)
         for number, row in enumerate(rows.tolist()):
             image = decode_rgb(split, row)
-            for view, (windows, flips) in enumerate(placed):
+            for view, (windows, flips) in enumerate(drawn):
                 output[view, number] = crops.crop_image(image, windows[number], flips[number], self.size)
             done()
         return output
@@ -71,7 +71,7 @@ class CentreCrop:
         split: StoredSplit,
         epoch: int,  # noqa: ARG002
         rows: Rows,
-        done: Callable[[], None] = nothing,
+        done: Callable[[], None] = do_nothing,
     ) -> Tensor:
         """Rows of an encoded split -> (1, B, 3, S, S) uint8; `done` as above."""
         output = torch.empty(1, len(rows), 3, self.size, self.size, dtype=torch.uint8)
@@ -81,7 +81,7 @@ class CentreCrop:
         return output
 
 
-Cut = RandomCrops | CentreCrop
+Crop = RandomCrops | CentreCrop
 
 
 def decode_rgb(split: StoredSplit, row: int) -> Tensor:

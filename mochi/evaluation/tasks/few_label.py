@@ -140,10 +140,10 @@ def fit(features: "Tensor", labels: "Tensor", num_classes: int, l2: float) -> "t
 
 def _accuracies(values: "Tensor", labels: "Tensor", weight: "Tensor", bias: "Tensor") -> dict[str, float]:
     """Top-1 and top-5 in percent."""
-    right = {"top1": 0, "top5": 0}
+    correct = {"top1": 0, "top5": 0}
     for rows, targets in zip(values.split(_CHUNK), labels.split(_CHUNK), strict=True):
         logits = rows.to(weight.device) @ weight.T + bias
         best = logits.topk(min(5, len(bias)), dim=1).indices == targets.to(weight.device)[:, None]
-        right["top1"] += int(best[:, 0].sum())
-        right["top5"] += int(best.any(1).sum())
-    return {name: 100 * count / len(labels) for name, count in right.items()}
+        correct["top1"] += int(best[:, 0].sum())
+        correct["top5"] += int(best.any(1).sum())
+    return {name: 100 * count / len(labels) for name, count in correct.items()}

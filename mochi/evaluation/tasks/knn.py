@@ -35,20 +35,20 @@ def _as_list(value: object) -> object:
     return value if isinstance(value, list) else [value]
 
 
-_SHORT = PlainSerializer(lambda values: values if len(values) > 1 else values[0])
+_SINGLE_AS_SCALAR = PlainSerializer(lambda values: values if len(values) > 1 else values[0])
 _Counts = Annotated[
     list[Count],
     Field(min_length=1),
     BeforeValidator(_as_list, json_schema_input_type=Count | list[Count]),
     AfterValidator(_distinct),
-    _SHORT,
+    _SINGLE_AS_SCALAR,
 ]
 _Temperatures = Annotated[
     list[PositiveReal],
     Field(min_length=1),
     BeforeValidator(_as_list, json_schema_input_type=PositiveReal | list[PositiveReal]),
     AfterValidator(_distinct),
-    _SHORT,
+    _SINGLE_AS_SCALAR,
 ]
 
 
@@ -70,7 +70,7 @@ class NearestNeighbours(Task):
             return {"top1": Column("top-1")}
         return {
             key: Column(f"top-1 (k={k}, t={temperature:g})")
-            for key, (k, temperature) in zip(self._keys(), self.pairs(), strict=True)
+            for key, (k, temperature) in zip(self._metric_names(), self.pairs(), strict=True)
         }
 
     def evaluate(self, frozen: "Frozen") -> dict[str, Any]:
@@ -94,8 +94,11 @@ class NearestNeighbours(Task):
         predicted = classify(
             train, train_labels, val, num_classes=frozen.num_classes, pairs=pairs, device=frozen.device
         )
-        right = 100 * (predicted == val_labels.to(predicted.device)).double().mean(dim=1)
-        accuracies = {key: round(value, 4) for key, value in zip(self._keys(), right.tolist(), strict=True)}
+        percent = 100 * (predicted == val_labels.to(predicted.device)).double().mean(dim=1)
+        accuracies = {
+            name: round(value, 4)
+            for name, value in zip(self._metric_names(), percent.tolist(), strict=True)
+        }
         return {
             **accuracies,
             "k": pairs[0][0],
@@ -105,7 +108,7 @@ class NearestNeighbours(Task):
             "predicted": predicted[0],
         }
 
-    def _keys(self) -> list[str]:
+    def _metric_names(self) -> list[str]:
         """Names of the accuracies in metrics.json."""
         return ["top1", *(f"top1_k{k}_t{temperature:g}" for k, temperature in self.pairs()[1:])]
 
@@ -148,13 +151,13 @@ def classify(
     for queries in val.split(chunks[0]):
         similarity, neighbours = _nearest(queries.to(device), train, max(k for k, _ in pairs), chunks[1])
         classes = train_labels[neighbours]
-        votes_of = []
+        by_pair = []
         for k, temperature in pairs:
             # The largest weight is 1, so that a small temperature cannot overflow.
             weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
             votes = weights.new_zeros(len(queries), num_classes)
-            votes_of.append(votes.scatter_add_(1, classes[:, :k], weights).argmax(1))
-        predicted.append(torch.stack(votes_of))
+            by_pair.append(votes.scatter_add_(1, classes[:, :k], weights).argmax(1))
+        predicted.append(torch.stack(by_pair))
     return torch.cat(predicted, dim=1)
 
 
@@ -164,16 +167,16 @@ def _nearest(queries: "Tensor", bank: "Tensor", k: int, chunk: int) -> "tuple[Te
 
     best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for first in range(0, len(bank), chunk):
-        keys = _keys(queries @ bank[first : first + chunk].to(queries.device).T, first)
+        keys = _sort_keys(queries @ bank[first : first + chunk].to(queries.device).T, first)
         keys = torch.cat([best, keys], dim=1)
         best = keys.topk(min(k, keys.shape[1]), dim=1).values
-    return _read(best)
+    return _unpack(best)
 
 
 _ROWS = 2**32 - 1
 
 
-def _keys(similarity: "Tensor", first: int) -> "Tensor":
+def _sort_keys(similarity: "Tensor", first: int) -> "Tensor":
     """Integers in the order of (similarity, -row), because topk does not specify how it breaks ties.
 
     The upper half is the float's bits, which sort like the floats once the bits below the sign of
@@ -187,7 +190,7 @@ def _keys(similarity: "Tensor", first: int) -> "Tensor":
     return upper.mul_(2**32).add_(_ROWS - rows)
 
 
-def _read(keys: "Tensor") -> "tuple[Tensor, Tensor]":
+def _unpack(keys: "Tensor") -> "tuple[Tensor, Tensor]":
     """Similarities and rows of keys."""
     import torch
 

@@ -5,16 +5,15 @@ Each is trained twice: on all of train, which is reported, and without a held-ou
 candidates are compared. The protocol's own learning rate is always reported.
 
 `standardize` uses the mean and standard deviation of each feature over the images that are encoded
-uncropped
-anyway: all of train if the probe trains on cached features, the held-out part if it trains on random
-crops. They are constants of the probe, computed without labels, and the same for every rate.
+uncropped anyway: all of train if the probe trains on cached features, the held-out part if it trains on
+random crops. They are constants of the probe, computed without labels, and the same for every rate.
 
 An epoch includes its last, partial batch, as the DataLoader of facebookresearch/moco main_lincls.py does.
 Several ranks share the encoding of images; each trains the same classifiers on whole batches.
 
 Memory: the features of the uncropped images, once (`features_on`), and, independent of the data set: the
-encoder with one batch, 24 x (D + 1) x C bytes of classifiers for each learning rate, and less than 128
-MiB.
+encoder with one batch, 24 x (D + 1) x C bytes of classifiers for each learning rate, and less than
+128 MiB.
 
 Legend: B images, M training images, D features, C classes, R learning rates.
 """
@@ -79,8 +78,8 @@ def _train(
 ) -> None:
     """All remaining epochs; each is a function of its index and the weights."""
     done = 0
-    if (found := frozen.resume_point.load()) is not None:
-        tensors, done = found
+    if (resumed := frozen.resume_point.load()) is not None:
+        tensors, done = resumed
         checkpoint.unpack(tensors, probes, probes.optimizer)
     label = f"{frozen.run.name} {frozen.run.method} seed {frozen.run.seed}"
     with Progress(label, protocol.epochs, done) as progress:
@@ -128,22 +127,22 @@ class Probes(nn.Module):
         targets = labels[:, None].expand(logits.shape[:-1])
         losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
         kept = ~held_out / (~held_out).sum().clamp(min=1)
-        shares = torch.stack([torch.full_like(kept, 1 / len(labels)), kept], dim=1)  # (B, 2)
+        weights = torch.stack([torch.full_like(kept, 1 / len(labels)), kept], dim=1)  # (B, 2)
         self.optimizer.zero_grad()
-        (losses.view(targets.shape) * shares).sum().backward()
+        (losses.view(targets.shape) * weights).sum().backward()
         self.optimizer.step()
 
     @torch.no_grad()
     def scores(self, batches: Iterable[tuple[Tensor, Tensor]], which: int) -> list[dict[str, float]]:
         """For each rate top-1 and top-5 in percent on (features, labels), NaN for a diverged classifier."""
-        right, finite, count = torch.zeros(2, len(self.rates)), torch.ones(len(self.rates)).bool(), 0
+        correct, finite, count = torch.zeros(2, len(self.rates)), torch.ones(len(self.rates)).bool(), 0
         for features, labels in batches:
             logits = self(features)[:, :, which]  # (R, B, C)
             best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
-            right += torch.stack([best[..., 0].sum(1), best.any(-1).sum(1)]).cpu()
+            correct += torch.stack([best[..., 0].sum(1), best.any(-1).sum(1)]).cpu()
             finite &= logits.isfinite().flatten(1).all(1).cpu()
             count += len(labels)
-        percent = (100 * right.double() / count).where(finite, math.nan)
+        percent = (100 * correct.double() / count).where(finite, math.nan)
         return [{"top1": round(a, 4), "top5": round(b, 4)} for a, b in percent.T.tolist()]
 
     @torch.no_grad()
@@ -234,9 +233,9 @@ class _Crops:
 def held_out_rows(num_rows: int, share: float, seed: int) -> Tensor:
     """(M,) bool: a random `share` of the labelled training rows."""
     order = torch.randperm(num_rows, generator=generator("held-out rows", seed))
-    marks = torch.zeros(num_rows, dtype=torch.bool)
-    marks[order[: max(round(share * num_rows), 1)]] = True
-    return marks
+    is_held_out = torch.zeros(num_rows, dtype=torch.bool)
+    is_held_out[order[: max(round(share * num_rows), 1)]] = True
+    return is_held_out
 
 
 def _chunks(features: Tensor, labels: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -263,8 +262,8 @@ def _metrics(
             f"logits. Lower evaluation.{name}.lr, or set standardize: true so that one rate fits all"
         )
     held_out = [
-        -1.0 if math.isnan(left["top1"] + own["top1"]) else left["top1"]
-        for left, own in zip(comparison, scores, strict=True)
+        -1.0 if math.isnan(candidate["top1"] + final["top1"]) else candidate["top1"]
+        for candidate, final in zip(comparison, scores, strict=True)
     ]
     best = max(range(len(rates)), key=lambda i: held_out[i])  # the first of ties
     return {

@@ -43,7 +43,7 @@ rule all:
 
 # Replaces Snakemake's lock (`nolock` in the profile), which a killed run leaves behind.
 onstart:
-    hold(Path(".snakemake/run.lock"))
+    lock_until_exit(Path(".snakemake/run.lock"))
 
 
 onsuccess:

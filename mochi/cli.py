@@ -645,7 +645,7 @@ def _work(
     from mochi.layout import Layout
     from mochi.provenance.fingerprint import digest, file_digest
     from mochi.runtime.job_status import reported
-    from mochi.runtime.locks import holding
+    from mochi.runtime.locks import locked
     from mochi.storage.atomic import require_writable
 
     places = Layout(experiment)
@@ -661,7 +661,7 @@ def _work(
     if os.environ.get("RANK", "0") != "0":
         yield work, events
         return
-    with holding(home), reported(home):
+    with locked(home), reported(home):
         yield work, events
     for folder in (work, home, *home.parents):
         try:

@@ -442,7 +442,7 @@ DEFAULTS = {
     "FewLabel.samples": 5,
     "FewLabel.l2": 0.01,
     "DetectionData.classes": None,
-    "DetectionData.rule": None,
+    "DetectionData.interpolation": None,
     "DetectionData.scenes": None,
     "DetectionTraining.search_iterations": None,
     "DetectionTraining.validation": None,

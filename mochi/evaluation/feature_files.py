@@ -18,7 +18,7 @@ from mochi.errors import UserError
 from mochi.provenance.fingerprint import digest, file_digest
 from mochi.provenance.wanted import Result
 from mochi.runtime import distributed
-from mochi.runtime.locks import holding
+from mochi.runtime.locks import locked
 from mochi.storage.atomic import replacing
 
 logger = logging.getLogger(__name__)
@@ -52,11 +52,11 @@ class FeatureFiles:
         self._folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(holding(self._folder, 0))
+                stack.enter_context(locked(self._folder, 0))
             except UserError:
                 if distributed.world_size() == 1:
                     logger.info("waiting for another evaluation, which computes the same features")
-                    stack.enter_context(holding(self._folder, -1))
+                    stack.enter_context(locked(self._folder, -1))
                 else:
                     file.is_kept = False
             yield file

@@ -95,22 +95,22 @@ def run(
 def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
     """A warning about a queue larger than half of the data set; None for a smaller or a masked one.
 
-    Queries then meet stale keys of their own image, which are false negatives (KaimingHe in
+    Queries then meet older keys of their own image, which are false negatives (KaimingHe in
     facebookresearch/moco issue 24).
     """
     if recipe.queue_size <= num_images // 2 or "same_image" in recipe.masks:
         return None
-    number, queries = stale_keys(recipe.queue_size, num_images, recipe.batch_size)
+    number, queries = own_older_keys(recipe.queue_size, num_images, recipe.batch_size)
     return (
         f"queue_size = {recipe.queue_size} is {recipe.queue_size / num_images:.2f} times the {num_images} "
-        f"training images: {queries:.0%} of the queries meet stale keys of their own image among their "
+        f"training images: {queries:.0%} of the queries meet older keys of their own image among their "
         f"negatives, {number:.2f} on average ({number / recipe.queue_size:.2%} of the queue); at most "
         f"{num_images // 2} is advisable"
     )
 
 
-def stale_keys(queue_size: int, num_images: int, batch_size: int) -> tuple[float, float]:
-    """The mean number of a query's own stale keys in the queue, and the fraction of queries that meet any.
+def own_older_keys(queue_size: int, num_images: int, batch_size: int) -> tuple[float, float]:
+    """The mean number of older keys of a query's own image in the queue; the fraction of queries with any.
 
     In an epoch's step t the queue contains t B keys of this epoch, none of them the query's because the
     images of an epoch are distinct, and max(0, K - t B) keys of earlier epochs. The last w keys of one of

@@ -22,7 +22,7 @@ _MODE = 0o666
 _held: list[FileLock] = []
 
 
-def hold(path: Path) -> None:
+def lock_until_exit(path: Path) -> None:
     """Lock `path` until this process ends.
 
     Raises:
@@ -38,7 +38,7 @@ def hold(path: Path) -> None:
 
 
 @contextmanager
-def holding(folder: Path, wait_seconds: float = 20) -> Iterator[None]:
+def locked(folder: Path, wait_seconds: float = 20) -> Iterator[None]:
     """Keep other processes from a run's work folder.
 
     If only the workflow is killed, its jobs keep running, and a second job would overwrite their

@@ -91,9 +91,9 @@ def test_ties_are_broken_by_row_order(
 @pytest.mark.parametrize("similarity", [[1.0, -1.0, 0.5, -0.5, 1e-30, -1e-30, 0.0], [float("inf"), 3e38]])
 def test_integer_keys_sort_like_their_similarities(similarity: list[float]) -> None:
     values = torch.tensor([similarity])
-    keys = knn._keys(values.clone(), 5)
+    keys = knn._sort_keys(values.clone(), 5)
     assert torch.equal(keys.argsort(), values.argsort())
-    read, rows = knn._read(keys)
+    read, rows = knn._unpack(keys)
     assert torch.equal(read, values)
     assert rows.tolist() == [list(range(5, 5 + len(similarity)))]
 

@@ -16,7 +16,7 @@ from mochi.encoders.resnet import ResNet
 from mochi.evaluation import stage
 from mochi.evaluation.feature_files import FeatureFile
 from mochi.provenance.wanted import Result, same_features
-from mochi.runtime.locks import holding
+from mochi.runtime.locks import locked
 from tests.evaluation.runs import evaluate, result_in
 from tests.tiny import TINY, changed
 
@@ -148,7 +148,7 @@ def test_evaluations_at_the_same_time_wait_for_each_other(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.evaluation.test_shared_features"])
     FILES.mkdir(parents=True)
-    with holding(FILES):
+    with locked(FILES):
         processes = [
             context.Process(target=run, args=(task, experiment, encoder_file, tiny_data))
             for task in ("knn", "few")

@@ -292,7 +292,9 @@ def test_a_queue_larger_than_half_of_the_data_gives_a_warning(
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(50, 8), (48, 8), (30, 30)])
 @pytest.mark.parametrize("queue_size", [20, 45, 64, 130])
-def test_the_share_of_stale_keys_equals_a_count(queue_size: int, num_images: int, batch_size: int) -> None:
+def test_the_number_of_own_older_keys_equals_a_count(
+    queue_size: int, num_images: int, batch_size: int
+) -> None:
     """In the order in which a training loads images, over many epochs."""
     rows, queue, counts = np.arange(num_images), [], []
     loading = Loading(batch_size, torch.device("cpu"))
@@ -301,7 +303,7 @@ def test_the_share_of_stale_keys_equals_a_count(queue_size: int, num_images: int
         if epoch >= 6:  # the queue is full
             counts += [queue.count(row) for row in batch.tolist()]
         queue = (queue + batch.tolist())[-queue_size:]
-    number, share = stage.stale_keys(queue_size, num_images, batch_size)
+    number, share = stage.own_older_keys(queue_size, num_images, batch_size)
     assert number == pytest.approx(np.mean(counts), abs=0.02)
     assert share == pytest.approx(np.mean(np.array(counts) > 0), abs=0.02)
 

@@ -82,18 +82,18 @@ def accumulated() -> None:
         for parameter in parameters:
             parameter.grad = None
         loss(rank(), 0).backward()
-        assert not gradients._running
+        assert not gradients._pending
         loss(rank(), 1).backward()
         # The bucket of `second` never gets both its gradients, and the others are in its order after it.
-        assert not gradients._running
+        assert not gradients._pending
         gradients.wait()
         for parameter, mean in zip(parameters, wanted, strict=True):
             torch.testing.assert_close(parameter.grad, mean)
     every = AveragedGradients(module.parameters(), passes=2, bucket_bytes=400)
     for _ in range(2):
-        assert not every._running
+        assert not every._pending
         module(torch.ones(1, 8)).sum().backward()
-    assert len(every._running) == len(every._buckets) > 2, "the last pass already sums"
+    assert len(every._pending) == len(every._buckets) > 2, "the last pass already sums"
     every.wait()
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from mochi.errors import UserError
-from mochi.runtime.locks import hold, holding
+from mochi.runtime.locks import lock_until_exit, locked
 from tests.project import Project
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mochi.runtime.locks import hold
-hold(Path(sys.argv[1]))
+from mochi.runtime.locks import lock_until_exit
+lock_until_exit(Path(sys.argv[1]))
 """
 
 
@@ -38,7 +38,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -
     lock = tmp_path / "run.lock"
     first = holder(lock)
     with pytest.raises(UserError, match=rf"held by process {first.pid} on .*; expected no other"):
-        hold(lock)
+        lock_until_exit(lock)
     first.send_signal(signal.SIGKILL)
     first.wait(30)
     second = holder(lock, "pass")
@@ -51,7 +51,7 @@ def test_who_is_refused_leaves_the_name_of_the_holder(tmp_path: Path) -> None:
     try:
         for _ in range(2):
             with pytest.raises(UserError, match=rf"held by process {first.pid} on "):
-                hold(lock)
+                lock_until_exit(lock)
     finally:
         first.kill()
         first.wait(30)
@@ -61,7 +61,7 @@ def test_who_is_refused_leaves_the_name_of_the_holder(tmp_path: Path) -> None:
 def test_a_second_user_can_open_the_lock(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        hold(tmp_path / "run.lock")
+        lock_until_exit(tmp_path / "run.lock")
     finally:
         os.umask(before)
     assert (tmp_path / "run.lock").stat().st_mode & 0o777 == 0o666
@@ -74,8 +74,8 @@ def test_where_nothing_can_be_locked_a_warning_says_so(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    hold(tmp_path / "run.lock")
-    with holding(tmp_path / "work"):
+    lock_until_exit(tmp_path / "run.lock")
+    with locked(tmp_path / "work"):
         pass
     assert caplog.text.count("cannot lock (No locks available)") == 2
 
@@ -101,8 +101,8 @@ def test_a_run_is_held_by_one_process_and_free_once_that_is_gone(tmp_path: Path)
     work = tmp_path / "work"
     work.mkdir()
     script = (
-        "import sys, time; from pathlib import Path; from mochi.runtime.locks import holding\n"
-        "with holding(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from mochi.runtime.locks import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     command = [sys.executable, "-c", script, str(work)]
@@ -111,12 +111,12 @@ def test_a_run_is_held_by_one_process_and_free_once_that_is_gone(tmp_path: Path)
         assert first.stdout.readline() == "held\n"
         with (
             pytest.raises(UserError, match=f"found process {first.pid} on .* at work on this run"),
-            holding(work, wait_seconds=0.3),
+            locked(work, wait_seconds=0.3),
         ):
             raise AssertionError
         first.kill()
     for _ in range(2):
-        with holding(work, wait_seconds=5):
+        with locked(work, wait_seconds=5):
             assert list(work.iterdir()) == []
     assert list(tmp_path.iterdir()) == [work]
 
@@ -125,8 +125,8 @@ def test_a_forked_worker_neither_frees_the_lock_nor_keeps_it(tmp_path: Path) -> 
     """Loading workers are forked: one that ends leaves the lock; one that outlives a kill has none."""
     work = tmp_path / "work"
     script = (
-        "import os, sys, time; from pathlib import Path; from mochi.runtime.locks import holding\n"
-        "with holding(Path(sys.argv[1])):\n"
+        "import os, sys, time; from pathlib import Path; from mochi.runtime.locks import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
         "    if os.fork() == 0: sys.exit()\n"
         "    os.wait()\n"
         "    if os.fork() == 0: time.sleep(60)\n"
@@ -140,10 +140,10 @@ def test_a_forked_worker_neither_frees_the_lock_nor_keeps_it(tmp_path: Path) -> 
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "held\n"
-            with pytest.raises(UserError, match="at work on this run"), holding(work, wait_seconds=0.3):
+            with pytest.raises(UserError, match="at work on this run"), locked(work, wait_seconds=0.3):
                 raise AssertionError
             process.kill()
-            with holding(work, wait_seconds=5):
+            with locked(work, wait_seconds=5):
                 pass
         finally:
             os.killpg(process.pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ from mochi.config import ConfigError, all_runs, datasets, load_experiment, probe
 from mochi.layout import Layout
 from mochi.provenance import wanted
 from mochi.runtime import gpus
-from mochi.runtime.locks import hold
+from mochi.runtime.locks import lock_until_exit
 from mochi.runtime.shares import threads_of_job
 
 # One file is one experiment. Snakemake merges several files key by key, so the default is read only if none is given.

@@ -1,4 +1,4 @@
-"""Pictures made on the spot, and the way to real ones."""
+"""Generated pictures, and access to real ones."""
 
 import os
 import tarfile
@@ -12,7 +12,7 @@ from PIL import Image
 
 @pytest.fixture
 def picture() -> Callable[..., Image.Image]:
-    """A smooth colourful picture, different for each seed: noise would hide what resampling does."""
+    """A smooth colourful picture, different for each seed; noise would hide the effect of resampling."""
 
     def make(seed: int = 0, height: int = 24, width: int = 32) -> Image.Image:
         coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
@@ -23,7 +23,7 @@ def picture() -> Callable[..., Image.Image]:
 
 @pytest.fixture
 def tree(tmp_path: Path, picture: Callable[..., Image.Image]) -> Path:
-    """train and val of three classes, JPEGs of different sizes."""
+    """train and val with three classes of JPEGs of different sizes."""
     root = tmp_path / "photos"
     for split, count in (("train", 6), ("val", 3)):
         for label, name in enumerate(("ant", "bee", "cat")):
@@ -38,7 +38,7 @@ def tree(tmp_path: Path, picture: Callable[..., Image.Image]) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Unpack an archive of MOCHI_REAL_DATA, once; skips where there is none."""
+    """Unpack an archive of MOCHI_REAL_DATA once; skip if there is none."""
     unpacked: dict[str, Path] = {}
 
     def unpack(name: str) -> Path:

@@ -1,5 +1,5 @@
-"""What was written against what is read back, from this process and another, and the messages on folders
-that are missing, truncated or foreign.
+"""Written data compared with what this and another process read, and messages for missing, truncated and
+foreign folders.
 """
 
 import json
@@ -26,7 +26,7 @@ def prepared(tree: Path, tmp_path: Path) -> Path:
     return out
 
 
-def test_rows_come_back_as_they_were(prepared: Path, tree: Path) -> None:
+def test_rows_are_read_as_they_were_written(prepared: Path, tree: Path) -> None:
     dataset = open_dataset(prepared)
     assert dataset.classes == ["ant", "bee", "cat"]
     split = dataset.split("train")
@@ -40,7 +40,7 @@ def test_rows_come_back_as_they_were(prepared: Path, tree: Path) -> None:
         assert split.image(row).shape == (split.heights[row], split.widths[row], 3)
 
 
-def test_a_split_travels_as_a_path(prepared: Path) -> None:
+def test_a_split_is_pickled_as_a_path(prepared: Path) -> None:
     split = open_dataset(prepared).split("train")
     first = split.image(0)
     data = pickle.dumps(split)
@@ -74,13 +74,13 @@ def test_damaged_folders_say_what_to_do(prepared: Path, damage, message: str) ->
         open_dataset(prepared).split("train")
 
 
-def test_an_unknown_split_names_the_known(prepared: Path) -> None:
+def test_an_unknown_split_lists_the_known_ones(prepared: Path) -> None:
     with pytest.raises(DataError, match=r"found no split 'test'; expected one of: train, val"):
         open_dataset(prepared).split("test")
 
 
-def test_a_million_rows_cost_a_process_almost_nothing(tmp_path: Path) -> None:
-    """Private memory (the resident set less file pages) of a process that walks a 1-million-row index."""
+def test_a_million_rows_need_almost_no_private_memory(tmp_path: Path) -> None:
+    """Private memory (resident minus file pages) of a process that reads an index of a million rows."""
     count = 1_000_000
     with (tmp_path / "train-index.arrow").open("wb") as file:
         storage.write_index(
@@ -110,7 +110,7 @@ for row in rows:
 print(private() - before)
 """
     if not Path("/proc/self/smaps_rollup").exists():
-        pytest.skip("no /proc/self/smaps_rollup: memory cannot be told apart here")
+        pytest.skip("no /proc/self/smaps_rollup: private memory cannot be measured here")
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True
     )

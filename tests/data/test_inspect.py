@@ -1,4 +1,6 @@
-"""The report on a folder against its contents, and the recommendations against the paper's settings."""
+"""The report on a folder compared with its content, and recommendations compared with the paper's
+settings.
+"""
 
 import json
 import shutil
@@ -15,7 +17,7 @@ from mochi.data.recommend import Facts, advise
 from mochi.errors import DataError
 
 
-def test_report_tells_what_is_there(tree: Path, tmp_path: Path) -> None:
+def test_the_report_lists_the_content(tree: Path, tmp_path: Path) -> None:
     (tree / "train" / "ant" / "zero.jpg").touch()
     (tree / "train" / ".DS_Store").touch()
     (tree / "train" / "dog").mkdir()
@@ -105,7 +107,7 @@ def settings(num_train: int, side: int, classes: int = 10) -> dict[str, object]:
         ("CIFAR-10", 50_000, 32, 8192, 0.99),  # MoCo's demo: 4096, 0.99
     ],
 )
-def test_advice_is_the_published_settings(
+def test_recommendations_for_known_sizes_are_the_published_settings(
     name: str, num_train: int, side: int, queue: int, momentum: float
 ) -> None:
     advice = settings(num_train, side)
@@ -117,7 +119,7 @@ def test_advice_is_the_published_settings(
 
 
 @pytest.mark.parametrize("num_train", [64, 100, 200, 6400, 13_000])
-def test_advice_fits_small_sets(num_train: int) -> None:
+def test_recommendations_for_small_data_sets(num_train: int) -> None:
     """Users asked what to do with 13,000 images and a queue of 65536."""
     advice = settings(num_train, 100)
     assert num_train // advice["pretrain.batch_size"] >= 8

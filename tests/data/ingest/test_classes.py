@@ -1,4 +1,6 @@
-"""Classes of train and val that contradict each other: preparation refuses, check and inspect tell."""
+"""Classes of train and val that contradict each other: preparation refuses them, check and inspect
+report them.
+"""
 
 import json
 from pathlib import Path
@@ -37,7 +39,7 @@ def make(root: Path, *paths: str) -> Path:
 def test_splits_without_a_common_class_are_refused_by_every_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Every evaluation of such a set is 0 %."""
+    """The accuracy on such a data set is always 0%."""
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "set", *NAMES[kind][0], *NAMES[kind][1])
     assert REASONS[kind] in refused("prepare", "--source", "folder", "--path", "set", "--out", "data/set")
@@ -59,7 +61,7 @@ def test_a_class_in_two_unicode_forms_is_one_class(tmp_path: Path) -> None:
     assert open_dataset(out).split("val").labels.tolist() == [0, 1]
 
 
-def test_names_that_hardly_differ_and_untrained_classes_are_told() -> None:
+def test_similar_names_and_classes_without_training_images_are_reported() -> None:
     counts = {"train": {"Cat": 3, "cat ": 1, "dog": 2, "eel": 0}, "val": {"Cat": 1, "eel": 2, "dog": 1}}
     assert faults(counts) == []
     said = oddities(counts)
@@ -67,12 +69,12 @@ def test_names_that_hardly_differ_and_untrained_classes_are_told() -> None:
     assert said[1] == "1 classes of val have no image in train: eel"
 
 
-def test_unlabelled_and_empty_splits_contradict_nothing() -> None:
+def test_unlabelled_and_empty_splits_are_accepted() -> None:
     for counts in ({}, {"train": {}}, {"train": {}, "val": {"a": 1}}, {"train": {"a": 0}, "val": {"a": 1}}):
         assert faults(counts) == []
 
 
-def test_a_set_prepared_before_the_rule_is_checked_too(
+def test_a_data_set_prepared_by_an_older_version_is_checked_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,5 @@
-"""Awkward files made on the spot, each with the picture it must become; and 51 real ones, where they are,
-against what Pillow shows of each.
+"""Unusual generated files, each with the picture it must become; and 51 real ones, if they are there,
+compared with what Pillow shows.
 """
 
 import csv
@@ -25,7 +25,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def stored(data: bytes) -> np.ndarray:
-    """The pixels that the loader will see: the stored bytes through a plain conversion."""
+    """The pixels that the loader reads: a plain conversion of the stored bytes."""
     result = decode.check(data)
     assert result.reason == ""
     image = decode.open_image(result.reencoded or data).convert("RGB")
@@ -44,7 +44,7 @@ def test_a_clean_png_keeps_its_bytes(picture: Picture) -> None:
     assert decode.check(encoded(picture(), "PNG")).reencoded is None
 
 
-def test_an_oriented_jpeg_is_turned(picture: Picture) -> None:
+def test_the_exif_orientation_is_applied(picture: Picture) -> None:
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -81,7 +81,7 @@ def test_a_palette_becomes_its_colours() -> None:
     assert stored(transparent).tolist() == [[[255, 255, 255], [0, 255, 0]]]
 
 
-def test_transparency_lies_over_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     image = Image.new("RGBA", (3, 1))
     image.putdata([(10, 20, 30, 0), (10, 20, 30, 255), (0, 0, 0, 128)])
     white, opaque, half = stored(encoded(image, "PNG"))[0].tolist()
@@ -92,8 +92,8 @@ def test_transparency_lies_over_white() -> None:
     assert stored(encoded(grey, "PNG")).tolist() == [[[255, 255, 255]]]
 
 
-def test_sixteen_bits_are_scaled_not_cut() -> None:
-    """Pillow's own conversion cuts at 255: everything above one 257th of the range turns white."""
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    """Pillow's own conversion clips at 255: everything above 1/257 of the range becomes white."""
     values = np.array([[0, 257, 128 * 257, 200 * 257, 65535]], dtype=np.uint16)
     for kind in ("PNG", "TIFF"):
         grey = stored(encoded(Image.fromarray(values), kind))
@@ -113,8 +113,8 @@ def test_float_images_are_scaled(picture: Picture) -> None:
         ]
 
 
-def test_missing_values_of_floats_are_black_and_alone_no_picture() -> None:
-    """NaN marks missing data in depth and satellite pictures; it once made all of the picture black."""
+def test_nan_pixels_are_black_and_an_image_of_nan_is_refused() -> None:
+    """NaN marks missing data in depth and satellite images; it once made the whole image black."""
     values = np.array([[0, np.nan, 500, 1000, np.inf, -np.inf]], dtype=np.float32)
     assert stored(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 0, 128, 255, 0, 0]
     result = decode.check(encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"))
@@ -133,14 +133,14 @@ def test_the_transparent_value_of_sixteen_bits_is_white() -> None:
     assert stored(data)[0, :, 0].tolist() == [0, 255, 200]
 
 
-def test_cmyk_is_pillows_rgb(picture: Picture) -> None:
+def test_cmyk_is_converted_like_pillow(picture: Picture) -> None:
     data = encoded(picture().convert("CMYK"), "JPEG", quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(stored(data) - expected).max() == 0
     assert np.abs(stored(data) - np.asarray(picture())).mean() < 8
 
 
-def test_the_first_frame_stands_for_an_animation(picture: Picture) -> None:
+def test_the_first_frame_of_an_animation_is_used(picture: Picture) -> None:
     frames = [picture(seed) for seed in (1, 2, 3)]
     for kind in ("GIF", "WEBP", "PNG"):
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
@@ -158,7 +158,7 @@ def test_the_first_frame_stands_for_an_animation(picture: Picture) -> None:
         (bytes(range(128, 256)), "not an image Pillow can read"),
     ],
 )
-def test_what_is_no_image_says_what_it_looks_like(data: bytes, reason: str) -> None:
+def test_a_file_that_is_not_an_image_is_named_by_its_type(data: bytes, reason: str) -> None:
     assert decode.check(data).reason == reason
 
 
@@ -186,13 +186,13 @@ def iso_media(*brands: bytes) -> bytes:
         (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
     ],
 )
-def test_a_format_that_is_not_decoded_is_named_with_what_to_do(data: bytes, name: str) -> None:
+def test_an_unsupported_format_is_named_with_what_to_do(data: bytes, name: str) -> None:
     assert decode.check(data).reason == f"{name}, which is not decoded here: convert it to JPEG or PNG"
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "TGA", "PCX", "ICO", "SGI", "XBM", "DDS"])
 def test_decoders_that_are_not_listed_are_never_run(picture: Picture, kind: str) -> None:
-    """Pillow hands PostScript to another program."""
+    """Pillow passes PostScript to another program."""
     image = picture().convert("1") if kind == "XBM" else picture()
     assert decode.check(encoded(image, kind)).reason
 
@@ -211,10 +211,10 @@ def test_every_listed_format_is_decoded(picture: Picture, kind: str) -> None:
         ({254: 1}, "TIFF whose first picture is a thumbnail"),
     ],
 )
-def test_the_thumbnail_of_a_raw_file_is_no_photograph(
+def test_the_thumbnail_of_a_raw_file_is_not_used(
     picture: Picture, tmp_path: Path, tags: dict[int, object], reason: str
 ) -> None:
-    """NEF, DNG and CR2 files once became a set of thumbnails of 160 x 120."""
+    """NEF, DNG and CR2 files once became a data set of thumbnails of 160 x 120."""
     data = encoded(picture(), "TIFF", tiffinfo=tags)
     expected = f"{reason}: only a preview of 32 x 24 pixels can be read; convert it to JPEG or PNG"
     assert decode.check(data).reason == expected
@@ -224,8 +224,8 @@ def test_the_thumbnail_of_a_raw_file_is_no_photograph(
         decode.image_size(path)
 
 
-def test_a_canon_raw_file_is_told_by_its_header() -> None:
-    """A preview of 16 x 12 pixels, as Pillow reads one."""
+def test_a_canon_raw_file_is_recognised_by_its_header() -> None:
+    """Pillow would read its preview of 16 x 12 pixels."""
     values = {256: 16, 257: 12, 258: 8, 259: 1, 262: 1, 273: 200, 277: 1, 278: 12, 279: 192}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
     preview = struct.pack("<2sHI8sH", b"II", 42, 16, b"CR\2\0" + bytes(4), len(values)) + entries
@@ -236,13 +236,13 @@ def test_a_canon_raw_file_is_told_by_its_header() -> None:
     assert "camera raw (Canon CR2), which" in decode.check(preview[:60]).reason
 
 
-def test_an_ordinary_tiff_of_a_camera_is_a_photograph(picture: Picture) -> None:
+def test_an_ordinary_tiff_from_a_camera_is_accepted(picture: Picture) -> None:
     assert decode.check(encoded(picture(), "TIFF", tiffinfo={271: "Canon", 254: 0})).reason == ""
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_larger_image_is_stored_with_the_largest_side(kind: str, orientation: int) -> None:
+def test_a_larger_image_is_resized_to_the_largest_side(kind: str, orientation: int) -> None:
     coarse = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((300, 200), Image.Resampling.BICUBIC)
     exif = Image.Exif()
@@ -261,8 +261,8 @@ def test_a_larger_image_is_stored_with_the_largest_side(kind: str, orientation: 
     assert decode.check(data, 300) == decode.check(data)
 
 
-def test_a_giant_is_decoded_to_about_what_is_kept_of_it() -> None:
-    """324 MB of pixels; the decoder may scale a JPEG while it reads it."""
+def test_a_huge_jpeg_is_decoded_at_reduced_size() -> None:
+    """324 MB of pixels; the decoder can scale a JPEG while it reads it."""
     data = encoded(Image.new("L", (12_000, 9_000), 128), "JPEG", quality=20)
     image = decode.open_image(data)
     image.draft(None, (2048, 1536))
@@ -273,7 +273,7 @@ def test_a_giant_is_decoded_to_about_what_is_kept_of_it() -> None:
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_cut_file_is_no_picture(picture: Picture, kind: str, share: float) -> None:
+def test_a_truncated_file_is_refused(picture: Picture, kind: str, share: float) -> None:
     data = encoded(picture(height=200, width=300), kind)
     assert f"{kind} does not decode" in decode.check(data[: int(len(data) * share)]).reason
 
@@ -282,10 +282,10 @@ def test_a_cut_file_is_no_picture(picture: Picture, kind: str, share: float) -> 
     "options", [{}, {"progressive": True}, {"subsampling": 0, "restart_marker_rows": 1}]
 )
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_short_check_of_a_jpeg_finds_what_a_whole_decode_finds(
+def test_the_quick_check_of_a_jpeg_agrees_with_a_full_decode(
     picture: Picture, mode: str, options: dict[str, object]
 ) -> None:
-    """Cut, overwritten and shortened at random; about a third do not decode."""
+    """Files cut, overwritten and shortened at random; about a third cannot be decoded."""
     rng = np.random.default_rng(0)
     whole = np.frombuffer(encoded(picture(0, 75, 100).convert(mode), "JPEG", **options), np.uint8)
     broken = 0
@@ -305,8 +305,8 @@ def test_the_short_check_of_a_jpeg_finds_what_a_whole_decode_finds(
     assert 30 < broken < 120
 
 
-def test_a_bomb_is_refused_by_its_claim() -> None:
-    """A PNG header that claims 40,000 x 40,000 pixels; nothing of that size may be allocated."""
+def test_a_decompression_bomb_is_refused_by_its_header() -> None:
+    """A PNG header of 40,000 x 40,000 pixels; nothing of that size may be allocated."""
     data = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
     data[16:24] = (40_000).to_bytes(4, "big") * 2
     import zlib
@@ -315,8 +315,8 @@ def test_a_bomb_is_refused_by_its_claim() -> None:
     assert decode.check(bytes(data)).reason.startswith("decompression bomb")
 
 
-def test_a_large_honest_photograph_passes_without_a_warning() -> None:
-    """12,000 x 9,000 is above the size at which Pillow warns of a bomb."""
+def test_a_large_photograph_gives_no_warning() -> None:
+    """12,000 x 9,000 is above the size at which Pillow warns of a decompression bomb."""
     data = encoded(Image.new("L", (12_000, 9_000), 128), "JPEG", quality=20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -324,10 +324,11 @@ def test_a_large_honest_photograph_passes_without_a_warning() -> None:
         assert decode.open_image(data).size == (12_000, 9_000)
 
 
-def test_real_awkward_files_land_where_they_should(real_data: Callable[[str], Path]) -> None:
-    """MANIFEST.csv says what Pillow 13 makes of each file. One differs on purpose: broken-after-data.png
-    lacks its last forty rows; Pillow raises on the first attempt, hands out the torn picture on the
-    second, and torchvision's decoder crashes on it."""
+def test_real_unusual_files_are_stored_or_refused(real_data: Callable[[str], Path]) -> None:
+    """MANIFEST.csv has what Pillow 13 makes of each file. One differs on purpose: broken-after-data.png
+    lacks its last forty rows. Pillow raises on the first attempt and returns a partial picture on the
+    second; torchvision's decoder crashes on it.
+    """
     root = real_data("awkward-images.tar") / "awkward-images"
     with (root / "MANIFEST.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -363,7 +364,7 @@ def test_real_awkward_files_land_where_they_should(real_data: Callable[[str], Pa
 
 
 def test_real_orientations_agree(real_data: Callable[[str], Path]) -> None:
-    """The same scene saved with tags 1, 3, 6 and 8: the stored pictures look the same."""
+    """The same scene with tags 1, 3, 6 and 8: the stored pictures look the same."""
     root = real_data("awkward-images.tar") / "awkward-images" / "files"
     reference = stored((root / "exif-orientation-1.jpg").read_bytes())
     for tag in (3, 6, 8):

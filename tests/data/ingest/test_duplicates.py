@@ -1,4 +1,4 @@
-"""Groups of equal hashes against a dictionary, on random sets with many repeats."""
+"""Groups of equal hashes compared with a dictionary, on random data with many repeats."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from mochi.data.ingest import duplicates
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_groups_are_those_of_a_dictionary(seed: int) -> None:
+def test_groups_equal_those_of_a_dictionary(seed: int) -> None:
     rng = np.random.default_rng(seed)
     pool = rng.integers(0, 256, (30, 32), dtype=np.uint8)
     hashes = {
@@ -30,7 +30,7 @@ def test_groups_are_those_of_a_dictionary(seed: int) -> None:
     }
 
 
-def test_nothing_is_duplicated_in_nothing() -> None:
+def test_an_empty_split_has_no_duplicates() -> None:
     assert list(duplicates.groups({}, {})) == []
     one = {"train": np.zeros((1, 32), np.uint8)}
     assert list(duplicates.groups(one, {"train": np.array([0])})) == []

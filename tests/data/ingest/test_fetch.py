@@ -1,5 +1,5 @@
-"""Downloads against a server on the loopback that refuses, cuts, lies and resumes; archives that reach
-outside their folder.
+"""Downloads from a local server that refuses, truncates, sends another file or resumes; archives with
+paths outside their folder.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """/good serves everything with ranges; /plain without; /cut stops halfway; /wrong is another file."""
+    """/good supports ranges; /plain does not; /cut stops halfway; /wrong is another file."""
 
     asked: ClassVar[list[tuple[str, str | None]]] = []
 
@@ -68,7 +68,7 @@ def archive(*urls: str) -> Archive:
     return Archive("file.bin", MD5, urls)
 
 
-def test_the_next_url_serves_when_the_first_refuses(server: str, tmp_path: Path) -> None:
+def test_the_next_url_is_used_if_the_first_fails(server: str, tmp_path: Path) -> None:
     candidates = archive(f"{server}/refused", f"{server}/wrong", f"{server}/good")
     path = fetch(candidates, options(), tmp_path)
     assert path.read_bytes() == CONTENT
@@ -77,12 +77,12 @@ def test_the_next_url_serves_when_the_first_refuses(server: str, tmp_path: Path)
     assert len(Handler.asked) == 3  # kept: nothing was asked again
 
 
-def test_mirrors_of_the_user_come_first(server: str, tmp_path: Path) -> None:
+def test_mirrors_of_the_user_are_tried_first(server: str, tmp_path: Path) -> None:
     fetch(archive(f"{server}/refused"), options(mirrors=[f"{server}/good"]), tmp_path)
     assert [where for where, _ in Handler.asked] == ["/good"]
 
 
-def test_a_cut_download_goes_on_where_it_stopped(server: str, tmp_path: Path) -> None:
+def test_an_interrupted_download_resumes(server: str, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match="connection lost after 640000 of 1280000 bytes; run again to resume"
     ):
@@ -92,19 +92,19 @@ def test_a_cut_download_goes_on_where_it_stopped(server: str, tmp_path: Path) ->
     assert Handler.asked[-1] == ("/good", "bytes=640000-")
 
 
-def test_a_server_without_ranges_starts_again(server: str, tmp_path: Path) -> None:
+def test_without_ranges_a_download_starts_again(server: str, tmp_path: Path) -> None:
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / "file.bin.part").write_bytes(CONTENT[:1000])
     assert fetch(archive(f"{server}/plain"), options(), tmp_path).read_bytes() == CONTENT
 
 
-def test_a_finished_part_is_taken(server: str, tmp_path: Path) -> None:
+def test_a_complete_partial_file_is_used(server: str, tmp_path: Path) -> None:
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / "file.bin.part").write_bytes(CONTENT)
     assert fetch(archive(f"{server}/good"), options(), tmp_path).read_bytes() == CONTENT
 
 
-def test_when_nobody_serves_every_failure_is_told(server: str, tmp_path: Path) -> None:
+def test_if_every_url_fails_all_errors_are_shown(server: str, tmp_path: Path) -> None:
     candidates = archive(f"{server}/refused", f"{server}/wrong", "gopher://x/y", "http://127.0.0.1:9/x")
     with pytest.raises(DataError) as raised:
         fetch(candidates, options(), tmp_path)
@@ -120,7 +120,7 @@ def test_when_nobody_serves_every_failure_is_told(server: str, tmp_path: Path) -
         assert part in text
 
 
-def test_an_archive_that_the_user_downloaded(tmp_path: Path) -> None:
+def test_an_archive_that_the_user_downloaded_is_used(tmp_path: Path) -> None:
     path = tmp_path / "mine.bin"
     with pytest.raises(DataError, match=r"no such file; expected file.bin"):
         fetch(archive(), options(archive=str(path)), tmp_path)
@@ -160,7 +160,7 @@ def link(name: str, target: str) -> tarfile.TarInfo:
         link("a/up", "../../x"), link("a", "/etc/passwd"), special("pipe", tarfile.FIFOTYPE),
     ],
 )  # fmt: skip
-def test_an_archive_that_reaches_outside_is_refused_whole(tmp_path: Path, member) -> None:
+def test_an_archive_with_paths_outside_its_folder_is_refused(tmp_path: Path, member) -> None:
     path = make_tar(tmp_path / "evil.tgz", "fine.txt", member)
     with pytest.raises(DataError, match=r"evil.tgz: refused, nothing unpacked"):
         unpacked(path, tmp_path / "cache")
@@ -169,14 +169,14 @@ def test_an_archive_that_reaches_outside_is_refused_whole(tmp_path: Path, member
 
 
 def test_nothing_is_unpacked_through_a_link(tmp_path: Path) -> None:
-    """The link itself is safe; its target could be changed to anywhere."""
+    """The link itself is safe, but its target could be changed to anywhere."""
     path = make_tar(tmp_path / "evil.tgz", link("here", "."), "here/file.txt")
     with pytest.raises(DataError, match=r"'here/file.txt' is behind a link"):
         unpacked(path, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("filters", [True, False])
-def test_python_with_and_without_filters_unpacks_the_same(
+def test_extraction_with_and_without_tarfile_filters_is_the_same(
     tmp_path: Path, filters: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not filters:  # before Python 3.11.4
@@ -185,7 +185,7 @@ def test_python_with_and_without_filters_unpacks_the_same(
     assert (unpacked(path, tmp_path / "cache") / "a" / "c.txt").read_text() == "hello"
 
 
-def test_an_honest_archive_is_unpacked_once(tmp_path: Path) -> None:
+def test_a_valid_archive_is_unpacked_once(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "good.tgz", "a/b.txt", link("a/c.txt", "b.txt"))
     folder = unpacked(path, tmp_path / "cache")
     assert (folder / "a" / "c.txt").read_text() == "hello"
@@ -196,7 +196,7 @@ def test_an_honest_archive_is_unpacked_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", "cut"])
-def test_what_is_no_archive_is_named(tmp_path: Path, content: bytes | str) -> None:
+def test_a_file_that_is_not_an_archive_is_named(tmp_path: Path, content: bytes | str) -> None:
     path = make_tar(tmp_path / "x.tgz", *(f"{n}.txt" for n in range(50)))
     path.write_bytes(path.read_bytes()[:200] if isinstance(content, str) else content)
     with pytest.raises(DataError, match=r"x.tgz: found no complete tar archive"), opened(path) as file:

@@ -1,4 +1,4 @@
-"""What lies in folders besides images, names in two Unicode forms, and lists of names with blanks."""
+"""Files in folders that are not images, names in two Unicode forms, and lists of names with blanks."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ LEFT_BEHIND = (
 
 
 @pytest.mark.parametrize("name", LEFT_BEHIND)
-def test_what_systems_leave_behind_is_ignored_and_counted(tmp_path: Path, name: str) -> None:
+def test_system_files_are_ignored_and_counted(tmp_path: Path, name: str) -> None:
     for place in (tmp_path, tmp_path / "train", tmp_path / "train" / "cat"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(b"x")
@@ -50,10 +50,10 @@ def test_nothing_else_is_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("home", ["", "prepared", "train/cat/data"])
-def test_a_folder_may_hold_its_own_preparation(
+def test_prepared_data_inside_the_image_folder_is_ignored(
     tree: Path, monkeypatch: pytest.MonkeyPatch, home: str
 ) -> None:
-    """The second run once took the arrays of the first for new images, and prepared again for ever."""
+    """A second run once read the arrays of the first as new images, and prepared again every time."""
     monkeypatch.chdir(tree.parent)
     out = str(tree / home)
     options = ["prepare", "--source", "folder", "--path", str(tree), "--out", out]
@@ -69,7 +69,7 @@ def test_a_folder_may_hold_its_own_preparation(
     assert {**json.loads(path.read_text()), "ignored": {}} == {**before, "ignored": {}}
 
 
-def test_results_below_the_images_are_no_images(tree: Path) -> None:
+def test_results_inside_the_image_folder_are_ignored(tree: Path) -> None:
     result = tree / "train" / "results" / "detection"
     result.mkdir(parents=True)
     (result / "provenance.json").write_text('{"settings": {}, "code_digest": "", "outputs": {}}')
@@ -79,14 +79,14 @@ def test_results_below_the_images_are_no_images(tree: Path) -> None:
     assert ignored == {"folder of results or prepared data": 1}
 
 
-def test_masks_of_a_voc_tree_are_no_images(tmp_path: Path) -> None:
+def test_segmentation_masks_of_a_voc_tree_are_ignored(tmp_path: Path) -> None:
     for name in ("JPEGImages/a.jpg", "SegmentationClass/a.png", "SegmentationObject/a.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"x")
     assert walk(tmp_path) == ["JPEGImages/a.jpg"]
 
 
-def test_only_a_last_column_of_one_digit_is_a_mark(tmp_path: Path) -> None:
+def test_a_flag_in_a_list_is_1_0_or_minus_1_in_the_last_column(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text("a\na - Copy\nb 1\nc  0\nd -1\ne 2\nphoto 1\nf\t-1\n 7\n", encoding="utf-8")
     assert read_list(path, {"photo 1"}.__contains__) == ["a", "a - Copy", "b", "c", "e 2", "photo 1", "7"]
@@ -110,7 +110,7 @@ def test_names_are_found_in_both_unicode_forms_and_with_any_suffix(tmp_path: Pat
 def test_preparation_and_detection_read_the_same_files(
     voc: Callable[[str], Path], tmp_path: Path, suffix: str
 ) -> None:
-    """Preparation once knew .jpg alone."""
+    """Preparation once accepted only .jpg."""
     from mochi.detection import voc as reader
 
     root = voc(suffix)

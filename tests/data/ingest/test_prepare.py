@@ -1,7 +1,7 @@
-"""What a folder becomes, checked file by file against the folder; and that neither the number of
-processes, nor an interruption, nor a second run changes a byte.
+"""Prepared folders, compared file by file with their source. Neither the number of processes, nor an
+interruption, nor a second run changes a byte.
 
-The edge cases are those that users reported: hidden files, empty classes, loops, names.
+The edge cases are those that users reported: hidden files, empty classes, loops of links, unusual names.
 """
 
 import csv
@@ -54,7 +54,7 @@ def test_every_source_has_a_section_and_a_module() -> None:
         assert callable(importlib.import_module(f"{sources.__name__}.{module}").collect)
 
 
-def test_processes_and_repeats_change_no_byte(
+def test_processes_and_repetition_change_no_byte(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validate, "_SERIAL_LIMIT", 0)
@@ -93,7 +93,7 @@ def test_small_images_of_one_size_become_one_array(picture: Picture, tmp_path: P
     assert all((pixels[seed] == np.asarray(picture(seed, 16, 16))).all() for seed in range(5))
 
 
-def test_another_preparation_leaves_nothing_of_the_first(
+def test_a_new_preparation_removes_the_files_of_the_old_one(
     tree: Path, picture: Picture, tmp_path: Path
 ) -> None:
     out = tmp_path / "data" / "photos"
@@ -168,7 +168,9 @@ def test_an_empty_class_keeps_its_number(tree: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make", [lambda root: None, lambda root: (root / "train" / "a").mkdir(parents=True)]
 )
-def test_no_images_says_what_was_looked_for(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_a_folder_without_images_is_refused_with_what_was_expected(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
     root = tmp_path / "empty"
     root.mkdir()
     make(root)
@@ -179,7 +181,7 @@ def test_no_images_says_what_was_looked_for(tmp_path: Path, make: Callable[[Path
 
 
 def test_unlabelled_images(tree: Path, picture: Picture, tmp_path: Path) -> None:
-    """`unlabeled/` beside or below train carries no label; other trees are one unlabelled split."""
+    """Images in `unlabeled/`, next to or in train, have no label; other trees are one unlabelled split."""
     for place in (tree / "unlabeled", tree / "train" / "unlabeled"):
         place.mkdir()
         picture(5, 30, 30).save(place / "x.jpg")
@@ -196,8 +198,10 @@ def test_unlabelled_images(tree: Path, picture: Picture, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("case", [str.upper, str.title])
-def test_split_folders_count_in_any_case(case: Callable[[str], str], tree: Path, tmp_path: Path) -> None:
-    """`Val/` was once pretrained on, as one more folder of an unlabelled tree."""
+def test_split_folders_are_recognised_in_any_case(
+    case: Callable[[str], str], tree: Path, tmp_path: Path
+) -> None:
+    """`Val/` was once used for pretraining, as one more folder of an unlabelled tree."""
     for name in ("train", "val"):
         (tree / name).rename(tree / case(name))
     manifest = prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
@@ -205,13 +209,13 @@ def test_split_folders_count_in_any_case(case: Callable[[str], str], tree: Path,
     assert manifest["classes"] == ["ant", "bee", "cat"]
 
 
-def test_images_to_test_on_alone_are_refused(tree: Path, tmp_path: Path) -> None:
+def test_a_test_split_alone_is_refused(tree: Path, tmp_path: Path) -> None:
     (tree / "train").rename(tree / "training")
     with pytest.raises(DataError, match=r"found training, val, but no train folder"):
         prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
 
 
-def test_test_images_are_the_evaluation_where_there_is_no_val(tree: Path, tmp_path: Path) -> None:
+def test_the_test_split_is_used_if_there_is_no_val(tree: Path, tmp_path: Path) -> None:
     (tree / "val").rename(tree / "test")
     manifest = prepare(folder(tree), tmp_path / "a" / "photos", jobs=1)
     assert sorted(manifest["splits"]) == ["train", "val"]
@@ -220,7 +224,7 @@ def test_test_images_are_the_evaluation_where_there_is_no_val(tree: Path, tmp_pa
     assert sorted(manifest["splits"]) == ["test", "train", "val"]
 
 
-def test_odd_names_survive(picture: Picture, tmp_path: Path) -> None:
+def test_unusual_names_are_kept(picture: Picture, tmp_path: Path) -> None:
     root = tmp_path / "odd"
     names = [
         "a b.jpg",
@@ -249,7 +253,7 @@ def test_odd_names_survive(picture: Picture, tmp_path: Path) -> None:
     assert rows_of(out / "quarantine.csv")[0][0] == "train/my class/caf\\xe9.jpg"
 
 
-def test_a_loop_of_links_ends(tree: Path, tmp_path: Path) -> None:
+def test_a_loop_of_links_is_not_followed_for_ever(tree: Path, tmp_path: Path) -> None:
     (tree / "train" / "ant" / "loop").symlink_to(tree, target_is_directory=True)
     (tree / "train" / "dog").symlink_to(tree / "train" / "cat", target_is_directory=True)
     manifest = prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
@@ -272,7 +276,7 @@ def test_duplicates_are_reported(tree: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_changes_its_row(tree: Path, picture: Picture, tmp_path: Path) -> None:
-    """The content counts, not the name or the time of a file."""
+    """A row depends on the content of its file, not on the name or the time."""
     out, changed = tmp_path / "data" / "photos", tree / "train" / "ant" / "0.jpg"
     prepare(folder(tree), out, jobs=1)
     times = changed.stat()
@@ -293,7 +297,7 @@ def test_reencoded_images_are_counted_and_stored(picture: Picture, tmp_path: Pat
 
 
 def test_a_file_longer_than_any_image_is_not_read(tree: Path, tmp_path: Path) -> None:
-    """A video or a disk image among photographs; three gigabytes of one were once read, once a process."""
+    """Such as a video or a disk image; three gigabytes were once read by every process."""
     with (tree / "train" / "ant" / "backup").open("wb") as file:
         file.truncate(decode.MAX_BYTES + 1)
     out = tmp_path / "data" / "photos"
@@ -307,10 +311,10 @@ def test_a_file_longer_than_any_image_is_not_read(tree: Path, tmp_path: Path) ->
     assert reason == "more than 1024 MiB, too large for an image"
 
 
-def test_an_interrupted_run_is_repeated(
+def test_an_interrupted_run_keeps_the_previous_data(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was prepared before stays whole, and nothing of the interrupted one is left behind."""
+    """And nothing of the interrupted run is left behind."""
     out, clean = tmp_path / "data" / "photos", tmp_path / "clean" / "photos"
     prepare(folder(tree), clean, jobs=1)
     prepare(folder(tree), out, jobs=1)
@@ -340,7 +344,7 @@ def test_progress_counts_every_file(tree: Path, tmp_path: Path) -> None:
     assert calls == [(done, 27) for done in range(1, 28)]
 
 
-def test_real_flowers_show_their_known_oddities(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+def test_real_flowers_have_their_known_duplicates(real_data: Callable[[str], Path], tmp_path: Path) -> None:
     """Three pairs of identical images, one labelled both roses and tulips; nothing is re-encoded."""
     out = tmp_path / "data" / "flowers"
     manifest = prepare(folder(real_data("flowers-128.tar") / "flowers"), out, jobs=1)
@@ -361,15 +365,15 @@ def test_real_originals_of_many_sizes(real_data: Callable[[str], Path], tmp_path
     assert (entry["count"], entry["storage"], entry["unlabelled"]) == (50, "encoded", 50)
 
 
-def test_manifest_comes_last_and_is_whole(tree: Path, tmp_path: Path) -> None:
+def test_the_manifest_is_written_and_no_temporary_file_is_left(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "photos"
     manifest = prepare(folder(tree), out, jobs=1)
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert not list(out.glob(".*"))
 
 
-def test_a_giant_among_small_ones(tree: Path, tmp_path: Path) -> None:
-    """12,000 x 9,000 pixels keep their bytes, and a crop of them is cut like any other."""
+def test_a_huge_image_among_small_ones(tree: Path, tmp_path: Path) -> None:
+    """12,000 x 9,000 pixels keep their bytes, and are cropped like any other image."""
     import torch
 
     from mochi.config import Augmentation
@@ -404,7 +408,7 @@ def test_a_split_of_corrupt_files_only_is_empty(tree: Path, tmp_path: Path) -> N
 def test_a_file_that_changes_while_it_is_read_is_not_stored(
     tree: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """Its check result and its hash would be those of another content."""
+    """Its check result and its hash would be of different contents."""
     real = decode.check
 
     def check_and_overwrite(data: bytes, max_side: None) -> decode.CheckResult:
@@ -416,7 +420,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored(
         prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
 
 
-def test_a_largest_side_is_stated_and_kept(tree: Path, tmp_path: Path) -> None:
+def test_the_largest_side_is_recorded_and_applied(tree: Path, tmp_path: Path) -> None:
     out, again = tmp_path / "data" / "photos", tmp_path / "again" / "photos"
     manifest = prepare(folder(tree, max_side=50), out, jobs=1)
     split = open_dataset(out).split("train")
@@ -428,7 +432,7 @@ def test_a_largest_side_is_stated_and_kept(tree: Path, tmp_path: Path) -> None:
     assert "max_side" not in prepare(folder(tree), again, jobs=1)["options"], "a default changes no digest"
 
 
-def test_images_of_another_order_of_size_are_named(tree: Path, tmp_path: Path) -> None:
+def test_images_much_larger_than_needed_are_named(tree: Path, tmp_path: Path) -> None:
     Image.new("L", (3000, 2000)).save(tree / "train" / "ant" / "giant.jpg")
     out = tmp_path / "data" / "photos"
     prepare(folder(tree), out, jobs=1)
@@ -442,7 +446,7 @@ def test_images_of_another_order_of_size_are_named(tree: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("after", [0, 1, 2, 5])
-def test_a_disk_that_fails_leaves_the_earlier_preparation(
+def test_a_disk_error_keeps_the_previous_data(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, after: int
 ) -> None:
     out = tmp_path / "data" / "photos"
@@ -479,8 +483,10 @@ def failing(error: int) -> Callable[..., None]:
     return fail
 
 
-def test_a_file_that_vanishes_is_named(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its check and its copy: quarantine.csv would be too late."""
+def test_a_file_deleted_before_its_copy_is_named(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was checked already, so quarantine.csv would be too late."""
     out, real = tmp_path / "data" / "photos", decode.check
 
     def check_and_remove(data: bytes, max_side: None) -> decode.CheckResult:
@@ -493,7 +499,7 @@ def test_a_file_that_vanishes_is_named(tree: Path, tmp_path: Path, monkeypatch: 
     assert not list(out.iterdir())
 
 
-def test_a_file_that_is_gone_when_it_is_checked_is_quarantined(
+def test_a_file_deleted_before_its_check_is_quarantined(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = validate._read

@@ -1,8 +1,8 @@
-"""Every batched operation against torchvision's functional one, image by image, and whole views against
-the official order of operations.
+"""Every batched operation compared with torchvision's, image by image, and whole views compared with the
+official order of operations.
 
-Ours works in float and never rounds. torchvision, asked in float too, agrees within a quarter of one of
-255 levels.
+This project computes in float without rounding. torchvision on floats agrees within a quarter of one of 255
+levels.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def images(picture: Callable[..., Image.Image]) -> Tensor:
 
 
 def plan(images: Tensor, **fields: np.ndarray) -> augment.Plan:
-    """Of parameters that do nothing but what `fields` say."""
+    """Parameters that change nothing except by `fields`."""
     count = len(images)
     nothing = augment.PhotometricParameters(
         jitter=np.zeros(count, bool),
@@ -67,7 +67,7 @@ def test_each_jitter_operation_equals_torchvision(images: Tensor, operation: int
         assert (ours[row] - coarse).abs().max() < 2 * LEVEL
 
 
-def test_jitter_follows_each_images_own_order(images: Tensor) -> None:
+def test_jitter_uses_the_order_of_each_image(images: Tensor) -> None:
     rng = np.random.default_rng(0)
     order = np.stack([rng.permutation(4) for _ in range(COUNT)])
     factors = 1 + 0.4 * rng.uniform(-1, 1, (COUNT, 4))
@@ -104,16 +104,18 @@ def test_blur_equals_torchvision(images: Tensor) -> None:
         assert (ours[row] - expected).abs().max() < LEVEL / 4
 
 
-def test_an_accelerators_blur_is_the_same(images: Tensor) -> None:
+def test_blur_on_an_accelerator_is_the_same(images: Tensor) -> None:
     sigma = np.linspace(0.1, 2.0, COUNT)
     ours, kernels = images.clone(), plan(images, sigma=sigma).kernels
     augment.blur_(ours, plan(images, sigma=sigma))
     assert (augment._convolved(images, kernels) - ours).abs().max() < 1e-6
 
 
-def test_blur_is_close_to_the_official_codes(images: Tensor, picture: Callable[..., Image.Image]) -> None:
+def test_blur_is_close_to_pillows(images: Tensor, picture: Callable[..., Image.Image]) -> None:
     """MoCo blurs with PIL's GaussianBlur(radius=sigma): three box passes that approximate a Gaussian of
-    that deviation, over a repeated border. Away from the border the two stay within a few levels."""
+    that standard deviation, over a repeated border. Away from the border the two differ by a few
+    levels.
+    """
     worst_inside, mean_everywhere = 0.0, 0.0
     for seed, sigma in enumerate(np.linspace(0.1, 2.0, 20).tolist()):
         image = picture(seed, 64, 64)
@@ -128,7 +130,7 @@ def test_blur_is_close_to_the_official_codes(images: Tensor, picture: Callable[.
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_a_view_is_the_official_sequence(images: Tensor, version: str) -> None:
+def test_a_view_equals_the_official_sequence(images: Tensor, version: str) -> None:
     """v1: greyscale, jitter; v2: jitter, greyscale, blur; then ImageNet's normalisation."""
     config = Augmentation(version=version, image_size=24, min_scale=0.2)
     parameters = augment.draw(config, np.arange(COUNT), seed=0, epoch=0, view=0)
@@ -181,8 +183,8 @@ def test_parameters_have_the_published_distributions() -> None:
     assert (sharp.factors == second.factors).all()
 
 
-def test_the_parts_of_a_batch_do_not_matter(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU a batch is worked in pieces that fit the cache."""
+def test_splitting_a_batch_changes_nothing(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU processes a batch in parts that fit the cache."""
     config = Augmentation(version="v2", image_size=24, min_scale=0.2)
     parameters = augment.draw(config, np.arange(COUNT), seed=0, epoch=0, view=0)
     whole = augment.photometric(images.clone(), parameters, "v2")

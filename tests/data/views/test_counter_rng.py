@@ -1,6 +1,7 @@
-"""The vectorised splitmix64 against its definition in Python integers, and its draws against chance.
+"""The vectorised splitmix64 compared with its definition in Python integers, and its numbers compared
+with their distributions.
 
-Everything that must not depend on workers, batches or resumes hangs on these numbers.
+Everything that must not depend on workers, batches or resumes uses these numbers.
 """
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_uniforms_are_a_stream_of_each_row() -> None:
             assert uniforms[row, column] == expected
 
 
-def test_a_row_does_not_see_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_other_rows() -> None:
     everything = draws.uniforms("crop", 0, 1, indices=np.arange(100), columns=3)
     some = draws.uniforms("crop", 0, 1, indices=np.array([17, 99, 4]), columns=3)
     assert (some == everything[[17, 99, 4]]).all()
@@ -65,7 +66,7 @@ def test_draws_are_uniform_and_independent() -> None:
     assert np.abs(correlation).max() < 5 / np.sqrt(20_000)
 
 
-def test_permutation_holds_every_number_once_and_moves_with_its_key() -> None:
+def test_a_permutation_has_every_number_once_and_changes_with_its_key() -> None:
     one, two = draws.permutation(1000, "order", 0, 0), draws.permutation(1000, "order", 0, 1)
     assert sorted(one.tolist()) == list(range(1000))
     assert (one == draws.permutation(1000, "order", 0, 0)).all()

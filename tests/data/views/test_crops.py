@@ -1,7 +1,8 @@
-"""Batched windows and resizing against torchvision's, one image at a time.
+"""Batched windows and resizing compared with torchvision's, one image at a time.
 
-Windows are compared with RandomResizedCrop's own loop, fed with the same draws; pixels with
-torchvision's on floats, and with its and Pillow's on 8-bit images, which round twice: within one level.
+Windows are compared with RandomResizedCrop's own loop and the same random numbers; pixels with
+torchvision's on floats, and with torchvision's and Pillow's on 8-bit images, which round twice: within one
+level.
 """
 
 import math
@@ -20,7 +21,7 @@ from mochi.data.views import crops
 
 
 def levels_apart(ours: Tensor, theirs: Tensor) -> int:
-    """Largest difference in levels of 255, ours rounded to 8 bits as theirs are."""
+    """Largest difference in levels of 255; ours are rounded to 8 bits as theirs are."""
     return int(((ours * 255).round().int() - theirs.int()).abs().max())
 
 
@@ -43,7 +44,7 @@ def loop_window(u: np.ndarray, height: int, width: int, min_scale: float) -> tup
 
 
 @pytest.mark.parametrize("min_scale", [0.08, 0.2, 1.0])
-def test_windows_are_torchvisions(min_scale: float) -> None:
+def test_windows_equal_torchvisions(min_scale: float) -> None:
     rng = np.random.default_rng(0)
     heights, widths = rng.integers(1, 60, 500), rng.integers(1, 60, 500)
     heights[:50], widths[50:100] = 3, 2  # panoramas, where the tries fail
@@ -123,8 +124,8 @@ def test_centre_crops_equal_torchvision(
 
 
 @pytest.mark.parametrize("tall", [False, True])
-def test_of_a_strip_the_middle_is_resized(tall: bool, picture: Callable[..., Image.Image]) -> None:
-    """Whole, 3 x 12,000 pixels would become 32 x 128,000 before all but 24 columns were thrown away."""
+def test_only_the_centre_of_a_strip_is_resized(tall: bool, picture: Callable[..., Image.Image]) -> None:
+    """All of 3 x 12,000 pixels would become 32 x 128,000, of which 24 columns are used."""
     strip = torch.from_numpy(np.array(picture(0, 3, 12_000))).permute(2, 0, 1)
     middle = strip[:, :, 5976:6024]
     if tall:

@@ -1,5 +1,5 @@
-"""Batches against what they must be: the same whatever the workers, ranks and resumes; different in
-every epoch; every image as often as the protocol says. Both kinds of storage go through every test.
+"""Batches do not depend on workers, ranks and resumes, differ in every epoch, and have every image as
+often as the protocol says. Every test runs with both kinds of storage.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ def fingerprint(batches: list) -> str:
     return digest.hexdigest()
 
 
-def test_shapes_and_kinds(split: StoredSplit) -> None:
+def test_shapes_and_dtypes(split: StoredSplit) -> None:
     batches = views(split)
     assert len(batches) == steps_per_epoch(COUNT, 4) == 5
     for batch in batches:
@@ -130,7 +130,7 @@ def test_little_shared_memory_means_fewer_workers(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_shard_is_named_with_its_image(workers: int, split: StoredSplit) -> None:
-    """Disks lose bits; "broken data stream when reading image file" alone says nothing."""
+    """Pillow alone says "broken data stream when reading image file"."""
     folder = split.folder
     assert open_dataset(folder).damaged() == []
     shard = next(folder.glob("train-images*"))
@@ -149,7 +149,7 @@ def test_a_corrupt_shard_is_named_with_its_image(workers: int, split: StoredSpli
 
 
 def test_every_image_has_its_own_crops_in_every_epoch(split: StoredSplit) -> None:
-    """Complaint of many frameworks: workers that share a seed cut the same crops."""
+    """Many frameworks had this bug: workers with the same seed make the same crops."""
     batches = [batch for epoch in (0, 1) for batch in views(split, epoch=epoch, batch_size=1, workers=2)]
     shown = {view.numpy().tobytes() for batch in batches for view in (batch.query, batch.key)}
     assert len(shown) == 2 * 2 * COUNT
@@ -162,10 +162,12 @@ def test_a_resume_continues_the_epoch(split: StoredSplit) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_follow_each_other_with_the_same_workers(
+def test_the_same_workers_load_several_epochs(
     split: StoredSplit, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the middle of one epoch to the end of the third, as if each had been asked for by itself."""
+    """From the middle of one epoch to the end of the third, with the batches of epochs loaded one by
+    one.
+    """
     each = [*views(split, epoch=1, first_step=3), *views(split, epoch=2), *views(split, epoch=3)]
     assert len(each) == 12
     loaders, real = [], loading.DataLoader
@@ -194,8 +196,8 @@ def test_seeds_and_epochs_give_other_orders(split: StoredSplit) -> None:
     assert all(len(set(order)) == 20 for order in orders)
 
 
-def test_an_image_keeps_its_views_wherever_it_stands(split: StoredSplit) -> None:
-    """The draws depend on the row alone, so neither the batch size nor the neighbours matter."""
+def test_the_views_of_an_image_do_not_depend_on_its_batch(split: StoredSplit) -> None:
+    """Random numbers depend on the row only, not on the batch size or on other images."""
     of_row: dict[int, torch.Tensor] = {}
     for batch in views(split, batch_size=5):
         of_row |= dict(zip(batch.indices.tolist(), batch.query, strict=True))
@@ -206,7 +208,7 @@ def test_an_image_keeps_its_views_wherever_it_stands(split: StoredSplit) -> None
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_out_each_global_batch(split: StoredSplit, world_size: int) -> None:
+def test_ranks_split_each_global_batch(split: StoredSplit, world_size: int) -> None:
     whole = views(split)
     ranks = [views(split, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {len(batches) for batches in ranks} == {5}
@@ -235,7 +237,7 @@ def test_views_are_the_augmented_crops_of_the_image(split: StoredSplit) -> None:
 
 
 def test_only_labelled_rows_train_and_evaluate(split: StoredSplit) -> None:
-    """STL-10's unlabelled rows once went into an evaluation and halved its accuracy."""
+    """STL-10's unlabelled rows were once part of an evaluation and halved its accuracy."""
     three = Loading(3, CPU)
     supervised = list(one_view(split, AUGMENTATION, three, seed=0, epoch=0))
     probe = list(random_crops(split, three, image_size=16, min_scale=0.08, seed=0, epoch=0))
@@ -259,7 +261,7 @@ def test_an_evaluation_sees_each_image_once_in_order(split: StoredSplit, world_s
         assert seen == list(range(18))
 
 
-def test_centre_crops_are_the_images(split: StoredSplit) -> None:
+def test_centre_crops_of_images_of_this_size_are_the_images(split: StoredSplit) -> None:
     batch = next(centre_crops(split, Loading(2, CPU), resize=24, image_size=24))
     image = split.image(0)
     assert image.shape[:2] == (24, 30)

@@ -1,5 +1,5 @@
-"""CIFAR, STL-10 and Imagenette from tiny archives in the official layouts, against the arrays they were
-made of. The checksums are the publishers'; here the tiny archive's own replaces them.
+"""CIFAR, STL-10 and Imagenette from tiny archives in the official layouts, compared with the arrays in
+them. The checksums of the tiny archives replace the publishers'.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ def test_cifar(source: str, module: ModuleType, tmp_path: Path, monkeypatch: pyt
     )
 
 
-def test_stl10_unlabelled_rows_carry_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlabelled_rows_of_stl10_have_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     images = {name: rng.integers(0, 256, (count, 96, 96, 3), dtype=np.uint8) for name, count in
               (("train", 5), ("unlabeled", 7), ("test", 3))}  # fmt: skip

@@ -1,4 +1,4 @@
-"""A folder of classes without splits, a part of it for validation, and lists of the images to use."""
+"""Folders of classes without splits, a share of them for validation, and lists of the images to use."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def listed(root: Path, **options: object) -> dict[str, dict[str, str | None]]:
     return found
 
 
-def test_folders_are_classes_where_the_experiment_says_so(tmp_path: Path) -> None:
+def test_folders_are_classes_if_the_experiment_says_so(tmp_path: Path) -> None:
     make(tmp_path, "a/1.jpg", "a/deep/2.jpg", "b/1.jpg", "loose.jpg", "unlabeled/3.jpg")
     assert set(listed(tmp_path)["train"].values()) == {None}
     assert listed(tmp_path, class_folders=True) == {
@@ -39,7 +39,7 @@ def test_folders_are_classes_where_the_experiment_says_so(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
-def test_a_share_of_each_class_is_val_and_the_same_whatever_the_others_hold(tmp_path: Path) -> None:
+def test_the_val_share_of_a_class_does_not_depend_on_other_classes(tmp_path: Path) -> None:
     make(tmp_path, *(f"a/{i}.jpg" for i in range(10)), *(f"b/{i}.jpg" for i in range(3)), "c/0.jpg")
     found = listed(tmp_path, class_folders=True, val_share=0.2)
     counts = {
@@ -52,7 +52,7 @@ def test_a_share_of_each_class_is_val_and_the_same_whatever_the_others_hold(tmp_
     assert "val" not in listed(tmp_path, val_share=0.2), "nothing to validate on without labels"
 
 
-def test_val_share_leaves_a_val_folder_alone(tmp_path: Path) -> None:
+def test_val_share_does_not_change_a_val_folder(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.jpg", "train/a/2.jpg", "val/a/3.jpg")
     assert listed(tmp_path, val_share=0.5)["val"] == {"val/a/3.jpg": "a"}
     make(tmp_path / "other", "train/a/1.jpg", "train/a/2.jpg")

@@ -1,5 +1,5 @@
-"""ImageNet's layouts, tiny: the official archives (an archive of archives, flat validation images, the
-devkit's tables) and the extracted tree must give the same rows; what is missing must be named.
+"""Tiny versions of ImageNet's layouts: the official archives (nested archives, flat validation images,
+tables of the devkit) and the extracted tree give the same rows; missing files are named.
 """
 
 import io
@@ -24,7 +24,7 @@ WNIDS = ["n03000001", "n01000002", "n02000003"]  # in the order of their ILSVRC 
 
 @pytest.fixture
 def jpegs(picture: Callable[..., Image.Image]) -> dict[str, bytes]:
-    """wnid/name -> bytes, 3 training images a class; then the flat validation images."""
+    """wnid/name -> bytes: 3 training images of each class, then the flat validation images."""
     images = {}
     for label, wnid in enumerate(WNIDS):
         for number in range(3):
@@ -130,7 +130,7 @@ def test_every_layout_gives_the_same_rows(
     )
 
 
-def test_imagenet100_takes_its_classes_and_names_the_missing(
+def test_imagenet100_uses_its_classes_and_names_missing_ones(
     jpegs: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "imagenet"
@@ -159,7 +159,7 @@ def test_an_incomplete_val_is_refused(jpegs: dict[str, bytes], tmp_path: Path) -
         prepare(options(root), tmp_path / "data" / "in", jobs=1)
 
 
-def test_a_hidden_folder_makes_no_class_folders_of_a_flat_val(
+def test_a_hidden_folder_in_a_flat_val_is_not_a_class(
     jpegs: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imagenet, "_CLASSES", 3)
@@ -171,14 +171,14 @@ def test_a_hidden_folder_makes_no_class_folders_of_a_flat_val(
     assert manifest["ignored"] == {"hidden or system file": 1}
 
 
-def test_the_list_is_the_pinned_one() -> None:
+def test_the_imagenet100_list_is_complete() -> None:
     names = imagenet.imagenet100()
     assert len(set(names)) == 100
     assert names == sorted(names)
     assert {"n02869837", "n01749939"} <= set(names)
 
 
-def test_incomplete_extractions_are_told(jpegs: dict[str, bytes], tmp_path: Path) -> None:
+def test_incomplete_extractions_are_reported(jpegs: dict[str, bytes], tmp_path: Path) -> None:
     root = tmp_path / "imagenet"
     with pytest.raises(DataError, match="no such folder"):
         prepare(options(root), tmp_path / "x", jobs=1)

@@ -1,4 +1,6 @@
-"""Patches against the photographs they were cut from: right pixels, one cell, no pixel in both splits."""
+"""Patches compared with the photographs they are cut from: the right pixels, one cell, no pixel in both
+splits.
+"""
 
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def corner(path: str) -> tuple[int, int]:
     return int(top), int(left)
 
 
-def test_patches_are_pieces_of_their_photograph_in_one_cell(prepared: Path) -> None:
+def test_patches_are_cut_from_one_cell_of_their_photograph(prepared: Path) -> None:
     dataset = open_dataset(prepared)
     assert len(dataset.classes) == 16
     for name, count in (("train", 20), ("val", 6)):
@@ -89,6 +91,6 @@ def test_a_photograph_of_another_version_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("change", [{"patch_size": 200}, {"val_per_photo": 10**6}])
-def test_more_patches_than_places_are_refused(change: dict[str, int], tmp_path: Path) -> None:
+def test_more_patches_than_positions_are_refused(change: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"found \d+ positions .*; expected \d+; lower patch_size or"):
         prepare(OPTIONS.model_copy(update=change), tmp_path / "pp", jobs=1)

@@ -1,4 +1,4 @@
-"""Tiny annotated images, and the real sets where MOCHI_REAL_DATA names their folder."""
+"""Tiny annotated images, and the real data sets in the folder MOCHI_REAL_DATA."""
 
 import os
 import tarfile
@@ -40,7 +40,7 @@ def voc_image(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def voc_set(voc_image: Callable[..., Path]) -> Path:
-    """Six training and five test images with squares and bars; one of each without objects."""
+    """Six training and five test images with squares and bars; in each split one image without objects."""
     for index in range(6):
         objects = [voc_object("square", (3 + index, 4, 20 + index, 22)), voc_object("bar", (5, 25, 40, 36))]
         root = voc_image(*(objects if index else []), name=f"a{index}")

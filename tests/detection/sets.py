@@ -23,7 +23,7 @@ def small_model(**changes: object) -> DetectionModel:
 
 def small_set(root: Path, *, data: dict[str, object] | None = None, model: dict[str, object] | None = None,
               training: dict[str, object] | None = None) -> DetectionSet:  # fmt: skip
-    """A set over what `write_voc` wrote; changes by section."""
+    """A detection set in a folder that `write_voc` wrote; changes by section."""
     return DetectionSet.model_validate(
         {
             "data": {
@@ -49,7 +49,7 @@ def detection(
 ) -> tuple[DetectionRun, Result]:
     """Arguments of the stage: a set of the tiny experiment, an encoder and a folder for results.
 
-    A search, whose result a fine-tuning needs, is in a folder next to it.
+    A learning rate search, whose result a fine-tuning needs, is in a folder next to it.
     """
     evaluation = tiny.evaluation.model_copy(update={"detection": {"few": chosen}})
     experiment = tiny.model_copy(update={"evaluation": evaluation})
@@ -72,7 +72,7 @@ def voc_object(name: str = "square", box: tuple[object, ...] | None = (5, 6, 20,
 
 
 def tiny_with_detection(**changes: Any) -> dict[str, Any]:
-    """The tiny experiment with two sets over the same scenes; changes are of the first."""
+    """The tiny experiment with two sets on the same scenes; changes are applied to the first."""
     data = copy.deepcopy(TINY)
     scenes: dict[str, object] = {
         "format": "voc", "path": "data/few-scenes", "train": ["VOC/train"], "test": ["VOC/test"],

@@ -1,5 +1,6 @@
-"""Average precision against three references: hand-made cases, a slow VOC evaluator written here in loops
-over the public one's rules, and pycocotools."""
+"""Average precision compared with hand-made cases, a slow VOC evaluator in loops by the rules of the
+public one, and pycocotools.
+"""
 
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def image(
 
 
 def detections(rows: list[tuple[int, list[float], float, int]]) -> Detections:
-    """(place of the image, box, score, label)."""
+    """(index of the image, box, score, label)."""
     return Detections(
         np.array([row[0] for row in rows], np.int64),
         np.array([row[1] for row in rows], np.float32).reshape(-1, 4),
@@ -50,7 +51,7 @@ def detections(rows: list[tuple[int, list[float], float, int]]) -> Detections:
 def slow_average_precision(
     truth: Annotations, found: Detections, label: int, threshold: float, interpolation: str
 ) -> float:
-    """py-faster-rcnn's rules, one detection after the other, boxes in VOC's inclusive pixels."""
+    """py-faster-rcnn's algorithm, one detection after another, boxes in VOC's inclusive pixels."""
     objects = [
         [
             {"box": box + INCLUSIVE, "difficult": hard, "taken": False}
@@ -96,7 +97,7 @@ def slow_average_precision(
 
 @st.composite
 def splits(draw: st.DrawFn) -> tuple[Annotations, Detections]:
-    """Few places and few scores, so that ties, duplicates and touching overlaps are frequent."""
+    """Few positions and few scores, so that ties, duplicates and touching boxes are frequent."""
     places = st.integers(0, 5).map(lambda value: value * 10)
 
     def box() -> list[int]:
@@ -166,14 +167,14 @@ def test_hand_made_cases() -> None:
 
 
 def test_each_overlap_has_its_threshold() -> None:
-    """An overlap of .72 passes .5, .55, .6, .65 and .7: half of the ten, and not .75."""
+    """An IoU of 0.72 passes 0.5, 0.55, 0.6, 0.65 and 0.7: half of the ten thresholds, and not 0.75."""
     truth = Annotations(("a",), (image([[0, 0, 100, 100]], [1]),))
     metrics = headline(truth, detections([(0, [0, 0, 100, 72], 0.9, 1)]))
     assert [metrics[name] for name in ("AP", "AP50", "AP75")] == pytest.approx([50, 100, 0])
     assert coco_metrics(truth, detections([(0, [0, 0, 100, 72], 0.9, 1)]))["AP75"] == 0
 
 
-def test_a_recall_of_three_tenths_is_just_too_low() -> None:
+def test_a_recall_of_0_3_is_below_the_fourth_point() -> None:
     """The public evaluator's fourth point is 0.30000000000000004."""
     boxes = [[10.0 * place, 0.0, 10.0 * place + 8, 10.0] for place in range(10)]
     truth = Annotations(("a",), (image(boxes, [1] * 10),))
@@ -181,7 +182,7 @@ def test_a_recall_of_three_tenths_is_just_too_low() -> None:
     assert headline(truth, found)["AP50"] == pytest.approx(100 * 3 / 11)
 
 
-def test_difficult_objects_neither_help_nor_hurt() -> None:
+def test_difficult_objects_do_not_count() -> None:
     square, other = [10.0, 10.0, 30.0, 30.0], [50.0, 50.0, 90.0, 90.0]
     truth = Annotations(("a",), (image([square, other], [1, 1], [False, True]),))
     without = detections([(0, square, 0.5, 1)])
@@ -192,7 +193,7 @@ def test_difficult_objects_neither_help_nor_hurt() -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["11-point", "all-point"])
-def test_nothing_found_and_nothing_to_find(interpolation: str) -> None:
+def test_no_detections_and_no_objects(interpolation: str) -> None:
     truth = Annotations(CLASSES, (image([[10, 10, 30, 30]], [1], image_id="a string"),))
     nothing = detections([])
     metrics = headline(truth, nothing, interpolation)
@@ -207,13 +208,13 @@ def test_nothing_found_and_nothing_to_find(interpolation: str) -> None:
     assert coco_metrics(empty, found) == {"AP": None, "AP50": None, "AP75": None}
 
 
-def test_labels_outside_the_classes_are_refused_before_any_gpu() -> None:
+def test_labels_outside_the_classes_are_refused_before_any_compute() -> None:
     for label in (0, 4):
         with pytest.raises(AnnotationError, match="run from 1 to 3"):
             Annotations(CLASSES, (image([[1, 1, 5, 5]], [label]),))
 
 
-def test_mirroring_truth_and_detections_alike_changes_nothing() -> None:
+def test_mirroring_objects_and_detections_changes_nothing() -> None:
     truth, found = crowded(20, 3, 20, seed=4)
 
     def mirrored(boxes: np.ndarray) -> np.ndarray:
@@ -232,7 +233,9 @@ def test_mirroring_truth_and_detections_alike_changes_nothing() -> None:
 
 
 def guesses(truth: Annotations, seed: int) -> Detections:
-    """Objects found with an error of some pixels, some missed, some invented; masks too where there are."""
+    """Detections: objects found with an error of some pixels, some missed, some false; with masks if the
+    objects have them.
+    """
     rng = np.random.default_rng(seed)
     rows, masks = [], []
     for place, each in enumerate(truth.images):
@@ -334,7 +337,7 @@ def test_faster_than_pycocotools_and_equal() -> None:
     assert end - middle > 1.5 * (middle - start)
 
 
-def test_voc_is_linear_in_the_number_of_images() -> None:
+def test_the_time_of_voc_is_linear_in_the_number_of_images() -> None:
     truth, found = crowded(500, 20, 100, seed=2)
     start = time.perf_counter()
     voc_curves(truth, found)

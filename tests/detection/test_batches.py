@@ -1,5 +1,6 @@
-"""Batches against their definition: sizes by detectron2's rule, every image once an epoch, and the same
-batch whenever the same number is asked."""
+"""Batches compared with their definition: sizes by detectron2's rule, every image once in an epoch, and
+the same batch for the same number.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -75,7 +76,7 @@ def test_boxes_that_vanish_in_resizing_are_dropped_and_counted(tmp_path: Path) -
     assert len(item.masks) == 1
 
 
-def test_an_image_without_boxes(tmp_path: Path) -> None:
+def test_an_image_without_boxes_has_an_empty_target(tmp_path: Path) -> None:
     item = Images(Annotations(("a",), (picture(tmp_path / "x.png", 40, 20, []),))).item(
         0, 30, 99, flipped=True
     )
@@ -124,7 +125,7 @@ def items(images: Images, micro_batch: int, seed: int = 0) -> TrainingItems:
     return TrainingItems(images, micro_batch, [20, 24], 99, flip=True, seed=seed)
 
 
-def test_an_epoch_shows_every_image_and_few_mixed_batches(many: Images) -> None:
+def test_an_epoch_has_every_image_and_few_batches_of_mixed_shape(many: Images) -> None:
     dataset = items(many, 2)
     assert dataset.per_epoch == 4
     orders = []
@@ -145,7 +146,7 @@ def test_fewer_images_than_a_batch_are_repeated(many: Images) -> None:
     assert set(row.tolist()) == set(range(7))
 
 
-def test_a_batch_is_a_function_of_its_number(many: Images) -> None:
+def test_a_batch_depends_on_its_number_only(many: Images) -> None:
     dataset, again = items(many, 2), items(many, 2)
     late = again[9]
     straight = [dataset[number] for number in range(10)]
@@ -190,7 +191,7 @@ def test_half_of_the_images_are_mirrored_and_sizes_are_equally_frequent(
     assert shown == {(20, False): 40}
 
 
-def test_unreadable_and_exchanged_images_are_named(many: Images) -> None:
+def test_unreadable_and_swapped_images_are_named(many: Images) -> None:
     path = many.annotations.images[0].path
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(AnnotationError, match=r"0\.png: cannot be read as an image"):

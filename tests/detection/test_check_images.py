@@ -1,4 +1,4 @@
-"""Corrupt and exchanged images of a detection set are reported together, before the first step."""
+"""Corrupt and swapped images of a detection set are reported together, before the first step."""
 
 import shutil
 from pathlib import Path
@@ -27,10 +27,10 @@ def splits(root: Path) -> tuple[Annotations, Annotations]:
     return read_splits(small_set(root).data, masks=False)
 
 
-def test_the_stage_refuses_a_cut_image_before_the_first_step(
+def test_the_stage_refuses_a_truncated_image_before_the_first_step(
     tiny: Experiment, root: Path, tmp_path: Path
 ) -> None:
-    """detectron2#143: a training died hours in on one truncated file."""
+    """detectron2#143: a training failed after hours because of one truncated file."""
     path = splits(root)[0].images[-1].path
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     encoder = tmp_path / "encoder.safetensors"
@@ -55,7 +55,7 @@ def test_sizes_that_differ_and_missing_files_are_reported_too(root: Path) -> Non
 
 @pytest.mark.parametrize("tag", [0, 1, 6, 8, 9, 77])
 def test_the_check_and_the_reader_agree_on_orientation(root: Path, tag: int) -> None:
-    """An invalid tag, such as 9, turned the reader's image but not the stored one."""
+    """An invalid tag, such as 9, once rotated the image of the reader but not the stored one."""
     path = splits(root)[0].images[0].path
     annotation = root / "Annotations" / f"{path.stem}.xml"
     annotation.write_text(annotation.read_text().replace("<width>48<", "<width>0<"))  # says nothing

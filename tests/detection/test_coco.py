@@ -1,4 +1,4 @@
-"""The COCO reader against hand-made files, masks against pycocotools, and the real subset's counts."""
+"""The COCO reader compared with hand-made files, masks with pycocotools, and counts of the real subset."""
 
 import json
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def read(root: Path, broken_objects: str = "drop", masks: bool = True) -> Annota
     return coco.read(root, "val", broken_objects, masks)
 
 
-def test_gaps_in_category_ids_are_closed_in_the_order_of_ids(tmp_path: Path) -> None:
+def test_labels_follow_the_order_of_category_ids_without_gaps(tmp_path: Path) -> None:
     root = write(tmp_path, [{"category_id": 90}, {"category_id": 3}])
     annotations = read(root, masks=False)
     assert annotations.classes == ("car", "toothbrush")
@@ -63,7 +63,7 @@ def test_polygons_equal_pycocotools(tmp_path: Path, shape: list[list[float]]) ->
     np.testing.assert_array_equal(coco.decode_masks(image.masks, 20, 30)[0], expected)
 
 
-def test_both_kinds_of_run_lengths(tmp_path: Path) -> None:
+def test_both_kinds_of_run_length_encoding(tmp_path: Path) -> None:
     mask = np.zeros((20, 30), np.uint8)
     mask[4:9, 5:12] = 1
     flat = mask.T.reshape(-1)
@@ -79,7 +79,7 @@ def test_both_kinds_of_run_lengths(tmp_path: Path) -> None:
     )
 
 
-def test_crowds_are_kept_for_judging_and_never_trained_on(tmp_path: Path) -> None:
+def test_crowds_are_evaluated_but_not_trained_on(tmp_path: Path) -> None:
     images = [
         {"id": name, "file_name": f"{name}.jpg", "height": 20, "width": 30}
         for name in ("crowd", "none", "both")
@@ -126,19 +126,19 @@ def test_broken_objects(tmp_path: Path, item: dict[str, Any], defect: str) -> No
         read(root, "fail")
 
 
-def test_a_missing_segmentation_does_not_matter_to_boxes(tmp_path: Path) -> None:
+def test_boxes_need_no_segmentation(tmp_path: Path) -> None:
     assert len(read(write(tmp_path, [{}]), masks=False).images[0].boxes) == 1
 
 
 @pytest.mark.parametrize(
     ("item", "message"), [({"image_id": 8}, "image_id 8"), ({"category_id": 4}, "category_id 4")]
 )
-def test_foreign_references_are_named(tmp_path: Path, item: dict[str, Any], message: str) -> None:
+def test_references_to_unknown_ids_are_named(tmp_path: Path, item: dict[str, Any], message: str) -> None:
     with pytest.raises(AnnotationError, match=message):
         read(write(tmp_path, [item]), masks=False)
 
 
-def test_files_that_are_not_cocos_are_named(tmp_path: Path) -> None:
+def test_files_that_are_not_coco_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match="no such file"):
         read(tmp_path)
     write(tmp_path, [])

@@ -1,4 +1,6 @@
-"""Detections on several processes against one, and in the original images' coordinates."""
+"""Detections of several processes compared with one process, and in the coordinates of the original
+images.
+"""
 
 from pathlib import Path
 
@@ -45,8 +47,8 @@ def _rank(root: Path, parts: Path) -> None:
     )
 
 
-def test_two_processes_on_five_images_find_what_one_finds(voc_set: Path, tmp_path: Path) -> None:
-    """No image is seen twice to fill a share up, none is lost."""
+def test_two_processes_give_the_detections_of_one(voc_set: Path, tmp_path: Path) -> None:
+    """Five images: none is used twice to fill up a share, and none is lost."""
     alone = found(voc_set, tmp_path)
     run_ranks(_rank, 2, voc_set, tmp_path)
     for rank in (0, 1):
@@ -57,8 +59,8 @@ def test_two_processes_on_five_images_find_what_one_finds(voc_set: Path, tmp_pat
     assert not list(tmp_path.glob("part-*"))
 
 
-def test_detections_are_in_the_original_images_coordinates(voc_set: Path, tmp_path: Path) -> None:
-    """A detector that only repeats what it is shown: the resized image's corners."""
+def test_detections_are_in_the_coordinates_of_the_original_image(voc_set: Path, tmp_path: Path) -> None:
+    """With a detector that returns the corners of its input, the resized image."""
     images = Images(split(voc_set))
 
     class Corners(torch.nn.Module):
@@ -85,7 +87,7 @@ def test_detections_are_in_the_original_images_coordinates(voc_set: Path, tmp_pa
         assert result.image.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_masks_lie_inside_their_boxes(voc_set: Path, tmp_path: Path) -> None:
+def test_masks_are_inside_their_boxes(voc_set: Path, tmp_path: Path) -> None:
     result = found(voc_set, tmp_path, masks=True)
     assert result.masks is not None
     assert len(result.masks) == len(result.boxes) > 0
@@ -99,7 +101,7 @@ def test_masks_lie_inside_their_boxes(voc_set: Path, tmp_path: Path) -> None:
             assert columns.max() <= x1 + 2
 
 
-def test_neither_the_batch_nor_the_workers_matter(voc_set: Path, tmp_path: Path) -> None:
+def test_detections_do_not_depend_on_batch_size_and_workers(voc_set: Path, tmp_path: Path) -> None:
     one, three = (found(voc_set, tmp_path, batch_size=size) for size in (1, 3))
     np.testing.assert_allclose(one.boxes, three.boxes, rtol=1e-4, atol=1e-3)
     np.testing.assert_array_equal(one.labels, three.labels)
@@ -108,7 +110,7 @@ def test_neither_the_batch_nor_the_workers_matter(voc_set: Path, tmp_path: Path)
     np.testing.assert_array_equal(loaded.image, three.image)
 
 
-def test_mirrored_images_and_their_boxes_are_mirrored_by_one_rule(voc_set: Path) -> None:
+def test_images_and_their_boxes_are_mirrored_consistently(voc_set: Path) -> None:
     split_images = Images(split(voc_set))
     plain, mirrored = (split_images.item(1, 32, 99, flipped=flag) for flag in (False, True))
     width = plain.image.shape[1]

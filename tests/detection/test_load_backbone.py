@@ -13,7 +13,7 @@ from mochi.encoders.files import EncoderError, digest
 from tests.detection.sets import ENCODER, small_model
 
 
-def test_every_tensor_arrives(encoder_file: Path) -> None:
+def test_every_tensor_is_loaded(encoder_file: Path) -> None:
     detector = build(ENCODER, 2, small_model())
     before = {name: value.clone() for name, value in encoder_tensors(detector).items()}
     checksums = load_backbone(detector, encoder_file, ENCODER)
@@ -45,7 +45,7 @@ def test_the_detector_computes_the_encoders_features(encoder_file: Path) -> None
     ],
     ids=["no res5", "another stem"],
 )
-def test_an_encoder_that_does_not_fit_changes_nothing(
+def test_an_encoder_that_does_not_match_changes_nothing(
     encoder_file: Path, change: object, message: str
 ) -> None:
     assert callable(change)

@@ -1,7 +1,7 @@
-"""Masks as detectron2 learns and pastes them, against its rules written out, and against closed forms.
+"""Mask targets and pasted masks compared with detectron2's rules written out, and with closed forms.
 
-A perfect mask head answers with its target. What its pasted masks have in common with the truth bounds
-what any head can reach; it must be no less than with detectron2's targets.
+A perfect mask head predicts its target. The overlap of its pasted masks with the ground truth bounds what
+any head can reach; it must be no lower than with detectron2's targets.
 """
 
 import json
@@ -42,8 +42,8 @@ def image_with_disc(folder: Path, width: int = 640, height: int = 427) -> Annota
 
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("short_side", [192, 480, 800])
-def test_targets_lie_where_the_objects_lie(tmp_path: Path, short_side: int, flipped: bool) -> None:
-    """The centre of mass, in pixels of the resized image; detectron2's offset is 0.0."""
+def test_targets_have_the_centre_of_their_object(tmp_path: Path, short_side: int, flipped: bool) -> None:
+    """Centre of mass, in pixels of the resized image; detectron2's offset is 0.0."""
     images = Images(Annotations(("a",), (image_with_disc(tmp_path),)))
     item = images.item(0, short_side, 1333, flipped=flipped)
     assert item.masks is not None
@@ -97,7 +97,7 @@ def blobs(number: int, height: int, width: int, seed: int) -> Tensor:
     return (F.interpolate(coarse, (height, width), mode="bilinear")[:, 0] > 0.5).to(torch.uint8)
 
 
-def test_targets_in_loops() -> None:
+def test_targets_equal_roi_align_in_loops() -> None:
     masks = blobs(3, 24, 30, seed=0)
     # In an image twice as large as the masks, and half as wide again.
     boxes = torch.tensor([[3.0, 2.0, 40.0, 31.0], [10.2, 4.7, 55.1, 48.0], [0.0, 0.0, 61.3, 20.9]])
@@ -134,7 +134,7 @@ def test_masks_are_pasted_at_the_exact_box() -> None:
     assert torch.equal(found, F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5)
 
 
-def test_pasting_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pasting_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = torch.rand(5, 4, 4)
     boxes = torch.tensor([[1.0, 2.0, 9.0, 8.0]]).expand(5, 4) + torch.arange(5)[:, None]
     whole = list(paste(masks, boxes, 20, 20))
@@ -156,7 +156,9 @@ def polygon_target(polygons: list[list[float]], box: list[float]) -> Tensor:
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_a_perfect_head_is_as_good_as_detectron2s(real_data: Callable[[str], Path], flipped: bool) -> None:
+def test_a_perfect_head_is_at_least_as_good_as_detectron2s(
+    real_data: Callable[[str], Path], flipped: bool
+) -> None:
     """At short side 192, where resized bitmaps would lose small objects; polygons of coco-tiny."""
     root = real_data("coco-tiny.tar") / "coco-tiny"
     content = json.loads((root / "annotations" / "instances_val2017.json").read_text())
@@ -195,8 +197,8 @@ def test_a_perfect_head_is_as_good_as_detectron2s(real_data: Callable[[str], Pat
     assert np.mean(np.array(ours)[small]) > np.mean(np.array(theirs)[small])
 
 
-def test_the_mask_loss_in_loops() -> None:
-    """Cross-entropy on the own class's mask of each positive region, over all their cells."""
+def test_the_mask_loss_equals_one_in_loops() -> None:
+    """Cross-entropy of the mask of the region's class, over all cells of every positive region."""
     torch.manual_seed(0)
     heads = build(ENCODER, 2, small_model(masks=True)).heads
     torch.nn.init.normal_(heads.mask_predictor[-1].weight)  # at first all its answers are near 0

@@ -1,5 +1,6 @@
-"""The C4 model against the published one's layers (detectron2's names and shapes, written out here),
-against losses in loops, and against closed forms of anchors and pooling."""
+"""The C4 model compared with the published layers (detectron2's names and shapes, written out here),
+with losses in loops, and with closed forms of anchors and pooling.
+"""
 
 from collections import Counter
 
@@ -106,7 +107,7 @@ def test_anchors_in_closed_form() -> None:
 
 
 def test_pooling_is_aligned_to_half_pixels() -> None:
-    """On the map f(x) = x a bin's value is its centre, in cells whose centres lie at half-integers."""
+    """On the map f(x) = x, the value of a bin is its centre; the centres of cells are half-integers."""
     model = build(ENCODER, 2, small_model(roi_size=4))
     ramp = torch.arange(16.0).expand(1, 1, 16, 16)
     pooled = model.heads.box_roi_pool(ramp, [torch.tensor([[24.0, 16.0, 88.0, 80.0]])])
@@ -115,7 +116,7 @@ def test_pooling_is_aligned_to_half_pixels() -> None:
     torch.testing.assert_close(pooled[0, 0], expected.expand(4, 4))
 
 
-def test_head_losses_in_loops() -> None:
+def test_head_losses_equal_those_in_loops() -> None:
     torch.manual_seed(0)
     logits, deltas = torch.randn(6, 4), torch.randn(6, 12)
     labels, targets = torch.tensor([0, 3, 1, 0, 3, 2]), torch.randn(6, 4)
@@ -176,7 +177,7 @@ def test_losses_are_finite(masks: bool, numbers: tuple[int, ...]) -> None:
         assert losses["loss_box_reg"] == losses["loss_rpn_box_reg"] == 0
 
 
-def test_every_layer_learns() -> None:
+def test_every_layer_has_a_gradient() -> None:
     model = build(ENCODER, 2, small_model(masks=True))
     train_step(model, targets(2, 3, masks=True))
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -200,7 +201,7 @@ def test_the_features_of_a_frozen_backbone_give_the_same_detections() -> None:
     assert whole[0]["masks"].shape == (len(whole[0]["boxes"]), 1, 4, 4)
 
 
-def test_no_detection_has_no_mask() -> None:
+def test_without_detections_there_are_no_masks() -> None:
     model = build(ENCODER, 2, small_model(masks=True, score_threshold=0.999)).eval()
     with torch.no_grad():
         result = model(torch.randn(1, 3, 32, 48), [(32, 48)])[0]
@@ -208,8 +209,8 @@ def test_no_detection_has_no_mask() -> None:
     assert len(result["masks"]) == 0
 
 
-def test_bfloat16_ends_before_boxes() -> None:
-    """Decoding and pooling in bfloat16 would place boxes on a grid of pixels."""
+def test_boxes_are_computed_in_float32() -> None:
+    """In bfloat16, decoding and pooling would round boxes to a grid of pixels."""
     model = build(ENCODER, 2, small_model(masks=True))
     with torch.autocast("cpu", torch.bfloat16):
         losses = train_step(model, targets(2, 3, masks=True))

@@ -1,4 +1,4 @@
-"""Precise statistics of batch normalisation against their definition."""
+"""Precise batch-norm statistics compared with their definition."""
 
 import torch
 from torch import nn

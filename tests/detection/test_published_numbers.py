@@ -1,4 +1,5 @@
-"""The numbers that detectron2's C4 configuration fixes, each by what it does: another number fails here.
+"""The numbers of detectron2's C4 configuration, each tested by its effect: with another number a test
+fails.
 
 Source of the numbers: detectron2 config/defaults.py and moco detection/configs/Base-RCNN-C4-BN.yaml.
 """
@@ -22,20 +23,20 @@ def detector(**changes: object) -> Detector:
 
 
 def overlapping(*overlaps: float) -> Tensor:
-    """Boxes inside (0, 0, SIDE, SIDE) whose intersection over union with it is as given."""
+    """Boxes inside (0, 0, SIDE, SIDE) that have the given IoU with it."""
     return torch.tensor([[0.0, 0.0, SIDE, SIDE * overlap] for overlap in overlaps])
 
 
 OBJECT = overlapping(1.0)
 
 
-def test_anchors_are_positive_from_07_and_negative_below_03() -> None:
+def test_anchors_are_positive_from_iou_07_and_negative_below_03() -> None:
     anchors = overlapping(1.0, 0.71, 0.69, 0.5, 0.31, 0.29, 0.0)
     labels, _ = detector().proposals.assign_targets_to_anchors([anchors], [{"boxes": OBJECT}])
     assert labels[0].tolist() == [1.0, 1.0, -1.0, -1.0, -1.0, 0.0, 0.0]
 
 
-def test_the_best_anchor_of_an_object_is_positive_however_little_they_overlap() -> None:
+def test_the_best_anchor_of_an_object_is_positive_at_any_iou() -> None:
     labels, _ = detector().proposals.assign_targets_to_anchors([overlapping(0.2, 0.1)], [{"boxes": OBJECT}])
     assert labels[0].tolist() == [1.0, 0.0]
 
@@ -50,7 +51,9 @@ def test_half_of_the_sampled_anchors_are_positive_at_most() -> None:
 
 @pytest.mark.parametrize(("mode", "before", "after"), [(True, 6, 3), (False, 5, 2)], ids=["train", "test"])
 def test_proposals_before_and_after_suppression_at_07(mode: bool, before: int, after: int) -> None:
-    """Pairs that overlap by .69 stay, by .71 the lower score goes; each phase has its own numbers."""
+    """Of two boxes with IoU 0.69 both stay, with 0.71 only the better one; training and test have
+    different numbers.
+    """
     model = detector(proposals_train=[6, 3], proposals_test=[5, 2]).train(mode).proposals
 
     def kept(boxes: Tensor) -> Tensor:
@@ -69,7 +72,7 @@ def test_proposals_before_and_after_suppression_at_07(mode: bool, before: int, a
     assert len(kept(copies[1:])) == 2
 
 
-def test_regions_are_positive_from_a_half() -> None:
+def test_regions_are_positive_from_iou_05() -> None:
     heads = detector().heads
     _, labels = heads.assign_targets_to_proposals(
         [overlapping(1.0, 0.51, 0.49, 0.0)], [OBJECT], [torch.tensor([2])]
@@ -83,8 +86,8 @@ def test_a_quarter_of_the_sampled_regions_are_positive_at_most() -> None:
     assert (int(positive[0].sum()), int(negative[0].sum())) == (4, 12)
 
 
-def test_boxes_are_coded_in_tenths_and_fifths() -> None:
-    """(dx, dy, dw, dh) times 10, 10, 5, 5; those of the proposals as they are."""
+def test_box_deltas_have_the_weights_10_10_5_5() -> None:
+    """For (dx, dy, dw, dh); those of proposals have no weights."""
     boxes, regions = torch.tensor([[30.0, 40.0, 70.0, 120.0]]), torch.tensor([[20.0, 20.0, 60.0, 60.0]])
     plain = torch.tensor([[10 / 40, 40 / 40, 0.0, 2.0]])
     plain[0, 3] = plain[0, 3].log()
@@ -116,7 +119,7 @@ def test_regions_are_pooled_with_as_many_samples_as_cells() -> None:
 
 
 class Says(nn.Module):
-    """A box predictor of fixed answers."""
+    """A box predictor with fixed outputs."""
 
     def __init__(self, logits: Tensor, deltas: Tensor) -> None:
         super().__init__()
@@ -127,7 +130,7 @@ class Says(nn.Module):
 
 
 def detections(logits: Tensor, deltas: Tensor, regions: Tensor, **changes: object) -> dict[str, Tensor]:
-    """What the heads answer where the box predictor says `logits` and `deltas`."""
+    """Output of the heads when the box predictor returns `logits` and `deltas`."""
     model = detector(**changes).eval()
     model.heads.box_predictor = Says(logits, deltas)
     with torch.no_grad():
@@ -136,8 +139,8 @@ def detections(logits: Tensor, deltas: Tensor, regions: Tensor, **changes: objec
     return result
 
 
-def test_each_class_has_a_box_of_its_own() -> None:
-    """The second of three classes answers with the second four numbers, a shift of .3 of the width."""
+def test_each_class_has_its_own_box() -> None:
+    """The second of three classes uses the second four numbers, a shift of 0.3 of the width."""
     deltas = torch.zeros(1, 12)
     deltas[0, 4] = 3.0  # tenths
     logits = torch.tensor([[0.0, 0.0, 20.0, 0.0]])
@@ -146,7 +149,7 @@ def test_each_class_has_a_box_of_its_own() -> None:
     torch.testing.assert_close(found["boxes"][0], torch.tensor([160.0, 100.0, 360.0, 200.0]))
 
 
-def test_detections_of_a_class_are_suppressed_at_a_half() -> None:
+def test_detections_of_a_class_are_suppressed_at_iou_05() -> None:
     def labels(overlap: float, *classes: int) -> list[int]:
         logits = torch.full((2, 4), -9.0)
         logits[:, 0] = 0.0
@@ -188,8 +191,8 @@ def test_the_best_detections_above_the_threshold_are_kept() -> None:
     )
 
 
-def test_new_layers_begin_small() -> None:
-    """Standard deviations .01 (classes, proposals), .001 (boxes, masks), and He et al. 2015's."""
+def test_new_layers_have_the_published_initial_weights() -> None:
+    """Standard deviations 0.01 (classes, proposals), 0.001 (boxes, masks), and those of He et al. 2015."""
     torch.manual_seed(0)
     model = build(ENCODER, 80, small_model(masks=True))
     heads = model.heads
@@ -209,8 +212,7 @@ def test_new_layers_begin_small() -> None:
         assert not layer.bias.any(), layer
 
 
-def test_images_are_proposed_for_by_their_own_size() -> None:
-    """Padding holds no proposal."""
+def test_proposals_are_inside_the_image_without_padding() -> None:
     model = detector().eval().proposals
     features = torch.randn(2, 16, 8, 10)
     with torch.no_grad():

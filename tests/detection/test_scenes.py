@@ -1,5 +1,6 @@
-"""photo-scenes against its promises: exact boxes and masks, the two formats agree, and no test scene shows
-a pixel that a training scene may show."""
+"""photo-scenes has exact boxes and masks, the same annotations in both formats, and no pixel in scenes
+of both splits.
+"""
 
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("split", "number"), [("train", 30), ("test", 12)])
-def test_voc_and_coco_say_the_same(made: Path, split: str, number: int) -> None:
+def test_voc_and_coco_annotations_are_the_same(made: Path, split: str, number: int) -> None:
     in_voc = voc.read(made / "VOC", split, CLASSES, "fail")
     in_coco = coco.read(made, split, "fail", masks=True)
     assert len(in_voc.images) == len(in_coco.images) == number
@@ -46,7 +47,7 @@ def test_voc_and_coco_say_the_same(made: Path, split: str, number: int) -> None:
         assert np.abs(difference).mean() < 4
 
 
-def test_boxes_are_those_of_the_masks(made: Path) -> None:
+def test_boxes_enclose_the_masks(made: Path) -> None:
     kinds = set()
     for image in coco.read(made, "train", "fail", masks=True).images:
         assert image.masks is not None
@@ -60,8 +61,8 @@ def test_boxes_are_those_of_the_masks(made: Path) -> None:
     assert kinds == {False, True}
 
 
-def test_what_is_pasted_is_the_photograph_inside_the_mask() -> None:
-    """Every pixel of an object is in its class's cells of this split; no cell is in both splits."""
+def test_pasted_objects_are_the_photograph_inside_the_mask() -> None:
+    """Every pixel of an object is from a cell of its class in this split; no cell is in both splits."""
     sampler = _PatchSampler(CLASSES, seed=0, split="val")
     scene = make_scene(sampler, 64, np.random.default_rng(3))
     numbers = {photo.name: number for number, photo in enumerate(PHOTOGRAPHS)}
@@ -103,7 +104,7 @@ def test_the_same_seed_makes_the_same_files(made: Path, tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_what_was_there_before_is_replaced_whole(tmp_path: Path) -> None:
+def test_old_scenes_are_replaced_completely(tmp_path: Path) -> None:
     root = tmp_path / "photo-scenes"
     few = PhotoScenes(image_size=64, num_train=2, num_test=1, seed=0)
     scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=3, num_test=1, seed=0)), root)
@@ -112,8 +113,8 @@ def test_what_was_there_before_is_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["photo-scenes"]
 
 
-def test_scenes_that_snakemake_took_the_record_of_are_replaced(tmp_path: Path) -> None:
-    """It deletes a rule's outputs before it runs the rule again: all but scenes.json is still there."""
+def test_scenes_without_scenes_json_are_replaced(tmp_path: Path) -> None:
+    """Snakemake deletes the outputs of a rule before it runs again: only scenes.json is gone."""
     root = tmp_path / "photo-scenes"
     few = data(scenes=PhotoScenes(image_size=64, num_train=2, num_test=1, seed=0))
     scenes.run(few, root)
@@ -132,8 +133,8 @@ def test_scenes_that_snakemake_took_the_record_of_are_replaced(tmp_path: Path) -
     ],
 )
 @pytest.mark.parametrize("made_before", [False, True])
-def test_somebody_elses_folder_is_left_alone(tmp_path: Path, file: str, *, made_before: bool) -> None:
-    """A `scenes` section added to a set of one's own must not cost the set."""
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, file: str, *, made_before: bool) -> None:
+    """A `scenes` section that is added to a user's own set must not delete the set."""
     root = tmp_path / "VOCdevkit"
     few = data(scenes=PhotoScenes(image_size=64, num_train=2, num_test=1, seed=0))
     if made_before:
@@ -148,7 +149,7 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path, file: str, *, made_
     assert (root / file).read_text() == "years of work"
 
 
-def test_a_link_and_a_file_are_left_alone(tmp_path: Path) -> None:
+def test_a_link_or_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / "file").write_text("years of work")
@@ -159,7 +160,7 @@ def test_a_link_and_a_file_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "years of work"
 
 
-def test_classes_that_are_no_photographs_are_named(tmp_path: Path) -> None:
+def test_classes_without_a_photograph_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"found \['zebra'\].*astronaut"):
         scenes.run(data(classes=["brick", "zebra"]), tmp_path / "x")
     with pytest.raises(ConfigError, match="no `scenes` section"):

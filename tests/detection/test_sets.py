@@ -1,5 +1,5 @@
-"""Contents of detection sets that contradict each other, their images or themselves: found before any
-training, by the stage as by `mochi check` and `mochi inspect`.
+"""Detection sets that contradict themselves or their images: found before any training, by the stage,
+`mochi check` and `mochi inspect`.
 """
 
 import json
@@ -54,7 +54,7 @@ def test_a_gbk_annotation_is_decoded(voc_set: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("how", ["nothing", "elsewhere", "polygon"])
 def test_a_split_without_a_box_is_refused(voc_set: Path, split: str, how: str) -> None:
-    """An AP of 0.0 was once trained for and written."""
+    """Such a set was once trained on, and an AP of 0.0 reported."""
     for path in (voc_set / "Annotations").glob("a*.xml" if split == "train" else "b*.xml"):
         start, _, rest = path.read_text().partition("<object>")
         objects = rest.removesuffix("</annotation>")
@@ -74,7 +74,7 @@ def test_a_split_without_a_box_is_refused(voc_set: Path, split: str, how: str) -
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 80), (40, 48), (24, 20), (48, 41)])
-def test_boxes_of_another_frame_are_refused(voc_set: Path, width: int, height: int) -> None:
+def test_boxes_for_another_image_size_are_refused(voc_set: Path, width: int, height: int) -> None:
     path = voc_set / "Annotations" / "a1.xml"
     edit(path, "<width>48</width><height>40</height>", f"<width>{width}</width><height>{height}</height>")
     assert f"a1.xml: size: found {width} x {height}" in voc_refused(voc_set)
@@ -82,9 +82,7 @@ def test_boxes_of_another_frame_are_refused(voc_set: Path, width: int, height: i
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_a_turned_photograph_with_boxes_of_the_stored_frame_is_refused(
-    voc_set: Path, orientation: int
-) -> None:
+def test_boxes_for_the_unrotated_photograph_are_refused(voc_set: Path, orientation: int) -> None:
     path = voc_set / "JPEGImages" / "a1.jpg"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -95,7 +93,7 @@ def test_a_turned_photograph_with_boxes_of_the_stored_frame_is_refused(
 
 
 @pytest.mark.parametrize("size", ["abc", "-48", "48.5", "1e999"])
-def test_a_size_that_is_none_is_named(voc_set: Path, size: str) -> None:
+def test_an_invalid_size_is_named(voc_set: Path, size: str) -> None:
     edit(voc_set / "Annotations" / "a1.xml", "<width>48<", f"<width>{size}<")
     assert f"a1.xml: size/width: found '{size}'; expected a number of pixels" in voc_refused(voc_set)
 
@@ -117,7 +115,7 @@ def test_a_box_outside_its_image_is_dropped_or_named(voc_image: Writer, box: tup
     ("difficult", "ignored"),
     [("0", False), ("1", True), (" 1 ", True), ("", False), ("True", True), ("false", False)],
 )
-def test_difficult_in_its_spellings(voc_image: Writer, difficult: str, ignored: bool) -> None:
+def test_spellings_of_difficult(voc_image: Writer, difficult: str, ignored: bool) -> None:
     root = voc_image(voc_object().replace("<bndbox>", f"<difficult>{difficult}</difficult><bndbox>"))
     assert voc.read(root, "train", ["square"], "fail").images[0].ignored.tolist() == [ignored]
 
@@ -139,7 +137,7 @@ def test_malformed_objects_are_named(voc_image: Writer) -> None:
         voc.read(root, "train", ["square"], "drop")
 
 
-def test_several_mistakes_are_told_at_once(voc_set: Path) -> None:
+def test_several_mistakes_are_reported_at_once(voc_set: Path) -> None:
     for name in ("a1", "a2", "a3", "a4", "a5", "b1", "b2"):
         (voc_set / "Annotations" / f"{name}.xml").unlink()
     lines = voc_refused(voc_set).splitlines()
@@ -163,7 +161,7 @@ def test_lists_in_every_encoding_and_with_blanks(voc_image: Writer) -> None:
         voc.read(root, "train", ["square", "bar"], "fail")
 
 
-def test_names_that_differ_by_case_are_named_and_by_unicode_form_found(voc_image: Writer) -> None:
+def test_names_of_another_case_are_named_and_of_another_unicode_form_found(voc_image: Writer) -> None:
     root = voc_image(voc_object("café"), name="cafe\u0301")
     listing = root / "ImageSets" / "Main" / "train.txt"
     listing.write_text("café\n", encoding="utf-8")
@@ -181,7 +179,7 @@ def test_names_that_differ_by_case_are_named_and_by_unicode_form_found(voc_image
 
 
 def coco_file(root: Path, split: str = "train", **changes: Any) -> dict[str, Any]:
-    """Two images with an object each, written with their pictures; returns the content."""
+    """Write two images with an object each, and their pictures; returns the content of the file."""
     content = {
         "images": [
             {"id": n, "file_name": f"{split}{n}.png", "height": 40, "width": 48} for n in (1, 2)
@@ -239,7 +237,7 @@ def coco_data(root: Path, **changes: object) -> DetectionData:
         (("images", 0, "width"), 10**9, r"images\[0\]: found 1000000000 x 40 pixels; at most"),
     ],
 )  # fmt: skip
-def test_what_contradicts_itself_is_named(
+def test_contradictions_are_named(
     tmp_path: Path, place: tuple[Any, ...], value: object, message: str
 ) -> None:
     content = coco_file(tmp_path)
@@ -252,7 +250,7 @@ def test_what_contradicts_itself_is_named(
         coco_read(tmp_path)
 
 
-def test_numbers_as_text_are_numbers(tmp_path: Path) -> None:
+def test_numbers_written_as_text_are_read(tmp_path: Path) -> None:
     content = coco_file(tmp_path)
     for image in content["images"]:
         image |= {key: str(image[key]) for key in ("id", "height", "width")}
@@ -328,7 +326,7 @@ def test_a_segmentation_that_can_be_used_is_kept(tmp_path: Path, shape: object) 
     assert coco.decode_masks(image.masks, 40, 48).shape == (1, 40, 48)
 
 
-def test_compressed_run_lengths_are_counted_as_their_decoder_counts_them() -> None:
+def test_compressed_run_lengths_are_measured_as_pycocotools_decodes_them() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         mask = rng.random((1, 40, 48)) < rng.choice([0.01, 0.5, 0.99])
@@ -340,7 +338,7 @@ def test_compressed_run_lengths_are_counted_as_their_decoder_counts_them() -> No
 
 
 @pytest.mark.parametrize("empty_images", ["keep", "drop"])
-def test_masks_asked_for_where_there_are_none(tmp_path: Path, empty_images: str) -> None:
+def test_missing_masks_are_named_if_masks_are_trained(tmp_path: Path, empty_images: str) -> None:
     for split in ("train", "test"):
         content = coco_file(tmp_path, split)
         for item in content["annotations"]:
@@ -354,7 +352,7 @@ def test_masks_asked_for_where_there_are_none(tmp_path: Path, empty_images: str)
         read_splits(data, masks=True)
 
 
-def test_nothing_to_measure_is_said_before_the_training(tmp_path: Path) -> None:
+def test_a_test_split_with_crowds_only_is_refused(tmp_path: Path) -> None:
     coco_file(tmp_path)
     content = coco_file(tmp_path, "test")
     for item in content["annotations"]:
@@ -398,7 +396,7 @@ def test_names_of_files_in_another_unicode_form_are_found(tmp_path: Path) -> Non
     assert coco_read(tmp_path).images[0].path.name == "cafe\u0301.png"
 
 
-def test_check_and_inspect_tell_what_a_training_would_stop_at(
+def test_check_and_inspect_report_what_training_refuses(
     tmp_path: Path, voc_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -419,7 +417,7 @@ def test_check_and_inspect_tell_what_a_training_would_stop_at(
     assert "a2.xml: object 2: found no name" in run("inspect", str(voc_set)).stdout
 
 
-def test_a_printed_report_keeps_its_classes(tmp_path: Path) -> None:
+def test_printing_a_report_does_not_change_it(tmp_path: Path) -> None:
     for split in ("train", "test"):
         coco_file(tmp_path, split)
     data = {"format": "coco", "path": str(tmp_path), "train": ["train"], "test": ["test"]}

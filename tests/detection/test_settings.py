@@ -1,4 +1,4 @@
-"""Mistakes in a detection set, each named with its place."""
+"""Mistakes in a detection set, each named with its key."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_mistakes_in_a_section_are_named(section: str, changes: dict[str, Any], 
     ],
 )
 def test_sets_that_share_a_folder_of_scenes_must_agree(changes: dict[str, Any]) -> None:
-    """Else the second would be trained on what was made for the first."""
+    """Otherwise the second set would be trained on the scenes of the first."""
     data = tiny_with_detection()
     data["evaluation"]["detection"]["few-frozen"]["data"] |= changes
     with pytest.raises(ConfigError) as error:
@@ -66,7 +66,7 @@ def test_sets_that_share_a_folder_of_scenes_must_agree(changes: dict[str, Any]) 
     parse_experiment(data, "x.yaml")
 
 
-def test_sets_of_ones_own_may_share_a_folder() -> None:
+def test_sets_of_the_user_can_share_a_folder() -> None:
     """`path` may hold several VOC trees, each with its classes."""
     data = tiny_with_detection()
     sets = data["evaluation"]["detection"].values()

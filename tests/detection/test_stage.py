@@ -1,5 +1,6 @@
-"""The whole stage on a handful of images: what it writes, that a killed run ends with the same numbers,
-and that test images take no part in choosing the learning rate."""
+"""The whole stage on a few images: what it writes, that a killed run ends with the same numbers, and
+that the learning rate is not chosen on test images.
+"""
 
 import dataclasses
 import json
@@ -40,9 +41,10 @@ Asked = tuple[DetectionRun, Result]
 
 @pytest.fixture
 def ask(tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path) -> Callable[..., Asked]:
-    """Arguments of the stage for a set over `voc_set`, whose `training` section is changed."""
+    """Arguments of the stage for a set on `voc_set` with a changed `training` section."""
 
     def ask(folder: str = "out", **training: Any) -> Asked:
+        """Arguments of the stage for a set on `voc_set` with a changed `training` section."""
         return detection(tiny, small_set(voc_set, training=training), weights, tmp_path / folder)
 
     return ask
@@ -79,10 +81,10 @@ def test_what_the_stage_writes(ask: Callable[..., Asked], tmp_path: Path) -> Non
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_fine_tunings_apart_are_those_together(
+def test_separate_jobs_equal_one_job(
     tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
 ) -> None:
-    """A search and two fine-tunings as jobs of their own, against one job that does all."""
+    """A search and two fine-tunings as separate jobs, compared with one job that does everything."""
     training = {"seeds": [3, 0], "lr": [0.001, 0.02], "search_iterations": 2, "validation": 0.34,
                 "together": False}  # fmt: skip
     chosen = small_set(voc_set, training=training)
@@ -111,8 +113,10 @@ def test_fine_tunings_apart_are_those_together(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_nothing_to_measure_is_said(tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path) -> None:
-    """Of a class without an example: no zero, no NaN, but words."""
+def test_a_class_without_objects_has_a_note(
+    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
+) -> None:
+    """Its AP is neither 0 nor NaN."""
     # Squares alone in test, bars alone in train: squares are all there is to find.
     for number in range(6):
         file = voc_set / "Annotations" / f"a{number}.xml"
@@ -136,7 +140,7 @@ def test_nothing_to_measure_is_said(tiny: Experiment, voc_set: Path, weights: Pa
     assert not (tmp_path / "void").exists()
 
 
-def test_learning_rates_are_not_compared_on_nothing(
+def test_a_search_on_images_without_objects_is_refused(
     tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
 ) -> None:
     training = {"lr": [0.001, 0.02], "search_iterations": 2, "validation": 0.34}
@@ -201,10 +205,12 @@ def test_checkpoints_of_another_encoder_are_not_used(
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_what_was_finished_on_other_annotations_is_not_used(
+def test_fine_tunings_on_other_annotations_are_not_used(
     ask: Callable[..., Asked], voc_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
 ) -> None:
-    """A box corrected between two fine-tunings: the first is computed again, a half-done one refused."""
+    """A box is corrected between two fine-tunings: the first is computed again, an unfinished one is
+    refused.
+    """
     asked = ask(seeds=[0, 1], checkpoint_minutes=1e-9)
     advance, taken, kill = FineTuning._advance, [], [True]
 
@@ -225,7 +231,7 @@ def test_what_was_finished_on_other_annotations_is_not_used(
     assert taken == [(0, step) for step in range(4)]
 
 
-def test_the_digest_of_annotations_knows_all_that_is_read_of_them() -> None:
+def test_the_digest_of_annotations_covers_all_that_is_read() -> None:
     image = AnnotatedImage(
         1, Path("here/a.jpg"), 40, 48, np.array([[1, 2, 3, 4]], np.float32), np.array([1]),
         np.array([False]), np.array([True]), ({"size": [40, 48], "counts": b"abc"},), np.array([4.0]),
@@ -280,7 +286,7 @@ def test_a_single_rate_that_diverges_stops_the_stage(ask: Callable[..., Asked], 
     assert not (tmp_path / "out").exists()
 
 
-def test_validation_and_rest_are_disjoint_and_whole(voc_set: Path) -> None:
+def test_validation_and_training_images_are_disjoint_and_complete(voc_set: Path) -> None:
     annotations, _ = read_splits(small_set(voc_set).data, masks=False)
     rest, part = split_off(annotations, 0.34, np.random.default_rng(0))
     names = [{image.image_id for image in each.images} for each in (rest, part)]
@@ -329,7 +335,7 @@ def _stage_rank(asked: Asked, work: Path) -> None:
 
 
 def test_two_processes_write_one_result(ask: Callable[..., Asked], tmp_path: Path) -> None:
-    """`process_group` is entered by the stage itself, as under torchrun."""
+    """The stage enters `process_group` itself, as under torchrun."""
     asked = ask(micro_batch=1, iterations=2, lr_drops=[])
     run_ranks(_stage_rank, 2, asked, tmp_path / "work", join=False)
     assert metrics(tmp_path / "out")["num_fine_tunings"] == 1

@@ -1,5 +1,6 @@
-"""A fine-tuning resumed against one that ran straight, byte by byte; accumulation against one large batch;
-the schedule against detectron2's numbers; the optimizer against its update written out."""
+"""A resumed fine-tuning compared with an uninterrupted one, byte by byte; accumulation with one large
+batch; the schedule with detectron2's numbers; the optimizer with its update written out.
+"""
 
 import copy
 from pathlib import Path
@@ -41,7 +42,7 @@ def state(run: FineTuning) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("mode", "workers"), [("finetune", 0), ("finetune", 2), ("frozen", 0), ("frozen", 2)]
 )
-def test_resumed_equals_straight(
+def test_a_resumed_fine_tuning_ends_with_the_same_bytes(
     voc_set: Path, encoder_file: Path, tmp_path: Path, mode: str, workers: int
 ) -> None:
     chosen = small_set(voc_set, training={"mode": mode})
@@ -64,10 +65,10 @@ def test_resumed_equals_straight(
                            expected["heads.box_predictor.cls_score.weight"])  # fmt: skip
 
 
-def test_statistics_are_recomputed_on_the_batch_that_comes_next(
+def test_statistics_are_recomputed_on_the_next_batches(
     voc_set: Path, encoder_file: Path, tmp_path: Path
 ) -> None:
-    """With one batch they are that batch's own; the moving average of the steps before is not that."""
+    """With one batch they are the statistics of that batch, not the moving average of earlier steps."""
     run = tuning(small_set(voc_set, training={"precise_bn_batches": 1}), encoder_file, tmp_path / "x")
     run.train("recomputed")
     again = copy.deepcopy(run.detector).train()
@@ -86,7 +87,7 @@ def test_statistics_are_recomputed_on_the_batch_that_comes_next(
         torch.testing.assert_close(recomputed.running_var, layer.running_var)
 
 
-def test_the_optimizer_is_sgd_with_momentum_and_leaves_norms_without_decay(
+def test_the_optimizer_is_sgd_with_momentum_without_weight_decay_of_norms(
     voc_set: Path, encoder_file: Path, tmp_path: Path
 ) -> None:
     """Two steps with all gradients 1, against the update written out."""
@@ -122,7 +123,7 @@ def test_a_checkpoint_of_another_run_is_refused(voc_set: Path, encoder_file: Pat
         tuning(small_set(voc_set), encoder_file, saved, lr=0.03)
 
 
-def test_a_frozen_backbone_does_not_move(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
+def test_a_frozen_backbone_does_not_change(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
     weights = load_file(encoder_file)
     frozen = tuning(small_set(voc_set, training={"mode": "frozen"}), encoder_file, tmp_path / "a")
     frozen.train("frozen")
@@ -138,7 +139,7 @@ def test_a_frozen_backbone_does_not_move(voc_set: Path, encoder_file: Path, tmp_
 def test_a_frozen_backbone_is_normalised_on_the_set(
     voc_set: Path, encoder_file: Path, tmp_path: Path
 ) -> None:
-    """A random encoder's own statistics are 0 and 1; recomputed ones give its layers unit variance."""
+    """The statistics of a random encoder are 0 and 1; recomputed ones give its layers unit variance."""
     training = {"mode": "frozen", "precise_bn_batches": 12, "train_sizes": [32], "flip": False}
     run = tuning(small_set(voc_set, training=training), encoder_file, tmp_path / "x")
     assert run._frozen is not None
@@ -154,10 +155,10 @@ def test_a_frozen_backbone_is_normalised_on_the_set(
 
 
 @pytest.mark.parametrize("sizes", [[40], [32, 40]], ids=["one size", "two sizes"])
-def test_kept_features_are_those_computed(
+def test_cached_features_equal_computed_ones(
     voc_set: Path, encoder_file: Path, tmp_path: Path, sizes: list[int]
 ) -> None:
-    """Features are kept of images that nothing pads, each at the sizes it was shown at."""
+    """Features are cached for images without padding, for each size that they were used with."""
     chosen = small_set(voc_set, training={"mode": "frozen", "train_sizes": sizes, "micro_batch": 1})
     kept = tuning(chosen, encoder_file, tmp_path / "a")
     kept.train("kept")
@@ -172,7 +173,9 @@ def test_kept_features_are_those_computed(
         torch.testing.assert_close(value, state(kept)[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_it(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_training(
+    voc_set: Path, encoder_file: Path, tmp_path: Path
+) -> None:
     with pytest.raises(NonFiniteError, match="step"):
         tuning(small_set(voc_set, training={"iterations": 40, "lr_drops": []}), encoder_file,
                tmp_path / "x", lr=1e9).train("diverges")  # fmt: skip
@@ -182,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_it(voc_set: Path, encoder_file: Path, t
 def test_weights_that_are_not_finite_are_not_saved(
     voc_set: Path, encoder_file: Path, tmp_path: Path, value: float
 ) -> None:
-    """The loss of the step that ruins them is still finite, and there may be no later step to notice."""
+    """The loss of the step that ruins them is still finite, and there may be no later step."""
     saved = tmp_path / "x.safetensors"
     run = tuning(small_set(voc_set, training={"checkpoint_minutes": 1e-9}), encoder_file, saved)
     steps = run._optimizer.step
@@ -233,17 +236,17 @@ def test_rate_per_image_and_images_seen_do_not_depend_on_the_batch(batch_size: i
 @pytest.mark.parametrize(
     ("micro_batch", "world_size", "expected"), [(2, 8, 1), (8, 2, 1), (2, 1, 8), (16, 1, 1)]
 )
-def test_accumulation_makes_up_for_processes(micro_batch: int, world_size: int, expected: int) -> None:
+def test_accumulation_replaces_missing_processes(micro_batch: int, world_size: int, expected: int) -> None:
     assert accumulation(paper_training(micro_batch=micro_batch), world_size) == expected
 
 
-def test_the_error_for_a_batch_that_cannot_be_shared_lists_what_can() -> None:
+def test_a_batch_that_cannot_be_split_is_refused_with_valid_sizes() -> None:
     with pytest.raises(ConfigError, match=r"16 cannot be shared by 4 processes .* can be 1, 2, 4"):
         accumulation(paper_training(micro_batch=8), 4)
 
 
 def _gradients(run: FineTuning) -> dict[str, torch.Tensor]:
-    """One step's gradients, batch-norm statistics fixed so that images do not meet in them."""
+    """Gradients of one step, with fixed batch-norm statistics so that images are independent."""
     run._set_modes = run.detector.eval  # type: ignore[method-assign]
     for module in run.detector.modules():
         if not isinstance(module, torch.nn.BatchNorm2d):
@@ -252,10 +255,10 @@ def _gradients(run: FineTuning) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in run.detector.named_parameters() if p.grad is not None}
 
 
-def test_accumulated_micro_batches_make_the_same_step_size(
+def test_accumulated_micro_batches_give_the_same_step(
     voc_set: Path, encoder_file: Path, tmp_path: Path
 ) -> None:
-    """Losses are means over a micro-batch's images, so a step of 2 x 1 is the mean of two steps of 1."""
+    """Losses are means over a micro-batch, so a step of 2 x 1 is the mean of two steps of 1."""
     training = {"flip": False, "train_sizes": [40], "batch_size": 2, "micro_batch": 1}
     model = {"rpn_batch": 4000, "roi_batch": 4000}  # all are sampled: no luck in it
     both = _gradients(
@@ -272,7 +275,7 @@ def test_accumulated_micro_batches_make_the_same_step_size(
 
 
 def _train_rank(voc_set: Path, encoder_file: Path, out: Path) -> None:
-    """Straight, and resumed from the second step with workers."""
+    """Uninterrupted, and resumed from the second step with workers."""
     chosen = small_set(voc_set, training={"micro_batch": 1})
     run = tuning(chosen, encoder_file, out / "saved")
     run.train("rank", lambda row: run.save() if row["step"] == 2 else None)
@@ -285,7 +288,7 @@ def _train_rank(voc_set: Path, encoder_file: Path, out: Path) -> None:
         assert torch.equal(value, state(run)[name]), name
 
 
-def test_two_processes_stay_the_same_and_resume(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
+def test_two_processes_stay_equal_and_resume(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
     run_ranks(_train_rank, 2, voc_set, encoder_file, tmp_path)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     before = load_file(encoder_file)["conv1.weight"]

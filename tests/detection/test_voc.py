@@ -1,6 +1,6 @@
-"""The VOC reader against the oddities of real files, one a test: what people reported, and what is right.
+"""The VOC reader on unusual real files, one kind in each test: what users reported, and what is right.
 
-Boxes are compared with values worked out by hand; counts are what the report must say.
+Boxes are compared with values worked out by hand; counts are those in the report.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def test_a_box_over_the_whole_image_covers_it_exactly(voc_image: Writer) -> None
     assert (image.width, image.height) == (48, 40)
 
 
-def test_a_set_counted_from_zero_is_read_so_in_all_its_files(voc_image: Writer) -> None:
-    """Decided file by file, boxes of the others lay a pixel too far up and left."""
+def test_a_0_based_set_is_0_based_in_all_its_files(voc_image: Writer) -> None:
+    """Decided file by file, boxes of the other files were shifted by a pixel."""
     voc_image(voc_object(box=(10, 12, 20, 24)), name="first")
     root = voc_image(voc_object(box=(0, 0, 48, 40)), name="second")
     annotations = read(root)
@@ -49,7 +49,7 @@ def test_a_set_counted_from_zero_is_read_so_in_all_its_files(voc_image: Writer) 
     assert report["numbering"] == "pixels counted from 0: 1 of 2 boxes start at 0"
 
 
-def test_both_splits_count_from_the_same_number(voc_image: Writer) -> None:
+def test_both_splits_have_the_same_base(voc_image: Writer) -> None:
     voc_image(voc_object(box=(10, 12, 20, 24)), name="first")
     root = voc_image(voc_object(box=(0, 0, 48, 40)), name="second", image_set="test")
     train, _ = read_splits(small_set(root).data, masks=False)
@@ -90,7 +90,7 @@ def test_broken_objects_are_dropped_and_counted_or_named(
         read(root, "fail")
 
 
-def test_boxes_beyond_the_image_are_cut_and_counted(voc_image: Writer) -> None:
+def test_boxes_beyond_the_image_are_clipped_and_counted(voc_image: Writer) -> None:
     annotations = read(voc_image(voc_object(box=(30, 30, 90, 41))))
     assert annotations.images[0].boxes.tolist() == [[29, 29, 48, 40]]
     assert annotations.report()["boxes cut to the image"] == 1
@@ -106,20 +106,20 @@ def test_an_image_without_objects_has_boxes_of_shape_0_4(voc_image: Writer) -> N
     assert dropped.report()["images without a trained box"] == 1
 
 
-def test_only_empty_images_is_said_where_they_are_dropped(voc_image: Writer) -> None:
+def test_a_split_of_empty_images_is_refused_if_they_are_dropped(voc_image: Writer) -> None:
     annotations = read(voc_image())
     with pytest.raises(AnnotationError, match="images without a trained box: 1"):
         for_training(annotations, "drop")
 
 
-def test_a_missing_size_is_counted_and_the_image_believed(voc_image: Writer) -> None:
+def test_a_missing_size_is_counted_and_read_from_the_image(voc_image: Writer) -> None:
     annotations = read(voc_image(voc_object(), size="<size><width>0</width></size>"))
     assert (annotations.images[0].width, annotations.images[0].height) == (48, 40)
     assert annotations.report()["files whose size is missing"] == 1
 
 
 def test_a_rotated_file_is_read_upright(voc_image: Writer) -> None:
-    """Orientation 6: 48 x 40 pixels are stored, 40 x 48 are seen, by the reader as by training."""
+    """Orientation 6: 48 x 40 pixels are stored, 40 x 48 are shown, by the reader and in training."""
     upright = "<size><width>40</width><height>48</height></size>"
     root = voc_image(voc_object(box=(1, 1, 40, 48)), size=upright)
     path = root / "JPEGImages" / "one.jpg"
@@ -134,7 +134,7 @@ def test_a_rotated_file_is_read_upright(voc_image: Writer) -> None:
     assert item.boxes.tolist() == [[0, 0, 40, 48]]
 
 
-def test_parts_of_persons_are_not_objects(voc_image: Writer) -> None:
+def test_parts_of_a_person_are_not_objects(voc_image: Writer) -> None:
     part = (
         "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
         "<xmax>3</xmax><ymax>3</ymax></bndbox></part>"
@@ -143,7 +143,7 @@ def test_parts_of_persons_are_not_objects(voc_image: Writer) -> None:
     assert read(root).images[0].boxes.tolist() == [[4, 5, 20, 22]]
 
 
-def test_an_unknown_class_is_named_with_those_allowed(voc_image: Writer) -> None:
+def test_an_unknown_class_is_named_with_the_allowed_ones(voc_image: Writer) -> None:
     with pytest.raises(AnnotationError, match=r"one\.xml.*'cat'.*allowed: square, bar"):
         read(voc_image(voc_object("cat")))
 
@@ -163,7 +163,7 @@ def test_missing_files_are_named(voc_image: Writer, path: str, message: str) -> 
         read(root)
 
 
-def test_files_that_are_not_what_they_claim_are_named(voc_image: Writer) -> None:
+def test_files_of_the_wrong_kind_are_named(voc_image: Writer) -> None:
     root = voc_image(voc_object())
     (root / "JPEGImages" / "one.jpg").write_bytes(b"<html>")
     with pytest.raises(AnnotationError, match=r"one\.jpg: cannot be read as an image"):
@@ -173,14 +173,14 @@ def test_files_that_are_not_what_they_claim_are_named(voc_image: Writer) -> None
         read(root)
 
 
-def test_a_class_wise_image_set_lists_its_images_alone(voc_image: Writer) -> None:
+def test_a_class_wise_image_set_has_only_images_of_the_class(voc_image: Writer) -> None:
     voc_image(voc_object(), name="one")
     root = voc_image(voc_object(), name="two")
     (root / "ImageSets" / "Main" / "train.txt").write_text("one -1\ntwo  1\n")
     assert [image.image_id for image in read(root).images] == ["two"]
 
 
-def test_what_is_written_is_read_back(voc_image: Writer, tmp_path: Path) -> None:
+def test_a_written_set_is_read_as_it_was(voc_image: Writer, tmp_path: Path) -> None:
     root = voc_image(voc_object(box=(1, 1, 48, 40)), voc_object("bar", (5, 6, 20, 22), difficult=1))
     first = read(root)
     voc.write(root, "again", first, [[False, True]])

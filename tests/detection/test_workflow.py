@@ -1,4 +1,4 @@
-"""Detection as a user meets it: its commands, and the jobs that Snakemake announces."""
+"""Detection as a user runs it: its commands, and the jobs that Snakemake plans."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_commands(folder: Path, encoder_file: Path, tiny: Experiment) -> None:
+def test_the_commands_of_detection(folder: Path, encoder_file: Path, tiny: Experiment) -> None:
     for _ in range(2):  # the second replaces scenes whose record is not current, provenance.json and all
         done = run("scenes", "data/few-scenes", "--config", "tiny.yaml")
         assert done.returncode == 0, done.stderr
@@ -56,10 +56,10 @@ def test_the_commands(folder: Path, encoder_file: Path, tiny: Experiment) -> Non
     assert not [path for path in Path("work").rglob("*") if path.is_file()]
 
 
-def test_a_finished_result_survives_the_attempt_to_replace_it(
+def test_an_interrupted_change_keeps_the_finished_result(
     folder: Path, encoder_file: Path, tiny: Experiment
 ) -> None:
-    """Change `iterations`, start, kill, change back: the scores are there and nothing is computed."""
+    """Change `iterations`, start, kill, change it back: the scores exist and nothing is computed."""
     save_encoder(encoder_file, encoders.build(tiny.encoder))
     assert run("scenes", "data/few-scenes", "--config", "tiny.yaml").returncode == 0
     options = ("few", "--method", "random-init", "--seed", "0", "--config", "tiny.yaml")
@@ -89,9 +89,10 @@ def test_a_finished_result_survives_the_attempt_to_replace_it(
     assert Path("out/metrics.json").read_bytes() == before
 
 
-def test_the_jobs_that_snakemake_announces(folder: Path) -> None:
-    """One set for random-init alone, one for all three runs in two fine-tunings each, which are jobs of
-    their own, and a set whose fine-tunings share a job; their scenes are made once."""
+def test_the_jobs_that_snakemake_plans(folder: Path) -> None:
+    """One set for random-init only; one for all three runs, with two fine-tunings each that are separate
+    jobs; and a set whose fine-tunings share a job. Their scenes are made once.
+    """
     experiment = tiny_with_detection(methods=["random-init"])
     sets = experiment["evaluation"]["detection"]
     sets["shared"] = copy.deepcopy(sets["few-frozen"])

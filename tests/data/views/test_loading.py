@@ -261,7 +261,7 @@ def test_an_evaluation_sees_each_image_once_in_order(split: StoredSplit, world_s
         assert seen == list(range(18))
 
 
-def test_centre_crops_of_images_of_this_size_are_the_images(split: StoredSplit) -> None:
+def test_a_centre_crop_is_the_centre_of_its_image(split: StoredSplit) -> None:
     batch = next(centre_crops(split, Loading(2, CPU), resize=24, image_size=24))
     image = split.image(0)
     assert image.shape[:2] == (24, 30)

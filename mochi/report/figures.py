@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from mochi.report.analyses import Chart, Series
@@ -29,6 +30,9 @@ _MARKS = 8
 """Markers on a line."""
 _PANELS = 4
 """Panels in a row."""
+_TICKS = 4
+"""Intervals between the labels of a panel's x axis; a single panel is twice as wide."""
+_STEPS = [1, 2, 2.5, 5, 10]
 
 
 def write(chart: Chart, methods: Sequence[str], out: Path) -> None:
@@ -62,6 +66,7 @@ def draw(chart: Chart, methods: Sequence[str]) -> Figure:
         axes.set_axis_off()
     for axes, panel in zip(grid, panels, strict=False):
         _draw_panel(axes, chart, panel, order)
+        _place_ticks(axes, chart, 2 * _TICKS if len(panels) == 1 else _TICKS)
     if chart.series and chart.categories is None:
         _add_legend(figure, chart)
     if not chart.series:
@@ -84,6 +89,16 @@ def _draw_panel(axes: Axes, chart: Chart, panel: str, methods: list[str]) -> Non
         axes.set_yticks(range(len(chart.categories)), chart.categories)
         axes.set_ylim(len(chart.categories) - 0.5, -0.5)
         axes.margins(x=0.35)
+
+
+def _place_ticks(axes: Axes, chart: Chart, num: int) -> None:
+    """Labels of the x axis that do not touch each other, and whole epochs."""
+    if chart.log:  # 1, 10, 100: narrower than powers of ten
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter())
+    else:
+        whole = chart.x == "epoch"
+        axes.xaxis.set_major_locator(MaxNLocator(num, steps=_STEPS, integer=whole, min_n_ticks=1))
 
 
 def _add_legend(figure: Figure, chart: Chart) -> None:

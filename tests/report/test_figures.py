@@ -1,10 +1,12 @@
 """Figures show the numbers, all of them, with their names."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -12,7 +14,8 @@ from matplotlib.lines import Line2D
 from mochi.config import Experiment, parse_experiment
 from mochi.provenance.wanted import reported
 from mochi.report import stage
-from mochi.report.figures import _marks
+from mochi.report.analyses import Chart, Series
+from mochi.report.figures import _marks, draw
 from tests.detection.sets import small_set
 from tests.report.made_up import fine_tunings, is_detection, make_up, top1_of
 from tests.tiny import MOCHI, TINY
@@ -149,6 +152,52 @@ def test_gain_and_oracle(tmp_path: Path, drawn: dict[str, Figure], monkeypatch: 
     assert means(oracle) == [[41.0, 0.0], [50.0, 1.0]]
     content = json.loads(Path("results/tiny/figures/gain.json").read_text())
     assert [series["method"] for series in content["series"]] == [MOCHI, "mochi-16-24-0"]
+
+
+def labels(figure: Figure) -> list[list[tuple[str, float, float]]]:
+    """Of each x axis, the labels in view: text, left and right end in pixels."""
+    FigureCanvasAgg(figure).draw()
+    found = []
+    for axes in figure.axes:
+        low, high = sorted(axes.get_xlim())
+        ticks = [*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks()]
+        shown = [each.label1 for each in ticks if each.label1.get_text() and low <= each.get_loc() <= high]
+        boxes = [(each.get_text(), each.get_window_extent()) for each in shown]
+        found.append(sorted(((text, box.x0, box.x1) for text, box in boxes), key=lambda label: label[1]))
+    return found
+
+
+@pytest.mark.parametrize("num", [1, 2, 4, 200])
+def test_epochs_are_whole(num: int) -> None:
+    epochs = [float(epoch) for epoch in range(num)]
+    chart = Chart("loss", "", "", "epoch", "loss (nats)", [Series("a", epochs, epochs)])
+    (shown,) = labels(draw(chart, ["a"]))
+    texts = [text for text, _, _ in shown]
+    assert texts == [str(int(text)) for text in texts]
+    assert texts[0] == "0"
+    assert len(texts) >= min(num, 3)
+
+
+@pytest.mark.parametrize("panels", [1, 3])
+@pytest.mark.parametrize(
+    ("x", "log"),
+    [
+        ([-2.6925, -2.6921], False),
+        ([-0.1234, 0.8], False),
+        ([99.98, 100.0], False),
+        ([1.0, 9.0], True),
+        ([1.0, 64.0], True),
+    ],
+)
+def test_labels_of_an_axis_do_not_touch(x: list[float], log: bool, panels: int) -> None:
+    series = [
+        Series("a", x, [0.5, 0.1], style="-" if log else "", panel=f"panel {panel}")
+        for panel in range(panels)
+    ]
+    for shown in labels(draw(Chart("c", "", "", "x", "y", series, log=log), ["a"])):
+        assert len(shown) >= 2
+        for (_, _, end), (_, start, _) in itertools.pairwise(shown):
+            assert start - end > 4, shown
 
 
 def test_many_points_have_few_markers() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mochi.contrast import rules
 from mochi.contrast.key_queue import KeyQueue
 from mochi.contrast.loss import contrastive_loss
-from mochi.contrast.rules import Mask, Rule, at_least, exclude
+from mochi.contrast.rules import Mask, Rule, at_least, check_type, exclude
 from mochi.contrast.rules.moco import MoCo as MoCoRule
 from mochi.errors import UserError, guess
 from mochi.runtime.distributed import gather, rank, world_size
@@ -43,7 +43,7 @@ class ContrastiveLoss(nn.Module):
         **settings: of the rule, if it is given by name.
 
     Raises:
-        UserError: no such rule, or a setting is outside its range (a ValueError).
+        UserError: no such rule, or a setting of another type or outside its range (a ValueError).
     """
 
     queue: KeyQueue
@@ -64,10 +64,16 @@ class ContrastiveLoss(nn.Module):
             raise UserError(
                 f"{', '.join(settings)}: found with a rule that is already built; expected the rule's name"
             )
-        if not 0 < temperature < math.inf:
-            raise UserError(f"temperature: found {temperature}; expected a number above 0, such as 0.2")
+        if isinstance(masks, str):
+            raise UserError(f"masks: found the text {masks!r}; expected a list of names, as in [{masks!r}]")
         try:
+            check_type("queue_size", queue_size, int)
+            check_type("dim", dim, int)
+            check_type("temperature", temperature, float)
+            check_type("seed", 0 if seed is None else seed, int)
             at_least(1, queue_size=queue_size, dim=dim)
+            if not 0 < temperature < math.inf:
+                raise UserError(f"temperature: found {temperature}; expected a number above 0, such as 0.2")
             self.rule = rule if isinstance(rule, Rule) else _build("rule", rule, Rule, settings)
             self.rule.check(queue_size)
         except ValueError as error:
@@ -189,10 +195,15 @@ class ContrastiveLoss(nn.Module):
             if values is None:
                 found.append(self.queue.labels.new_full((len(key),), -1))
                 continue
-            if values.shape != key.shape[:1] or values.is_floating_point() or values.dtype == torch.bool:
+            if (
+                not isinstance(values, Tensor)
+                or values.shape != key.shape[:1]
+                or values.is_floating_point()
+                or values.dtype == torch.bool
+            ):
                 raise UserError(
-                    f"{name}: found {values.dtype} of shape {tuple(values.shape)}; expected integers of "
-                    f"shape ({len(key)},), one for each key, -1 where unknown"
+                    f"{name}: found {_told(values)}; expected integers of shape ({len(key)},) as a "
+                    "tensor, one for each key, -1 where unknown"
                 )
             found.append(values.to(self.queue.labels))
         return found[0], found[1]
@@ -242,6 +253,13 @@ class ContrastiveLoss(nn.Module):
             )
 
 
+def _told(values: object) -> str:
+    """What was found, for a message."""
+    if isinstance(values, Tensor):
+        return f"{values.dtype} of shape {tuple(values.shape)}"
+    return type(values).__name__
+
+
 def _unit(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, C) -> (B, C) of length 1."""
     return F.normalize(embeddings.to(dtype), dim=-1)
@@ -253,6 +271,11 @@ def _build(key: str, name: str, kind: type[_Part], settings: Mapping[str, Any]) 
     Raises:
         UserError: it does not exist, or a setting is unknown or missing.
     """
+    if not isinstance(name, str):
+        raise UserError(
+            f"{key}: found {name!r}; expected a name, one of {', '.join(rules.names_of(kind))}, or a built "
+            f"{kind.__name__}"
+        )
     found = rules.find(name) if name in rules.names() else None
     if found is None or not issubclass(found, kind):
         raise UserError(f"{key}: {guess(name, rules.names_of(kind))}")
@@ -289,7 +312,7 @@ class MoCHiLoss(ContrastiveLoss):
         seed: see `ContrastiveLoss`.
 
     Raises:
-        UserError: a number is outside its range (a ValueError).
+        UserError: a number is of another type or outside its range (a ValueError).
     """
 
     def __init__(
@@ -306,7 +329,7 @@ class MoCHiLoss(ContrastiveLoss):
         seed: int | None = None,
     ) -> None:
         settings: dict[str, Any] = {}
-        if num_pair_synthetics or num_query_synthetics:
+        if (num_pair_synthetics, num_query_synthetics) != (0, 0):
             settings = {
                 "num_hardest": num_hardest,
                 "num_pair_synthetics": num_pair_synthetics,

@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from mochi.config import Contrastive, Encoder
 from mochi.contrast.moco import MoCo
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
 from mochi.contrast.rules.hard_weighting import HardWeighting
+from mochi.errors import UserError
 from mochi.runtime.distributed import own_slice, rank
 from mochi.runtime.seeding import generator
 from tests.detection.ranks import run_ranks
@@ -389,11 +391,33 @@ def test_compiled_equals_eager() -> None:
         ({"queue_size": 0}, r"queue_size: found 0; expected at least 1"),
         ({"dim": 0}, r"dim: found 0; expected at least 1"),
         ({"num_pair_synthetics": -1}, r"num_pair_synthetics: found -1; expected at least 0"),
+        ({"queue_size": 24.0}, r"queue_size: found 24\.0 \(float\); expected a whole number"),
+        ({"queue_size": True}, r"queue_size: found True \(bool\); expected a whole number"),
+        ({"dim": "5"}, r"dim: found '5' \(str\); expected a whole number"),
+        ({"temperature": "0.2"}, r"temperature: found '0\.2' \(str\); expected a number"),
+        ({"temperature": None}, r"temperature: found None \(NoneType\); expected a number"),
+        ({"seed": 0.5}, r"seed: found 0\.5 \(float\); expected a whole number"),
+        ({"num_hardest": 6.0}, r"num_hardest: found 6\.0 \(float\); expected a whole number"),
+        ({"num_pair_synthetics": None}, r"num_pair_synthetics: found None \(NoneType\); expected a whole"),
+        ({"num_query_synthetics": "4"}, r"num_query_synthetics: found '4' \(str\); expected a whole"),
+        ({"through_query": 1}, r"through_query: found 1 \(int\); expected True or False"),
+        ({"masks": "same_image"}, r"masks: found the text 'same_image'; expected a list of names"),
+        ({"masks": [3]}, r"masks: found 3; expected a name, one of class_oracle, same_image"),
     ],
 )
-def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_settings_of_another_type_or_out_of_range_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         criterion(**changes)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    loss = criterion(
+        num_hardest=np.int64(6), temperature=np.float32(0.2), seed=np.int64(3), dim=np.int32(5)
+    )
+    expected = criterion(temperature=float(np.float32(0.2)))
+    assert torch.equal(loss(embeddings(0), embeddings(1)), expected(embeddings(0), embeddings(1)))
 
 
 @pytest.mark.parametrize(
@@ -514,6 +538,8 @@ def test_masks_leave_out_older_keys_of_the_same_image_and_class() -> None:
         ({"rule": "mochi"}, "num_hardest, num_pair_.*: missing; the rule mochi"),
         ({"rule": "synco"}, r"num_hardest: found 1024; expected 2 to 24 \(queue_size\)"),
         ({"rule": HardWeighting(), "concentration": 2.0}, "concentration: found with a rule that is"),
+        ({"rule": HardWeighting}, "rule: found <class .*; expected a name, one of debiased, "),
+        ({"rule": "debiased", "positive_prior": "0.1"}, r"positive_prior: found '0\.1' \(str\); expected"),
     ],
 )  # fmt: skip
 def test_invalid_rules_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -527,6 +553,7 @@ def test_invalid_rules_are_refused(arguments: dict[str, Any], message: str) -> N
         ({}, "images: missing; a mask in .* needs them"),
         ({"images": torch.arange(3)}, r"images: found torch.int64 of shape \(3,\); expected integers"),
         ({"images": torch.zeros(4)}, "images: found torch.float32"),
+        ({"images": [0, 1, 2, 3]}, r"images: found list; expected integers of shape \(4,\) as a tensor"),
     ],
 )
 def test_invalid_image_indices_are_refused(given: dict[str, Tensor], message: str) -> None:

@@ -427,6 +427,13 @@ def test_a_simple_rule_needs_memory_for_one_block_of_queries() -> None:
         (lambda: HardWeighting(concentration=0), "concentration: found 0; expected more than 0"),
         (lambda: SynCo(**dict.fromkeys(SYNCO, 0)), "found all 0, which is plain MoCo"),
         (lambda: SynCo(noise=0), "noise: found 0; expected a number above 0"),
+        (lambda: SynCo(noise="0.1"), r"noise: found '0\.1' \(str\); expected a number"),
+        (lambda: SynCo(num_noisy=8.0), r"num_noisy: found 8\.0 \(float\); expected a whole number"),
+        (lambda: MoCo(warmup_epochs=True), r"warmup_epochs: found True \(bool\); expected a whole number"),
+        (
+            lambda: MoCHi(num_hardest=4, num_pair_synthetics=2, num_query_synthetics=0, through_query="no"),
+            r"through_query: found 'no' \(str\); expected True or False",
+        ),
         (lambda: SynCo().check(512), r"num_hardest: found 1024; expected 2 to 512 \(queue_size\)"),
         (
             lambda: MoCHi(num_hardest=4, num_pair_synthetics=0, num_query_synthetics=0),

@@ -11,9 +11,10 @@ Shapes: B queries, K queue rows, C embedding, S synthetics of one kind.
 
 from __future__ import annotations
 
+import numbers
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -60,6 +61,8 @@ class Rule:
     """Initial epochs that train with MoCo's loss instead."""
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            check_type(setting.name, getattr(self, setting.name), setting.type)
         at_least(0, warmup_epochs=self.warmup_epochs)
 
     def loss(self, positive: Tensor, similarity: Tensor, temperature: float) -> Tensor:
@@ -190,6 +193,23 @@ def exclude(masks: Sequence[Mask], labels: Tensor, images: Tensor, queue: KeyQue
         own = mask.excluded(labels, images, queue)
         excluded = own if excluded is None else excluded | own
     return excluded
+
+
+_KINDS: dict[object, tuple[type, str]] = {
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "bool": (bool, "True or False"),
+}
+
+
+def check_type(name: str, value: object, annotation: type | str) -> None:
+    """Raise ValueError if a setting annotated as int, float or bool is not one; a float may be whole."""
+    kind = getattr(annotation, "__name__", annotation)  # a text, if annotations are postponed
+    if kind not in _KINDS:
+        return
+    accepted, expected = _KINDS[kind]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"{name}: found {value!r} ({type(value).__name__}); expected {expected}")
 
 
 def at_least(least: int, **settings: int) -> None:

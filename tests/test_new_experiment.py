@@ -110,6 +110,8 @@ def test_what_cannot_be_an_experiment(tmp_path: Path) -> None:
     images(tmp_path / "one", 1)
     assert "one: images to train on: 1; expected" in refused("init", "one", "--out", "mine.yaml")
     assert "no such folder" in refused("init", "nowhere", "--out", "mine.yaml")
+    Path("photo.jpg").touch()
+    assert "photo.jpg: is a file; expected a folder" in refused("init", "photo.jpg", "--out", "mine.yaml")
     (tmp_path / "text").mkdir()
     for number in range(20):
         (tmp_path / "text" / f"{number}.jpg").write_text("no image")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mochi.config.datasets import Folder
 from mochi.data.ingest import decode
 from mochi.data.ingest.files import SPLITS, subfolders, walk
-from mochi.data.ingest.raw import FileSplit, RawDataset, as_text, class_counts
+from mochi.data.ingest.raw import FileSplit, RawDataset, as_text, class_counts, no_folder
 from mochi.data.ingest.sources.folder import UNLABELLED_FOLDERS, list_images
 from mochi.errors import DataError
 
@@ -46,7 +46,7 @@ def describe(folder: Path) -> Description:
             cannot be written to an experiment file.
     """
     if not folder.is_dir():
-        raise DataError(f"{as_text(str(folder))}: no such folder; give the folder of your images")
+        raise DataError(f"{no_folder(folder)}; give the folder of your images")
     try:
         str(folder).encode("utf-8")
     except UnicodeEncodeError:

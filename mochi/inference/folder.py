@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mochi.data.ingest.decode import MAX_BYTES, UnreadableError, open_image, to_rgb
 from mochi.data.ingest.files import walk
-from mochi.data.ingest.raw import as_text
+from mochi.data.ingest.raw import as_text, no_folder
 from mochi.errors import DataError
 from mochi.inference.encoder import LoadedEncoder
 
@@ -46,7 +46,7 @@ def encode_folder(
         DataError: no such folder, or no readable image in it.
     """
     if not folder.is_dir():
-        raise DataError(f"{as_text(str(folder))}: no such folder; give the folder of the images")
+        raise DataError(f"{no_folder(folder)}; give the folder of the images")
     paths = walk(folder)
     if not paths:
         raise DataError(f"{as_text(str(folder))}: found 0 images; expected image files anywhere below")

@@ -69,6 +69,8 @@ def test_a_folder_of_corrupt_files_is_still_reported(tmp_path: Path) -> None:
     assert "... and 2 more" in text
     with pytest.raises(DataError, match="no such folder"):
         inspect(tmp_path / "y", jobs=1)
+    with pytest.raises(DataError, match=r"0\.jpg: is a file; expected a folder; give the folder of your"):
+        inspect(tmp_path / "x/0.jpg", jobs=1)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +74,12 @@ def class_counts(labels: NDArray[np.int64], classes: list[str]) -> dict[str, int
 def as_text(path: str) -> str:
     """A path as valid UTF-8, for any bytes in its name."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def no_folder(path: Path) -> str:
+    """What is at a path that should be a folder, for messages."""
+    found = "is a file; expected a folder" if path.exists() else "no such folder"
+    return f"{as_text(str(path))}: {found}"
 
 
 def in_batches(count: int, size: int) -> Iterator[range]:

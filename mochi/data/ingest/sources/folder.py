@@ -14,7 +14,7 @@ from mochi.config.datasets import Dataset, Folder
 from mochi.data.format import UNLABELLED
 from mochi.data.ingest import classes
 from mochi.data.ingest.files import SPLITS, read_list, subfolders, walk
-from mochi.data.ingest.raw import ByteRange, FileSplit, RawDataset, as_text
+from mochi.data.ingest.raw import ByteRange, FileSplit, RawDataset, as_text, no_folder
 from mochi.errors import DataError
 from mochi.text import nfc
 
@@ -52,7 +52,7 @@ def list_images(config: Folder) -> RawDataset:
     """
     root = Path(config.path)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; set dataset.path to the folder of your images")
+        raise DataError(f"{no_folder(root)}; give the folder of your images (dataset.path)")
     ignored: Counter[str] = Counter()
     paths = walk(root, ignored)
     top = subfolders(root)

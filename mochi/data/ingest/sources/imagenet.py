@@ -18,7 +18,7 @@ import numpy as np
 from mochi.config.datasets import ImageNet
 from mochi.data.ingest.fetch import opened
 from mochi.data.ingest.files import walk
-from mochi.data.ingest.raw import ByteRange, FileSplit, RawDataset
+from mochi.data.ingest.raw import ByteRange, FileSplit, RawDataset, no_folder
 from mochi.errors import DataError
 from mochi.text import read_text, shown
 
@@ -49,7 +49,7 @@ def collect(config: ImageNet, cache: Path) -> RawDataset:
     del cache
     root = Path(config.path)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected {_TRAIN} and {_VAL}, or train/ and val/")
+        raise DataError(f"{no_folder(root)}; expected {_TRAIN} and {_VAL}, or train/ and val/")
     ignored: Counter[str] = Counter()
     splits = {"train": list(_train(root, ignored)), "val": list(_val(root, ignored))}
     present = {name: {wnid for wnid, _, _ in images} for name, images in splits.items()}

@@ -161,10 +161,10 @@ def plan(
 @app.command(rich_help_panel=_INSPECT)
 def status(config: ConfigArgument = DEFAULT_CONFIG) -> None:
     """Show which runs of an experiment are running, failed, done, stale or not started."""
-    from mochi import status as overview
     from mochi.config import load_experiment
+    from mochi.status import status as experiment_status
 
-    for line in overview.status(load_experiment(config)):
+    for line in experiment_status(load_experiment(config)):
         typer.echo(line)
 
 
@@ -180,10 +180,10 @@ def adopt(
     ] = False,
 ) -> None:
     """Compare existing results with the experiment and tell Snakemake which are current."""
-    from mochi import adopt as adoption
+    from mochi.adopt import adopt as adopt_results
     from mochi.config import load_experiment
 
-    for line in adoption.adopt(load_experiment(config), config, accept_code=accept_code, restore=restore):
+    for line in adopt_results(load_experiment(config), config, accept_code=accept_code, restore=restore):
         typer.echo(line)
 
 
@@ -233,7 +233,7 @@ def features(
 
     require_kind(out, FEATURES)
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
-    _, found = _encoded(encoder, overrides, images, batch_size, jobs)
+    _, found = _load_and_encode(encoder, overrides, images, batch_size, jobs)
     listed = write_features(out, found)
     typer.echo(f"{out}: {len(found.paths)} images, vectors of {found.vectors.shape[1]} numbers")
     if listed is not None:
@@ -274,7 +274,7 @@ def neighbors(
 
     require_kind(out, PICTURES)
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
-    loaded, found = _encoded(encoder, overrides, images, batch_size, jobs)
+    loaded, found = _load_and_encode(encoder, overrides, images, batch_size, jobs)
     sheet(loaded, images, found, query or [], out, k=k, num_queries=num_queries, hardest=hardest)
     typer.echo(f"{out}: written")
     for path, reason in found.quarantined:
@@ -380,14 +380,14 @@ def prepare(
     if _is_current(result):
         return
     from mochi.data.format import open_dataset
-    from mochi.data.ingest import prepare as stage
+    from mochi.data.ingest.prepare import prepare as prepare_dataset
     from mochi.provenance.record import Stopwatch, write_record
     from mochi.runtime.progress import counter
     from mochi.storage.atomic import require_writable
 
     require_writable(folder)
     watch = Stopwatch()
-    manifest = stage.prepare(
+    manifest = prepare_dataset(
         dataset, folder, jobs=jobs, progress=counter(f"prepare {folder.name}"),
         finish=lambda new: write_record(new, result, watch),
     )  # fmt: skip
@@ -397,8 +397,8 @@ def prepare(
     for name, split in manifest["splits"].items():
         if split["shrunk"]:
             typer.echo(f"{name}: {split['shrunk']} images were larger than max_side and are stored smaller")
-        if said := open_dataset(folder).split(name).oversized():
-            typer.echo(f"note: {said}")
+        if note := open_dataset(folder).split(name).oversized():
+            typer.echo(f"note: {note}")
     if manifest["quarantined"]:
         typer.echo(f"{manifest['quarantined']} unreadable files are listed in {folder / 'quarantine.csv'}")
 
@@ -410,16 +410,16 @@ def scenes(
 ) -> None:
     """Generate a detection set from photographs, as VOC and COCO files."""
     from mochi.config import load_experiment
-    from mochi.provenance.wanted import scenes as wanted
+    from mochi.provenance.wanted import scenes as scenes_of
 
     experiment = load_experiment(config)
-    results = wanted(experiment)
+    results = scenes_of(experiment)
     if folder not in results:
         known = ", ".join(map(str, results)) or "none"
         raise UserError(f"DIR: found {folder}; {config} makes scenes in: {known}")
     if _is_current(result := results[folder]):
         return
-    from mochi.detection import scenes as stage
+    from mochi.detection.scenes import run as generate_scenes
     from mochi.provenance.record import Stopwatch, write_record
     from mochi.storage.atomic import require_writable
 
@@ -427,7 +427,7 @@ def scenes(
     watch = Stopwatch()
     sets = experiment.evaluation.detection.values()
     data = next(chosen.data for chosen in sets if Path(chosen.data.path) == folder)
-    splits = stage.run(data, folder)["splits"]
+    splits = generate_scenes(data, folder)["splits"]
     write_record(folder, result, watch)
     for split, counts in splits.items():
         typer.echo(f"{folder} {split}: {counts['images']} images, {counts['objects']} objects")
@@ -453,11 +453,11 @@ def pretrain(
     if _is_current(result):
         return
     _take_gpus(gpus, nodes)
-    from mochi.pretraining import stage
+    from mochi.pretraining import stage as pretraining
 
     _use_threads(threads)
     with _work(experiment.name, method, seed, "pretrain", result) as (work, events):
-        stage.run(run, result, work, workers=workers, events=events)
+        pretraining.run(run, result, work, workers=workers, events=events)
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -479,16 +479,16 @@ def evaluate(
     experiment = load_experiment(config)
     run = probe_run(experiment, method, seed, task)
     wanted = evaluated(experiment, method, seed, task)
-    result = _redirected(wanted, encoder, out)
+    result = _with_options(wanted, encoder, out)
     if _is_current(result):
         return
     _take_gpus(gpus)
-    from mochi.evaluation import stage
+    from mochi.evaluation import stage as evaluation
 
     _use_threads(threads)
     others = same_features(experiment, method, seed, task) if result == wanted else []
     with _work(experiment.name, method, seed, task, result) as (work, _):
-        stage.run(run, result, work, workers=workers, others=others)
+        evaluation.run(run, result, work, workers=workers, others=others)
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -523,16 +523,16 @@ def detect(
             f"SET: found {job}, which is computed by {', '.join(jobs)}; name one of these, or give --out "
             "for one result of them all"
         )
-    result = _redirected(evaluated(experiment, method, seed, task), encoder, out)
+    result = _with_options(evaluated(experiment, method, seed, task), encoder, out)
     if _is_current(result):
         return
     _take_gpus(gpus)
-    from mochi.detection import stage
+    from mochi.detection import stage as detection
 
     _use_threads(threads)
-    asked = run.detection.training.workers if workers is None else workers
+    num_workers = run.detection.training.workers if workers is None else workers
     with _work(experiment.name, method, seed, task, result) as (work, events):
-        stage.run(run, result, work, workers=asked, events=events)
+        detection.run(run, result, work, workers=num_workers, events=events)
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -556,11 +556,11 @@ def analyze(
     if _is_current(result := analyzed(experiment, method, seed)):
         return
     _take_gpus(gpus)
-    from mochi.analysis import stage
+    from mochi.analysis import stage as analysis
 
     _use_threads(threads)
     with _work(experiment.name, method, seed, ANALYSIS, result):
-        stage.run(run, result, workers=workers)
+        analysis.run(run, result, workers=workers)
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -572,9 +572,9 @@ def report(config: ConfigFile = DEFAULT_CONFIG) -> None:
     experiment = load_experiment(config)
     if _is_current(result := reported(experiment)):
         return
-    from mochi.report import stage
+    from mochi.report import stage as reporting
 
-    typer.echo(f"table: {stage.run(experiment, result)}")
+    typer.echo(f"table: {reporting.run(experiment, result)}")
 
 
 def _is_current(result: Result) -> bool:
@@ -594,14 +594,14 @@ def _is_current(result: Result) -> bool:
     return reason is None
 
 
-def _redirected(result: Result, encoder: Path | None, out: Path | None) -> Result:
+def _with_options(result: Result, encoder: Path | None, out: Path | None) -> Result:
     """The result with another encoder or in another folder, as the user's options say."""
     if encoder is not None:
         result = replace(result, inputs={**result.inputs, "encoder": encoder})
     return result if out is None else replace(result, folder=out)
 
 
-def _encoded(
+def _load_and_encode(
     encoder: Path, overrides: "Overrides", images: Path, batch_size: int, threads: int | None
 ) -> "tuple[LoadedEncoder, FolderFeatures]":
     """The encoder, and its features of a folder."""
@@ -648,22 +648,22 @@ def _work(
     from mochi.runtime.locks import locked
     from mochi.storage.atomic import require_writable
 
-    places = Layout(experiment)
+    layout = Layout(experiment)
     for name, path in result.inputs.items():
         if not path.exists():
             raise UserError(f"{path}: not found; {result.label} needs it as its {name}; compute it first")
     inputs = {name: file_digest(path) for name, path in result.inputs.items()}
-    home = places.work(method, seed, task)
-    work = home / digest([result.settings, inputs])
+    job_folder = layout.work(method, seed, task)
+    work = job_folder / digest([result.settings, inputs])
     require_writable(result.folder)
     require_writable(work)
-    events = places.log(method, seed, f"tensorboard-{task}")
+    events = layout.log(method, seed, f"tensorboard-{task}")
     if os.environ.get("RANK", "0") != "0":
         yield work, events
         return
-    with locked(home), reported(home):
+    with locked(job_folder), reported(job_folder):
         yield work, events
-    for folder in (work, home, *home.parents):
+    for folder in (work, job_folder, *job_folder.parents):
         try:
             folder.rmdir()
         except OSError:  # not empty: files of another job, or checkpoints of other settings

@@ -82,7 +82,7 @@ def validate(
 
 def _explain(mistake: dict[str, Any], roots: list[type[Section]], data: object) -> tuple[list[str], str]:
     """The key path of a mistake, and what was found and what is allowed there."""
-    keys, siblings = _place(mistake["loc"], roots, data)
+    keys, siblings = _locate(mistake["loc"], roots, data)
     found, text = mistake["input"], mistake["msg"].removeprefix("Value error, ")
     match mistake["type"]:
         case "extra_forbidden":
@@ -103,12 +103,12 @@ def _explain(mistake: dict[str, Any], roots: list[type[Section]], data: object) 
             return keys, f"found {shown}; allowed: {text.removeprefix('Input should be ')}"
 
 
-def _place(
+def _locate(
     location: tuple[int | str, ...], roots: list[type[Section]], data: object
 ) -> tuple[list[str], list[str]]:
     """The keys of a location in `data` without the names of union members, and the keys allowed there."""
     keys: list[str] = []
-    models = beside = roots
+    models = siblings_from = roots
     for step in location:
         part = str(step)
         inside = [
@@ -126,8 +126,8 @@ def _place(
         known = any(part in model.model_fields for model in models)
         # What is not a field is a user's name, such as a detection set's, or the mistake itself.
         own = [section for model in models if (section := model.section_of(part, data))]
-        beside, models = models, inside if known else own or models
-    return keys, sorted({name for model in beside for name in model.model_fields})
+        siblings_from, models = models, inside if known else own or models
+    return keys, sorted({name for model in siblings_from for name in model.model_fields})
 
 
 def _sections(annotation: object) -> list[type[Section]]:

@@ -38,7 +38,8 @@ class Series:
     mean: list[float]
     std: list[float] | None = None
     """Over seeds; None for a single seed."""
-    x_std: list[float] | None = None
+    x_error: list[float] | None = None
+    """Half-length of a horizontal error bar: a standard deviation, or half a confidence interval."""
     seeds: int = 1
     label: str = ""
     style: str = "-"
@@ -102,7 +103,7 @@ def accuracy(experiment: Experiment, found: Collected) -> Chart:
                 str(method),
                 [float(values.groupby("seed")["value"].mean().mean())],
                 [methods.index(str(method))],
-                x_std=None if len(values) == 1 else [float(values["value"].std())],
+                x_error=None if len(values) == 1 else [float(values["value"].std())],
                 seeds=len(values),
                 style="",
                 panel=f"{task} {column.name} ({column.unit})",
@@ -270,9 +271,11 @@ def class_oracle(experiment: Experiment, found: Collected) -> Chart:
     for place, method in enumerate(methods):
         values = shown[shown["method"] == method]["value"]
         if len(values):
-            std = None if len(values) == 1 else [float(values.std())]
+            error = None if len(values) == 1 else [float(values.std())]
             series.append(
-                Series(method, [values.mean()], [place], x_std=std, seeds=len(values), style="", panel=task)
+                Series(
+                    method, [values.mean()], [place], x_error=error, seeds=len(values), style="", panel=task
+                )
             )
     return Chart(
         "class-oracle",
@@ -304,7 +307,7 @@ def gain(experiment: Experiment, found: Collected) -> Chart:
             half = None if difference.high is None else [difference.high - difference.mean]
             series.append(
                 Series(
-                    method, [difference.mean], [tags.index(f"{s}, {query}")], x_std=half,
+                    method, [difference.mean], [tags.index(f"{s}, {query}")], x_error=half,
                     seeds=difference.num, style="", panel=f"N = {hardest}",
                 )
             )  # fmt: skip

@@ -104,8 +104,8 @@ def _place_ticks(axes: Axes, chart: Chart, num: int) -> None:
 def _add_legend(figure: Figure, chart: Chart) -> None:
     """Legend below the axes, to hide nothing; each name once, for any number of panels."""
     seeds = max(series.seeds for series in chart.series)
-    spread = "band" if any(series.style for series in chart.series) else "bars"
-    title = f"{spread}: standard deviation over up to {seeds} seeds" if seeds > 1 else None
+    mark = "band" if any(series.style for series in chart.series) else "bars"
+    title = f"{mark}: standard deviation over up to {seeds} seeds" if seeds > 1 else None
     keys = {
         label: handle
         for axes in figure.axes
@@ -123,13 +123,13 @@ def _draw_series(axes: Axes, chart: Chart, series: Series, index: int) -> None:
     colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
     if not series.style:
         axes.errorbar(
-            x, mean, yerr=series.std, xerr=series.x_std, color=colour, marker=marker, markersize=6,
+            x, mean, yerr=series.std, xerr=series.x_error, color=colour, marker=marker, markersize=6,
             capsize=3, linestyle="none", label=None if chart.categories else series.method,
         )  # fmt: skip
         if chart.annotate:
-            reach = 0.0 if series.x_std is None else series.x_std[0]
-            text = f"{x[0]:.1f}" + (f" ± {reach:.1f}" if series.x_std else "")
-            axes.annotate(text, (x[0] + reach, mean[0]), xytext=(8, -3), textcoords="offset points")
+            x_error = 0.0 if series.x_error is None else series.x_error[0]
+            text = f"{x[0]:.1f}" + (f" ± {x_error:.1f}" if series.x_error else "")
+            axes.annotate(text, (x[0] + x_error, mean[0]), xytext=(8, -3), textcoords="offset points")
         return
     every = _marks(len(x), index, log=chart.log)
     axes.plot(
@@ -138,11 +138,11 @@ def _draw_series(axes: Axes, chart: Chart, series: Series, index: int) -> None:
         markersize=4, markevery=every, label=series.label or series.method,
     )  # fmt: skip
     if series.std is not None:
-        spread = np.asarray(series.std)
-        low = mean - spread
+        std = np.asarray(series.std)
+        low = mean - std
         if chart.log:  # no band below the plotted values
             low = np.maximum(low, mean / 10)
-        axes.fill_between(x, low, mean + spread, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(x, low, mean + std, color=colour, alpha=0.15, linewidth=0)
 
 
 def _marks(num: int, index: int, *, log: bool) -> list[int]:

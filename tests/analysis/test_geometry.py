@@ -1,4 +1,4 @@
-"""Alignment and uniformity against the definitions, pair by pair, and closed forms."""
+"""Alignment and uniformity compared with their definitions, pair by pair, and with closed forms."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ def distances(features: Tensor, labels: list[int] | None = None) -> list[float]:
     ]
 
 
-def test_against_the_definitions() -> None:
+def test_alignment_and_uniformity_equal_their_definitions() -> None:
     features = on_the_sphere(50, 8)
     labels = [index % 4 - 1 for index in range(50)]  # a quarter without a label
     pairs = distances(features, labels)
@@ -35,7 +35,7 @@ def test_against_the_definitions() -> None:
     assert uniformity(features) == pytest.approx(expected, abs=1e-6)
 
 
-def test_rows_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     features = on_the_sphere(50, 8)
     whole = uniformity(features)
     monkeypatch.setattr("mochi.analysis.geometry._CHUNK", 7)
@@ -56,8 +56,10 @@ def test_closed_forms() -> None:
     assert uniformity(corners) == pytest.approx(-4)
 
 
-def test_evenly_spread_features() -> None:
-    """Over the circle exp(4 cos a - 4) has the mean exp(-4) I0(4); a point is no pair with itself."""
+def test_uniformity_of_points_on_a_circle() -> None:
+    """Over the circle, exp(4 cos a - 4) has mean exp(-4) I0(4); pairs of a point with itself do not
+    count.
+    """
     num = 500
     angles = torch.arange(num, dtype=torch.float64) * 2 * math.pi / num
     circle = torch.stack([angles.cos(), angles.sin()], 1)
@@ -65,7 +67,7 @@ def test_evenly_spread_features() -> None:
     assert uniformity(circle) == pytest.approx(math.log((num * mean - 1) / (num - 1)), abs=1e-6)
 
 
-def test_too_few_images() -> None:
+def test_too_few_images_have_neither() -> None:
     one = torch.tensor([[1.0, 0.0]])
     assert uniformity(one) is None
     assert alignment(one, torch.zeros(1).long()) is None

@@ -1,4 +1,4 @@
-"""Nearest images against sorting, and places on a map."""
+"""Nearest images compared with sorting, and positions on a map."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from mochi.analysis.embedding_map import project_2d
 from mochi.analysis.neighbours import evenly_spaced, nearest
 
 
-def test_nearest_against_sorting() -> None:
+def test_nearest_images_equal_those_of_a_sort() -> None:
     features = F.normalize(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)), dim=1)
     rows, values = nearest(features, torch.tensor([3, 29]), 4)
     for query, found, cosines in zip([3, 29], rows.tolist(), values.tolist(), strict=True):
@@ -27,13 +27,13 @@ def test_few_images_have_few_neighbours() -> None:
     assert rows.shape == (1, 0)
 
 
-def test_spread() -> None:
+def test_evenly_spaced_positions_include_both_ends() -> None:
     assert evenly_spaced(100, 3).tolist() == [0, 50, 99]
     assert evenly_spaced(2, 8).tolist() == [0, 1]
     assert evenly_spaced(1, 8).tolist() == [0]
 
 
-def test_two_clusters_lie_apart_on_the_map() -> None:
+def test_two_clusters_are_apart_on_the_map() -> None:
     draw = np.random.default_rng(0)
     clusters = np.repeat(np.eye(2, 16), 20, axis=0)
     features = (clusters + 0.05 * draw.standard_normal((40, 16))).astype(np.float32)
@@ -47,7 +47,7 @@ def test_two_clusters_lie_apart_on_the_map() -> None:
     assert np.array_equal(project_2d(features)[0], points)
 
 
-def test_few_or_equal_images_have_places() -> None:
+def test_few_or_equal_images_have_positions() -> None:
     for features, method in (
         (np.eye(5, 8), "PCA"),
         (np.eye(2, 8), "in a row"),

@@ -1,4 +1,6 @@
-"""The stage on the tiny encoder's images against features taken by hand, and on odd sets of images."""
+"""The stage on the tiny encoder's images compared with features computed by hand, and on unusual data
+sets.
+"""
 
 import json
 from dataclasses import replace
@@ -53,7 +55,9 @@ def analyze(tiny: Experiment, data: Path, folder: Path, method: str = MOCHI) -> 
     return found
 
 
-def test_against_features_taken_by_hand(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
+def test_the_analysis_equals_one_of_features_computed_by_hand(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path
+) -> None:
     found = analyze(tiny, tiny_data, tmp_path)
     dataset = open_dataset(tiny_data)
     split = dataset.split("val")
@@ -107,7 +111,7 @@ def test_few_images_one_class_no_labels_no_val(
     assert (values["alignment"] is None) == (labelled < 2)
 
 
-def test_another_head_is_refused(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_head_of_another_shape_is_refused(tiny: Experiment, tiny_data: Path, tmp_path: Path) -> None:
     save_file(projection_head(64, 16, "linear").state_dict(), tmp_path / "head.safetensors")
     with pytest.raises(EncoderError, match=r"head\.safetensors: found .*; expected a mlp head"):
         analyze(tiny, tiny_data, tmp_path)

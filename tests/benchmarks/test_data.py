@@ -1,5 +1,5 @@
-"""The data benchmark with next to nothing in it: every part runs, and a set repeated a thousandfold reads
-like the set itself. Its numbers are not tested.
+"""The data benchmark at minimal size: every part runs, and a data set repeated a thousand times reads
+like the original. Its numbers are not tested.
 """
 
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_memory(folder: Path, tmp_path: Path) -> None:
     assert "2,560 rows" in lines[2]
 
 
-def test_a_repeated_set_reads_like_the_set(folder: Path, tmp_path: Path) -> None:
+def test_a_repeated_data_set_reads_like_the_original(folder: Path, tmp_path: Path) -> None:
     split = prepared(folder, "photos")
     many = repeated(split, 10, tmp_path / "many")
     assert len(many) == 2560

@@ -6,7 +6,7 @@ import torch
 from benchmarks import gpu
 
 
-def test_every_table_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_table_has_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     found = gpu.run(torch.device("cpu"), gpu.SMALL, rounds=1, workers=0)
     rows = {title: [row["name"] for row in table["rows"]] for title, table in found.items()}
     step = rows["ResNet-50 step, 32 px"]

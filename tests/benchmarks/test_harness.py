@@ -1,4 +1,4 @@
-"""The harness on alternatives whose times are known, because the clock is theirs."""
+"""The harness on alternatives with known times, which set the clock themselves."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +11,14 @@ from benchmarks.harness import Measurement, compare, table
 
 
 class Clock:
-    """A clock that moves when an alternative is called."""
+    """A clock that an alternative advances when it is called."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.calls = 0.0, ""
         monkeypatch.setattr(harness.time, "perf_counter", lambda: self.now)
 
     def takes(self, name: str, *seconds: float) -> Callable[[], None]:
-        """An alternative that takes these seconds, call after call."""
+        """An alternative that takes these times, one for each call."""
         left = iter(seconds)
 
         def work() -> None:
@@ -28,8 +28,10 @@ class Clock:
         return work
 
 
-def test_alternatives_take_turns_and_ratios_are_of_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice the machine is slow for a round: the times spread, the ratios less."""
+def test_alternatives_are_interleaved_and_ratios_are_within_a_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In two rounds the machine is slow: times vary, ratios vary less."""
     clock = Clock(monkeypatch)
     works = {"a": clock.takes("a", 100, 1, 8, 2), "b": clock.takes("b", 100, 2, 24, 4)}
     base, other = compare(works, rounds=3)
@@ -57,8 +59,8 @@ def test_the_table_shows_memory_as_a_ratio() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-def test_peak_memory_counts_what_a_call_frees_again() -> None:
-    """40 MB that are gone when the call returns."""
+def test_peak_memory_includes_memory_that_the_call_frees() -> None:
+    """40 MB that are freed when the call returns."""
 
     def work() -> None:
         torch.ones(10_000_000).sum()

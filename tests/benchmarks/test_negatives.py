@@ -29,7 +29,7 @@ def test_the_baseline_is_the_same_loss() -> None:
 
 
 def test_materialised_synthetics_make_the_loss_larger() -> None:
-    """More columns in the softmax's denominator."""
+    """They are more terms of the softmax's denominator."""
     generator = torch.Generator().manual_seed(0)
     query, key, queue = (
         F.normalize(torch.randn(rows, 8, generator=generator), dim=-1) for rows in (4, 4, 32)

@@ -1,4 +1,4 @@
-"""A step of the tiny experiment: the alternatives, plain MoCo first where there is one."""
+"""A step of the tiny experiment: its alternatives, with plain MoCo first if there is such a row."""
 
 from pathlib import Path
 
@@ -26,6 +26,6 @@ def test_a_plain_method_is_the_baseline(tiny: Experiment, tiny_data: Path) -> No
     assert all(row.seconds[0] > 0 for row in rows)
 
 
-def test_without_a_plain_method_the_first_is(tiny: Experiment, tiny_data: Path) -> None:
+def test_without_a_plain_method_the_first_is_the_baseline(tiny: Experiment, tiny_data: Path) -> None:
     rows = step.run(tiny, open_dataset(tiny_data), rounds=1, device=torch.device("cpu"))
     assert rows[0].name == MOCHI

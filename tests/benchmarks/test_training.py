@@ -1,4 +1,4 @@
-"""An epoch of a few images by each side: the alternatives run and train. Its numbers are not tested."""
+"""An epoch of a few images by each alternative: it runs and trains. Its numbers are not tested."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks import training
 from benchmarks.data.pictures import make_pictures
 
 
-def test_every_side_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_alternative_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_BATCH", 32)
     monkeypatch.setattr(training, "_QUEUE", 64)
     make_pictures(tmp_path, 32)

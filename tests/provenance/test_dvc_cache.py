@@ -1,4 +1,4 @@
-"""Versions of a result in DVC's cache: the current one is taken, whatever else lies there."""
+"""Versions of a result in DVC's cache: the current one is restored."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ class Store:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Two versions in the cache, of `k` 5 and 4; the second is in its place."""
+    """Two versions in the cache, with `k` 5 and 4; the results folder has the second."""
     store = Store(tmp_path)
     for k in (5, 4):
         store.compute(store.result(k), top1=float(k))
@@ -72,7 +72,7 @@ def metrics(result: Result) -> Any:
 
 
 @pytest.mark.parametrize("removed", [False, True])
-def test_the_version_with_the_wanted_settings_comes_back(store: Store, removed: bool) -> None:
+def test_the_version_with_the_wanted_settings_is_restored(store: Store, removed: bool) -> None:
     wanted = store.result(5)
     if removed:
         shutil.rmtree(store.tracked)
@@ -94,22 +94,22 @@ def test_the_version_with_the_wanted_settings_comes_back(store: Store, removed: 
         {"outputs": ("metrics.json", "features.npy")},
     ],
 )
-def test_no_version_fits(store: Store, change: dict[str, Any]) -> None:
+def test_without_a_matching_version_nothing_is_restored(store: Store, change: dict[str, Any]) -> None:
     assert not DvcCache(store.cache).restore(replace(store.result(5), **change))
     assert metrics(store.result(4)) == {"top1": 4.0}, "what was there stays"
 
 
-def test_another_row_is_another_result(store: Store) -> None:
+def test_results_of_another_row_do_not_match(store: Store) -> None:
     assert not DvcCache(store.cache).restore(store.result(5, "mochi"))
 
 
-def test_another_encoder_is_another_result(store: Store) -> None:
+def test_results_of_another_encoder_do_not_match(store: Store) -> None:
     store.encoder.write_bytes(b"other weights")
     assert not DvcCache(store.cache).restore(store.result(5))
 
 
 @pytest.mark.parametrize("damage", ["gone", "corrupt"])
-def test_a_lost_object_is_no_version(store: Store, damage: str) -> None:
+def test_a_version_with_a_lost_object_is_skipped(store: Store, damage: str) -> None:
     content = b'{"top1": 5.0}'
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     path = store.cache / "files/md5" / md5[:2] / md5[2:]
@@ -121,10 +121,10 @@ def test_a_lost_object_is_no_version(store: Store, damage: str) -> None:
     assert metrics(store.result(4)) == {"top1": 4.0}
 
 
-def test_without_dvc_there_is_no_version(
+def test_without_dvc_nothing_is_restored(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither in a folder that is no DVC project, nor where the command is not installed."""
+    """Neither outside a DVC project nor if DVC is not installed."""
     monkeypatch.chdir(tmp_path)
     assert not DvcCache().restore(store.result(5))
     monkeypatch.setenv("PATH", str(tmp_path))

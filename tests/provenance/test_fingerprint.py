@@ -1,4 +1,4 @@
-"""A code digest changes with what the code computes, and with nothing that only people read."""
+"""A code digest changes with what the code computes, not with comments, docstrings and messages."""
 
 import importlib.util
 import shutil
@@ -32,7 +32,7 @@ def f(x, mode="mean"):
 
 
 def digest(folder: Path, *modules: str, **files: str) -> str:
-    """The digest of `modules` in a package of these files, by a copy of the program that lies in it."""
+    """The digest of `modules` in a package of these files, computed by a copy of the program in it."""
     files = {"__init__": "", "formula": FORMULA, "other": "y = 1\n", **files}
     package = folder / "mochi"
     (package / "provenance").mkdir(parents=True)
@@ -68,7 +68,7 @@ def digest(folder: Path, *modules: str, **files: str) -> str:
         ("\ndef f(", '\ndef columns():\n    return {"top1": "top-1"}\n\n\ndef f('),
     ],
 )
-def test_what_only_people_read_does_not_count(tmp_path: Path, old: str, new: str) -> None:
+def test_comments_docstrings_and_messages_do_not_count(tmp_path: Path, old: str, new: str) -> None:
     assert old in FORMULA
     before = digest(tmp_path / "before", "mochi.formula")
     assert digest(tmp_path / "after", "mochi.formula", formula=FORMULA.replace(old, new, 1)) == before
@@ -89,7 +89,7 @@ def test_what_only_people_read_does_not_count(tmp_path: Path, old: str, new: str
         ("SCALE * x + 1", "SCALE * (x + 1)"),
     ],
 )
-def test_what_is_computed_counts(tmp_path: Path, old: str, new: str) -> None:
+def test_computations_count(tmp_path: Path, old: str, new: str) -> None:
     assert old in FORMULA
     before = digest(tmp_path / "before", "mochi.formula")
     assert digest(tmp_path / "after", "mochi.formula", formula=FORMULA.replace(old, new, 1)) != before
@@ -101,7 +101,7 @@ def test_only_the_named_modules_count(tmp_path: Path) -> None:
     assert digest(tmp_path / "both", "mochi.formula", "mochi.other") != before
 
 
-def test_the_place_and_the_order_of_the_modules_do_not_count(tmp_path: Path) -> None:
+def test_the_location_and_the_order_of_modules_do_not_count(tmp_path: Path) -> None:
     before = digest(tmp_path / "before", "mochi.formula", "mochi.other")
     assert digest(tmp_path / "else where", "mochi.other", "mochi.formula", "mochi.other") == before
 
@@ -136,7 +136,7 @@ def test_a_digest_does_not_depend_on_the_version_of_python(tmp_path: Path) -> No
 
 
 def test_every_logger_has_a_name_that_is_recognised() -> None:
-    """Else its messages count as computation."""
+    """Otherwise its messages count as computation."""
     for path in fingerprint.source_files("mochi"):
         for line in path.read_text().splitlines():
             if "= logging.getLogger(" in line:

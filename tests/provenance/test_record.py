@@ -1,4 +1,6 @@
-"""provenance.json says what made a result; the commit is that of the sources, in a repository made here."""
+"""provenance.json describes how a result was made; the commit is that of the sources, in a repository
+made here.
+"""
 
 import json
 import os
@@ -21,7 +23,7 @@ from tests.tiny import MOCHI
 
 
 def test_a_record_names_everything_that_decides_a_number(tiny: Experiment, tmp_path: Path) -> None:
-    """Written while the files are still in a temporary folder, and about the folder they go to."""
+    """It is written in a temporary folder, and describes the folder that the files are moved to."""
     (tmp_path / "encoder").write_bytes(b"weights")
     (tmp_path / "new").mkdir()
     outputs = [tmp_path / "new" / name for name in ("metrics.json", "confusion.csv")]
@@ -61,7 +63,7 @@ write_record(folder, Result("knn", "knn", folder, (), {}, {}, modules), Stopwatc
 
 
 def recorded_git(clone: Path) -> dict[str, Any] | None:
-    """What a record says of the repository around the package in `clone`."""
+    """What the provenance of a result says about the repository around the package in `clone`."""
     environment = {**os.environ, "PYTHONPATH": str(clone), "PYTHONDONTWRITEBYTECODE": "1"}
     out = clone.parent / "out"
     subprocess.run([sys.executable, "-c", ASK, str(out)], cwd=clone.parent, env=environment, check=True)

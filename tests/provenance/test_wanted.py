@@ -1,4 +1,6 @@
-"""What an experiment asks for, and whether what is on disk is that: every reason to compute again."""
+"""The results that an experiment wants, and whether those on disk are current: every reason to compute
+one again.
+"""
 
 import json
 from collections.abc import Callable
@@ -22,7 +24,7 @@ SCENES = {"image_size": 64, "num_train": 6, "num_test": 3, "seed": 0}
 
 @pytest.fixture
 def result(tmp_path: Path) -> Result:
-    """An evaluation that has just been computed."""
+    """An evaluation that was just computed."""
     encoder, data, folder = tmp_path / "encoder", tmp_path / "data", tmp_path / "out"
     encoder.write_bytes(b"weights")
     data.write_bytes(b"images")
@@ -42,16 +44,16 @@ def result(tmp_path: Path) -> Result:
 
 
 def edit(result: Result, **changes: Any) -> None:
-    """Change keys of the record."""
+    """Change keys of provenance.json."""
     record = json.loads(result.record.read_text())
     result.record.write_text(json.dumps(record | changes))
 
 
-def test_what_was_just_computed_is_current(result: Result) -> None:
+def test_a_new_result_is_current(result: Result) -> None:
     assert result.why_stale() is None
 
 
-def test_what_was_never_computed_is_missing(result: Result) -> None:
+def test_a_result_that_was_never_computed_is_missing(result: Result) -> None:
     result.record.unlink()
     assert result.why_stale() == "missing"
     assert replace(result, folder=result.folder / "nowhere").why_stale() == "missing"
@@ -81,7 +83,7 @@ def test_a_damaged_record_is_named(result: Result, damage: Callable[[str], str])
     assert reason.startswith(f"{result.record} cannot be read (")
 
 
-def test_a_folder_in_the_place_of_the_record_is_named(result: Result) -> None:
+def test_a_folder_named_provenance_json_is_named(result: Result) -> None:
     result.record.unlink()
     result.record.mkdir()
     reason = result.why_stale()
@@ -124,8 +126,8 @@ def test_changed_code_is_stale_until_it_is_accepted(result: Result) -> None:
     assert replace(result, modules=("mochi.contrast",)).why_stale() == wanted.CODE_CHANGED
 
 
-def test_a_result_whose_files_differ_too_is_not_only_of_other_code(result: Result) -> None:
-    """`mochi adopt --accept-code` keeps results whose one fault is their code: that reason comes last."""
+def test_other_reasons_come_before_changed_code(result: Result) -> None:
+    """`mochi adopt --accept-code` keeps only results for which changed code is the one reason."""
     edit(result, code_digest="0" * 16)
     (result.folder / "metrics.json").write_text('{"top1": 99.0}')
     assert result.why_stale() != wanted.CODE_CHANGED
@@ -158,14 +160,14 @@ def test_an_edited_or_missing_output_is_named(result: Result) -> None:
     assert result.why_stale() == f"missing: {metrics}"
 
 
-def test_an_output_that_nobody_recorded_is_not_trusted(result: Result) -> None:
+def test_an_output_without_provenance_is_not_current(result: Result) -> None:
     extra = result.folder / "figure.png"
     extra.write_bytes(b"from elsewhere")
     more = replace(result, outputs=("metrics.json", "figure.png"))
     assert str(more.why_stale()).startswith(f"{extra} is not the file that was computed")
 
 
-def test_asking_changes_nothing(result: Result, tmp_path: Path) -> None:
+def test_checking_changes_no_file(result: Result, tmp_path: Path) -> None:
     def state() -> dict[Path, tuple[int, int, str]]:
         return {
             path: (path.stat().st_mtime_ns, path.stat().st_ino, file_digest(path))
@@ -191,7 +193,7 @@ def scene_set(path: str, **changes: Any) -> DetectionSet:
     return small_set(Path("VOC"), data=data).model_copy(update=changes)
 
 
-def test_every_result_comes_after_what_it_reads(tiny: Experiment) -> None:
+def test_results_are_ordered_after_their_inputs(tiny: Experiment) -> None:
     experiment = with_detection(
         tiny, few=scene_set("data/few", methods=["random-init"]), many=scene_set("data/many")
     )
@@ -215,19 +217,19 @@ def test_every_result_comes_after_what_it_reads(tiny: Experiment) -> None:
             assert path in written or path.parent == Path("workflow"), path
 
 
-def test_results_have_folders_of_their_own(tiny: Experiment) -> None:
+def test_every_result_has_its_own_folder(tiny: Experiment) -> None:
     experiment = with_detection(tiny, few=scene_set("data/few"), many=scene_set("data/many"))
     folders = [result.folder for result in wanted.results(experiment)]
     assert len(set(folders)) == len(folders)
 
 
-def test_detection_sets_that_share_scenes_make_them_once(tiny: Experiment) -> None:
+def test_scenes_that_detection_sets_share_are_made_once(tiny: Experiment) -> None:
     experiment = with_detection(tiny, few=scene_set("data/same"), many=scene_set("data/same"))
     assert list(wanted.scenes(experiment)) == [Path("data/same")]
     assert wanted.scenes(with_detection(tiny, few=small_set(Path("own/VOC")))) == {}
 
 
-def test_a_detection_set_is_read_by_its_lists_of_images(tiny: Experiment) -> None:
+def test_the_inputs_of_a_detection_set_are_its_lists_of_images(tiny: Experiment) -> None:
     experiment = with_detection(tiny, few=small_set(Path("own/VOC")))
     result = wanted.evaluated(experiment, MOCHI, 0, "detection-few")
     assert set(result.inputs.values()) == {
@@ -237,7 +239,7 @@ def test_a_detection_set_is_read_by_its_lists_of_images(tiny: Experiment) -> Non
     }
 
 
-def test_an_untrained_encoder_reads_no_data_and_no_training_code(tiny: Experiment) -> None:
+def test_an_untrained_encoder_depends_on_no_data_and_no_training_code(tiny: Experiment) -> None:
     result = wanted.pretrained(tiny, "random-init", 0)
     assert result.inputs == {}
     assert not any("contrast" in name or "pretraining" in name for name in result.modules)
@@ -254,7 +256,7 @@ def test_other_images_are_another_data_set() -> None:
     assert len(digests) == 3
 
 
-def test_the_report_is_stale_when_a_row_or_an_evaluation_comes_or_goes(tiny: Experiment) -> None:
+def test_the_report_is_stale_when_a_row_or_an_evaluation_is_added_or_removed(tiny: Experiment) -> None:
     methods = {"random-init": tiny.methods["random-init"]}
     digests = [
         wanted.reported(experiment).settings_digest
@@ -270,7 +272,7 @@ def test_the_report_is_stale_when_a_row_or_an_evaluation_comes_or_goes(tiny: Exp
     assert wanted.reported(with_protocol("knn", k=3)).settings_digest == digests[0]
 
 
-def test_only_figures_with_something_to_show(tiny: Experiment) -> None:
+def test_only_figures_with_data_are_wanted(tiny: Experiment) -> None:
     def figures(methods: dict[str, Any], **evaluation: Any) -> list[str]:
         evaluations = tiny.evaluation.model_copy(update=evaluation)
         return wanted.figures(tiny.model_copy(update={"methods": methods, "evaluation": evaluations}))

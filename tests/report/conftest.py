@@ -1,4 +1,4 @@
-"""The tiny experiment's results, with chosen numbers, and the drawn figures."""
+"""Made-up results of the tiny experiment, and the drawn figures."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.tiny import MOCHI
 
 @pytest.fixture
 def results(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder, now the current one, with the results of its three runs: top-1 of 10, 50 and 53."""
+    """A folder, now the current one, with the results of three runs: top-1 of 10, 50 and 53."""
     monkeypatch.chdir(tmp_path)
     make_up(tiny, top1_of({("random-init", 0): 10.0, (MOCHI, 0): 50.0, (MOCHI, 1): 53.0}))
     return tmp_path
@@ -21,7 +21,7 @@ def results(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """Name -> figure, of all figures that are saved from here on."""
+    """Name -> figure, for all figures that are saved from here on."""
     figures: dict[str, Figure] = {}
     savefig = Figure.savefig
 

@@ -1,4 +1,4 @@
-"""Results of an experiment with chosen numbers, in the current folder as the stages would leave them."""
+"""Write results of an experiment with chosen numbers into the current folder, as the stages would."""
 
 import json
 from collections.abc import Callable
@@ -25,15 +25,15 @@ def top1_of(values: dict[tuple[str, int], float]) -> Metrics:
 
 
 def make_up(experiment: Experiment, metrics: Metrics, *, with_records: bool = True) -> None:
-    """Everything that the report reads.
+    """Write everything that the report reads.
 
     A trained row has two epochs with the loss 4 - epoch + seed; a contrastive one also an accuracy of 0.2,
     with synthetics 0.1, and nine matching probabilities 0.1 / rank.
 
     Args:
-        experiment: whose.
+        experiment: whose results.
         metrics: the content of each metrics.json.
-        with_records: write whole provenance, which takes a while; False: empty ones.
+        with_records: write complete provenance, which takes a while; False: empty files.
     """
     assert not Path("mochi").exists(), "not into the project itself"
     layout.PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
@@ -72,11 +72,11 @@ def make_up(experiment: Experiment, metrics: Metrics, *, with_records: bool = Tr
 
 
 CLASS = "<script>alert('class')</script>"
-"""A name of a class that must not do anything."""
+"""A class name that must not be run as a script."""
 
 
 def analysis(seed: int, embedded: bool) -> dict[str, Any]:
-    """analysis.json: alignment 0.5 + seed and uniformity -1 - seed, half of it once embedded."""
+    """analysis.json: alignment 0.5 + seed and uniformity -1 - seed; half of that for embedded features."""
     pooled = {"dim": 64, "alignment": 0.5 + seed, "uniformity": -1.0 - seed}
     half = {"dim": 16, "alignment": (0.5 + seed) / 2, "uniformity": (-1.0 - seed) / 2}
     spaces = {"pooled": pooled} | ({"embedded": half} if embedded else {})
@@ -136,7 +136,7 @@ def _finish(result: Result, files: dict[str, str], *, with_records: bool = True)
 
 
 def published_in(folder: Path) -> Path:
-    """A table with a number of the tiny experiment and one of another."""
+    """A table of published numbers: one of the tiny experiment and one of another."""
     file = folder / "published.csv"
     file.write_text(
         "experiment,method,task,metric,value,std,source,table\n"
@@ -147,5 +147,5 @@ def published_in(folder: Path) -> Path:
 
 
 def redirected(result: Result, folder: Path) -> Result:
-    """The same report in another folder."""
+    """The same report with another folder for its files."""
     return replace(result, folder=folder)

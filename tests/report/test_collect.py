@@ -1,4 +1,4 @@
-"""Numbers are gathered in the order of the experiment, each with its seed and fine-tuning."""
+"""Numbers are collected in the order of the experiment, each with its seed and fine-tuning."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tests.tiny import MOCHI
 
 @pytest.fixture
 def experiment(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
-    """The tiny experiment with a detection set for one row only and one for all."""
+    """The tiny experiment with one detection set for a single row and one for all rows."""
     monkeypatch.chdir(tmp_path)
     few = small_set(Path("few/VOC")).model_copy(update={"methods": ["random-init"]})
     sets = {"few": few, "many": small_set(Path("many/VOC"))}
@@ -31,7 +31,7 @@ def numbers(method: str, seed: int, task: str) -> dict[str, Any]:
     return {"AP50": 99.0, "AP50_std": 99.0, "fine_tunings": singles}
 
 
-def test_every_number_of_the_tables_and_no_other(experiment: Experiment) -> None:
+def test_exactly_the_numbers_of_the_tables_are_collected(experiment: Experiment) -> None:
     make_up(experiment, numbers, with_records=False)
     table = collect(experiment).scores
     own = table[(table["method"] == MOCHI) & (table["seed"] == 1)]
@@ -61,7 +61,7 @@ def test_curves_are_stacked_and_untrained_rows_have_none(experiment: Experiment)
     assert list(empty.columns) == ["method", "seed", "epoch"]
 
 
-def test_names_of_classes_are_text(experiment: Experiment) -> None:
+def test_class_names_stay_text(experiment: Experiment) -> None:
     make_up(experiment, numbers, with_records=False)
     table = collect(experiment).confusion
     assert set(table["class"]) == {CLASS, "NA"}

@@ -1,4 +1,4 @@
-"""Figures show the numbers, all of them, with their names."""
+"""Figures show all numbers with their labels."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from tests.tiny import MOCHI, TINY
 
 
 def means(axes: Axes) -> list[list[float]]:
-    """(x, y) of all points with bars."""
+    """(x, y) of all points with error bars."""
     lines = [
         container.lines[0] for container in axes.containers if isinstance(container, ErrorbarContainer)
     ]
@@ -34,7 +34,7 @@ def curve(line: Line2D) -> dict[float, float]:
 
 
 def test_accuracy(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
-    """The mean of each row as a point, with its standard deviation as a bar and in words."""
+    """The mean of each row as a point, with its standard deviation as an error bar and as text."""
     stage.run(tiny, reported(tiny))
     linear, knn = drawn["accuracy"].axes
     assert [linear.get_xlabel(), knn.get_xlabel()] == ["linear top-1 (%)", "knn top-1 (%)"]
@@ -45,7 +45,7 @@ def test_accuracy(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> 
 
 
 def test_loss(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
-    """The mean over seeds, a band of their standard deviation, the chance level."""
+    """The mean over seeds, a band of the standard deviation, and the chance level."""
     stage.run(tiny, reported(tiny))
     (axes,) = drawn["loss"].axes
     mean, chance = axes.lines
@@ -78,7 +78,7 @@ def test_matching(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> 
     ] * 2
     assert axes.get_title() == MOCHI
     assert [line.get_label() for line in axes.lines] == ["epoch 0", "epoch 1"]
-    assert len({line.get_linestyle() for line in axes.lines}) == 2, "told apart in grey"
+    assert len({line.get_linestyle() for line in axes.lines}) == 2, "different in grey"
     assert axes.get_yscale() == "log"
 
 
@@ -101,7 +101,7 @@ def test_alignment_and_uniformity(tiny: Experiment, results: Path, drawn: dict[s
     assert means(embedded) == [[-0.75, 0.5]], "random-init has no head"
 
 
-def test_a_row_looks_the_same_in_every_figure(
+def test_a_row_has_the_same_colour_and_marker_in_every_figure(
     tiny: Experiment, results: Path, drawn: dict[str, Figure]
 ) -> None:
     stage.run(tiny, reported(tiny))
@@ -114,8 +114,10 @@ def test_a_row_looks_the_same_in_every_figure(
     assert len(found) == 1
 
 
-def test_gain_and_oracle(tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The grid of (N, s, s') less the baseline, paired over seeds; and the class oracle."""
+def test_gain_and_class_oracle(
+    tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grid of (N, s, s') minus the baseline, paired over seeds; and the class oracle."""
     monkeypatch.chdir(tmp_path)
     recipe = dict(TINY["methods"][MOCHI], seeds=[0, 1])
     mixing = dict(recipe["negatives"], num_query_synthetics=0)
@@ -208,7 +210,7 @@ def test_many_points_have_few_markers() -> None:
             assert set(marks) <= set(range(num))
 
 
-def test_a_figure_that_would_be_empty_is_not_made(
+def test_empty_figures_are_not_written(
     tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -229,7 +231,7 @@ def test_a_figure_that_would_be_empty_is_not_made(
 def test_rows_without_a_detection_set_stay_empty(
     tiny: Experiment, tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A set for one row only: the other keeps its place, without a number. Each fine-tuning is a point."""
+    """For a set of a single row, the other row has a label but no point. Each fine-tuning is a point."""
     monkeypatch.chdir(tmp_path)
     few = small_set(Path("few/VOC")).model_copy(update={"methods": ["random-init"]})
     sets = {"few": few, "many": small_set(Path("many/VOC"))}
@@ -248,10 +250,10 @@ def test_rows_without_a_detection_set_stay_empty(
     assert [curve(line) for line in precision.lines] == [{0.0: 0.75, 1.0: 0.25}], "the mean over classes"
 
 
-def test_a_probe_comes_before_detection(
+def test_the_accuracy_figure_shows_probes_rather_than_detection(
     tiny: Experiment, tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Percent of top-1 and of AP50 share no axis; detection has tables and pictures of its own."""
+    """Top-1 and AP50 have no common axis; detection has its own tables and pictures."""
     monkeypatch.chdir(tmp_path)
     evaluation = tiny.evaluation.model_copy(update={"detection": {"few": small_set(Path("few/VOC"))}})
     experiment = tiny.model_copy(update={"evaluation": evaluation})

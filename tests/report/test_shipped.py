@@ -1,4 +1,4 @@
-"""Every shipped experiment, its results made up: whatever it evaluates, the report is written whole."""
+"""The report of every shipped experiment is complete, with made-up results."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ SHIPPED = {path.stem: path for path in sorted((ROOT / "config").glob("*.yaml"))}
 
 
 class Numbers:
-    """Another number for every evaluation."""
+    """A different number for every evaluation."""
 
     def __init__(self) -> None:
         self._number = 40.0
@@ -30,7 +30,7 @@ class Numbers:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_report(
+def test_the_report_is_complete(
     name: str, tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The report is written whole, from the results alone, and is current until one of them changes."""
+"""The report depends on the results only, and is current until one of them changes."""
 
 import html
 import json
@@ -17,7 +17,7 @@ from tests.report.made_up import published_in, redirected
 from tests.tiny import MOCHI
 
 
-def test_what_is_written(tiny: Experiment, results: Path) -> None:
+def test_all_files_are_written(tiny: Experiment, results: Path) -> None:
     result = reported(tiny)
     assert stage.run(tiny, result) == Path("results/tiny/summary.md")
     assert files_of_report(result) == {*result.outputs, RECORD}
@@ -41,7 +41,7 @@ def test_what_is_written(tiny: Experiment, results: Path) -> None:
     assert json.loads((result.folder / "summary.json").read_text())["random-init"] == means
 
 
-def test_records_are_those_of_every_encoder_and_evaluation(tiny: Experiment, results: Path) -> None:
+def test_records_json_has_every_encoder_and_evaluation(tiny: Experiment, results: Path) -> None:
     stage.run(tiny, reported(tiny))
     places = Layout("tiny")
     runs = [("random-init", 0), (MOCHI, 0), (MOCHI, 1)]
@@ -81,7 +81,7 @@ def test_the_same_results_give_the_same_bytes(tiny: Experiment, results: Path) -
     ],
     ids=str,
 )
-def test_what_is_missing_is_named_and_left_out(
+def test_missing_results_are_named_and_left_out(
     missing: Path, tiny: Experiment, results: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     missing.unlink()
@@ -95,7 +95,7 @@ def test_what_is_missing_is_named_and_left_out(
     assert not result.record.exists(), "so that it is made again"
 
 
-def test_without_any_result_there_is_a_report_all_the_same(tiny: Experiment, results: Path) -> None:
+def test_without_results_there_is_a_report(tiny: Experiment, results: Path) -> None:
     shutil.rmtree("results")
     stage.run(tiny, reported(tiny))
     page = Path("results/tiny/report.html").read_text()
@@ -115,6 +115,6 @@ def test_a_damaged_result_is_named(
 
 
 def files_of_report(result: Result) -> set[str]:
-    """Files in its folder, without the runs' own."""
+    """The files of the report in its folder, without those of the runs."""
     files = [*result.folder.glob("*"), *(result.folder / "figures").glob("*")]
     return {path.relative_to(result.folder).as_posix() for path in files if path.is_file()}

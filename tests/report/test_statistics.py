@@ -1,4 +1,4 @@
-"""Statistics against scipy's, closed forms, and simulated experiments."""
+"""Statistics compared with scipy's, closed forms, and simulated experiments."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from mochi.report.statistics import Components, Difference, components, paired
 
 
 @pytest.mark.parametrize("num", [2, 3, 10])
-def test_paired_differences_are_those_of_scipy(num: int) -> None:
+def test_paired_differences_equal_scipys(num: int) -> None:
     draw = np.random.default_rng(num)
     ours, baseline = draw.normal(70, 2, (2, num))
     found = paired(dict(enumerate(ours)), dict(enumerate(baseline)))
@@ -35,7 +35,7 @@ def test_a_single_seed_has_no_interval() -> None:
     assert found.significant is None
 
 
-def test_equal_differences() -> None:
+def test_equal_differences_have_an_interval_of_width_0() -> None:
     none = paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
     assert none == Difference(0.0, 0.0, 0.0, 2)
     assert none.significant is False, "nothing differs"
@@ -45,7 +45,7 @@ def test_equal_differences() -> None:
 
 
 def test_intervals_cover_the_true_difference() -> None:
-    """2,000 experiments with 3 seeds, whose scores vary with the seed and with the row."""
+    """2,000 experiments with 3 seeds; scores vary with the seed and with the row."""
     draw = np.random.default_rng(0)
     true, covered = 0.7, 0
     for _ in range(2000):
@@ -60,7 +60,7 @@ def test_intervals_cover_the_true_difference() -> None:
     assert 0.93 <= covered / 2000 <= 0.97
 
 
-def test_variance_of_encoder_and_fine_tuning() -> None:
+def test_variance_components_by_hand() -> None:
     # Two encoders, each with two fine-tunings: within (0.5 + 0.5) / 2, between means 1 and 5: 8 - 0.5 / 2.
     found = components({0: [0.5, 1.5], 1: [4.5, 5.5]})
     assert found.fine_tuning == pytest.approx(0.5**0.5)
@@ -71,7 +71,7 @@ def test_variance_of_encoder_and_fine_tuning() -> None:
     assert components({0: [1.0]}) == Components(None, None)
 
 
-def test_simulated_variances_are_found_again() -> None:
+def test_variance_components_of_simulated_experiments() -> None:
     draw = np.random.default_rng(1)
     found = []
     for _ in range(400):

@@ -1,4 +1,4 @@
-"""Means, standard deviations and published values against numbers worked out by hand."""
+"""Means, standard deviations and published values compared with numbers worked out by hand."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_summary(tiny: Experiment, results: Path) -> None:
 
 
 def compared(tmp_path: Path, **values: dict[int, float]) -> Path:
-    """The report of moco-v2 and other rows with these top-1; `-` in a name is written `_`."""
+    """The report of moco-v2 and other rows with these values of top-1; a `_` in a name stands for `-`."""
     rows = {name.replace("_", "-"): own for name, own in values.items()}
     recipe = TINY["methods"][MOCHI]
     methods = {
@@ -86,7 +86,7 @@ def test_differences_are_paired_and_only_significant_ones_are_bold(
     assert page.count("not significant") == 1
 
 
-def test_another_baseline_can_be_named(tiny: Experiment) -> None:
+def test_another_baseline_can_be_set(tiny: Experiment) -> None:
     assert baseline_of(tiny) is None
     assert baseline_of(parse_experiment(TINY | {"baseline": "random-init"}, "x.yaml")) == "random-init"
     with pytest.raises(ConfigError, match=r"x\.yaml: baseline: .*moco"):
@@ -94,7 +94,7 @@ def test_another_baseline_can_be_named(tiny: Experiment) -> None:
 
 
 def test_detection_of_several_encoders(tmp_path: Path) -> None:
-    """Each encoder counts by its mean; the two parts of the variance are apart."""
+    """Each encoder counts by its mean; the two variance components are separate."""
     rows = [
         ("moco-v2", 0, 1.0, 3.0), ("moco-v2", 1, 5.0, 7.0), ("mochi", 0, 2.0, 4.0), ("mochi", 1, 6.0, 8.0),
         ("random-init", 0, 0.0, 1.0),
@@ -130,7 +130,7 @@ def test_detection_of_several_encoders(tmp_path: Path) -> None:
         ("imagenet1k", ["MoCHi table 2", "MoCHi table 3", "Classification on frozen features"]),
     ],
 )
-def test_the_papers_tables_before_anything_was_computed(name: str, titles: list[str]) -> None:
+def test_the_papers_tables_without_results(name: str, titles: list[str]) -> None:
     """Cells are empty, next to the published values."""
     experiment = load_experiment(ROOT / f"config/{name}.yaml")
     none = pd.DataFrame(columns=["method", "seed", "task", "metric", "fine_tuning", "value"])

@@ -1,4 +1,4 @@
-"""Commands as a user types them, run in this process."""
+"""Run commands as a user types them, in this process."""
 
 import io
 import sys
@@ -11,7 +11,7 @@ from mochi import cli
 
 
 class Done(NamedTuple):
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     returncode: int
     stdout: str
@@ -19,7 +19,7 @@ class Done(NamedTuple):
 
 
 def run(*arguments: str) -> Done:
-    """`mochi ARGUMENTS` in this process: a traceback would fail the test that calls it."""
+    """Run `mochi ARGUMENTS` in this process; a traceback fails the test that calls it."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["mochi", *arguments])

@@ -1,4 +1,4 @@
-"""Settings of every test, and the tiny experiment with its data."""
+"""Settings for every test, and the tiny experiment with its data."""
 
 import fcntl
 import os
@@ -20,7 +20,7 @@ settings.load_profile("mochi")
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Small tensors on many threads are slow, and results depend on the number of threads."""
+    """Small tensors are slow on many threads, and results depend on the number of threads."""
     torch.set_num_threads(1)
 
 
@@ -40,7 +40,7 @@ def tiny_data(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project with the tiny experiment finished, in a folder whose name has a space and an accent.
+    """The project with the finished tiny experiment, in a folder whose name has a space and an accent.
 
     Copy it before you change anything.
     """

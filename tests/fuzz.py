@@ -1,4 +1,4 @@
-"""No bytes of a file bring a reader to anything but a value or a message to the user."""
+"""Whatever the bytes of a file, a reader returns a value or raises an error with a message to the user."""
 
 import random
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.mutations import KINDS
 
 
 def fuzz(kind: str, folder: Path, mutations: int) -> None:
-    """Change a valid file in `mutations` ways, up to three changes at once, and read each."""
+    """Change a valid file `mutations` times, with up to three changes at once, and read each version."""
     path, changes, read = KINDS[kind](folder)
     valid = path.read_bytes()
     read()

@@ -1,7 +1,7 @@
-"""Valid files, changed at random: a node dropped, doubled, moved, or of another type; bytes cut, changed or
-in another encoding.
+"""Valid files, changed at random: a node dropped, duplicated, moved, or replaced by another type; bytes
+cut, changed or re-encoded.
 
-For each kind of file: the valid bytes, and a reader of what was changed.
+For each kind of file: the valid bytes, and a reader of the changed ones.
 """
 
 import copy
@@ -38,7 +38,7 @@ ENCODINGS = (
 
 
 def mutate(value: Any, rng: random.Random) -> Any:
-    """JSON's types with one node changed."""
+    """A value of JSON types with one node changed."""
     value = copy.deepcopy(value)
     parent, key = rng.choice(list(_places(value)))
     match rng.randrange(6):
@@ -97,7 +97,7 @@ def mutate_xml(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Cut, changed, doubled or re-encoded."""
+    """Bytes cut, changed, duplicated or re-encoded."""
     first, last = sorted(rng.choices(range(len(data) + 1), k=2))
     match rng.randrange(6):
         case 0:
@@ -119,7 +119,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 class Kind(NamedTuple):
-    """One kind of file."""
+    """A kind of file."""
 
     path: Path
     """The file that is changed."""
@@ -142,7 +142,7 @@ def _voc_set(root: Path, name: str) -> Path:
 
 
 def _used(annotations: Annotations) -> None:
-    """What the training does with annotations before its first step."""
+    """What training does with annotations before its first step."""
     annotations.report()
     for image in annotations.images:
         assert (image.boxes[:, 2:] > image.boxes[:, :2]).all()
@@ -225,7 +225,7 @@ def _kaggle(root: Path) -> Kind:
 
 
 def _stored(root: Path) -> Kind:
-    """A prepared data set, whose manifest is changed."""
+    """A prepared data set with a changed manifest."""
     for split, size in (("train", 30), ("val", 31)):
         for name in ("a", "b"):
             (root / "images" / split / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A GPU that was asked for is used, or the run stops; on a host without a GPU."""
+"""A requested GPU is used, or the run stops; on a host without a GPU."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 
 @NO_GPU
-def test_the_cpu_is_used_when_no_gpu_or_the_cpu_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_is_used_when_it_or_no_gpu_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(launch.REQUESTED_GPUS, "0")
     assert pick_device().type == "cpu"
     monkeypatch.setenv(launch.REQUESTED_GPUS, "2")
@@ -69,7 +69,9 @@ time.sleep(3)
 def test_runs_inside_one_slurm_allocation_take_different_gpus(
     tmp_path: Path, given: str, shared: bool
 ) -> None:
-    """A job that was given exactly what it asks for takes it; several runs in one allocation share it."""
+    """A job with exactly the GPUs that it requests takes them; several runs in one allocation share its
+    GPUs.
+    """
     environment = {
         **os.environ, "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": given, "TMPDIR": str(tmp_path)
     }  # fmt: skip

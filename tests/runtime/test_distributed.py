@@ -1,4 +1,4 @@
-"""What several processes exchange, against the same with everything gathered."""
+"""Exchanged rows and averaged gradients of several processes, compared with gathering everything."""
 
 import gc
 import weakref
@@ -13,7 +13,7 @@ from tests.detection.ranks import run_ranks
 
 
 def exchanged() -> None:
-    """Rows of any shape and layout, in orders that keep all, move all, and are random."""
+    """Rows of any shape and layout, in orders that keep all, move all, or are random."""
     for shape in ((4,), (4, 5), (4, 3, 6, 2)):
         rows = torch.randn(shape, generator=torch.Generator().manual_seed(rank()))
         total = world_size() * len(rows)
@@ -28,7 +28,7 @@ def exchanged() -> None:
 
 
 def averaged() -> None:
-    """Gradients of several buckets, of which one has a parameter that one rank does not use."""
+    """Gradients in several buckets; one has a parameter that one rank does not use."""
     torch.manual_seed(0)
     module = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)))
     module.to(memory_format=torch.channels_last)
@@ -121,7 +121,7 @@ def test_processes_exchange_rows_and_average_gradients(processes: int) -> None:
     run_ranks(everything, processes)
 
 
-def test_one_process_does_neither() -> None:
+def test_one_process_exchanges_and_averages_nothing() -> None:
     rows = torch.randn(6, 2)
     order = torch.randperm(6)
     assert torch.equal(exchange(rows, order), rows[order])

@@ -1,7 +1,7 @@
-"""GPUs handed out by locks: no GPU serves two jobs of a host at once.
+"""GPUs are assigned by locks: no GPU has two jobs of a host at once.
 
-The GPUs are names only (CUDA_VISIBLE_DEVICES), so no hardware is needed; the jobs are real processes that
-note when they had which name.
+GPUs are names only (CUDA_VISIBLE_DEVICES), so no hardware is needed; jobs are real processes that record
+when they had which GPU.
 """
 
 import json
@@ -37,7 +37,7 @@ def start(count: int, folder: Path, note: Path, hold: float, names: str) -> subp
     )
 
 
-def test_no_gpu_serves_two_jobs_and_none_idles_while_a_job_waits(tmp_path: Path) -> None:
+def test_no_gpu_has_two_jobs_and_none_is_idle_while_a_job_waits(tmp_path: Path) -> None:
     notes = [tmp_path / f"{index}.json" for index in range(4)]
     jobs = [start(1, tmp_path / "locks", note, 0.5, "0,1") for note in notes]
     assert [job.wait(30) for job in jobs] == [0] * 4
@@ -49,7 +49,7 @@ def test_no_gpu_serves_two_jobs_and_none_idles_while_a_job_waits(tmp_path: Path)
     assert held[1][1] < held[0][2], "the second job waited although a GPU was free"
 
 
-def test_a_job_that_wants_all_is_not_starved_by_those_that_want_one(tmp_path: Path) -> None:
+def test_a_job_for_all_gpus_is_not_starved_by_jobs_for_one(tmp_path: Path) -> None:
     first, both, last = (tmp_path / name for name in ("first", "both", "last"))
     jobs = [start(1, tmp_path / "locks", first, 1.0, "0,1")]
     time.sleep(0.5)
@@ -61,7 +61,7 @@ def test_a_job_that_wants_all_is_not_starved_by_those_that_want_one(tmp_path: Pa
     assert json.loads(last.read_text())[1] >= json.loads(both.read_text())[1]
 
 
-def test_a_killed_job_gives_its_gpu_back(tmp_path: Path) -> None:
+def test_a_killed_job_releases_its_gpu(tmp_path: Path) -> None:
     locks = tmp_path / "locks"
     job = start(1, locks, tmp_path / "never", 60, "0")
     while not (locks / "0.lock").exists():
@@ -75,7 +75,7 @@ def test_a_killed_job_gives_its_gpu_back(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 10
 
 
-def test_asking_for_more_than_there_are_names_both_numbers(tmp_path: Path) -> None:
+def test_requesting_too_many_gpus_names_both_numbers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found 2 on this host \(0, 1\); 3 are asked for"):
         gpus.claim(3, ["0", "1"], tmp_path)
 
@@ -93,7 +93,7 @@ def test_a_second_user_can_open_the_locks(tmp_path: Path, umask: int) -> None:
     assert {path.stat().st_mode & 0o777 for path in locks.iterdir()} == {0o644}
 
 
-def test_a_claim_that_waits_says_so_once(
+def test_waiting_for_a_gpu_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(gpus, "_NOTICE_SECONDS", 0.3)
@@ -136,7 +136,7 @@ GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-eeee-3)
         ("GPU-", [], []),  # fits several
     ],
 )
-def test_visible_gpus_have_one_name_however_they_are_spelled(
+def test_a_visible_gpu_has_one_name_for_all_spellings(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     allowed: str | None,
@@ -171,7 +171,7 @@ def test_visible_gpus_have_one_name_however_they_are_spelled(
         ("printf 'GPU 0: A (UUID: GPU-aa)\\n  MIG 1g (UUID: MIG-bb)\\n'", 0, ["MIG-bb"], ""),
     ],
 )
-def test_an_nvidia_smi_that_is_slow_missing_or_broken(
+def test_nvidia_smi_may_be_slow_missing_or_broken(
     script: str | None,
     devices: int,
     expected: list[str],
@@ -180,7 +180,7 @@ def test_an_nvidia_smi_that_is_slow_missing_or_broken(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Jobs of a workflow ask it each time; none may wait for ever or compute elsewhere in silence."""
+    """Every job of a workflow calls it; none may wait for ever or run elsewhere without a message."""
     for number in range(devices):
         (tmp_path / f"nvidia{number}").touch()
     (tmp_path / "nvidiactl").touch()

@@ -1,4 +1,4 @@
-"""The command that a request for GPUs becomes, against what torchrun and srun document."""
+"""The command for a request of GPUs, compared with the documentation of torchrun and srun."""
 
 import os
 import subprocess
@@ -14,11 +14,11 @@ ARGUMENTS = ["pretrain", "--run", "run.yaml"]
 
 
 @pytest.mark.parametrize(("count", "nodes"), [(0, 1), (1, 1), (0, 4)])
-def test_one_process_needs_no_torchrun(count: int, nodes: int) -> None:
+def test_one_process_does_not_use_torchrun(count: int, nodes: int) -> None:
     assert launch.torchrun(count, nodes, ARGUMENTS, {}) == []
 
 
-def test_several_gpus_of_a_host() -> None:
+def test_several_gpus_of_a_host_use_torchrun() -> None:
     command = launch.torchrun(4, 1, ARGUMENTS, {})
     assert command[1:] == [
         "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone",
@@ -26,7 +26,7 @@ def test_several_gpus_of_a_host() -> None:
     ]  # fmt: skip
 
 
-def test_several_nodes_meet_at_the_first_one() -> None:
+def test_several_nodes_connect_to_the_first_one() -> None:
     command = launch.torchrun(8, 2, ARGUMENTS, {"SLURM_JOB_ID": "71"})
     assert command[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
     assert "--nproc-per-node=4" in command
@@ -35,7 +35,7 @@ def test_several_nodes_meet_at_the_first_one() -> None:
     assert command[-3:] == ARGUMENTS
 
 
-def test_runs_of_one_allocation_do_not_meet_each_other() -> None:
+def test_runs_of_one_allocation_use_different_ports() -> None:
     several = [launch.torchrun(8, 2, ARGUMENTS, {"SLURM_JOB_ID": "71"}) for _ in range(20)]
     for option, least in (("--rdzv-id=", 20), ("--rdzv-endpoint=", 2)):
         found = {part for command in several for part in command if part.startswith(option)}
@@ -51,7 +51,9 @@ def test_runs_of_one_allocation_do_not_meet_each_other() -> None:
         (1, 0, {}, "nodes >= 1"),
     ],
 )
-def test_impossible_requests(count: int, nodes: int, environment: dict[str, str], message: str) -> None:
+def test_impossible_requests_are_refused(
+    count: int, nodes: int, environment: dict[str, str], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         launch.torchrun(count, nodes, ARGUMENTS, environment)
 
@@ -74,7 +76,9 @@ sys.stdout.write(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
         ("2", {"CUDA_VISIBLE_DEVICES": "5,6", "TORCHELASTIC_RUN_ID": "x"}, "5,6"),
     ],
 )
-def test_what_a_process_sees(tmp_path: Path, count: str, extra: dict[str, str], expected: str) -> None:
+def test_the_environment_of_a_process(
+    tmp_path: Path, count: str, extra: dict[str, str], expected: str
+) -> None:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "CUDA"))}
     environment = {**kept, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path.cwd()), **extra}
     done = subprocess.run(
@@ -84,7 +88,7 @@ def test_what_a_process_sees(tmp_path: Path, count: str, extra: dict[str, str], 
 
 
 def test_several_gpus_become_torchrun_ranks_with_the_same_command(tmp_path: Path) -> None:
-    """A stand-in for the package prints its rank and arguments; torchrun itself is real."""
+    """The package is replaced by a script that prints its rank and arguments; torchrun is real."""
     package = tmp_path / "mochi"
     package.mkdir()
     here = Path("mochi").resolve()

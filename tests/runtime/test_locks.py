@@ -1,4 +1,4 @@
-"""Locks of one process, tried by a second process and freed by a kill."""
+"""A lock of one process, tried by a second one and released by a kill."""
 
 import errno
 import fcntl
@@ -45,7 +45,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -
     assert second.wait(30) == 0
 
 
-def test_who_is_refused_leaves_the_name_of_the_holder(tmp_path: Path) -> None:
+def test_a_refused_process_does_not_overwrite_the_name_of_the_holder(tmp_path: Path) -> None:
     lock = tmp_path / "run.lock"
     first = holder(lock)
     try:
@@ -67,7 +67,7 @@ def test_a_second_user_can_open_the_lock(tmp_path: Path, umask: int) -> None:
     assert (tmp_path / "run.lock").stat().st_mode & 0o777 == 0o666
 
 
-def test_where_nothing_can_be_locked_a_warning_says_so(
+def test_a_file_system_without_locks_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def flock(file: int, operation: int) -> None:
@@ -80,7 +80,7 @@ def test_where_nothing_can_be_locked_a_warning_says_so(
     assert caplog.text.count("cannot lock (No locks available)") == 2
 
 
-def test_a_second_snakemake_refuses_at_once_and_says_why(finished: Project, tmp_path: Path) -> None:
+def test_a_second_snakemake_stops_at_once_and_says_why(finished: Project, tmp_path: Path) -> None:
     project = finished.copy(tmp_path / "project")
     process = holder(project.folder / ".snakemake" / "run.lock")
     try:
@@ -97,7 +97,7 @@ def test_a_second_snakemake_refuses_at_once_and_says_why(finished: Project, tmp_
         process.wait(30)
 
 
-def test_a_run_is_held_by_one_process_and_free_once_that_is_gone(tmp_path: Path) -> None:
+def test_a_run_is_locked_until_its_process_ends(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     script = (
@@ -121,8 +121,10 @@ def test_a_run_is_held_by_one_process_and_free_once_that_is_gone(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [work]
 
 
-def test_a_forked_worker_neither_frees_the_lock_nor_keeps_it(tmp_path: Path) -> None:
-    """Loading workers are forked: one that ends leaves the lock; one that outlives a kill has none."""
+def test_a_forked_worker_neither_releases_nor_keeps_the_lock(tmp_path: Path) -> None:
+    """Loading workers are forked: one that ends does not release the lock; one that survives a kill does
+    not have it.
+    """
     work = tmp_path / "work"
     script = (
         "import os, sys, time; from pathlib import Path; from mochi.runtime.locks import locked\n"

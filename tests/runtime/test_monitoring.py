@@ -1,4 +1,4 @@
-"""The stop at the first NaN or Inf, and the status of trainings of every kind."""
+"""The stop at the first NaN or Inf, and the status of a training."""
 
 import math
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_status_of_a_training(changes: dict[str, object], words: str) -> None:
     assert training_status(**(healthy | changes)).startswith(words)  # type: ignore[arg-type]
 
 
-def test_a_training_that_forgets_is_not_called_learning() -> None:
+def test_a_falling_accuracy_is_reported() -> None:
     statuses = [
         training_status(
             loss=6.6,
@@ -50,7 +50,7 @@ def test_a_training_that_forgets_is_not_called_learning() -> None:
     assert all(status.startswith("accuracy falling since epoch 2: 13.3% then") for status in statuses[4:])
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_rate_and_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_and_names_step_rate_and_checkpoint(tmp_path: Path) -> None:
     saved = tmp_path / "last.safetensors"
     check_finite(1.0, step=3, lr=0.1, last_good=saved)
     with pytest.raises(NonFiniteError, match=r"loss is nan at step 3 \(learning rate 0\.1\).*none yet"):
@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_checkpoint(tmp_path:
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
 def test_parameters_that_are_not_finite_stop_too(tmp_path: Path, norm: float) -> None:
-    """The loss of that step was computed before the update and is still finite."""
+    """The loss of that step is from before the update and still finite."""
     check_finite(1.0, step=3, lr=0.1, last_good=tmp_path, norm=7.0)
     with pytest.raises(NonFiniteError, match=rf"parameters is {norm} at step 3 \(learning rate 0\.1\)"):
         check_finite(1.0, step=3, lr=0.1, last_good=tmp_path, norm=norm)

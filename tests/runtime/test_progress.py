@@ -1,4 +1,4 @@
-"""What a user reads on stderr: progress in a log, and silence of the other ranks."""
+"""Progress in a log or a terminal, and silence of the other ranks."""
 
 import logging
 import subprocess
@@ -10,7 +10,7 @@ from mochi.runtime.progress import Progress, configure_logging, counter
 
 
 def test_showing_progress_needs_no_torch() -> None:
-    """Preparation shows it, and torch would take longer to import than a small set to prepare."""
+    """Preparation shows progress, and importing torch would take longer than preparing a small data set."""
     code = "import sys, mochi.runtime.progress; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -28,7 +28,7 @@ def test_progress_in_a_log_is_plain_lines_with_an_eta(capsys: pytest.CaptureFixt
     assert lines[-1] == "train: 3/3, 0:00:00 left, loss 1.0"
 
 
-def test_a_log_gets_a_line_every_few_seconds_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_has_a_line_every_few_seconds_and_the_last_one(capsys: pytest.CaptureFixture[str]) -> None:
     report = counter("check")
     for done in range(1, 1001):
         report(done, 1000)

@@ -1,4 +1,4 @@
-"""Seeds: functions of purpose and key that differ in the bits that the generators read."""
+"""Seeds are functions of purpose and key that differ in the bits that generators read."""
 
 from itertools import product
 
@@ -8,7 +8,7 @@ import torch
 from mochi.runtime.seeding import generator, numpy_generator, seed_of
 
 
-def test_the_same_purpose_and_key_draw_the_same() -> None:
+def test_equal_purposes_and_keys_give_equal_draws() -> None:
     one, again = (torch.rand(4, generator=generator("shuffle", 1, 2)) for _ in range(2))
     assert torch.equal(one, again)
     assert np.array_equal(*(numpy_generator("shuffle", 1, 2).random(4) for _ in range(2)))
@@ -22,7 +22,7 @@ def test_every_part_of_the_key_changes_the_draws() -> None:
     assert len({numpy_generator(*key).random() for key in keys}) == len(keys)
 
 
-def test_parts_of_a_key_do_not_run_into_each_other() -> None:
+def test_keys_are_not_concatenated() -> None:
     assert len({seed_of("a", 1, 23), seed_of("a", 12, 3), seed_of("a", 123), seed_of("a1", 23)}) == 4
 
 

@@ -1,4 +1,4 @@
-"""Events as TensorBoard reads them back, and a training that goes on without tensorboard."""
+"""Events as TensorBoard reads them, and a training without tensorboard."""
 
 import csv
 import shutil
@@ -26,7 +26,7 @@ def test_the_numbers_of_each_epoch_are_events(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 2.0), (1, 1.0)]
 
 
-def test_without_tensorboard_one_line_says_so(tmp_path: Path) -> None:
+def test_without_tensorboard_there_is_one_warning(tmp_path: Path) -> None:
     code = (
         "import logging, sys; logging.basicConfig(format='%(message)s')\n"
         "sys.modules['tensorboard'] = None\n"
@@ -41,7 +41,7 @@ def test_without_tensorboard_one_line_says_so(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_training_shows_points_within_its_epochs_and_its_views_once(
+def test_a_training_logs_points_within_epochs_and_its_views_once(
     tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

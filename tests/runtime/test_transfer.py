@@ -1,4 +1,4 @@
-"""Arrays reach a device with their values, several by one copy, and the host waits for none."""
+"""Arrays are copied to a device with their values, several in one copy, without a wait of the host."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ ARRAYS: list[NDArray[Any]] = [
 ]
 
 
-def test_arrays_arrive_by_one_copy_without_a_wait() -> None:
+def test_arrays_are_transferred_in_one_copy_without_a_wait() -> None:
     with pretended_gpu() as gpu:
         there = arrays_to(GPU, *ARRAYS)
         assert gpu.copies.total() == 1
@@ -33,7 +33,7 @@ def test_arrays_arrive_by_one_copy_without_a_wait() -> None:
         assert here.data_ptr() == array.__array_interface__["data"][0] or not array.size
 
 
-def test_a_tensor_arrives_without_a_wait() -> None:
+def test_a_tensor_is_transferred_without_a_wait() -> None:
     here = torch.arange(3)
     assert to_device(here, torch.device("cpu")) is here
     with pretended_gpu() as gpu:

@@ -1,6 +1,6 @@
-"""Every loading worker that a run waits for is killed, stopped or fails: the run ends, and says why.
+"""A loading worker is killed, stopped or fails: the run ends and says why.
 
-`.ci/test_watchdog.py` does the same to ranks.
+`.ci/test_watchdog.py` tests the same with ranks.
 """
 
 import os
@@ -17,7 +17,7 @@ from mochi.runtime.watchdog import Pulse, watched
 
 
 class Items(Dataset[object]):
-    """Something happens to the worker at the third item."""
+    """A data set in which something happens to the worker at the third item."""
 
     def __init__(self, fate: str, pulse: Pulse) -> None:
         self.fate, self.pulse = fate, pulse
@@ -79,7 +79,7 @@ def test_a_worker_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
         loaded("stopped", monkeypatch)
 
 
-def test_a_worker_that_works_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_worker_is_not_a_hanging_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded("slow", monkeypatch) == list(range(8))
 
 

@@ -1,4 +1,6 @@
-"""Files written whole: by writers that fail, are killed at any moment, or are still at work."""
+"""Files are written completely or not at all: by writers that fail, are killed at any moment, or still
+run.
+"""
 
 import inspect
 import os
@@ -22,7 +24,7 @@ HOST = socket.gethostname()
 
 @pytest.fixture(scope="module")
 def dead() -> int:
-    """The number of a process that has ended."""
+    """The process id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
@@ -40,7 +42,7 @@ def names(folder: Path) -> set[str]:
 
 
 def killed(code: str, folder: Path) -> None:
-    """Run code that ends in SIGKILL of itself; `folder` and the imports are there."""
+    """Run code that ends with SIGKILL of its own process; `folder` and the imports are available."""
     header = (
         "import os, signal, sys; from pathlib import Path\n"
         "from mochi.storage.atomic import publishing, replacing\n"
@@ -55,7 +57,7 @@ def killed(code: str, folder: Path) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
-def test_what_a_dead_writer_left_is_removed_and_nothing_else(tmp_path: Path, dead: int) -> None:
+def test_temporary_files_of_a_dead_writer_are_removed_and_no_others(tmp_path: Path, dead: int) -> None:
     path = tmp_path / "a [b].csv"
     abandoned = tmp_path / f".{path.name}.{HOST}.{dead}.tmp"
     kept = [
@@ -101,7 +103,7 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_file(tmp_path: Path) -> No
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
-    """safetensors makes files that nobody else can read."""
+    """safetensors creates files that nobody else can read."""
     with replacing(tmp_path / "x.safetensors") as temporary:
         save_file({"a": torch.zeros(2)}, temporary)
     with publishing(tmp_path / "out") as new:
@@ -113,7 +115,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A folder with a finished result and a file of somebody else."""
+    """A folder with a finished result and a file that does not belong to it."""
     folder = tmp_path / "results"
     (folder / "seeds").mkdir(parents=True)
     for name in ("encoder", "metrics", "seeds/loss", "provenance.json", "notes"):
@@ -151,7 +153,7 @@ def test_published_files_replace_those_of_the_same_name(results: Path) -> None:
     assert not [name for name in names(results) if name.startswith(".")]
 
 
-def test_an_error_changes_nothing(results: Path) -> None:
+def test_an_error_changes_no_file(results: Path) -> None:
     def failing() -> None:
         with publishing(results) as new:
             (new / "encoder").write_text("half")
@@ -164,7 +166,7 @@ def test_an_error_changes_nothing(results: Path) -> None:
     assert names(results) == before
 
 
-def test_a_kill_while_writing_changes_nothing_and_the_next_writer_cleans_up(results: Path) -> None:
+def test_a_kill_while_writing_changes_no_file_and_the_next_writer_cleans_up(results: Path) -> None:
     before = names(results)
     killed(FILL + "    kill()\n", results)
     assert set(contents(results).values()) == {"old"}
@@ -175,7 +177,7 @@ def test_a_kill_while_writing_changes_nothing_and_the_next_writer_cleans_up(resu
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2, 3])
-def test_provenance_is_new_only_where_all_files_are(results: Path, moved: int) -> None:
+def test_provenance_is_replaced_last(results: Path, moved: int) -> None:
     killed(
         "rename = Path.replace; count = []\n"
         "def replace(self, target):\n"
@@ -189,7 +191,7 @@ def test_provenance_is_new_only_where_all_files_are(results: Path, moved: int) -
     assert list(found.values()).count("new") == moved
 
 
-def test_a_folder_that_is_a_link_to_another_file_system(tmp_path: Path) -> None:
+def test_a_folder_can_be_a_link_to_another_file_system(tmp_path: Path) -> None:
     elsewhere = Path("/dev/shm")  # noqa: S108
     if not os.access(elsewhere, os.W_OK) or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs a second file system at /dev/shm")
@@ -205,8 +207,8 @@ def test_a_folder_that_is_a_link_to_another_file_system(tmp_path: Path) -> None:
         real.rmdir()
 
 
-def test_a_file_that_is_a_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
-    """DVC may link results to its cache."""
+def test_a_file_that_is_a_link_is_replaced_and_its_target_unchanged(tmp_path: Path) -> None:
+    """DVC can link results to its cache."""
     cached = tmp_path / "cached"
     cached.write_text("old")
     folder = tmp_path / "results"
@@ -226,8 +228,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         require_writable(tmp_path / "file" / "below")
 
 
-def test_a_full_disk_is_explained_and_nothing_is_lost(tmp_path: Path) -> None:
-    """By a limit on the size of files, which a process without rights can set for itself."""
+def test_a_full_disk_gives_a_message_and_keeps_the_files(tmp_path: Path) -> None:
+    """With a limit on the size of files, which a process can set for itself."""
     kept = tmp_path / "encoder.safetensors"
     kept.write_text("old")
     code = (
@@ -265,13 +267,13 @@ def test_a_full_disk_is_explained_and_nothing_is_lost(tmp_path: Path) -> None:
     assert kept.read_text() == "old"
 
 
-def test_errors_that_are_not_of_the_writing_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_not_replaced(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere" / "missing"
     with pytest.raises(FileNotFoundError, match="missing"), replacing(tmp_path / "out" / "table.csv"):
         elsewhere.read_text()
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_too_little_space_is_reported_before_anything_is_written(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     require_space({tmp_path / "not" / "there": 1000, tmp_path: 1000})
     with pytest.raises(UserError, match=r"not/there, .*MB of free disk space; this run writes"):
@@ -280,7 +282,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["folder", "file/x.txt", "n" * 250])
-def test_a_name_that_no_file_can_have_is_told_as_asked_for(name: str, tmp_path: Path) -> None:
+def test_an_invalid_file_name_is_reported_as_it_was_given(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose") as refused:

@@ -1,4 +1,4 @@
-"""What is loaded is what was saved, by the run that saved it, whatever happened to the disk since."""
+"""A loaded checkpoint equals the saved one, only its own run loads it, and damage is detected."""
 
 from pathlib import Path
 
@@ -31,8 +31,8 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["save", "discard"])
-def test_what_a_kill_left_is_removed(tmp_path: Path, end: str) -> None:
-    """Of safetensors, and of a process that wrote on another host."""
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path, end: str) -> None:
+    """Those of safetensors, and those of a process on another host."""
     path = tmp_path / "last.safetensors"
     checkpoint.save(path, tensors(0), STATE, RUN)
     own = {item.name for item in tmp_path.iterdir()}
@@ -52,7 +52,7 @@ def test_what_a_kill_left_is_removed(tmp_path: Path, end: str) -> None:
     assert {item.name for item in tmp_path.iterdir()} == own | {"notes.txt"}
 
 
-def test_another_run_is_refused_and_both_are_named(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_both_are_named(tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
     checkpoint.save(path, tensors(0), STATE, RUN)
     other = {"method": "moco-v2", "pretrain": {"lr": 0.3, "epochs": 2}}
@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
-def test_module_and_optimizer_are_packed_whole() -> None:
+def test_the_complete_module_and_optimizer_are_saved() -> None:
     def trained(steps: int, resume_at: int | None = None) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_a_resumed_optimizer_has_the_memory_layout_of_its_parameters(tmp_path: Path, kind: str) -> None:
-    """Channels-last momentum: with another layout torch leaves its fused update."""
+    """With another layout than channels-last, torch does not use its fused update."""
 
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)

@@ -18,13 +18,13 @@ CA_MOUNT = "/etc/ssl/certs/build-host-ca.crt"
 
 @dataclass(frozen=True)
 class Builder:
-    """buildah with all that it stores below one folder, so that removing it leaves nothing behind."""
+    """buildah with all its storage below one folder, so that removing it leaves nothing behind."""
 
     folder: Path
     driver: str
 
     def __call__(self, *arguments: str, seconds: int = 600) -> str:
-        """Run buildah; its output. Raises CalledProcessError with the output on failure."""
+        """Run buildah; returns its output. Raises CalledProcessError with the output on failure."""
         storage = ["--root", f"{self.folder}/storage", "--runroot", f"{self.folder}/run"]
         for _ in range(3):
             done = subprocess.run(
@@ -53,7 +53,9 @@ class Builder:
 
 
 def builder(folder: Path) -> Builder:
-    """A builder on overlay mounts where the kernel allows them, else on whole copies of each layer."""
+    """A builder with overlay mounts if the kernel supports them, otherwise with full copies of each
+    layer.
+    """
     (folder / "tmp").mkdir(parents=True)
     layers = [folder / "tmp" / name for name in ("lower", "upper", "work", "merged")]
     for layer in layers:
@@ -71,7 +73,7 @@ def builder(folder: Path) -> Builder:
 
 
 def make_base(build: Builder, name: str) -> None:
-    """A minimal Debian of this host's release, from this host's archive."""
+    """A minimal Debian of the release of this host, from its package archive."""
     system = dict(
         line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
     )
@@ -90,7 +92,7 @@ def make_base(build: Builder, name: str) -> None:
 
 
 def build_image(build: Builder, base: str, torch: str, name: str) -> None:
-    """The Dockerfile's own steps on another base; `torch` is its build argument TORCH."""
+    """Run the steps of the Dockerfile on another base; `torch` is its build argument TORCH."""
     authorities = ssl.get_default_verify_paths().cafile
     assert authorities is not None, "this host has no certificate authorities"
     pip = build.folder / "pip.conf"
@@ -101,7 +103,7 @@ def build_image(build: Builder, base: str, torch: str, name: str) -> None:
 
 
 def host_torch(build: Builder) -> Sequence[str]:
-    """Mounts that lend this host's torch to an image without it, behind the image's own packages."""
+    """Mounts that provide the host's torch to an image without torch, after the image's own packages."""
     link = build.folder / "host-torch.pth"
     link.write_text("/opt/host-packages\n")
     version = f"python{sysconfig.get_python_version()}"

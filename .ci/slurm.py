@@ -1,8 +1,8 @@
-"""A real Slurm on this host, for tests: two nodes of two processors and two pretended GPUs each.
+"""A real Slurm on this host, for tests: two nodes of two CPUs and two simulated GPUs each.
 
-Needs root and Debian's slurm-wlm and munge. `/etc/slurm` is written, for other places do not reach the
-jobs, and emptied at the end: a configuration without a controller delays every Snakemake by 10 s. What
-a killed run left there is cleared by the next one; a second run at the same time waits.
+Needs root and Debian's slurm-wlm and munge. The configuration is written to `/etc/slurm`, as jobs read no
+other place, and removed at the end: a configuration without a running controller delays every Snakemake by
+10 s. Leftovers of a killed run are removed by the next one; a second run at the same time waits.
 """
 
 import fcntl
@@ -56,10 +56,9 @@ _GPUS = "NodeName=node1,node2 Name=gpu File=/dev/null\nNodeName=node1,node2 Name
 
 @contextmanager
 def running(folder: Path) -> Iterator[None]:
-    """Start munge, the controller and the nodes; stop them and cancel all jobs at the end.
+    """Start munge, the controller and the nodes; at the end, cancel all jobs and stop them.
 
-    Raises:
-        RuntimeError: the host has a Slurm of its own, or the nodes do not come up.
+    Raises:     RuntimeError: the host has its own Slurm, or the nodes do not start.
     """
     with _LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel however this process ends
@@ -94,7 +93,9 @@ def _write_config(folder: Path) -> None:
 
 
 def _clear() -> None:
-    """No job, no daemon, no file of ours. The configuration, by which we know them, goes last."""
+    """Stop all jobs and daemons and remove our files. The configuration, which identifies them, is
+    removed last.
+    """
     cancel = ["scancel", "--full", "--signal=KILL", "--user=root"]
     with suppress(subprocess.TimeoutExpired):  # nothing answers where only the controller was killed
         subprocess.run(cancel, check=False, timeout=15)

@@ -1,8 +1,8 @@
-"""The image that the Dockerfile describes against what docs/container.md promises of it.
+"""The image of the Dockerfile compared with what docs/container.md promises.
 
-The Dockerfile's own RUN steps are executed on a plain Debian base. Torch's layer, most of the image (7 GB),
-is built with MOCHI_IMAGE=full in the environment; otherwise this host lends its torch, and all else
-is built and tried the same.
+The RUN steps of the Dockerfile are executed on a plain Debian base. The layer with torch, most of the image
+(7 GB), is only built with MOCHI_IMAGE=full in the environment; otherwise the host's torch is mounted, and
+everything else is built and tested the same.
 """
 
 import json
@@ -29,7 +29,7 @@ class Image:
 
     @contextmanager
     def container(self) -> Iterator[str]:
-        """A new container. An engine makes its host name known in it; buildah has to be told."""
+        """A new container. Engines add the host name to /etc/hosts; buildah has to be told."""
         name = f"{HOST}:127.0.0.1"
         container = self.build("from", "--add-host", name, "localhost/mochi").strip().splitlines()[-1]
         try:
@@ -58,7 +58,7 @@ class Image:
             return self.build("run", *options, container, "--", *entry, *command, seconds=seconds)
 
     def settings(self) -> dict[str, Any]:
-        """The image's configuration."""
+        """The configuration of the image."""
         return dict(
             json.loads(self.build("inspect", "--type", "image", "localhost/mochi"))["OCIv1"]["config"]
         )
@@ -87,7 +87,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         build.remove()
 
 
-def test_the_image_runs_the_workflow_as_nobody_in_particular(image: Image) -> None:
+def test_the_image_runs_the_workflow_without_options(image: Image) -> None:
     settings = image.settings()
     assert settings["User"] not in {"", "0", "root"}
     assert settings["StopSignal"] == "SIGINT", "on SIGTERM Snakemake waits for its jobs until it is killed"
@@ -95,7 +95,7 @@ def test_the_image_runs_the_workflow_as_nobody_in_particular(image: Image) -> No
     assert printed.strip().splitlines()[-1].startswith("9.")
 
 
-def test_nothing_of_the_build_host_is_in_the_image(image: Image) -> None:
+def test_no_files_of_the_build_host_are_in_the_image(image: Image) -> None:
     with image.files() as root:
         for name in (buildah.CA_MOUNT, "/etc/pip.conf"):
             path = root / name.lstrip("/")
@@ -104,7 +104,7 @@ def test_nothing_of_the_build_host_is_in_the_image(image: Image) -> None:
         assert not (root / "work" / ".git").exists()
 
 
-def test_any_uid_has_a_name_a_home_and_a_folder_to_work_in(image: Image) -> None:
+def test_any_uid_has_a_name_a_home_and_a_writable_folder(image: Image) -> None:
     show = (
         "import getpass, os, pathlib; pathlib.Path.home().joinpath('x').touch();"
         "pathlib.Path('written').touch(); print(os.getuid(), getpass.getuser())"
@@ -121,7 +121,7 @@ def test_the_experiment_from_data_to_table(image: Image) -> None:
 
 
 def test_read_only_data_and_a_second_user_of_the_folder(image: Image) -> None:
-    """A data set that nobody may write is enough, and a colleague of the same group goes on."""
+    """Read-only data is enough, and another user of the same group can continue."""
     for path in (image.work, *image.work.rglob("*")):
         if not path.is_symlink():
             path.chmod(path.stat().st_mode | (0o2070 if path.is_dir() else 0o060))

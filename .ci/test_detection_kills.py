@@ -1,4 +1,6 @@
-"""Random SIGKILLs of a fine-tuning, workers and ranks included: the numbers of one that was left alone."""
+"""SIGKILL of a fine-tuning, its workers and ranks, at random moments: the numbers equal those of an
+uninterrupted run.
+"""
 
 import hashlib
 import os
@@ -24,7 +26,7 @@ KILLS = 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny experiment, whose set has fine-tunings long enough to be killed."""
+    """The tiny experiment with a detection set whose fine-tunings are long enough to be killed."""
     folder = tmp_path_factory.mktemp("kills")
     content = tiny_with_detection(methods=["random-init"])
     content["evaluation"]["detection"]["few"]["training"] |= {
@@ -54,7 +56,9 @@ def digest(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> dict[int, str]:
-    """Number of processes -> digest; batch normalisation sees other parts of a batch on two."""
+    """Number of processes -> digest of an uninterrupted run; on two, batch norm uses other parts of a
+    batch.
+    """
     digests = {}
     for processes in (1, 2):
         out = f"undisturbed{processes}"

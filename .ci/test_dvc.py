@@ -1,4 +1,4 @@
-"""Longer stories with DVC: training again and back, another experiment, `dvc exp`, damage, no git."""
+"""Longer scenarios with DVC: train again and go back, another experiment, `dvc exp`, damage, no git."""
 
 import json
 import re
@@ -35,11 +35,11 @@ def clone(recorded: Project, tmp_path: Path) -> Project:
 
 
 def has_nothing_to_do(project: Project) -> bool:
-    """Both tools say so."""
+    """Neither tool has anything to do."""
     return project.jobs() == {} and project.changed_stages() == {}
 
 
-def test_train_again_go_back_and_walk_through_history(clone: Project) -> None:
+def test_train_again_go_back_and_check_out_older_commits(clone: Project) -> None:
     before = clone.digests(COMPUTED)
     clone.edit(CONFIG, "  lr: 0.06", "  lr: 0.05")
     said = clone.succeed("dvc", "repro")
@@ -73,8 +73,8 @@ def test_train_again_go_back_and_walk_through_history(clone: Project) -> None:
         assert has_nothing_to_do(clone)
 
 
-def test_a_changed_setting_where_snakemake_remembers_nothing(clone: Project) -> None:
-    """Nobody has typed `mochi adopt` here: Snakemake alone would find nothing to do."""
+def test_a_changed_setting_without_snakemakes_metadata(clone: Project) -> None:
+    """Nobody has run `mochi adopt`: Snakemake alone would find nothing to do."""
     clone.edit(CONFIG, "k: 5", "k: 4")
     said = clone.succeed("dvc", "repro")
     assert RUNNING.findall(said) == ["evaluations@tiny", "report@tiny"]
@@ -91,7 +91,7 @@ def test_a_changed_setting_where_snakemake_remembers_nothing(clone: Project) -> 
     assert changed <= {"random-init.knn.top1", f"{MOCHI}.knn.top1"}
 
 
-def test_results_that_snakemake_has_computed_are_stored(finished: Project, tmp_path: Path) -> None:  # noqa: F811
+def test_results_that_snakemake_computed_are_stored(finished: Project, tmp_path: Path) -> None:  # noqa: F811
     project = finished.copy(tmp_path / "computed")
     before = project.digests(COMPUTED)
     project.succeed("git", "init", "--quiet")
@@ -102,7 +102,7 @@ def test_results_that_snakemake_has_computed_are_stored(finished: Project, tmp_p
     assert has_nothing_to_do(project)
 
 
-def test_tables_lose_a_row_that_the_experiment_lost(clone: Project) -> None:
+def test_a_row_removed_from_the_experiment_is_removed_from_the_tables(clone: Project) -> None:
     """No encoder and no evaluation changes."""
     text = (clone.folder / CONFIG).read_text()
     (clone.folder / CONFIG).write_text(re.sub(r"  random-init: .*\n", "", text))
@@ -131,7 +131,7 @@ def test_another_experiment_shares_the_data(clone: Project) -> None:
 
 
 def test_experiments_of_dvc(clone: Project) -> None:
-    """In the workspace; then in a copy that DVC makes, which takes from the cache what is known."""
+    """In the workspace, and in a copy that DVC makes and that takes known results from the cache."""
     before = clone.digests(COMPUTED)
     known = yaml.safe_load((clone.folder / CONFIG).read_text())
     clone.succeed("dvc", "exp", "run", "--set-param", f"{CONFIG}:evaluation.knn.k=3")
@@ -158,7 +158,7 @@ def test_experiments_of_dvc(clone: Project) -> None:
     assert has_nothing_to_do(clone)
 
 
-def test_a_corrupt_object_is_seen_and_pulled_again(clone: Project) -> None:
+def test_a_corrupt_object_is_detected_and_pulled_again(clone: Project) -> None:
     encoder = clone.folder / ENCODER
     before = encoder.read_bytes()
     cache = clone.folder / ".dvc/cache/files/md5"
@@ -177,7 +177,7 @@ def test_a_corrupt_object_is_seen_and_pulled_again(clone: Project) -> None:
 
 
 def test_without_git(recorded: Project, tmp_path: Path) -> None:
-    """A tarball of the project: Snakemake works, and DVC once it knows that there is no git."""
+    """In a tarball of the project Snakemake works, and DVC too with `core.no_scm`."""
     project = recorded.copy(tmp_path / "tarball")
     shutil.rmtree(project.folder / ".git")
     shutil.rmtree(project.folder / "results/tiny/evaluations/random-init")

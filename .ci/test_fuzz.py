@@ -11,5 +11,5 @@ MUTATIONS = 2000
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_readers_survive_changed_files(kind: str, tmp_path: Path) -> None:
+def test_readers_accept_or_refuse_changed_files(kind: str, tmp_path: Path) -> None:
     fuzz(kind, tmp_path, MUTATIONS)

@@ -27,7 +27,9 @@ def unpacked(archive: str, folder: Path) -> None:
         ("coco-tiny.tar", "coco-tiny", {"detection-coco-tiny"}),
     ],
 )
-def test_three_commands(archive: str, images: str, tasks: set[str], tmp_path: Path) -> None:
+def test_three_commands_from_images_to_the_report(
+    archive: str, images: str, tasks: set[str], tmp_path: Path
+) -> None:
     project = Project.new(tmp_path / "project")
     unpacked(archive, tmp_path / "unpacked")
     (folder,) = (tmp_path / "unpacked").iterdir()

@@ -1,6 +1,7 @@
-"""SIGKILL of the whole process group at five moments against an undisturbed run: the same bytes at the end.
+"""SIGKILL of the whole process group at five moments, compared with an uninterrupted run: the same bytes
+at the end.
 
-No run after a kill is given any help: no unlock, nothing removed.
+A run after a kill gets no help: no unlock, nothing removed.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ MOMENTS = {
 
 
 def new(folder: Path) -> Project:
-    """The tiny experiment, trained long enough to be killed while it trains."""
+    """The tiny experiment with trainings long enough to be killed."""
     project = Project.new(folder)
     experiment = yaml.safe_load((folder / CONFIG).read_text())
     experiment["dataset"]["train_per_photo"] = 40
@@ -45,7 +46,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def kill_at(project: Project, command: list[str], pattern: str) -> bool:
-    """Start the command, kill its process group once a file appears; whether it came to that."""
+    """Start the command and kill its process group once a file exists; returns whether it did."""
     before = set(project.folder.glob(pattern))
     with (project.folder / "said.txt").open("ab") as said:
         process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Fifty steps by one, two and three processes: the same losses, weights, statistics and queue.
 
-They are the first five steps from each of ten epochs. In a longer training the sum over ranks, rounded in
-another order, sooner or later moves an activation across zero, after which nothing can be compared.
+They are the first five steps from each of ten epochs. In a longer training, a rounding difference in the
+sum over ranks moves an activation across zero sooner or later, and results differ.
 """
 
 import json
@@ -31,7 +31,7 @@ ROW = "moco-v2"
 
 
 class Losses:
-    """Observes a training: the loss of its first steps over all ranks, and their end."""
+    """Observer of a training: the losses of its first steps over all ranks; stops after them."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -51,7 +51,7 @@ class Losses:
 
 
 def run(folder: Path) -> None:
-    """What each process runs: the losses and the modules' states, saved by the first one."""
+    """What each process runs: the losses and module states, saved by the first process."""
     content = changed("methods", {ROW: {}})
     # Six groups and 48 images divide by one, two and three.
     content["pretrain"] |= {"precision": "float32", "epochs": STARTS + 1, "batch_size": 48, "bn_groups": 6}
@@ -89,7 +89,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_nothing_depends_on_the_number_of_processes(trained: Path, processes: int) -> None:
-    """Of ten trainings seven at least, or it is more than an activation that crossed zero."""
+    """At least seven of ten trainings must agree; in the others an activation may have crossed zero."""
     one, several = (json.loads((trained / f"losses{number}.json").read_text()) for number in (1, processes))
     assert len(one) == len(several) == STARTS * STEPS
     equal = [

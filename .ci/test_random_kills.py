@@ -1,6 +1,8 @@
-"""Twenty SIGKILLs at random moments of pretraining, of all processes or of one: the same bytes each time.
+"""Twenty SIGKILLs of pretraining at random moments, of all processes or of one: the same bytes each
+time.
 
-One and two processes, none and two loading workers; images stored encoded, which workers load.
+With one and two processes, with and without two loading workers; images are stored encoded, which workers
+load.
 """
 
 import csv
@@ -46,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Training:
-    """A folder in which one command trains, as often as it takes."""
+    """A folder in which one command trains, as often as needed."""
 
     def __init__(self, folder: Path, data: Path, processes: int, workers: int) -> None:
         folder.mkdir()
@@ -80,7 +82,7 @@ class Training:
             return -1
 
     def result(self) -> tuple[bytes, list[dict[str, str]]]:
-        """Finish; the encoder's bytes and the metrics."""
+        """Finish the training; returns the bytes of the encoder and the metrics."""
         assert self.start().wait(600) == 0, self.said.read_text()[-3000:]
         (encoder,) = self.folder.glob("results/tiny/encoders/*/*/encoder.safetensors")
         with encoder.with_name("metrics.csv").open() as file:
@@ -89,13 +91,13 @@ class Training:
 
 
 def children(process: int) -> list[int]:
-    """The processes that a process started."""
+    """Processes that a process started."""
     listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [int(each) for each in listed]
 
 
 def kill_all(process: int) -> None:
-    """A process and all below it; torchrun's ranks are groups of their own."""
+    """A process and all its descendants; torchrun's ranks have their own process groups."""
     with suppress(OSError):  # it has just ended
         below = children(process)
         os.kill(process, signal.SIGKILL)

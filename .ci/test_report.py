@@ -1,4 +1,4 @@
-"""The page in a browser: nothing on its console, no request that leaves the file, wide and narrow."""
+"""The report in a browser: no console message, no request outside the file, wide and narrow."""
 
 import json
 import re
@@ -22,7 +22,9 @@ BROWSER = shutil.which("chromium")
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of the embedded experiment: chosen numbers, pictures of noise, names that are code."""
+    """The report of the embedded experiment: made-up numbers, pictures of noise, names that contain
+    code.
+    """
     folder = tmp_path_factory.mktemp("report")
     experiment = load_experiment(ROOT / "config/config.yaml")
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +53,7 @@ def draw_pictures(experiment: Experiment) -> None:
 def browse(
     page: Path, folder: Path, *options: str, width: int = 1280, dark: bool = False
 ) -> tuple[str, str]:
-    """Open the page in headless Chromium: what it prints, and its log."""
+    """Open the page in headless Chromium; returns what it prints and its log."""
     assert BROWSER is not None, "chromium is not installed"
     command = [
         BROWSER,
@@ -73,7 +75,7 @@ def browse(
 
 
 def requests(log: Path) -> set[str]:
-    """URLs that a page asked for; those that the browser asks for itself have no origin."""
+    """URLs that a page requested; requests of the browser itself have no origin."""
     events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
     return {
         event["url"]
@@ -89,8 +91,8 @@ def test_no_error_and_no_request(page: Path, tmp_path: Path) -> None:
     assert requests(tmp_path / "net.json") <= {page.as_uri()}
 
 
-def test_the_log_shows_what_a_page_must_not_do(page: Path, tmp_path: Path) -> None:
-    """The test above can fail: the same page with a script and a picture from elsewhere."""
+def test_the_log_shows_forbidden_requests(page: Path, tmp_path: Path) -> None:
+    """So the test above can fail: the same page with a script and a picture from another place."""
     spoilt = tmp_path / "spoilt.html"
     harm = "<script>console.error('ran')</script><img src='http://localhost:9/x.png'>"
     spoilt.write_text(page.read_text().replace("</main>", f"{harm}</main>"))
@@ -102,7 +104,7 @@ def test_the_log_shows_what_a_page_must_not_do(page: Path, tmp_path: Path) -> No
     )
 
 
-def test_a_request_would_be_seen(page: Path, tmp_path: Path) -> None:
+def test_the_log_shows_a_request(page: Path, tmp_path: Path) -> None:
     spoilt = tmp_path / "spoilt.html"
     without_policy = re.sub("<meta http-equiv[^>]*>", "", page.read_text())
     spoilt.write_text(without_policy.replace("</main>", "<img src='http://localhost:9/x.png'></main>"))
@@ -110,7 +112,7 @@ def test_a_request_would_be_seen(page: Path, tmp_path: Path) -> None:
     assert "http://localhost:9/x.png" in requests(tmp_path / "net.json")
 
 
-def test_names_are_shown_as_they_are(page: Path, tmp_path: Path) -> None:
+def test_names_are_shown_unchanged(page: Path, tmp_path: Path) -> None:
     printed, _ = browse(page, tmp_path, "--dump-dom")
     assert CLASS.replace("<", "&lt;").replace(">", "&gt;") in printed
 

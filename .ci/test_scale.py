@@ -1,4 +1,4 @@
-"""A finished experiment of 100 runs: what it takes both tools to see that there is nothing to do."""
+"""A finished experiment of 100 runs: how long both tools take to find that there is nothing to do."""
 
 import json
 import resource
@@ -19,7 +19,7 @@ NUM_RUNS = 100
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Results of made-up bytes with true provenance, which both tools have recorded."""
+    """Results with made-up bytes and true provenance, known to both tools."""
     project = Project.new(tmp_path_factory.mktemp("scale") / "project")
     content = yaml.safe_load((project.folder / CONFIG).read_text())
     content["methods"] = {"random-init": {"objective": "none"}}
@@ -35,7 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def make_up(result: Result, root: Path) -> None:
-    """Files with some content, and the provenance that a stage would write of them."""
+    """Write files with some content, and the provenance that a stage would write."""
     folder = root / result.folder
     folder.mkdir(parents=True, exist_ok=True)
     for name in result.outputs:
@@ -55,8 +55,8 @@ def make_up(result: Result, root: Path) -> None:
         (["dvc", "status"], "Data and pipelines are up to date."),
     ],
 )
-def test_nothing_to_do_is_seen_in_six_seconds(project: Project, command: list[str], answer: str) -> None:
-    """In CPU seconds, which other work on the host does not change much; wall seconds are printed too."""
+def test_nothing_to_do_is_found_in_six_seconds(project: Project, command: list[str], answer: str) -> None:
+    """In CPU seconds, which other load on the host changes little; wall seconds are printed too."""
     clock, spent = [], []
     for _ in range(3):
         before, begin = _processor_seconds(), time.monotonic()

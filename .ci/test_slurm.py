@@ -1,7 +1,8 @@
-"""The Slurm profile on a real Slurm against plain `snakemake`: whatever happens to jobs, the same bytes.
+"""The Slurm profile on a real Slurm, compared with plain `snakemake`: whatever happens to jobs, the same
+bytes.
 
-One job is killed, one is frozen until it exceeds its wall time, one runs over two nodes; then a job that
-cannot succeed must end the workflow instead of leaving it waiting.
+One job is killed, one is stopped until it exceeds its wall time, one runs on two nodes; then a job that
+cannot succeed must end the workflow instead of making it wait.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def clone(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
-    """A clone whose default experiment is the tiny one, long enough to be interrupted, then changed."""
+    """A clone whose default experiment is the tiny one, with trainings long enough to be interrupted."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     experiment = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())
     experiment["dataset"]["train_per_photo"] = 40
@@ -54,7 +55,7 @@ def clone(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) 
 
 
 def start(folder: Path, *options: str) -> "subprocess.Popen[bytes]":
-    """`snakemake --profile profiles/slurm`, its words in snakemake.txt."""
+    """Start `snakemake --profile profiles/slurm` with its output in snakemake.txt."""
     with (folder / "snakemake.txt").open("wb") as said:
         return subprocess.Popen(
             [SNAKEMAKE, "--profile", "profiles/slurm", *options],
@@ -71,7 +72,7 @@ def start(folder: Path, *options: str) -> "subprocess.Popen[bytes]":
 
 
 def finish(process: "subprocess.Popen[bytes]", seconds: int) -> int:
-    """Its exit code; SIGKILL after a time, for SIGTERM makes Snakemake wait for its jobs."""
+    """Its exit code; after a time limit SIGKILL, since on SIGTERM Snakemake waits for its jobs."""
     try:
         return process.wait(seconds)
     finally:
@@ -99,7 +100,7 @@ def training(folder: Path, run: str) -> int | None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What must be the same however a run went; wall times and speeds are elsewhere."""
+    """Digests of what must not depend on interruptions; times and speeds are in other files."""
     files = [
         path
         for pattern in ("**/encoder.safetensors", "**/metrics.json", "summary.csv")
@@ -137,7 +138,7 @@ def test_a_killed_job_and_one_out_of_time_resume_and_change_nothing(tmp_path: Pa
 
 
 def test_one_run_over_two_nodes(tmp_path: Path) -> None:
-    """torchrun over both nodes; without GPUs its two ranks compute on processors."""
+    """torchrun on both nodes; without GPUs its two ranks use CPUs."""
 
     def change(experiment: dict[str, Any]) -> None:
         experiment["seeds"] = [0]

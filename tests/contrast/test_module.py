@@ -25,8 +25,8 @@ from mochi.errors import UserError
 from mochi.runtime.distributed import own_slice, rank
 from mochi.runtime.seeding import generator
 from tests.detection.ranks import run_ranks
-from tests.pretend_gpu import pretended_gpu
 from tests.reference import Given, mixed_pair, mixed_with_query, mochi_loss
+from tests.simulated_gpu import simulated_gpu
 
 SETTINGS: dict[str, Any] = {
     "queue_size": 24, "dim": 5, "temperature": 0.2, "num_hardest": 6, "num_pair_synthetics": 8,
@@ -269,7 +269,7 @@ def test_a_batch_of_one_and_nan() -> None:
 
 def test_a_step_does_not_synchronise_with_the_gpu() -> None:
     loss = criterion()
-    with pretended_gpu() as gpu:
+    with simulated_gpu() as gpu:
         loss.to("cuda")
         query, key = embeddings(0).to("cuda").requires_grad_(), embeddings(1).to("cuda")
         gpu.waits.clear()
@@ -277,7 +277,7 @@ def test_a_step_does_not_synchronise_with_the_gpu() -> None:
         assert not gpu.waits
         gpu.waits.clear()
         loss(query, key).item()
-        assert gpu.waits, "the pretended GPU sees no waiting"
+        assert gpu.waits, "the simulated GPU notices no wait"
 
 
 def whole_batch(step: int) -> tuple[Tensor, Tensor]:
@@ -488,7 +488,7 @@ def test_any_rule_by_name(rule: str) -> None:
     assert torch.equal(by_name(rule)(query, key, synthesize=False), plain)
     assert torch.equal(found, plain) is (rule == "moco")
     assert loss(embeddings(0, 1), embeddings(1, 1)).isfinite()
-    with pretended_gpu() as gpu:
+    with simulated_gpu() as gpu:
         loss.to("cuda")
         query, key = embeddings(0).to("cuda").requires_grad_(), embeddings(1).to("cuda")
         gpu.waits.clear()

@@ -10,7 +10,7 @@ from torch import nn
 from mochi.encoders.shared_batch_norm import SharedBatchNorm2d
 from mochi.runtime import distributed
 from tests.detection.ranks import run_ranks
-from tests.pretend_gpu import pretended_gpu
+from tests.simulated_gpu import simulated_gpu
 
 # Uneven on purpose: 1 and 3 images.
 PARTS = (slice(0, 1), slice(1, 4))
@@ -56,7 +56,7 @@ def test_gpus_use_torchs_sync_batch_norm(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", forward)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pretended_gpu():
+    with simulated_gpu():
         images = torch.ones(2, 3, 4, 4, device="cuda")
         layer = SharedBatchNorm2d(3).to("cuda")
         layer(images)

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from mochi.runtime.transfer import arrays_to, to_device
-from tests.pretend_gpu import pretended_gpu
+from tests.simulated_gpu import simulated_gpu
 
 GPU = torch.device("cuda", 0)
 ARRAYS: list[NDArray[Any]] = [
@@ -20,7 +20,7 @@ ARRAYS: list[NDArray[Any]] = [
 
 
 def test_arrays_are_transferred_in_one_copy_without_a_wait() -> None:
-    with pretended_gpu() as gpu:
+    with simulated_gpu() as gpu:
         there = arrays_to(GPU, *ARRAYS)
         assert gpu.copies.total() == 1
         assert not gpu.waits
@@ -36,7 +36,7 @@ def test_arrays_are_transferred_in_one_copy_without_a_wait() -> None:
 def test_a_tensor_is_transferred_without_a_wait() -> None:
     here = torch.arange(3)
     assert to_device(here, torch.device("cpu")) is here
-    with pretended_gpu() as gpu:
+    with simulated_gpu() as gpu:
         there = to_device(here, GPU)
         assert there.device == GPU
         assert not gpu.waits

@@ -1,7 +1,7 @@
-"""Every stage on a GPU that is not there: no operands on two devices, and no waiting within a step.
+"""Every stage on a simulated GPU: no operands on two devices, and no waiting within a step.
 
-CPU tensors that claim to be on a GPU (`tests.pretend_gpu`) go through the real code. A forgotten
-`.to(device)` raises `MixError`.
+CPU tensors that report to be on a GPU (`tests.simulated_gpu`) pass through the real code. A forgotten
+`.to(device)` raises `DeviceError`.
 """
 
 import copy
@@ -36,8 +36,8 @@ from mochi.runtime import monitoring
 from mochi.runtime.distributed import AveragedGradients
 from tests.detection.conftest import encoder_file, voc_image, voc_set  # noqa: F401 - fixtures
 from tests.detection.sets import ENCODER, detection, small_set, voc_object
-from tests.pretend_gpu import MixError, PretendedGpu, pretended_gpu
 from tests.pretraining.runs import encoder_bytes, result_in, steps_done
+from tests.simulated_gpu import DeviceError, SimulatedGpu, simulated_gpu
 from tests.tiny import TINY
 
 METHOD = "row"
@@ -58,14 +58,14 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def gpu() -> Iterator[PretendedGpu]:
-    with pretended_gpu() as mode:
+def gpu() -> Iterator[SimulatedGpu]:
+    with simulated_gpu() as mode:
         yield mode
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Classes of JPEGs whose sizes differ, so that they are stored encoded."""
+    """Classes of JPEGs of different sizes, which are stored encoded."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for split, count in (("train", 36), ("val", 4)):
@@ -82,7 +82,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(photos: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Storage -> a prepared set: pixels, which live on the GPU, and JPEGs."""
+    """Storage -> a prepared data set: pixels, which are kept on the GPU, and JPEGs."""
     folder = tmp_path_factory.mktemp("data") / "jpegs"
     prepare(experiment("jpegs", photos=photos).dataset, folder, jobs=1)
     return {"pixels": tiny_data, "jpegs": folder}
@@ -102,7 +102,7 @@ def experiment(
 
 
 def pretrain(chosen: Experiment, data: Path, folder: Path, workers: int = 0) -> bytes:
-    """Bytes of the encoder."""
+    """Train; returns the bytes of the encoder file."""
     run, result = pretrain_run(chosen, METHOD, 0), result_in(folder, chosen, data, METHOD)
     pretraining_stage.run(run, result, folder / "work", workers=workers)
     return encoder_bytes(folder)
@@ -111,20 +111,20 @@ def pretrain(chosen: Experiment, data: Path, folder: Path, workers: int = 0) -> 
 @pytest.mark.parametrize("row", list(ROWS))
 @pytest.mark.parametrize("storage", ["pixels", "jpegs"])
 @pytest.mark.parametrize("augmentation", list(AUGMENTATIONS))
-def test_pretraining(
-    gpu: PretendedGpu, data: dict[str, Path], tmp_path: Path, storage: str, row: str, augmentation: str
+def test_pretraining_never_mixes_devices(
+    gpu: SimulatedGpu, data: dict[str, Path], tmp_path: Path, storage: str, row: str, augmentation: str
 ) -> None:
     pretrain(experiment(storage, row, augmentation), data[storage], tmp_path)
     with (tmp_path / "out" / "metrics.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2
     written = json.loads((tmp_path / "out" / "provenance.json").read_text())
-    assert written["hardware"]["gpus"] == ["pretended"]
+    assert written["hardware"]["gpus"] == ["simulated"]
     assert written["precision"] == "bfloat16"
 
 
 @pytest.mark.parametrize("storage", ["pixels", "jpegs"])
 def test_a_resumed_training_ends_with_the_same_bytes(
-    gpu: PretendedGpu,
+    gpu: SimulatedGpu,
     data: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -149,8 +149,8 @@ def test_a_resumed_training_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize("row", ["contrastive", "supervised"])
-def test_one_set_of_workers_loads_all_epochs(
-    gpu: PretendedGpu, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str
+def test_the_same_workers_load_all_epochs(
+    gpu: SimulatedGpu, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str
 ) -> None:
     made, real = [], loading.DataLoader
 
@@ -175,8 +175,8 @@ def test_one_set_of_workers_loads_all_epochs(
     ids=["linear on features", "linear on crops", "knn", "few labels"],
 )
 @pytest.mark.parametrize("features_on", ["device", "host"])
-def test_evaluations(
-    gpu: PretendedGpu,
+def test_evaluations_never_mix_devices(
+    gpu: SimulatedGpu,
     data: dict[str, Path],
     photos: Path,
     tmp_path: Path,
@@ -186,7 +186,7 @@ def test_evaluations(
     protocol: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wherever the features are. The device is chosen while they fill at most half of its free memory."""
+    """With features on either device: they stay on the GPU if they fill at most half of its free memory."""
     free = 1 << 30 if features_on == "device" else 1 << 10
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 << 30))
     places, extract = set(), Frozen.features_of
@@ -211,8 +211,8 @@ def test_evaluations(
 
 
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])
-def test_detection(
-    gpu: PretendedGpu,
+def test_detection_never_mixes_devices(
+    gpu: SimulatedGpu,
     tiny: Experiment,
     voc_image: Callable[..., Path],  # noqa: F811
     tmp_path: Path,
@@ -230,8 +230,8 @@ def test_detection(
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])
-def test_a_detection_step_waits_for_the_sampling_of_anchors_and_regions_alone(
-    gpu: PretendedGpu,
+def test_a_detection_step_waits_only_for_the_sampling_of_anchors_and_regions(
+    gpu: SimulatedGpu,
     voc_set: Path,  # noqa: F811
     encoder_file: Path,  # noqa: F811
     tmp_path: Path,
@@ -239,7 +239,7 @@ def test_a_detection_step_waits_for_the_sampling_of_anchors_and_regions_alone(
     mode: str,
     workers: int,
 ) -> None:
-    """torchvision's proposals and heads choose by value. Losses are read every 20 steps."""
+    """torchvision's proposals and heads select by value. Losses are read every 20 steps."""
     chosen = small_set(voc_set, training={"mode": mode, "iterations": 25, "lr_drops": []})
     train, _ = read_splits(chosen.data, masks=False)
     recipe = Recipe(chosen, ENCODER, encoder_file, 2, torch.device("cuda", 0), workers)
@@ -271,8 +271,8 @@ def test_a_detection_step_waits_for_the_sampling_of_anchors_and_regions_alone(
     assert places == {"detection/model.py"}
 
 
-def test_the_pretence_refuses_what_a_gpu_refuses(gpu: PretendedGpu) -> None:
-    """And counts what a GPU waits for: without this the tests above could not fail."""
+def test_the_simulated_gpu_refuses_what_a_gpu_refuses(gpu: SimulatedGpu) -> None:
+    """It also counts waits: otherwise the tests above could not fail."""
     device = torch.device("cuda", 0)
     there, here = torch.ones(3, device=device), torch.ones(3)
     generator = torch.Generator(device)
@@ -287,7 +287,7 @@ def test_the_pretence_refuses_what_a_gpu_refuses(gpu: PretendedGpu) -> None:
         lambda: here.add_(there),
     ]
     for call in refused:
-        with pytest.raises((MixError, TypeError)):
+        with pytest.raises((DeviceError, TypeError)):
             call()
     assert not gpu.waits
     legal: list[Callable[[], object]] = [
@@ -320,8 +320,8 @@ def test_the_pretence_refuses_what_a_gpu_refuses(gpu: PretendedGpu) -> None:
 @pytest.mark.parametrize("row", list(ROWS))
 @pytest.mark.parametrize("storage", ["pixels", "jpegs"])
 @pytest.mark.parametrize("augmentation", list(AUGMENTATIONS))
-def test_a_training_step_waits_for_nothing(
-    gpu: PretendedGpu,
+def test_a_training_step_never_waits(
+    gpu: SimulatedGpu,
     data: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -329,10 +329,10 @@ def test_a_training_step_waits_for_nothing(
     row: str,
     augmentation: str,
 ) -> None:
-    """Between two checks of the loss, the loading of the batches included.
+    """Between two checks of the loss, including the loading of batches.
 
-    The first step is left out, before which pixels move to the GPU, and so is an epoch's last: it ends
-    with a check.
+    The first step is left out, before which pixels are copied to the GPU, and so is the last of an epoch,
+    which ends with a check.
     """
     chosen = experiment(storage, row, augmentation, batch_size=8)
     steps = 9 if storage == "jpegs" else 20

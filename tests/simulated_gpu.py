@@ -1,14 +1,14 @@
-"""A GPU that is not there: CPU tensors that claim to be on one.
+"""A simulated GPU: CPU tensors that report to be on a GPU.
 
 The project's code runs unchanged, with real values and a real backward pass. Every call of torch passes
-through `PretendedGpu`, which keeps for each tensor the device that it claims, and
+through `SimulatedGpu`, which stores the reported device of each tensor, and
 
-- raises `MixError` where a GPU would refuse: operands on two devices, a generator or an index of the
-  wrong device, `.numpy()` on GPU memory;
-- notes each call that makes the host wait for the GPU, with the line of the project that made it: reading
-  a value back, and every copy that is not both from pinned memory and non-blocking.
+- raises `DeviceError` where a GPU would: operands on two devices, a generator or an index on the   wrong
+device, `.numpy()` of GPU memory; - records each call that makes the host wait for the GPU, with the line of
+the project that made it:   reading a value back, and every copy that is not both from pinned memory and
+non-blocking.
 
-Speed, memory, and the numbers of GPU kernels cannot be pretended.
+Speed, memory, and the rounding of GPU kernels are not simulated.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ _PACKAGE = str(Path(mochi.__file__).parent) + "/"
 _RealGenerator = torch.Generator
 _RealAutocast = torch.autocast
 
-# Calls that read a value of the tensor, or whose result has as many rows as values say.
+# Calls that read values of the tensor, or whose result size depends on values.
 _READS = {
     "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__format__", "is_nonzero", "equal",
     "allclose", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive",
 }  # fmt: skip
 
-# Questions about two tensors that read neither.
+# Calls that compare two tensors without reading them.
 _NO_OPERATION = {"_has_compatible_shallow_copy_type", "_make_subclass", "is_same_size"}
 
 # Calls whose result shares the memory of the first argument, so that it is pinned as well.
@@ -48,17 +48,17 @@ _VIEWS = {
 _INDEXING = {"__getitem__", "__setitem__", "index_put_", "index_put"}
 
 
-class MixError(RuntimeError):
-    """What a GPU would refuse."""
+class DeviceError(RuntimeError):
+    """A call that a GPU would refuse."""
 
 
-class PretendedGpu(TorchFunctionMode):
-    """The mode itself; enter it by `pretended_gpu`."""
+class SimulatedGpu(TorchFunctionMode):
+    """The torch function mode; enter it with `simulated_gpu`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
-        """`what file:line` of the project -> how often the host waited there."""
+        """`call file:line` of the project -> number of waits of the host."""
         self.copies: Counter[str] = Counter()
         """The same for copies that do not wait."""
 
@@ -116,17 +116,17 @@ class PretendedGpu(TorchFunctionMode):
         if after != before:
             result = result.clone() if result is tensor else result
             way = "copy to the GPU" if after == "cuda" else "copy to the host"
-            # A non-blocking copy to the host is no better: whoever reads it has to wait first.
+            # A non-blocking copy to the host also waits, since its reader has to.
             self._note(way, waits=not (non_blocking and _is_pinned(tensor) and after == "cuda"))
         if result is not tensor:
             _claim(result, after)
         return result
 
     def _computed(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Any other call: its result is where its operands are, or where `device` says."""
+        """Any other call: the result is on the device of its operands, or on `device`."""
         operands = [*_tensors(args), *_tensors(kwargs)]
         if name in {"numpy", "__array__"} and _device_of(args[0]) == "cuda":
-            raise MixError("can't convert cuda:0 device type tensor to numpy")
+            raise DeviceError("can't convert cuda:0 device type tensor to numpy")
         wanted = self._device_argument(name, kwargs)
         device = wanted or self._common_device(name, args, operands)
         reads = name in _READS or (name == "where" and len(args) == 1)
@@ -134,7 +134,7 @@ class PretendedGpu(TorchFunctionMode):
             self._note(name, waits=True)
         generator = kwargs.get("generator")
         if generator is not None and getattr(generator, "claims", "cpu") != device:
-            raise MixError(f"{name}: a generator on {generator.claims} for a tensor on {device}")
+            raise DeviceError(f"{name}: a generator on {generator.claims} for a tensor on {device}")
         pinned = bool(kwargs.pop("pin_memory", False))
         result = func(*args, **kwargs)
         known = {id(tensor) for tensor in operands}
@@ -146,7 +146,7 @@ class PretendedGpu(TorchFunctionMode):
         return result
 
     def _device_argument(self, name: str, kwargs: dict[str, Any]) -> str | None:
-        """The type of the device that `device=` names."""
+        """The device type of the argument `device`."""
         if kwargs.get("device") is None:
             return None
         wanted = torch.device(kwargs["device"]).type
@@ -156,7 +156,7 @@ class PretendedGpu(TorchFunctionMode):
         return wanted
 
     def _common_device(self, name: str, args: Sequence[Any], operands: Sequence[Tensor]) -> str:
-        """The device of all operands; a number on the CPU may meet any tensor."""
+        """The device of all operands; a scalar on the CPU may be combined with any tensor."""
         if name in _INDEXING:
             return self._indexed(name, args)
         if name == "copy_":
@@ -172,21 +172,21 @@ class PretendedGpu(TorchFunctionMode):
         }
         if len(devices) > 1 and name not in _NO_OPERATION:
             found = [(tuple(tensor.shape), _device_of(tensor)) for tensor in operands]
-            raise MixError(f"{name}: expected all tensors to be on the same device, found {found}")
+            raise DeviceError(f"{name}: expected all tensors to be on the same device, found {found}")
         return devices.pop() if devices else "cpu"
 
     def _indexed(self, name: str, args: Sequence[Any]) -> str:
-        """The device of an indexed tensor. CPU indices are legal, and copied with a wait."""
+        """The device of an indexed tensor. Indices on the CPU are allowed, and copied with a wait."""
         device = _device_of(args[0])
         for index in _tensors(args[1]):
             if device == "cpu" and _device_of(index) == "cuda":
-                raise MixError(f"{name}: indices on the GPU, the indexed tensor on the CPU")
+                raise DeviceError(f"{name}: indices on the GPU, the indexed tensor on the CPU")
             if device == "cuda" and (_device_of(index) == "cpu" or index.dtype == torch.bool):
                 self._note(f"{name} by an index on the CPU or a mask", waits=True)
         value = args[2] if len(args) > 2 else None
         if isinstance(value, Tensor) and value.dim() and _device_of(value) != device:
             if any(True for _ in _tensors(args[1])):
-                raise MixError(f"{name}: a value on {_device_of(value)}, self on {device}")
+                raise DeviceError(f"{name}: a value on {_device_of(value)}, self on {device}")
             self._note(f"copy in {name}", waits=True)
         return device
 
@@ -203,7 +203,7 @@ def _claim(tensor: Tensor, device: str) -> None:
 
 
 def _device_of(tensor: Tensor) -> str:
-    """What the tensor claims; in a backward pass, what nobody has seen yet is a gradient on the GPU."""
+    """The reported device; in a backward pass, a new tensor is a gradient on the GPU."""
     unseen = "cpu" if torch._C._current_graph_task_id() == -1 else "cuda"
     return str(tensor.__dict__.get("_claims", unseen))
 
@@ -229,7 +229,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class _Generator(_RealGenerator):
-    """Remembers the device it was asked for."""
+    """Stores the requested device."""
 
     claims: str
 
@@ -243,38 +243,38 @@ class _Generator(_RealGenerator):
 
 
 class _Autocast(_RealAutocast):
-    """Autocast on the CPU, whatever was asked for."""
+    """Autocast on the CPU, whatever the requested device."""
 
     def __init__(self, device_type: str, dtype: Any = None, enabled: bool = True, **options: Any) -> None:
         super().__init__("cpu", dtype, enabled, **options)
 
 
 class _Stream:
-    """Whatever is queued has happened."""
+    """All queued work is already done."""
 
     def __init__(self, device: Any) -> None:
         pass
 
     def wait_stream(self, other: "_Stream") -> None:
-        """Nothing is left to wait for."""
+        """There is nothing to wait for."""
 
 
 def _replacements() -> list[tuple[Any, str, Any]]:
-    """(object, attribute, what it is on a machine with a GPU)."""
+    """(object, attribute, its value on a machine with a GPU)."""
     init, iterate = DataLoader.__init__, DataLoader.__iter__
 
     def unpinned(self: Any, *args: Any, pin_memory: bool = False, **options: Any) -> None:
         init(self, *args, **options)
-        self.__dict__["pretends_to_pin"] = pin_memory
+        self.__dict__["pins"] = pin_memory
 
     def pinning(self: Any) -> Iterator[Any]:
         for batch in iterate(self):
-            if self.__dict__["pretends_to_pin"]:
+            if self.__dict__["pins"]:
                 for tensor in _tensors(batch):
                     _pinned(tensor)
             yield batch
 
-    properties = types.SimpleNamespace(name="pretended", uuid="00000000", total_memory=80 << 30)
+    properties = types.SimpleNamespace(name="simulated", uuid="00000000", total_memory=80 << 30)
     return [
         (torch, "Generator", _Generator),
         (torch, "autocast", _Autocast),
@@ -283,7 +283,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "set_device", lambda device: None),
         (torch.cuda, "get_device_properties", lambda device=0: properties),
         (torch.cuda, "mem_get_info", lambda device=0: (1 << 30, 2 << 30)),
-        (torch.cuda, "get_device_name", lambda device=0: "pretended"),
+        (torch.cuda, "get_device_name", lambda device=0: "simulated"),
         (torch.cuda, "is_bf16_supported", lambda **options: True),
         (torch.cuda, "synchronize", lambda *device: None),
         (torch.cuda, "manual_seed_all", lambda seed: None),
@@ -297,7 +297,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
 
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[PretendedGpu]:
+def simulated_gpu() -> Iterator[SimulatedGpu]:
     """One GPU in this process, which `pick_device` finds."""
     with contextlib.ExitStack() as stack:
         for owner, name, value in _replacements():
@@ -311,4 +311,4 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
             (torch.backends.cudnn, "benchmark"),
         ):
             stack.callback(setattr, owner, name, getattr(owner, name))
-        yield stack.enter_context(PretendedGpu())
+        yield stack.enter_context(SimulatedGpu())

@@ -4,8 +4,10 @@ Source of the names: torchvision/models/resnet.py; facebookresearch/moco main_li
 detection/convert-pretrain-to-detectron2.py.
 """
 
+import json
 import pickle
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +18,14 @@ from torch import Tensor
 
 from mochi.config import Encoder
 from mochi.encoders import build
-from mochi.encoders.files import EncoderError, check_fit, check_pixels, read_encoder, require_new_file
+from mochi.encoders.files import (
+    EncoderError,
+    check_fit,
+    check_pixels,
+    read_encoder,
+    require_new_file,
+    require_suffix,
+)
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mochi.storage.atomic import replacing
 
@@ -28,6 +37,7 @@ class _Writer(NamedTuple):
     """How a format is written, and how the file is loaded."""
 
     write: Callable[[Path, Tensors, Encoder], None]
+    suffixes: tuple[str, ...]
     usage: str
 
 
@@ -38,10 +48,12 @@ def export_encoder(path: Path, format: Format, out: Path) -> list[str]:
         Lines to print: how to load the file.
 
     Raises:
-        EncoderError: `out` is `path`, the file cannot be read, or the format does not support the
-            encoder.
+        EncoderError: `out` is `path` or has the suffix of another format, the file cannot be read, or the
+            format does not support the encoder.
     """
     require_new_file(path, out)
+    writer = _WRITERS[format]
+    require_suffix(out, writer.suffixes)
     info, tensors = read_encoder(path)
     if info is None:
         raise EncoderError(
@@ -53,10 +65,16 @@ def export_encoder(path: Path, format: Format, out: Path) -> list[str]:
         check_fit(path, tensors, build(config).state_dict(), config)
     if reason := _impossible(config, format):
         raise EncoderError(f"{path}: is a {config}; {reason}")
-    writer = _WRITERS[format]
     with replacing(out) as temporary:
         writer.write(temporary, tensors, config)
-    lines = [f"{out}: {config}, for {format}", f"  load: {writer.usage.format(out=out, **_names(config))}"]
+    place = str(out)
+    places = {
+        "python": repr(place),
+        "yaml": json.dumps(place, ensure_ascii=False),
+        "shell": shlex.quote(place),
+    }
+    usage = writer.usage.format(**places, **_names(config))
+    lines = [f"{out}: {config}, for {format}", f"  load: {usage}"]
     if config.stem != "imagenet" and config.is_resnet:
         stride = 2 if config.stem == "half" else 1
         lines.append(
@@ -122,19 +140,25 @@ def _detectron2_name(name: str) -> str:
     return re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
 
 
+_TORCH = (".pth", ".pt", ".tar")
+
 _WRITERS: dict[Format, _Writer] = {
     "torchvision": _Writer(
         _write_torchvision,
+        _TORCH,
         "model = {torchvision}; model.fc = nn.Identity(); "
-        "model.load_state_dict(torch.load('{out}', weights_only=True))",
+        "model.load_state_dict(torch.load({python}, weights_only=True))",
     ),
     "timm": _Writer(
-        _write_timm, "model = {timm}; model.load_state_dict(safetensors.torch.load_file('{out}'))"
+        _write_timm,
+        (".safetensors",),
+        "model = {timm}; model.load_state_dict(safetensors.torch.load_file({python}))",
     ),
     "detectron2": _Writer(
         _write_detectron2,
-        "MODEL.WEIGHTS: {out}, INPUT.FORMAT: RGB, MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53], "
+        (".pkl",),
+        "MODEL.WEIGHTS: {yaml}, INPUT.FORMAT: RGB, MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53], "
         "MODEL.PIXEL_STD: [58.395, 57.12, 57.375], MODEL.RESNETS.STRIDE_IN_1X1: False",
     ),
-    "moco": _Writer(_write_moco, "main_lincls.py --pretrained {out}"),
+    "moco": _Writer(_write_moco, _TORCH, "main_lincls.py --pretrained {shell}"),
 }

@@ -7,7 +7,8 @@ those of the requested encoder, and its pixels must be normalised as here; other
 
 import hashlib
 import logging
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -197,7 +198,7 @@ def check_pixels(path: Path, info: EncoderInfo) -> None:
     if found != (expected := ("RGB", IMAGENET_MEAN, IMAGENET_STD)):
         raise EncoderError(
             f"{path}: trained on {_pixels(*found)}; images here are {_pixels(*expected)}; convert it: "
-            f"mochi import {path} --out NEW.safetensors"
+            f"mochi import {shlex.quote(str(path))} --out NEW.safetensors"
         )
 
 
@@ -267,6 +268,19 @@ def require_new_file(path: Path, out: Path) -> None:
     """
     if path.exists() and out.exists() and out.samefile(path):
         raise EncoderError(f"--out: found {out}, the file that is read; give another name")
+
+
+def require_suffix(out: Path, suffixes: Sequence[str]) -> None:
+    """Refuse a name that other formats have. A name without a suffix is accepted.
+
+    Raises:
+        EncoderError: the suffix of `out` is another one.
+    """
+    if out.suffix and out.suffix.lower() not in suffixes:
+        raise EncoderError(
+            f"--out: found {out}; expected a name that ends in {' or '.join(suffixes)}, "
+            "the format that is written"
+        )
 
 
 def digest(tensors: Mapping[str, Tensor], part: str | None = None) -> str:

@@ -27,6 +27,7 @@ from mochi.encoders.files import (
     read_encoder,
     read_info,
     require_new_file,
+    require_suffix,
     write_tensors,
 )
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -73,14 +74,16 @@ def import_checkpoint(file: str, out: Path, choices: Choices | None = None) -> l
         Lines to print: what was found, used, converted, and not used.
 
     Raises:
-        EncoderError: no checkpoint, none or several encoders, missing or unknown tensors (listed), or a
-            normalisation of pixels that the weights cannot compensate exactly.
+        EncoderError: `out` has the suffix of another format, no checkpoint, none or several encoders,
+            missing or unknown tensors (listed), or a normalisation of pixels that the weights cannot
+            compensate exactly.
     """
     choices = choices or Choices()
     if re.match(r"[a-zA-Z][\w+.-]*://", file):
         raise EncoderError(f"{file}: is a URL; only local files are read: download it first")
     path = Path(file)
     require_new_file(path, out)
+    require_suffix(out, (".safetensors",))
     with open_checkpoint(path) as checkpoint:
         own = read_info(path) if checkpoint.form == "safetensors" else None
         found = _chosen(path, checkpoint, choices.which)
@@ -136,6 +139,8 @@ def _chosen(path: Path, checkpoint: Checkpoint, which: str) -> Found:
     if not found:
         firsts = Counter(name.split(".")[0] for name in checkpoint.tensors)
         shown = ", ".join(f"{name} ({count})" for name, count in firsts.most_common(8)) or "no tensors"
+        if bare := checkpoint.tensors.get(""):
+            shown = f"a single tensor of shape {list(bare.shape)}, without a name"
         caffe = "conv1_w" in str(list(firsts)) or any("branch2a" in name for name in checkpoint.tensors)
         reason = (
             "Caffe2's ResNets have their strides in the 1x1 convolutions, which no encoder here has"

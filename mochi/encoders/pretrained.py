@@ -1,5 +1,6 @@
 """Encoder files for code outside this project: `from mochi import load_encoder`."""
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -45,6 +46,6 @@ def load_encoder(
     else:
         raise EncoderError(
             f"{path}: has no metadata with the architecture; give architecture=, stem= and width=, "
-            f"or convert it: mochi import {path} --out NEW.safetensors"
+            f"or convert it: mochi import {shlex.quote(str(path))} --out NEW.safetensors"
         )
     return files.load_encoder(path, config, torch.device(device))

@@ -3,6 +3,7 @@ again.
 """
 
 import pickle
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+import yaml
 from torch import Tensor, nn
 
 from mochi import load_encoder
@@ -61,8 +63,9 @@ def test_torchvision_and_timm_load_it_strictly(architecture: str, tmp_path: Path
     names: dict[str, Any] = {
         "models": torchvision.models, "timm": timm, "nn": nn, "torch": torch, "safetensors": safetensors,
     }  # fmt: skip
+    (tmp_path / 'it\'s "odd"').mkdir()
     for program in FORMATS[:2]:
-        lines = export_encoder(path, program, tmp_path / "exported")
+        lines = export_encoder(path, program, tmp_path / 'it\'s "odd"/x y')
         line = next(line for line in lines if line.startswith("  load: ")).removeprefix("  load: ")
         with torch.random.fork_rng():
             exec(line, names)  # noqa: S102 (what the user is told to run)
@@ -82,6 +85,38 @@ def test_exporting_a_small_stem_explains_how_to_change_torchvisions(stem: str, t
     assert digest(read_encoder(tmp_path / "again.safetensors").tensors) == digest(
         read_encoder(path).tensors
     )
+
+
+def test_the_line_to_load_a_file_quotes_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    programs: tuple[tuple[Format, str], ...] = (("moco", "pth.tar"), ("detectron2", "pkl"))
+    for program, suffix in programs:
+        place = f'it\'s: a "test", é #1.{suffix}'
+        line = export_encoder(path, program, Path(place))[1].removeprefix("  load: ")
+        if program == "moco":
+            assert shlex.split(line) == ["main_lincls.py", "--pretrained", place]
+        else:
+            assert yaml.safe_load(f"{{{line}}}")["MODEL.WEIGHTS"] == place
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "expected"),
+    [
+        ("torchvision", "x.safetensors", r"\.pth or \.pt or \.tar"),
+        ("timm", "x.pth", r"\.safetensors"),
+        ("detectron2", "x.pth", r"\.pkl"),
+        ("moco", "x.pkl", r"\.pth or \.pt or \.tar"),
+    ],
+)
+def test_the_suffix_of_another_format_is_refused(
+    format: Format, name: str, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        EncoderError, match=rf"--out: found .*{name}; expected a name that ends in {expected}"
+    ):
+        export_encoder(saved(tmp_path), format, tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_main_lincls_misses_only_its_classifier(tmp_path: Path) -> None:

@@ -281,6 +281,28 @@ def test_a_checkpoint_that_does_not_match_is_refused(
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (HEAD, r"found a single tensor of shape \[3, 2\], without a name; expected the names of a ResNet"),
+        ([HEAD, HEAD], r"found 0 \(1\), 1 \(1\); expected the names of a ResNet"),
+    ],
+)
+def test_tensors_without_names_are_refused(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(EncoderError, match=message):
+        imported(tmp_path / "x.pth")
+
+
+def test_an_output_with_the_suffix_of_another_format_is_refused(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "x.pth")
+    with pytest.raises(
+        EncoderError, match=r"--out: found .*u\.pth; expected a name that ends in \.safetens"
+    ):
+        import_checkpoint(str(tmp_path / "x.pth"), tmp_path / "u.pth")
+    assert not (tmp_path / "u.pth").exists()
+
+
 def test_a_url_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match="is a URL; only local files are read"):
         import_checkpoint("https://example.org/x.pth", tmp_path / "out.safetensors")

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from torch.nn import functional as F
 
 from mochi.config import Encoder
@@ -18,8 +18,9 @@ from mochi.data.views.loading import Loading, centre_crops
 from mochi.encoders import build_untrained
 from mochi.encoders.files import EncoderInfo, save_encoder, write_tensors
 from mochi.evaluation.features import encode
+from mochi.inference import neighbors
 from mochi.inference.folder import FolderFeatures
-from mochi.inference.neighbors import classes_of, nearest
+from mochi.inference.neighbors import caption_font, classes_of, legible, nearest
 from tests.commands import refused, run
 
 CONFIG = Encoder(architecture="resnet10", stem="half", width=8)
@@ -171,6 +172,16 @@ def test_a_sheet_of_neighbors(encoder: Path, images: Path) -> None:
     )
     with Image.open("two.png") as sheet:
         assert (sheet.size[0], sheet.size[1] * 2 - 8) == first, "two rows instead of four, as wide"
+
+
+def test_letters_that_the_font_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of boxes that all look the same."""
+    text = "Łódź Жук 猫\u732a\n\udcff.jpg"
+    assert legible(text, caption_font()) == "Łódź Жук \\u732b\\u732a\\n\\udcff.jpg"
+    monkeypatch.setattr(neighbors, "find_spec", lambda name: None)
+    without_matplotlib = caption_font()
+    assert legible("cat Ж.jpg", without_matplotlib) == "cat \\u0416.jpg"
+    assert isinstance(without_matplotlib, ImageFont.FreeTypeFont)
 
 
 def test_neighbors_are_those_of_all_pairs_and_hardest_negatives_of_other_classes() -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ def draw(
     widest = 1 + max(len(row) for row in rows)
     step = _SIDE + _GAP
     sheet = Image.new("RGB", (widest * step + _GAP, len(rows) * (step + _CAPTION) + _GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    pen, font = ImageDraw.Draw(sheet), caption_font()
     for line, (query, row) in enumerate(zip(queries, rows, strict=True)):
         top = _GAP + line * (step + _CAPTION)
         own = classes.get(_name_in(folder, query), "")
@@ -178,10 +179,33 @@ def draw(
             box = (left - 1, top - 1, left + _SIDE, top + _SIDE)
             pen.rectangle(box, outline=frame, width=_FRAME)
             for number, caption in enumerate(captions):
-                text = "".join(char if char.isprintable() else "?" for char in caption)[:22]
+                text = legible(caption, font)
+                while font.getlength(text) > _SIDE:
+                    text = text[:-1]
                 pen.text((left, top + _SIDE + 1 + 12 * number), text, fill="black", font=font)
     with replacing(out) as temporary, temporary.open("wb") as file:
         sheet.save(file, Image.registered_extensions()[out.suffix.lower()])
+
+
+def caption_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu, which has most alphabets, from matplotlib if it is installed; else Pillow's own font."""
+    package = find_spec("matplotlib")
+    if package is not None and package.origin is not None:
+        file = Path(package.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+        if file.is_file():
+            return ImageFont.truetype(str(file), 9, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.load_default(10)
+
+
+def legible(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text with the letters that the font lacks escaped as in Python, such as \\u732b."""
+    missing = bytes(font.getmask("\uffff"))
+    return "".join(
+        char
+        if char.isprintable() and bytes(font.getmask(char)) != missing
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 def _thumbnail(file: Path) -> Image.Image:

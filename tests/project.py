@@ -21,14 +21,14 @@ CONFIG = "config/config.yaml"
 
 
 class Project:
-    """A project folder, and the tools that are run in it."""
+    """A project folder, and tools that run in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def new(cls, folder: Path) -> "Project":
-        """The working tree's sources, without results, in a new folder."""
+        """Copy the sources of the working tree, without results, into a new folder."""
         folder.mkdir(parents=True)
         for name in COPIED:
             source = ROOT / name
@@ -50,33 +50,33 @@ class Project:
         return cls(folder)
 
     def copy(self, folder: Path) -> "Project":
-        """All of it, results and modification times included."""
+        """Copy everything, including results and modification times."""
         shutil.copytree(self.folder, folder, symlinks=True)
         return Project(folder)
 
     def run(self, *command: str, seconds: int = 300) -> subprocess.CompletedProcess[str]:
-        """A command of this environment in the folder, killed after a time."""
+        """Run a command of this environment in the folder; it is killed after a time limit."""
         return subprocess.run(
             ["timeout", "-s", "KILL", str(seconds), *command],
             cwd=self.folder, env=environment(), capture_output=True, text=True, check=False,
         )  # fmt: skip
 
     def succeed(self, *command: str) -> str:
-        """The output of a command that must succeed."""
+        """Run a command that must succeed; returns its output."""
         done = self.run(*command)
         assert done.returncode == 0, f"{command}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
         return done.stdout + done.stderr
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """`snakemake` on two cores."""
+        """Run `snakemake` on two cores."""
         return self.run("snakemake", "--cores", "2", *arguments)
 
     def mochi(self, *arguments: str) -> str:
-        """A `mochi` command that must succeed."""
+        """Run a `mochi` command that must succeed."""
         return self.succeed("python", "-m", "mochi", *arguments)
 
     def jobs(self, *arguments: str) -> dict[str, int]:
-        """Rule -> number of jobs that a dry run announces."""
+        """Rule -> number of jobs in a dry run."""
         done = self.snakemake("--dry-run", *arguments)
         assert done.returncode == 0, done.stderr
         if "Nothing to be done" in done.stdout + done.stderr:
@@ -85,7 +85,7 @@ class Project:
         return {rule: int(count) for rule, count in counts.items() if rule not in {"all", "total"}}
 
     def record(self, store: Path) -> None:
-        """Put the finished experiment under git and DVC, pushed to a remote that is a folder."""
+        """Commit the finished experiment to git and DVC, and push it to a remote that is a folder."""
         for command in (
             ["git", "init", "--quiet", "--initial-branch", "main"],
             ["dvc", "remote", "add", "--quiet", "--default", "store", str(store)],
@@ -97,7 +97,7 @@ class Project:
             self.succeed(*command)
 
     def clone(self, folder: Path, *, pull: bool = True) -> "Project":
-        """What somebody else gets by `git clone` and `dvc pull`."""
+        """What another user gets with `git clone` and `dvc pull`."""
         self.succeed("git", "clone", "--quiet", ".", str(folder))
         project = Project(folder)
         if pull:
@@ -105,18 +105,18 @@ class Project:
         return project
 
     def changed_stages(self) -> dict[str, Any]:
-        """What `dvc status` says: stage -> what changed of it."""
+        """`dvc status`: stage -> what changed."""
         return dict(json.loads(self.run("dvc", "status", "--json").stdout))
 
     def edit(self, file: str, old: str, new: str) -> None:
-        """Replace a text that must be there."""
+        """Replace a text, which must be in the file."""
         path = self.folder / file
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new))
 
     def digests(self, pattern: str) -> dict[str, str]:
-        """sha256 of the files that fit a pattern."""
+        """sha256 of the files that match a pattern."""
         return {
             str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in self.folder.glob(pattern)
@@ -124,7 +124,7 @@ class Project:
         }
 
     def listing(self) -> dict[str, tuple[float, bytes]]:
-        """Every file with its modification time and content, but for what imports write."""
+        """Every file with its modification time and content, except those that imports write."""
         return {
             str(path.relative_to(self.folder)): (path.stat().st_mtime, path.read_bytes())
             for path in sorted(self.folder.rglob("*"))
@@ -133,7 +133,7 @@ class Project:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with the scripts of its Python first, and a name for git's commits."""
+    """The environment of this process, with the scripts of its Python first and a name for git commits."""
     scripts = Path(sys.executable).parent
     git = {
         f"GIT_{who}_{what}": "test@example.org"

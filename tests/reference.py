@@ -1,4 +1,4 @@
-"""Slow, obvious versions written straight from the equations, in loops and float64. Tests only."""
+"""Slow, obvious versions written from the equations, in loops and float64, for tests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from mochi.contrast.rules.moco import MoCo
 
 @dataclass(frozen=True, kw_only=True)
 class Given(MoCo):
-    """MoCo with the synthetics that a test gives for some similarities."""
+    """MoCo with synthetics that a test gives for some similarities."""
 
     make: Callable[[Tensor], list[Synthetics]]
 
@@ -37,7 +37,9 @@ def simple_form(rule: Rule) -> Rule:
 
 
 def synthetic_vectors(query: Tensor, queue: Tensor, synthetics: Synthetics) -> Tensor:
-    """The vectors that a rule describes: (B, S, C), mixed from their parents' rows by their weights."""
+    """The vectors that a rule describes: (B, S, C), mixed from the rows of their parents by their
+    weights.
+    """
     if isinstance(synthetics, VectorSynthetics):
         return synthetics.vectors
     vectors = torch.einsum("bsp,bspc->bsc", synthetics.weights, queue[synthetics.parents])
@@ -54,7 +56,7 @@ def mochi_loss(
     synthetics: list[Tensor],
     excluded: Tensor | None = None,
 ) -> Tensor:
-    """MoCHi eq. 1 the usual way: materialised synthetics, one more column of logits for each, autograd."""
+    """MoCHi eq. 1 with materialised synthetics: one more column of logits for each, and autograd."""
     positive = (query * key).sum(-1, keepdim=True)
     negatives = query @ queue.T
     if excluded is not None:

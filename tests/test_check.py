@@ -1,7 +1,7 @@
-"""`mochi check` against the stages: what it passes, they accept, and what they refuse, it names.
+"""`mochi check` compared with the stages: they accept what it passes, and it names what they refuse.
 
-Each of 30 changed experiments is checked, then prepared, and every stage is asked as far as it takes to
-learn whether it refuses: objectives are built, steps counted, labels looked for, annotations read.
+Each of 30 changed experiments is checked and prepared; then every stage runs until it would refuse:
+objectives are built, steps counted, labels and annotations read.
 """
 
 import copy
@@ -229,7 +229,7 @@ CHANGES: dict[str, Change] = {
 
 
 def refusals(experiment: Experiment) -> Iterator[str]:  # noqa: PLR0912
-    """What the stages refuse, each asked in its own words."""
+    """The messages of all stages that refuse the experiment."""
     device = torch.device("cpu")
     try:
         prepare(experiment.dataset, Path("data", experiment.dataset.name), jobs=1)
@@ -269,7 +269,7 @@ def refusals(experiment: Experiment) -> Iterator[str]:  # noqa: PLR0912
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_check_says_what_the_stages_say(
+def test_check_finds_what_the_stages_refuse(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(shutil.copytree(place, tmp_path / "here"))
@@ -288,7 +288,9 @@ def test_check_says_what_the_stages_say(
     assert bool(prepared) == bool(found), "and the same once the data is prepared"
 
 
-def test_everything_is_said_at_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_mistakes_are_reported_at_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = Path(shutil.copytree(place, tmp_path / "here"))
     monkeypatch.chdir(root)
     content = yaml.safe_load(TINY.read_text())
@@ -310,7 +312,7 @@ def test_everything_is_said_at_once(place: Path, tmp_path: Path, monkeypatch: py
 
 
 def gpu_findings(monkeypatch: pytest.MonkeyPatch, usable: int, capability: tuple[int, int]) -> list[str]:
-    """What is said of two visible GPUs, of which torch can use some."""
+    """Findings for two visible GPUs, of which torch can use some."""
     monkeypatch.setattr("mochi.preflight.visible", lambda: ["GPU-a", "GPU-b"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(usable))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: usable)
@@ -329,7 +331,7 @@ def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("capability", "runs"), [((7, 0), False), ((7, 5), True), ((8, 6), True), ((10, 0), False)]
 )
-def test_cards_without_kernels_are_an_error(
+def test_gpus_without_kernels_are_an_error(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
 ) -> None:
     found = gpu_findings(monkeypatch, 2, capability)

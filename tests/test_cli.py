@@ -1,5 +1,6 @@
-"""The commands as a user types them: a mistake ends in one message and exit code 1, never in a traceback,
-and nothing that was there is lost."""
+"""Commands as a user types them: a mistake gives one message and exit code 1, never a traceback, and no
+file is lost.
+"""
 
 import json
 import re
@@ -32,12 +33,12 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def data(tiny_data: Path, tmp_path: Path) -> Path:
-    """The tiny experiment's data set in the current folder."""
+    """The data set of the tiny experiment, in the current folder."""
     return Path(shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name))
 
 
 def changed(tmp_path: Path, change: dict[str, Any]) -> str:
-    """The tiny experiment with some sections replaced, as a file."""
+    """A file of the tiny experiment with some sections replaced."""
     file = tmp_path / "changed.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(Path(TINY).read_text()) | change, sort_keys=False))
     return str(file)
@@ -81,7 +82,7 @@ def test_check_warns_of_a_long_queue_and_refuses_a_large_batch(data: Path, tmp_p
     assert f"error: {MOCHI}: batch_size: found 200; the set has 160 images" in done.stdout
 
 
-def test_check_finds_what_would_fail_after_the_training(data: Path, tmp_path: Path) -> None:
+def test_check_finds_what_would_fail_after_pretraining(data: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     folder = {"source": "folder", "name": "mine", "path": str(photos)}
     said = run("check", changed(tmp_path, {"dataset": folder})).stdout
@@ -115,7 +116,7 @@ def test_check_compares_the_evaluation_with_the_training(data: Path, tmp_path: P
     assert "warning: evaluation.image_size: found 16; encoders are trained at" in said
 
 
-def test_check_says_when_the_prepared_data_is_another_set(tmp_path: Path) -> None:
+def test_check_reports_prepared_data_of_another_data_set(tmp_path: Path) -> None:
     content = yaml.safe_load(Path(TINY).read_text())
     assert run("prepare", "--config", TINY).returncode == 0
     assert "not the data set of this experiment" not in run("check", TINY).stdout
@@ -124,7 +125,7 @@ def test_check_says_when_the_prepared_data_is_another_set(tmp_path: Path) -> Non
     assert "not the data set of this experiment (settings: dataset.train_per_photo 10 -> 11)" in said
 
 
-def test_verify_reads_everything(data: Path) -> None:
+def test_verify_reads_every_file(data: Path) -> None:
     assert run("check", TINY, "--verify").returncode == 0
     pixels = data / "train-images.npy"
     content = bytearray(pixels.read_bytes())
@@ -169,7 +170,7 @@ def test_plan_counts_runs_steps_and_evaluations_of_the_experiments_own_data(tmp_
         (("scenes", "data/voc"), "DIR: found data/voc;"),
     ],
 )
-def test_what_the_experiment_does_not_have(arguments: tuple[str, ...], said: str) -> None:
+def test_names_that_the_experiment_does_not_have_are_refused(arguments: tuple[str, ...], said: str) -> None:
     assert said in refused(*arguments, "--config", TINY)
 
 
@@ -182,17 +183,15 @@ def test_missing_inputs_are_named_before_any_compute() -> None:
     )
 
 
-def test_an_output_folder_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
-    """A file is where the folder should be: refused even for root, before any compute."""
+def test_an_output_folder_that_cannot_be_written_is_refused(data: Path, tmp_path: Path) -> None:
+    """A file has its name: refused before any compute, even for root."""
     (tmp_path / "results").write_text("mine")
     said = refused("pretrain", "--config", TINY, "--method", "random-init", "--seed", "0")
     assert "results cannot be written there" in said
     assert (tmp_path / "results").read_text() == "mine"
 
 
-def test_an_encoder_from_elsewhere_is_evaluated_into_a_folder_of_ones_choice(
-    data: Path, tmp_path: Path
-) -> None:
+def test_any_encoder_can_be_evaluated_into_a_given_folder(data: Path, tmp_path: Path) -> None:
     of_run = ["--config", TINY, "--method", "random-init", "--seed", "0"]
     assert run("pretrain", *of_run).returncode == 0
     encoder = tmp_path / "results/tiny/encoders/random-init/seed0/encoder.safetensors"
@@ -205,7 +204,7 @@ def test_an_encoder_from_elsewhere_is_evaluated_into_a_folder_of_ones_choice(
 
 
 def test_more_epochs_start_from_the_beginning_and_say_so(data: Path, tmp_path: Path) -> None:
-    """A schedule over more epochs has another rate at every step: there is nothing to continue."""
+    """With more epochs the learning rate differs at every step: no checkpoint can be continued."""
     of_run = ["--method", MOCHI, "--seed", "0"]
     assert run("pretrain", "--config", TINY, *of_run).returncode == 0
     before = (tmp_path / f"results/tiny/encoders/{MOCHI}/seed0/encoder.safetensors").read_bytes()
@@ -219,7 +218,7 @@ def test_more_epochs_start_from_the_beginning_and_say_so(data: Path, tmp_path: P
 
 
 def test_own_images_from_the_command_line(tmp_path: Path) -> None:
-    """What the README says of your own images: hidden files ignored, bad ones listed, the rest stored."""
+    """As in the README: hidden files are ignored, corrupt ones listed, the rest stored."""
     for split, number in (("train", 6), ("val", 2)):
         for label in ("cat", "dog"):
             folder = tmp_path / "images" / split / label
@@ -241,7 +240,7 @@ def test_own_images_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_inspect_reports_on_a_folder_of_images(tmp_path: Path) -> None:
-    """Text for a person, JSON for a program, and a mistake that is named."""
+    """As text and as JSON; a mistake is named."""
     folder = tmp_path / "images/train/cat"
     folder.mkdir(parents=True)
     for index in range(4):

@@ -1,5 +1,6 @@
-"""Every mistake gets one line: file, key path, what was found, what is allowed. And the settings of a run
-hold what its numbers depend on, no more."""
+"""Every mistake gives one line: file, key, what was found, what is allowed. And the settings of a run
+have exactly what its numbers depend on.
+"""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_experiment_is_valid(path: Path) -> None:
-    """Its name is its file's, and one of its rows is the baseline that needs no training."""
+    """It has the name of its file, and one row is the baseline without training."""
     experiment = load_experiment(path)
     assert experiment.name == ("embedded" if path.stem == "config" else path.stem)
     assert not all(pretrain_run(experiment, *run).is_trained for run in all_runs(experiment))
@@ -132,10 +133,10 @@ def test_a_mistake_is_named(path: str, value: Any, message: str) -> None:
     ],
 )
 @pytest.mark.parametrize("method", [{"objective": "none"}, {"lr": 0.1, "schedule": "step"}])
-def test_the_shared_recipe_is_checked_where_no_row_reads_it(
+def test_the_shared_recipe_is_checked_even_if_no_row_uses_it(
     key: str, value: Any, message: str, method: dict[str, Any]
 ) -> None:
-    """One day a row will."""
+    """A later row may use it."""
     data = changed(f"pretrain/{key}", value) | {"methods": {"row": method}}
     with pytest.raises(ConfigError) as error:
         parse_experiment(data, "x.yaml")
@@ -143,7 +144,7 @@ def test_the_shared_recipe_is_checked_where_no_row_reads_it(
 
 
 def test_rows_may_complete_and_correct_the_shared_recipe() -> None:
-    """What keys must be to each other is asked of each row: 40 groups fit its batch, not the shared one."""
+    """Rules between keys apply to each complete row: 40 groups fit its batch, not the shared one."""
     data = changed("pretrain/bn_groups", 40)
     del data["pretrain"]["lr"]
     data["methods"] = {"row": {"lr": 0.1, "batch_size": 80}}
@@ -180,14 +181,14 @@ def test_1e_4_is_a_number_and_a_key_written_twice_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00"])
-def test_files_that_are_no_experiment(tmp_path: Path, text: str) -> None:
+def test_files_that_are_not_experiments_are_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "experiment.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=str(file)):
         load_experiment(file)
 
 
-def test_the_papers_own_settings_are_allowed() -> None:
+def test_the_papers_settings_are_allowed() -> None:
     """s and s' may exceed N: (256, 2048, 2048) is a row of the paper's table 2."""
     negatives = {
         "rule": "mochi",
@@ -204,7 +205,7 @@ def test_the_papers_own_settings_are_allowed() -> None:
     assert rule.num_pair_synthetics > rule.num_hardest
 
 
-def test_a_run_is_the_recipe_with_the_methods_changes() -> None:
+def test_a_run_is_the_recipe_with_the_changes_of_its_method() -> None:
     experiment = parse_experiment(
         changed("methods/supervised", {"objective": "supervised", "lr": 0.5}), "x"
     )
@@ -229,7 +230,7 @@ def test_a_run_is_the_recipe_with_the_methods_changes() -> None:
         (lambda tiny: detection_run(tiny, MOCHI, 0, "coco"), "set: found 'coco'; tiny has: none"),
     ],
 )
-def test_a_run_that_the_experiment_does_not_have(
+def test_a_run_that_the_experiment_does_not_have_is_refused(
     tiny: Experiment, ask: Callable[[Experiment], Run], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -251,12 +252,12 @@ def all_settings(data: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def affected(path: str, value: Any, base: dict[str, Any] = TINY) -> set[tuple[str, str]]:
-    """The runs whose settings change with a key."""
+    """Runs whose settings change with a key."""
     before, after = all_settings(base), all_settings(changed(path, value, base))
     return {key for key in before if before[key] != after[key]}
 
 
-def test_editing_one_thing_changes_only_what_depends_on_it() -> None:
+def test_a_changed_key_changes_only_the_runs_that_depend_on_it() -> None:
     both = {"random-init", MOCHI}
     assert affected("title", "another") == set()
     assert affected("name", "another") == set()
@@ -274,7 +275,7 @@ def test_editing_one_thing_changes_only_what_depends_on_it() -> None:
     }
 
 
-def test_what_changes_no_number_is_no_setting() -> None:
+def test_keys_that_change_no_number_are_not_settings() -> None:
     assert affected("pretrain/checkpoint_minutes", 1) == set()
     assert affected("evaluation/batch_size", 7) == set()
     own = changed("dataset", {"source": "folder", "name": "mine", "path": "here"})
@@ -282,7 +283,7 @@ def test_what_changes_no_number_is_no_setting() -> None:
         assert affected(f"dataset/{key}", value, own) == set()
 
 
-def test_a_detection_set_may_move_and_be_computed_for_other_rows(tiny: Experiment) -> None:
+def test_the_path_and_the_rows_of_a_detection_set_are_not_settings(tiny: Experiment) -> None:
     def settings(root: Path, **changes: Any) -> dict[str, Any]:
         chosen = small_set(root, **changes)
         chosen = chosen.model_copy(update={"methods": [root.parent.name], "pretrain_seeds": None})
@@ -299,7 +300,7 @@ def test_a_detection_set_may_move_and_be_computed_for_other_rows(tiny: Experimen
     assert settings(Path("here/VOC"), data={"classes": ["bar", "square"]}) != base
 
 
-def test_an_untrained_encoder_depends_on_its_architecture_and_seed_alone(tiny: Experiment) -> None:
+def test_an_untrained_encoder_depends_on_its_architecture_and_seed_only(tiny: Experiment) -> None:
     assert pretrain_run(tiny, "random-init", 0).settings() == {
         "seed": 0,
         "encoder": {"architecture": "resnet10", "stem": "half", "width": 8},
@@ -308,7 +309,7 @@ def test_an_untrained_encoder_depends_on_its_architecture_and_seed_alone(tiny: E
 
 
 def with_new_key(run: Run, path: str, value: int | None = None) -> Run:
-    """The run as a later version of the program would read it, whose section at `path` has one more key."""
+    """The run in a later version of the program, whose section at `path` has one more key."""
     name, _, rest = path.partition("/")
     if not name:
         changes: dict[str, Any] = {} if value is None else {"new_key": value}
@@ -332,10 +333,10 @@ SECTIONS = [
 
 
 @pytest.mark.parametrize(("stage", "path"), SECTIONS)
-def test_an_optional_key_that_nobody_sets_changes_no_settings(
+def test_an_optional_key_that_is_not_set_changes_no_settings(
     tiny: Experiment, stage: str, path: str
 ) -> None:
-    """Else an extension of the program would make every result stale that was computed before it."""
+    """Otherwise a new key would make every earlier result stale."""
     evaluation = tiny.evaluation.model_copy(update={"detection": {"few": small_set(Path("a/VOC"))}})
     experiment = tiny.model_copy(update={"evaluation": evaluation})
     if stage == "pretrain":
@@ -351,7 +352,7 @@ def test_an_optional_key_that_nobody_sets_changes_no_settings(
     assert with_new_key(run, path, 5).settings() == run.settings(), "set to its default, it does not"
 
 
-def test_an_optional_setting_of_a_rule_that_nobody_sets_changes_no_settings(
+def test_an_optional_key_of_a_rule_that_is_not_set_changes_no_settings(
     tiny: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @dataclass(frozen=True, kw_only=True)
@@ -370,7 +371,7 @@ def test_an_optional_setting_of_a_rule_that_nobody_sets_changes_no_settings(
     assert settings(new_key=6) != before
 
 
-def test_a_rule_and_masks_at_their_defaults_are_no_settings(tiny: Experiment) -> None:
+def test_a_rule_and_masks_at_their_defaults_are_not_settings(tiny: Experiment) -> None:
     def recipe(**keys: Any) -> dict[str, Any]:
         run = pretrain_run(parse_experiment(changed("methods/row", keys), "x"), "row", 0)
         found: dict[str, Any] = run.settings()["recipe"]
@@ -457,7 +458,7 @@ NO_NUMBER = {
 
 
 def optional_keys(kind: object) -> dict[str, Any]:
-    """Section.key -> default, of a section and of those in it."""
+    """Section.key -> default, for a section and the sections in it."""
     if not (isinstance(kind, type) and issubclass(kind, Section)):
         return {key: value for part in get_args(kind) for key, value in optional_keys(part).items()}
     found = {}
@@ -470,8 +471,8 @@ def optional_keys(kind: object) -> dict[str, Any]:
     return found
 
 
-def test_no_default_changes_in_silence() -> None:
-    """Settings leave out what is at its default, so another default would pass old results off as new."""
+def test_no_default_changes_unnoticed() -> None:
+    """Settings leave out defaults, so with a changed default old results would count as current."""
     found = {
         key: value
         for run in (

@@ -1,4 +1,4 @@
-"""The container's files without a container: linted, and the entry point's words against what it finds."""
+"""The container's files, tested without a container: linted, and the entry point run by itself."""
 
 import os
 import re
@@ -16,7 +16,7 @@ ENTRYPOINT = ROOT / "container" / "entrypoint.sh"
 
 
 def enter(folder: Path, free_mib: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """The entry point in a folder, with a `df` that reports so much free shared memory."""
+    """Run the entry point in a folder, with a `df` that reports the given free shared memory."""
     tools = folder / "tools"
     tools.mkdir()
     (tools / "df").write_text(f"#!/bin/sh\necho header\necho shm 1 2 {free_mib} 4 /dev/shm\n")
@@ -36,26 +36,28 @@ def test_the_dockerfile_passes_the_linter() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_the_dockerfile_builds_without_newer_engines() -> None:
-    """No heredoc and no `COPY --link`: buildah 1.28 of Debian 12 knows neither."""
+def test_the_dockerfile_builds_with_older_engines() -> None:
+    """No heredoc and no `COPY --link`: buildah 1.28 of Debian 12 has neither."""
     text = (ROOT / "Dockerfile").read_text()
     assert "--link" not in text
     assert not re.search(r"<<-?\s*['\"]?\w+", text)
 
 
 @pytest.mark.parametrize(("free", "warned"), [(64, True), (1023, True), (1024, False)])
-def test_small_shared_memory_is_said_and_the_command_runs(tmp_path: Path, free: int, warned: bool) -> None:
+def test_little_shared_memory_gives_a_warning_and_the_command_runs(
+    tmp_path: Path, free: int, warned: bool
+) -> None:
     done = enter(tmp_path, free, "echo", "two words")
     assert done.stdout == "two words\n"
     assert (f"has {free} MiB free" in done.stderr) == warned
     assert ("--ipc=host" in done.stderr) == warned
 
 
-def test_the_entry_point_becomes_the_command(tmp_path: Path) -> None:
+def test_the_entry_point_is_replaced_by_the_command(tmp_path: Path) -> None:
     assert enter(tmp_path, 4096, "sh", "-c", "exit 7").returncode == 7
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_gives_a_warning(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to become somebody who may not write")
     for folder in (tmp_path, *tmp_path.parents[:-1]):
@@ -82,6 +84,6 @@ def test_compose_does_what_the_documented_command_does() -> None:
     assert f"STOPSIGNAL {service['stop_signal']}" in dockerfile
 
 
-def test_what_is_not_the_image_s_stays_out() -> None:
+def test_data_results_and_caches_are_not_copied_into_the_image() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert {".git", ".venv", "data", "results", "work", "logs", ".snakemake"} <= set(ignored)

@@ -1,4 +1,4 @@
-"""The documents against what is there: links, commands, results, the picture of the workflow."""
+"""The documents compared with the project: links, commands, results, the picture of the workflow."""
 
 import os
 import re
@@ -16,7 +16,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_have_targets(document: Path) -> None:
     links = re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text())
     missing = [link for link in links if not (document.parent / link).exists()]
     assert not missing
@@ -32,13 +32,13 @@ def test_commands_exist(document: Path) -> None:
 
 
 def test_documents_name_commands() -> None:
-    """Else the test above finds nothing to compare."""
+    """Otherwise the test above would find nothing to compare."""
     text = "".join(document.read_text() for document in DOCUMENTS)
     assert len(set(re.findall(r"(?:^|`|python -m )mochi ([a-z]+)", text, re.MULTILINE))) > 5
 
 
-def test_the_results_in_the_readme_are_the_results() -> None:
-    """Whole tables of the summary, in its order."""
+def test_the_results_in_the_readme_are_those_of_the_summary() -> None:
+    """Complete tables of the summary, in its order."""
     readme = (ROOT / "README.md").read_text()
     shown = readme.split("<!-- results/embedded/summary.md -->\n")[1].split("<!-- end -->")[0]
     summary = (ROOT / "results/embedded/summary.md").read_text()
@@ -47,7 +47,7 @@ def test_the_results_in_the_readme_are_the_results() -> None:
     assert shown_tables == tables[: len(shown_tables)]
 
 
-def test_the_picture_of_the_workflow_is_the_workflow() -> None:
+def test_the_picture_of_the_workflow_is_up_to_date() -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = [sys.executable, "-m", "snakemake", "--rulegraph", "dot", "--quiet"]
     done = subprocess.run(

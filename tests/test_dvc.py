@@ -1,6 +1,6 @@
-"""DVC with Snakemake on the finished tiny experiment: what is tracked, what a clone gets, what re-runs.
+"""DVC and Snakemake on the finished tiny experiment: what is tracked, what a clone has, what re-runs.
 
-.ci/test_dvc.py has the stories that train encoders.
+`.ci/test_dvc.py` has the scenarios that train encoders.
 """
 
 import json
@@ -23,7 +23,7 @@ COMPUTED = "results/tiny/e*/**/*"
 
 @pytest.fixture(scope="module")
 def recorded(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The finished experiment under git and DVC, pushed."""
+    """The finished experiment in git and DVC, pushed."""
     folder = tmp_path_factory.mktemp("dvc")
     project = finished.copy(folder / "origin é")
     project.record(folder / "a store")
@@ -32,13 +32,13 @@ def recorded(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Pro
 
 @pytest.fixture
 def clone(recorded: Project, tmp_path: Path) -> Project:
-    """What somebody else has after `git clone` and `dvc pull`."""
+    """What another user has after `git clone` and `dvc pull`."""
     return recorded.clone(tmp_path / "a clone")
 
 
 @pytest.fixture
 def embedded(tmp_path: Path) -> Project:
-    """The project as it is committed, without results."""
+    """The project as committed, without results."""
     project = Project.new(tmp_path / "embedded")
     for name in ("dvc.yaml", ".gitignore", CONFIG):
         shutil.copy(ROOT / name, project.folder / name)
@@ -61,7 +61,7 @@ sys.stdout.write(json.dumps(stages))
 
 
 def resolved(project: Project) -> dict[str, Any]:
-    """Stage -> what it reads, and what it writes with (is it cached, does it persist), by DVC itself."""
+    """Stage -> its dependencies, and its outputs with (cached, persistent), as DVC resolves them."""
     return dict(json.loads(project.run("python", "-c", RESOLVE).stdout))
 
 
@@ -69,8 +69,8 @@ def is_inside(path: str, folders: list[str]) -> bool:
     return any(Path(path).is_relative_to(folder) for folder in folders)
 
 
-def test_every_output_is_kept_by_dvc_or_by_git(embedded: Project) -> None:
-    """By one of the two, and by the one that the stages declare."""
+def test_every_output_is_stored_by_dvc_or_by_git(embedded: Project) -> None:
+    """By exactly one of them, the one that the stages declare."""
     table = embedded.run("snakemake", "--cores", "1", "--summary").stdout
     outputs = [line.split("\t")[0] for line in table.splitlines()[1:]]
     assert len(outputs) > 80
@@ -136,7 +136,7 @@ def test_a_clone_has_nothing_to_compute(clone: Project) -> None:
     assert clone.run("git", "status", "--porcelain").stdout == ""
 
 
-def test_lost_results_come_back_from_the_cache(clone: Project) -> None:
+def test_lost_results_are_restored_from_the_cache(clone: Project) -> None:
     before = clone.digests(COMPUTED)
     shutil.rmtree(clone.folder / "results/tiny/encoders")
     assert list(clone.changed_stages()) == ["encoders@tiny", "evaluations@tiny", "report@tiny"]
@@ -178,7 +178,7 @@ def test_metrics_and_plots(clone: Project, tmp_path: Path) -> None:
 
 
 def test_a_clone_without_pull_says_what_is_missing(recorded: Project, tmp_path: Path) -> None:
-    """And explains its numbers all the same."""
+    """And `mochi explain` still works."""
     clone = recorded.clone(tmp_path / "git only", pull=False)
     said = clone.mochi("adopt")
     for line in (
@@ -213,8 +213,8 @@ CHANGES = {
 }
 
 
-def test_the_stages_that_a_change_concerns(clone: Project) -> None:
-    """tests/test_workflow.py has the jobs. What is downstream, DVC sees once they have run."""
+def test_the_stages_that_a_change_makes_stale(clone: Project) -> None:
+    """tests/test_workflow.py tests the jobs. DVC notices later stages once the earlier ones have run."""
     for change, (file, old, new, expected) in CHANGES.items():
         path = clone.folder / file
         before = path.read_text()
@@ -223,7 +223,7 @@ def test_the_stages_that_a_change_concerns(clone: Project) -> None:
         path.write_text(before)
 
 
-def test_another_experiment_is_a_line(clone: Project) -> None:
+def test_another_experiment_is_one_more_line(clone: Project) -> None:
     """It shares the prepared data; .ci/test_dvc.py runs it."""
     stages = yaml.safe_load((clone.folder / "dvc.yaml").read_text())
     experiments = stages["vars"][1]["experiments"]

@@ -1,4 +1,4 @@
-"""docs/extending.md, followed to the letter: its file and its lines in an experiment, and nothing else."""
+"""docs/extending.md followed literally: its file and its lines in an experiment, and nothing else."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs/extending.md").read_text()
 
 
 def block(language: str, containing: str) -> str:
-    """The page's block of code with a text in it."""
+    """The code block of the page that contains a text."""
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     (found,) = (each for each in blocks if containing in each)
     return str(found)

@@ -1,4 +1,6 @@
-"""`mochi features` and `mochi neighbors`: vectors against the pipeline's, neighbours against all pairs."""
+"""`mochi features` and `mochi neighbors`: features compared with the pipeline's, neighbours with all
+pairs.
+"""
 
 import shutil
 from pathlib import Path
@@ -34,7 +36,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
-    """An untrained encoder that says what it is."""
+    """An untrained encoder whose file describes it."""
     path = tmp_path / "encoder.safetensors"
     save_encoder(path, build_untrained(CONFIG, 0), EncoderInfo.of(CONFIG, image_size=64))
     return path
@@ -42,7 +44,7 @@ def encoder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Classes, a loose image, odd names, and files that are no images."""
+    """Classes, a single image, unusual names, and files that are not images."""
     rng = np.random.default_rng(0)
     root = tmp_path / "images"
     names = [
@@ -62,7 +64,7 @@ def images(tmp_path: Path) -> Path:
     return root
 
 
-def test_every_image_once_with_the_pipelines_own_vectors(
+def test_every_image_once_with_the_features_of_the_pipeline(
     encoder: Path, images: Path, tmp_path: Path
 ) -> None:
     done = run(
@@ -98,7 +100,7 @@ def test_every_image_once_with_the_pipelines_own_vectors(
     )
 
 
-def test_the_encoders_own_pixels_are_used(images: Path, tmp_path: Path) -> None:
+def test_the_normalisation_of_the_encoder_is_used(images: Path, tmp_path: Path) -> None:
     tensors = build_untrained(CONFIG, 0).state_dict()
     swapped = {**tensors, "conv1.weight": tensors["conv1.weight"].flip(1)}
     about = {"image_size": 64, "mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}
@@ -184,7 +186,7 @@ def test_letters_that_the_font_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch
     assert isinstance(without_matplotlib, ImageFont.FreeTypeFont)
 
 
-def test_neighbors_are_those_of_all_pairs_and_hardest_negatives_of_other_classes() -> None:
+def test_neighbors_equal_those_of_all_pairs() -> None:
     vectors = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     paths = [f"{number}.png" for number in range(40)]
     found = FolderFeatures(paths, vectors, [])
@@ -205,14 +207,14 @@ def test_neighbors_are_those_of_all_pairs_and_hardest_negatives_of_other_classes
     assert len(unlabelled) == 39, "without a class all other images are negatives"
 
 
-def test_a_query_is_known_however_its_path_is_given(encoder: Path, images: Path) -> None:
+def test_a_query_is_found_by_any_form_of_its_path(encoder: Path, images: Path) -> None:
     for name, query in (("a", images.absolute()), ("b", Path("images")), ("c", Path("images/../images"))):
         of = ["--encoder", str(encoder), "--images", "images", "--k", "3", "--out", f"{name}.png"]
         assert run("neighbors", *of, "--query", str(query / "cat" / "1.png")).returncode == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes() == Path("c.png").read_bytes()
 
 
-def test_classes_of_a_folder(images: Path) -> None:
+def test_folders_are_classes(images: Path) -> None:
     assert classes_of(images) == {}, "a loose image: the folders are no classes"
     (images / "loose.png").unlink()
     shutil.rmtree(images / "cat/deep")

@@ -1,4 +1,4 @@
-"""docs/library.md runs as it stands, and lightly's MoCo example with the loss exchanged."""
+"""docs/library.md runs as written, and so does lightly's MoCo example with the loss replaced."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ def python_blocks(document: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The names that the page's blocks leave behind, run in order in one folder."""
+    """The names that the blocks of the page define, run in order in one folder."""
     folder = tmp_path_factory.mktemp("library")
     pretrained = build(Encoder(architecture="resnet10", stem="half", width=32), seed=0)
     save_encoder(folder / "encoder.safetensors", pretrained)
@@ -53,7 +53,7 @@ def test_the_checkpoint_restores_the_queue(page: dict[str, Any]) -> None:
     assert criterion.steps == 100
 
 
-def test_another_rule_by_its_name(page: dict[str, Any]) -> None:
+def test_another_rule_by_name(page: dict[str, Any]) -> None:
     weighted = page["weighted"]
     assert math.isfinite(page["loss"].item())
     assert weighted.queue.images[:64].tolist() == list(range(64))
@@ -76,7 +76,7 @@ def test_the_encoder_is_the_one_in_the_file(page: dict[str, Any]) -> None:
         ({"path": "nowhere.safetensors"}, "nowhere.safetensors: no such encoder"),
     ],
 )
-def test_load_encoder_refuses(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_load_encoder_refuses_other_files(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     from mochi import load_encoder
 
     config = {"architecture": "resnet10", "stem": "half", "width": 8}
@@ -87,7 +87,7 @@ def test_load_encoder_refuses(tmp_path: Path, changes: dict[str, Any], message: 
 
 
 def test_the_readmes_block_runs() -> None:
-    """At the paper's sizes, two steps, with the names that it leaves to the reader."""
+    """With the paper's sizes, two steps, and the names that the README leaves to the reader."""
     blocks = [block for block in python_blocks("README.md") if "MoCHiLoss" in block]
     assert blocks, "the README shows no use of the library"
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 128))
@@ -107,8 +107,8 @@ def test_the_readmes_block_runs() -> None:
     assert not torch.equal(before, encoder[1].weight)
 
 
-def test_lightlys_moco_example_with_the_loss_exchanged() -> None:
-    """The structure of lightly's examples/pytorch/moco.py: its head and its momentum update, our loss."""
+def test_lightlys_moco_example_with_the_loss_replaced() -> None:
+    """The structure of lightly's examples/pytorch/moco.py: its head and momentum update, our loss."""
     heads = pytest.importorskip("lightly.models.modules", reason="lightly is not installed")
     utils = pytest.importorskip("lightly.models.utils", reason="lightly is not installed")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""`mochi init`: any folder becomes an experiment that `mochi check` passes, or one line says why not."""
+"""`mochi init`: any folder becomes an experiment that passes `mochi check`, or one line says why not."""
 
 import os
 import tarfile
@@ -31,7 +31,7 @@ def images(folder: Path, count: int, width: int = 40, height: int = 36) -> None:
 
 
 def made(folder: Path) -> dict[str, Any]:
-    """The experiment of a folder, which `mochi check` must pass."""
+    """The experiment of a folder; it must pass `mochi check`."""
     done = run("init", str(folder), "--out", "config/mine.yaml", "--force")
     assert done.returncode == 0, done.stderr
     checked = run("check", "config/mine.yaml")
@@ -66,7 +66,7 @@ def test_classes_without_a_val_folder_give_a_share_of_each(tmp_path: Path, split
     assert content["evaluation"]["knn"]["k"] == 2, "of three images one is for validation"
 
 
-def test_photos_without_labels_and_one_class_have_nothing_to_classify(tmp_path: Path) -> None:
+def test_without_labels_or_with_one_class_there_is_no_classification(tmp_path: Path) -> None:
     images(tmp_path / "photos/2021", 20)
     images(tmp_path / "photos/2022-06", 20)
     content = made(tmp_path / "photos")
@@ -76,7 +76,7 @@ def test_photos_without_labels_and_one_class_have_nothing_to_classify(tmp_path: 
     assert set(made(tmp_path / "one")["evaluation"]) == {"image_size", "resize"}
 
 
-def test_names_of_every_kind(tmp_path: Path) -> None:
+def test_unusual_folder_names(tmp_path: Path) -> None:
     root = tmp_path / 'a "b"\n<script>alert(1)<\\script> é # no: {comment}'
     for label in ("my cat", "it's", "new\nline", "#hash: x", "ключ"):
         images(root / label, 8)
@@ -94,7 +94,7 @@ def test_images_on_a_read_only_disk(tmp_path: Path) -> None:
     assert sorted(tmp_path.joinpath("disk").rglob("*")) == before
 
 
-def test_hours_are_fitted_by_a_measurement(tmp_path: Path) -> None:
+def test_the_number_of_epochs_fits_the_given_hours(tmp_path: Path) -> None:
     images(tmp_path / "photos", 32)
     done = run("init", "photos", "--out", "config/mine.yaml", "--hours", "0.01")
     assert done.returncode == 0, done.stderr
@@ -106,7 +106,7 @@ def test_hours_are_fitted_by_a_measurement(tmp_path: Path) -> None:
         assert "expected a number above 0" in refused("init", "photos", "--out", "x.yaml", "--hours", hours)
 
 
-def test_what_cannot_be_an_experiment(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_an_experiment_are_refused(tmp_path: Path) -> None:
     images(tmp_path / "one", 1)
     assert "one: images to train on: 1; expected" in refused("init", "one", "--out", "mine.yaml")
     assert "no such folder" in refused("init", "nowhere", "--out", "mine.yaml")
@@ -136,7 +136,7 @@ def voc(root: Path, train: int, val: int) -> None:
         (root / f"ImageSets/Main/{name}.txt").write_text("".join(f"{row}\n" for row in rows))
 
 
-def test_boxes_all_of_one_size_in_a_voc_tree_given_from_inside_or_above(tmp_path: Path) -> None:
+def test_a_voc_tree_with_boxes_of_one_size_given_from_inside_or_above(tmp_path: Path) -> None:
     voc(tmp_path / "set/things", 18, 6)
     for folder in ("set", "set/things"):
         content = made(Path(folder))
@@ -152,7 +152,7 @@ def test_boxes_all_of_one_size_in_a_voc_tree_given_from_inside_or_above(tmp_path
     assert "expected one to train on and one to test on" in refused("init", "set", "--out", "x.yaml")
 
 
-def test_anchors_are_quantiles_of_the_boxes_and_none_is_there_twice() -> None:
+def test_anchors_are_distinct_quantiles_of_the_boxes() -> None:
     assert _anchors(np.full(50, 33.0)) == [33]
     sizes = np.exp(np.random.default_rng(0).uniform(np.log(8), np.log(256), 20_000))
     expected = [8 * 32**quantile for quantile in (0.1, 0.37, 0.63, 0.9)]

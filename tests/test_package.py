@@ -1,5 +1,5 @@
-"""The package as users install it: built from the project's files, in an environment that has what the core
-depends on and no more. Without network.
+"""The package as users install it: built from the project's files, in an environment with only the
+dependencies of the core. Without network.
 """
 
 import json
@@ -77,7 +77,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from an export of the files that git does not ignore."""
+    """Built from a copy of the files that git does not ignore."""
     if not (ROOT / ".git").exists():
         pytest.skip("git lists the files to export, and this is not a clone")
     folder = tmp_path_factory.mktemp("package")
@@ -101,7 +101,7 @@ def read_metadata(wheel: Path) -> Message:
 
 
 def dependencies(requirements: list[str]) -> Iterator[metadata.Distribution]:
-    """The distributions that these requirements need, with all that they need themselves."""
+    """The distributions that these requirements need, with their own dependencies."""
     seen, left = set(), [Requirement(each) for each in requirements]
     while left:
         requirement = left.pop()
@@ -120,7 +120,7 @@ def dependencies(requirements: list[str]) -> Iterator[metadata.Distribution]:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path) -> Path:
-    """The bin folder of a virtual environment with the wheel and links to the core's dependencies."""
+    """The bin folder of a virtual environment with the wheel and links to the dependencies of the core."""
     folder = wheel.parent / "environment"
     assert run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=wheel.parent).returncode == 0
     paths = sysconfig.get_paths("venv", {"base": str(folder), "platbase": str(folder)})
@@ -146,7 +146,7 @@ def environment(wheel: Path) -> Path:
     return bin_folder
 
 
-def test_the_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
+def test_the_wheel_has_the_package_and_its_data(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     folders = {name.split("/")[0] for name in names}
@@ -156,7 +156,7 @@ def test_the_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == sources
 
 
-def test_the_version_has_one_value(wheel: Path) -> None:
+def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
     assert read_metadata(wheel)["Version"] == mochi.__version__
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == mochi.__version__
 
@@ -167,8 +167,8 @@ def test_the_installed_command_line(environment: Path, tmp_path: Path) -> None:
     assert run(environment / "mochi", "--help", cwd=tmp_path).returncode == 0
 
 
-def test_a_training_step_needs_the_core_alone(environment: Path, tmp_path: Path) -> None:
-    """No optional package and none of the workflow's tools can be imported."""
+def test_a_training_step_needs_only_the_core(environment: Path, tmp_path: Path) -> None:
+    """No optional package and no tool of the workflow can be imported."""
     optional = [*EXTRAS, "dvc", "snakemake", "tensorboard"]
     command = [environment / "python", "-c", TRAINING_STEP, ROOT / "tests/tiny.yaml", *optional]
     done = run(*command, cwd=tmp_path)
@@ -181,7 +181,7 @@ def test_a_training_step_needs_the_core_alone(environment: Path, tmp_path: Path)
     assert fill > 0
 
 
-def test_which_modules_import_optional_packages(environment: Path, tmp_path: Path) -> None:
+def test_only_known_modules_import_optional_packages(environment: Path, tmp_path: Path) -> None:
     done = run(environment / "python", "-c", IMPORT_EVERYTHING, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     missing = json.loads(done.stdout)
@@ -206,20 +206,20 @@ def test_a_missing_extra_is_named(
     )
 
 
-def test_extras_bring_what_the_messages_say() -> None:
+def test_extras_install_what_the_messages_say() -> None:
     distributions = metadata.packages_distributions()
     for package, extra in EXTRAS.items():
         named = {Requirement(each).name for each in OPTIONAL[extra]}
         assert named & set(distributions[package]), f"{extra} does not install {package}"
 
 
-def test_the_extra_all_is_everything_for_users() -> None:
+def test_the_extra_all_has_everything_for_users() -> None:
     (requirement,) = map(Requirement, OPTIONAL["all"])
     assert requirement.extras == set(OPTIONAL) - {"all", "dev", "docs"}
 
 
-def test_the_lock_holds_what_the_project_asks_for() -> None:
-    """Every requirement has a pin that satisfies it; after a change: `make lock`."""
+def test_the_lock_satisfies_the_requirements() -> None:
+    """If it does not: `make lock`."""
     text = (ROOT / "requirements.lock").read_text()
     pins: dict[str, list[str]] = {}
     for name, version in re.findall(r"^([\w.-]+)==([\w.+!-]+)", text, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""The committed results of the embedded experiment: pretraining helps, and it learns to the end."""
+"""The committed results of the embedded experiment: pretraining helps, and it learns until the end."""
 
 import json
 from itertools import pairwise
@@ -28,7 +28,7 @@ def test_pretrained_rows_are_above_the_random_baseline(method: str) -> None:
     assert own[frozen]["AP50"] >= baseline[frozen]["AP50"] + 5
 
 
-def test_the_methods_are_compared_on_the_same_seeds(embedded: Experiment) -> None:
+def test_methods_are_compared_on_the_same_seeds(embedded: Experiment) -> None:
     scores = pd.read_csv(RESULTS / "scores.csv")
     seeds = {method: set(scores[scores["method"] == method]["seed"]) for method in PRETRAINED}
     assert seeds["moco-v2"] == seeds["mochi-64-64-16"]

@@ -1,4 +1,4 @@
-"""The JSON Schema of experiment files: valid, and true for the files that are there."""
+"""The JSON Schema of experiment files is valid and accepts the shipped ones."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def schema() -> Any:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_experiment_fits_the_schema(schema: Any, path: Path) -> None:
+def test_every_experiment_matches_the_schema(schema: Any, path: Path) -> None:
     Draft202012Validator(schema).validate(yaml.safe_load(path.read_text()))
 
 
@@ -42,7 +42,7 @@ def test_every_experiment_fits_the_schema(schema: Any, path: Path) -> None:
         (["evaluation", "linear", "lr"], "fast"),
     ],
 )
-def test_mistakes_do_not_fit(schema: Any, keys: list[str], value: object) -> None:
+def test_mistakes_do_not_match(schema: Any, keys: list[str], value: object) -> None:
     experiment = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     section = experiment
     for key in keys[:-1]:

@@ -1,4 +1,4 @@
-"""Every module that a stage runs either decides its numbers, and is in the table, or is known not to."""
+"""Every module that a stage imports is either in its table, as it decides numbers, or is known not to."""
 
 import ast
 from functools import cache
@@ -96,9 +96,9 @@ def only_for_types(statement: ast.stmt) -> bool:
 
 @cache
 def imports(name: str) -> set[str]:
-    """The modules of mochi that a module imports itself, anywhere in it, and the packages around it.
+    """The modules of mochi that a module imports, anywhere in it, and the packages around it.
 
-    What only type checkers import never runs, and of rules of negatives the configuration takes settings.
+    Imports for type checkers only do not count, and the configuration imports only the settings of rules.
     """
     found = {name.rpartition(".")[0]} - {""}
     tree = ast.parse(source(name).read_bytes())
@@ -114,7 +114,7 @@ def imports(name: str) -> set[str]:
 
 
 def imported(*names: str) -> set[str]:
-    """These modules and all that they import, directly or not; a package by its `__init__`."""
+    """These modules and everything they import, directly or not; a package by its `__init__`."""
     seen: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -126,7 +126,7 @@ def imported(*names: str) -> set[str]:
 
 
 def computes(name: str) -> bool:
-    """Whether there is more in a module than a docstring and imports."""
+    """Whether a module has more than a docstring and imports."""
     statements = ast.parse(source(name.removesuffix(".__init__")).read_bytes()).body
     return any(not isinstance(each, ast.Expr | ast.Import | ast.ImportFrom) for each in statements)
 
@@ -151,8 +151,8 @@ def test_every_module_of_a_stage_is_accounted_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_no_module_counts_that_the_stage_does_not_run(name: str) -> None:
-    """Else its results are computed again for nothing."""
+def test_no_module_is_listed_that_the_stage_does_not_import(name: str) -> None:
+    """Otherwise its results would be computed again for nothing."""
     modules = imported(*START[name])
     idle = [entry for entry in NUMBERS[name] if not any(covered(each, (entry,)) for each in modules)]
     assert not idle
@@ -165,7 +165,7 @@ def test_the_weights_of_an_untrained_encoder_are_accounted_for() -> None:
     )
 
 
-def test_no_exception_is_left_over() -> None:
+def test_no_exception_is_unused() -> None:
     everything = {name: imported(*START[name]) for name in NUMBERS}
     for entry in NO_NUMBERS:
         assert any(covered(module, (entry,)) for modules in everything.values() for module in modules), (
@@ -176,7 +176,7 @@ def test_no_exception_is_left_over() -> None:
             assert any(covered(module, (entry,)) for module in everything[name]), entry
 
 
-def test_no_module_both_counts_and_does_not() -> None:
+def test_no_module_is_in_both_lists() -> None:
     for name, numbers in NUMBERS.items():
         harmless = NO_NUMBERS | NO_NUMBERS_OF_ONE_STAGE.get(name, {})
         assert not [entry for entry in numbers if covered(entry, harmless)]

@@ -1,4 +1,4 @@
-"""`mochi status`: what runs, what ended badly and why, from the files that jobs write anyway."""
+"""`mochi status`: what runs, what failed and why, from the files that jobs write."""
 
 import json
 import os
@@ -26,12 +26,12 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def row(label: str) -> list[str]:
-    """The cells of a run's row."""
+    """The cells of the row of a run."""
     (line,) = (line for line in run("status", TINY).stdout.splitlines() if line.startswith(f"{label}  "))
     return [cell.strip() for cell in line.removeprefix(label).split("  ") if cell.strip()]
 
 
-def test_nothing_has_started_and_nothing_is_written(tmp_path: Path) -> None:
+def test_before_anything_has_started_nothing_is_written(tmp_path: Path) -> None:
     said = run("status", TINY)
     assert said.returncode == 0
     assert said.stdout.startswith("tiny: ")
@@ -40,7 +40,7 @@ def test_nothing_has_started_and_nothing_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_job_that_runs_shows_its_progress(tmp_path: Path) -> None:
+def test_a_running_job_shows_its_progress(tmp_path: Path) -> None:
     home = Layout("tiny").work("mochi-16-24-8", 1, "pretrain")
     home.mkdir(parents=True)
     with job_status.reported(home), Progress("label", 40) as progress:
@@ -86,12 +86,12 @@ def test_a_killed_job_is_interrupted_not_running(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"state": 1}', '{"state": "running", "strange": 2}'])
-def test_a_damaged_status_is_no_status(content: str, tmp_path: Path) -> None:
+def test_a_damaged_status_file_is_ignored(content: str, tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(content)
     assert job_status.read(tmp_path) is None
 
 
-def test_a_job_of_another_host_lives_as_long_as_it_reports(tmp_path: Path) -> None:
+def test_a_job_on_another_host_runs_while_it_reports(tmp_path: Path) -> None:
     status = {"state": "running", "host": "elsewhere", "process": 1, "updated": time.time()}
     (tmp_path / "status.json").write_text(json.dumps(status))
     found = job_status.read(tmp_path)

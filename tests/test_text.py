@@ -1,4 +1,4 @@
-"""Text, JSON and XML of any encoding are read, or one message names file, place, found and expected."""
+"""Text, JSON and XML in any encoding are read, or one message names file, place, found and expected."""
 
 import json
 from pathlib import Path
@@ -17,21 +17,21 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"]
 )
-def test_the_encoding_follows_from_the_bytes(file: Path, encoding: str) -> None:
-    """Windows' editors write a mark, PowerShell's `>` UTF-16."""
+def test_the_encoding_is_detected_from_the_bytes(file: Path, encoding: str) -> None:
+    """Editors of Windows write a byte order mark; `>` of PowerShell writes UTF-16."""
     mark = "\ufeff" if encoding == "utf-32-le" else ""
     file.write_bytes(f"{mark}train0\r\n\n  中文 é \r\n".encode(encoding))
     assert read_lines(file, "a list") == ["train0", "中文 é"]
 
 
 @pytest.mark.parametrize("encoding", ["GBK", "ISO-8859-1", "Shift_JIS", "big5"])
-def test_what_an_xml_file_declares_is_believed(file: Path, encoding: str) -> None:
+def test_the_declared_encoding_of_xml_is_used(file: Path, encoding: str) -> None:
     word = "é" if encoding == "ISO-8859-1" else "中文"
     file.write_bytes(f'<?xml version="1.0" encoding="{encoding}"?>\n<a>{word}</a>'.encode(encoding))
     assert read_xml(file, "a note").text == word
 
 
-def test_a_wrong_declaration_does_not_spoil_utf_8(file: Path) -> None:
+def test_utf_8_with_a_wrong_declaration_is_read(file: Path) -> None:
     file.write_text('<?xml version="1.0" encoding="GBK"?><a>中文</a>', encoding="utf-8")
     assert read_xml(file, "a note").text == "中文"
 
@@ -44,7 +44,7 @@ def test_a_wrong_declaration_does_not_spoil_utf_8(file: Path) -> None:
         (b"<?xml encoding='klingon'?>\xff", r"says encoding klingon, which is unknown here"),
     ],
 )
-def test_what_tells_no_encoding_is_named(file: Path, data: bytes, message: str) -> None:
+def test_an_unknown_encoding_is_named(file: Path, data: bytes, message: str) -> None:
     file.write_bytes(data)
     with pytest.raises(DataError, match=message):
         read_text(file, "a list")
@@ -67,27 +67,27 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_entities_are_refused(file: Path, text: str) -> None:
-    """A few lines of them can fill the memory, or read another file."""
+    """A few lines of them can fill the memory or read another file."""
     file.write_text(text)
     with pytest.raises(DataError, match="declares the entity 'b'"):
         read_xml(file, "a note")
 
 
 @pytest.mark.parametrize("text", ["", "<a>", "<a></b>", "no xml", "<a/><a/>", "<a>&b;</a>", "<a>\x01</a>"])
-def test_what_is_no_xml_is_named(file: Path, text: str) -> None:
+def test_invalid_xml_is_named(file: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(DataError, match=r"file: is not valid XML: .*; expected a note"):
         read_xml(file, "a note")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1,]", "{'a': 1}", "[" * 100_000, "9" * 5000])
-def test_what_is_no_json_is_named(file: Path, text: str) -> None:
+def test_invalid_json_is_named(file: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(DataError, match=r"file: is not valid JSON: .*; expected a set"):
         read_json(file, "a set")
 
 
-def test_numbers_may_be_texts_where_nothing_else_is_meant() -> None:
+def test_numbers_written_as_text_are_read() -> None:
     assert [as_number(value) for value in (1, 1.5, "12", " 1.5e3 ", "-.5")] == [1, 1.5, 12, 1500, -0.5]
     for value in (
         True,
@@ -151,9 +151,9 @@ def test_long_values_are_not_dumped() -> None:
     assert len(str(error.value)) < 200
 
 
-def test_the_text_of_a_number_is_the_same_id() -> None:
+def test_an_id_as_text_equals_the_number() -> None:
     assert [fields(i=value).identity("i") for value in (7, "7", 7.0, "007", "a")] == [7, 7, 7, "007", "a"]
 
 
-def test_composed_and_decomposed_names_are_one() -> None:
+def test_composed_and_decomposed_names_are_equal() -> None:
     assert nfc("cafe\u0301") == "café"

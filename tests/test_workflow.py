@@ -1,4 +1,4 @@
-"""The tiny experiment through Snakemake, as a user runs it: what is computed, what is kept, what re-runs."""
+"""The tiny experiment with Snakemake, as a user runs it: what is computed, what is kept, what re-runs."""
 
 import json
 import os
@@ -30,14 +30,14 @@ def copy(project: Project, tmp_path: Path) -> Project:
 
 
 def clone_of(project: Project) -> None:
-    """Make a copy look like a clone: no memory of Snakemake, all files of one time."""
+    """Make a copy look like a clone: no metadata of Snakemake, all files with the same time."""
     shutil.rmtree(project.folder / ".snakemake")
     for path in project.folder.rglob("*"):
         if path.is_file():
             os.utime(path, (10**9, 10**9))
 
 
-def test_everything_is_there(project: Project) -> None:
+def test_all_results_exist(project: Project) -> None:
     results = project.folder / "results/tiny"
     for run in ("random-init/seed0", f"{MOCHI}/seed0", f"{MOCHI}/seed1"):
         for file in (
@@ -71,7 +71,7 @@ def test_everything_is_there(project: Project) -> None:
     assert not list(logs.glob("*.part"))
 
 
-def test_afterwards_there_is_nothing_to_do(project: Project) -> None:
+def test_a_second_run_has_nothing_to_do(project: Project) -> None:
     assert project.jobs() == {}
     for path in [*project.folder.glob("data/*/*"), *project.folder.rglob("encoder.safetensors")]:
         path.touch()
@@ -88,8 +88,8 @@ QUERIES = [
 ]
 
 
-def test_looking_changes_no_file(copy: Project) -> None:
-    """Not even where results are stale."""
+def test_queries_change_no_file(copy: Project) -> None:
+    """Even if results are stale."""
     copy.edit(CONFIG, "k: 5", "k: 4")
     copy.edit("mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4")
     before = copy.listing()
@@ -103,7 +103,7 @@ def test_looking_changes_no_file(copy: Project) -> None:
     } == set()
 
 
-def test_snakemake_finds_nothing_to_lint(project: Project) -> None:
+def test_snakemake_lint_has_no_findings(project: Project) -> None:
     assert "your workflow is in a good condition" in project.succeed("snakemake", "--lint")
 
 
@@ -162,8 +162,8 @@ def test_an_optional_key_reruns_nothing(copy: Project) -> None:
     assert copy.jobs() == {}
 
 
-def test_a_removed_record_has_the_result_computed_again(copy: Project) -> None:
-    """As the message of a job that is up to date says; also what a clone without the runs' results does."""
+def test_removing_provenance_json_computes_the_result_again(copy: Project) -> None:
+    """As the message of an up-to-date job says; the same happens in a clone without the results of runs."""
     (copy.folder / f"results/tiny/evaluations/{MOCHI}/seed0/knn/provenance.json").unlink()
     assert copy.jobs() == {"evaluate": 1, "report": 1}
     shutil.rmtree(copy.folder / "results/tiny/encoders")
@@ -171,7 +171,7 @@ def test_a_removed_record_has_the_result_computed_again(copy: Project) -> None:
     assert copy.jobs() == {"pretrain": 3, "evaluate": 6, "analyze": 3, "report": 1}
 
 
-def test_adopt_says_what_will_be_computed_and_why(copy: Project) -> None:
+def test_adopt_lists_what_will_be_computed_and_why(copy: Project) -> None:
     clone_of(copy)
     assert "tiny: 14 results are current, 0 will be computed" in copy.mochi("adopt")
     assert copy.jobs() == {}
@@ -193,7 +193,7 @@ def test_adopt_says_what_will_be_computed_and_why(copy: Project) -> None:
     assert copy.jobs() == {"pretrain": 1, "evaluate": 6, "analyze": 1, "report": 1}
 
 
-def test_code_that_the_user_vouches_for(copy: Project) -> None:
+def test_adopt_accept_code_keeps_results_of_changed_code(copy: Project) -> None:
     copy.edit("mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4")
     assert copy.jobs() == NUMERIC
     said = copy.mochi("adopt", "--accept-code")
@@ -206,7 +206,7 @@ def test_code_that_the_user_vouches_for(copy: Project) -> None:
     assert copy.jobs() == NUMERIC, "the user vouched for other code"
 
 
-def test_other_versions_are_shown_and_compute_nothing(copy: Project) -> None:
+def test_other_package_versions_are_shown_and_re_run_nothing(copy: Project) -> None:
     path = copy.folder / f"results/tiny/encoders/{MOCHI}/seed0/provenance.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "versions": {**record["versions"], "torch": "1.4.0"}}))
@@ -215,7 +215,7 @@ def test_other_versions_are_shown_and_compute_nothing(copy: Project) -> None:
     assert copy.jobs() == {"report": 1}, "its records are new, its numbers are not"
 
 
-def test_read_only_results_are_a_clear_error(copy: Project) -> None:
+def test_read_only_results_give_a_clear_error(copy: Project) -> None:
     folder = copy.folder / "results/tiny"
     copy.edit(CONFIG, "title: ", "title: Another, ")
     folder.chmod(0o500)
@@ -231,8 +231,10 @@ def test_read_only_results_are_a_clear_error(copy: Project) -> None:
     assert "results/tiny" in done.stderr.split("error: ")[1]
 
 
-def test_results_that_git_has_replaced(project: Project, tmp_path: Path) -> None:
-    """Snakemake remembers the files of one setting, and `git checkout` has restored those of another."""
+def test_results_that_git_checked_out_are_not_mistaken_for_newer_ones(
+    project: Project, tmp_path: Path
+) -> None:
+    """Snakemake remembers the files of one setting, and `git checkout` restores those of another."""
     copy = project.copy(tmp_path / "copy")
     committed = shutil.copytree(copy.folder / "results", tmp_path / "committed")
     copy.edit(CONFIG, "k: 5", "k: 4")
@@ -264,10 +266,10 @@ REPLACED = {
     [("encoder", signal.SIGINT), ("encoder", signal.SIGKILL), ("probe", signal.SIGKILL)],
     ids=["encoder, Ctrl-C", "encoder, SIGKILL", "probe, SIGKILL"],
 )
-def test_a_finished_result_survives_the_attempt_to_replace_it(
+def test_an_interrupted_change_keeps_the_finished_result(
     copy: Project, kind: str, by: signal.Signals
 ) -> None:
-    """Change a setting, start, interrupt, change back: the result is there and nothing is computed."""
+    """Change a setting, start, interrupt, change it back: the result exists and nothing is computed."""
     old, new, stage, file = REPLACED[kind]
     result = copy.folder / file
     before = result.read_bytes()
@@ -292,7 +294,7 @@ def test_a_finished_result_survives_the_attempt_to_replace_it(
     assert copy.jobs() == {}
 
 
-def test_the_log_of_a_resumed_job_keeps_its_first_part(copy: Project) -> None:
+def test_the_log_of_a_resumed_job_is_appended_to(copy: Project) -> None:
     copy.edit(CONFIG, "  epochs: 2", "  epochs: 40")
     started = subprocess.Popen(
         ["snakemake", "--cores", "2", ENCODER], cwd=copy.folder, env=environment(), start_new_session=True,
@@ -337,7 +339,7 @@ def test_an_experiment_file_may_be_renamed_and_share_its_data(copy: Project) -> 
     assert "prepare" not in copy.jobs("--configfile", "config/other.yaml")
 
 
-def test_more_images_in_a_folder_are_another_data_set(copy: Project) -> None:
+def test_added_images_make_the_data_set_stale(copy: Project) -> None:
     photos = copy.folder / "photos"
     for split, count in (("train", 24), ("val", 4)):
         for label in ("a", "b"):
@@ -359,7 +361,7 @@ def test_more_images_in_a_folder_are_another_data_set(copy: Project) -> None:
     assert copy.jobs(manifest) == {}
 
 
-def test_a_mistake_is_one_line_before_anything_runs(copy: Project) -> None:
+def test_a_mistake_gives_one_line_before_anything_runs(copy: Project) -> None:
     copy.edit(CONFIG, "queue_size:", "queue_sise:")
     done = copy.snakemake()
     assert done.returncode != 0
@@ -383,10 +385,10 @@ def test_settings_on_the_command_line_are_refused(project: Project) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "limit"), [((), 1), (("--resources", "gpu=2"), 2)])
-def test_gpus_are_limited_unless_told_otherwise(
+def test_jobs_are_limited_to_the_visible_gpus(
     copy: Project, arguments: tuple[str, ...], limit: int
 ) -> None:
-    """On a host that seems to have one GPU. `--touch` starts jobs without computing anything."""
+    """On a host that reports one GPU. `--touch` starts jobs without computing anything."""
     one_gpu = ("env", "CUDA_VISIBLE_DEVICES=0")
     said = copy.succeed(*one_gpu, "snakemake", "--cores", "16", "--touch", "--forceall", *arguments)
     assert f'gpu=Resource("gpu", {limit})' in said

@@ -1,4 +1,4 @@
-"""The tiny experiment of tests/tiny.yaml, changed as a test needs it."""
+"""The tiny experiment of tests/tiny.yaml, with the changes that a test needs."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ MOCHI = "mochi-16-24-8"
 
 
 def changed(path: str, value: Any, base: dict[str, Any] = TINY) -> dict[str, Any]:
-    """The content of an experiment file with one key set, such as `pretrain/lr`."""
+    """The content of the experiment file with one key changed, such as `pretrain/lr`."""
     data = copy.deepcopy(base)
     *parents, last = path.split("/")
     place = data
@@ -25,14 +25,14 @@ def changed(path: str, value: Any, base: dict[str, Any] = TINY) -> dict[str, Any
 
 
 def with_recipe(**recipe: Any) -> Experiment:
-    """The experiment with other keys of the shared recipe, and with a row of plain MoCo."""
+    """The experiment with changed keys in the shared recipe, and a row of plain MoCo."""
     data = changed("methods/moco-v2", {})
     data["pretrain"] |= recipe
     return parse_experiment(data, "tiny")
 
 
 def with_protocol(task: str, /, **protocol: Any) -> Experiment:
-    """The experiment with other keys of one evaluation."""
+    """The experiment with changed keys in one evaluation."""
     data = copy.deepcopy(TINY)
     data["evaluation"][task] = data["evaluation"].get(task, {}) | protocol
     return parse_experiment(data, "tiny")

@@ -381,7 +381,7 @@ def test_a_failed_job_shows_its_error_and_how_to_continue(copy: Project) -> None
 def test_settings_on_the_command_line_are_refused(project: Project) -> None:
     done = project.snakemake("--config", "seeds=[7]")
     assert done.returncode != 0
-    assert "copy the experiment file, change the line and the name there" in done.stderr
+    assert "copy the experiment file, change the setting and the name there" in done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "limit"), [((), 1), (("--resources", "gpu=2"), 2)])

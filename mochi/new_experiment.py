@@ -146,7 +146,7 @@ class _Draft:
                 tried.append(_Fit(shape, epoch, fixed, int((_OVERHEAD * seconds - fixed) / epoch)))
                 lines.append(
                     f"{shape.size} px, {shape.architecture} of width {shape.width}: "
-                    f"{images:.0f} images/s a run; {max(tried[-1].epochs, 0)} epochs fit"
+                    f"{images:.0f} images/s per run; {max(tried[-1].epochs, 0)} epochs fit"
                 )
                 if tried[-1].epochs >= _ENOUGH_EPOCHS:
                     break

@@ -170,7 +170,7 @@ def _training(
         if measure:
             step = seconds_per_step(run, dataset, machine.threads, budget.share())
             jobs += [step.times(steps).plus(_START)] * num_seeds
-            text += f", {step.low:.3f} to {step.high:.3f} s a step, {step.times(steps)} a run"
+            text += f", {step.low:.3f} to {step.high:.3f} s per step, {step.times(steps)} per run"
         yield text
 
 

@@ -98,7 +98,7 @@ def test_the_number_of_epochs_fits_the_given_hours(tmp_path: Path) -> None:
     images(tmp_path / "photos", 32)
     done = run("init", "photos", "--out", "config/mine.yaml", "--hours", "0.01")
     assert done.returncode == 0, done.stderr
-    assert "images/s a run" in done.stdout
+    assert "images/s per run" in done.stdout
     content = yaml.safe_load(Path("config/mine.yaml").read_text())
     assert content["pretrain"]["epochs"] < 200
     assert run("check", "config/mine.yaml").returncode == 0

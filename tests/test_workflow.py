@@ -203,7 +203,7 @@ def test_adopt_accept_code_keeps_results_of_changed_code(copy: Project) -> None:
     assert copy.jobs() == {}
     assert "accepted by the user" in copy.mochi("explain", MOCHI, "knn")
     copy.edit("mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.4", "MAX_QUERY_SHARE = 0.3")
-    assert copy.jobs() == NUMERIC, "the user vouched for other code"
+    assert copy.jobs() == NUMERIC, "the user accepted other code"
 
 
 def test_other_package_versions_are_shown_and_re_run_nothing(copy: Project) -> None:

@@ -22,10 +22,12 @@ from tests.tiny import with_protocol
 
 NUM_FEATURES = 2048
 CONSTANT = 128 << 20
-"""What the tasks say beside the features."""
+"""Memory in bytes that an evaluation may need in addition to the features."""
 STATUS = Path("/proc/self/status")
 
-pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="the system does not say a process's peak")
+pytestmark = pytest.mark.skipif(
+    not STATUS.exists(), reason="this system does not report the peak memory of a process"
+)
 
 
 class WideEncoder(nn.Module):

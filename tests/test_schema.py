@@ -40,6 +40,9 @@ def test_every_experiment_matches_the_schema(schema: Any, path: Path) -> None:
         (["evaluation", "imagesize"], 32),
         (["evaluation", "knn", "kk"], 20),
         (["evaluation", "linear", "lr"], "fast"),
+        (["pretrain", "lr"], 0),
+        (["pretrain", "momentum"], 1),
+        (["augmentation", "min_scale"], 1.5),
     ],
 )
 def test_mistakes_do_not_match(schema: Any, keys: list[str], value: object) -> None:
@@ -51,8 +54,40 @@ def test_mistakes_do_not_match(schema: Any, keys: list[str], value: object) -> N
     assert list(Draft202012Validator(schema).iter_errors(experiment))
 
 
-def test_keys_are_described(schema: Any) -> None:
-    """Editors show the docstrings of the fields."""
-    assert "Side of a view" in schema["$defs"]["Augmentation"]["properties"]["image_size"]["description"]
-    assert "held-out" in schema["$defs"]["LinearProbe"]["properties"]["lr_candidates"]["description"]
-    assert "key_momentum" in schema["$defs"]["Pretrain"]["properties"]
+def test_rows_of_the_documentation_fit(schema: Any) -> None:
+    experiment = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    experiment["methods"]["released"] = {"objective": "file", "path": "moco.safetensors", "seeds": [0]}
+    experiment["methods"]["longer"] = {"epochs": 400, "augmentation": {"blur": False}}
+    Draft202012Validator(schema).validate(experiment)
+
+
+def test_every_key_is_described(schema: Any) -> None:
+    """Editors and the documentation show these: the docstrings of the fields."""
+    sections = {"Experiment": schema, **schema["$defs"]}
+    assert len(sections) > 20
+    for name, section in sections.items():
+        assert section.get("description"), f"{name} has no docstring"
+        for key, value in section["properties"].items():
+            assert value.get("description"), f"{name}.{key} has no docstring"
+    described = {
+        "Augmentation": ("image_size", "Side of a view"),
+        "LinearProbe": ("lr_candidates", "held-out"),
+        "Method": ("key_momentum", "momentum encoder"),
+        "Debiased": ("positive_prior", "share of negatives of the query's class"),
+        "HardWeighting": ("positive_prior", "share of negatives of the query's class"),
+        "SynCo": ("warmup_epochs", "Initial epochs"),
+    }
+    for name, (key, text) in described.items():
+        assert text in sections[name]["properties"][key]["description"]
+
+
+def test_the_shared_recipe_has_the_defaults_and_a_method_has_none(schema: Any) -> None:
+    """A method without a key takes it from the shared recipe."""
+    shared, method = (schema["$defs"][name]["properties"] for name in ("Pretrain", "Method"))
+    assert shared["optimizer"]["default"] == "sgd"
+    assert shared["negatives"]["default"]["rule"] == "moco"
+    assert "default" not in shared["epochs"]
+    assert {key for key, value in method.items() if "default" in value} == {"objective"}
+    assert not any(
+        "default" in value for value in schema["$defs"]["MethodAugmentation"]["properties"].values()
+    )

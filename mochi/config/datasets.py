@@ -20,30 +20,41 @@ class Source(Section):
     """Folder of the prepared data set, below `data/`."""
 
 
-MaxUnreadable = Annotated[Real, Field(ge=0, le=1)]
-"""Largest share of files that may be quarantined as unreadable before preparation refuses."""
+MaxUnreadable = Annotated[
+    Real,
+    Field(
+        ge=0,
+        le=1,
+        description="Largest share of files that may be unreadable; they are quarantined.",
+    ),
+]
 
 
 MaxSide = Annotated[int, Field(ge=16)]
-"""Longer side of a stored image, pixels; larger images are resized. None: no limit."""
 
 
 class PhotoPatches(Source):
     """Patches of the photographs in the packages scikit-image and scikit-learn."""
 
     source: Literal["photo-patches"]
+    """Selects these keys."""
     patch_size: Count
     """Side of a patch, pixels."""
     train_per_photo: Count
+    """Patches of each photograph to train on."""
     val_per_photo: Count
+    """Patches of each photograph to evaluate on, from other parts of it."""
     seed: CountOrZero
+    """Determines where the patches are cut."""
 
 
 class Folder(Source):
     """Your own images: `path/{train,val}/<class>/*`, `path/<class>/*`, or any tree of unlabelled images."""
 
     source: Literal["folder"]
+    """Selects these keys."""
     path: str
+    """The folder of images."""
     class_folders: bool = False
     """Without a folder `train`: the folders in `path` are the classes of one split."""
     val_share: Annotated[Real, Field(gt=0, lt=1)] | None = None
@@ -54,6 +65,7 @@ class Folder(Source):
     its name without suffix. Other images are skipped and counted."""
     max_unreadable: MaxUnreadable = 0.01
     max_side: MaxSide | None = None
+    """Longer side of a stored image, pixels; larger images are resized. null: no limit."""
 
 
 class Download(Source):
@@ -69,33 +81,40 @@ class Cifar(Download):
     """CIFAR (Krizhevsky 2009), binary version; its test images are the split `val`."""
 
     source: Literal["cifar10", "cifar100"]
+    """Selects these keys."""
 
 
 class Stl10(Download):
     """STL-10 (Coates et al. 2011): train includes the unlabelled images; test is the split `val`."""
 
     source: Literal["stl10"]
+    """Selects these keys."""
 
 
 class Imagenette(Download):
     """Ten easy classes of ImageNet (fast.ai), version 2."""
 
     source: Literal["imagenette"]
+    """Selects these keys."""
     size: Literal["full", "320px", "160px"]
+    """Short side of the images in the archive; full: as in ImageNet."""
     max_unreadable: MaxUnreadable = 0.0
     max_side: MaxSide | None = None
+    """Longer side of a stored image, pixels; larger images are resized. null: no limit."""
 
 
 class ImageNet(Source):
     """ILSVRC 2012 from its official archives or an extracted tree; not downloaded, because of its terms."""
 
     source: Literal["imagenet"]
+    """Selects these keys."""
     path: str
     """Contains ILSVRC2012_img_{train,val}.tar or train/<wnid>/, and val/<wnid>/ or the devkit's labels."""
     subset: Literal["all", "imagenet100"]
     """imagenet100: the 100 classes of CMC's list, which MoCHi cites."""
     max_unreadable: MaxUnreadable = 0.0
     max_side: MaxSide | None = None
+    """Longer side of a stored image, pixels; larger images are resized. null: no limit."""
 
 
 Dataset = Annotated[

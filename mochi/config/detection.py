@@ -13,7 +13,9 @@ class PhotoScenes(Section):
     image_size: Annotated[int, Field(ge=32)]
     """Side of a scene, pixels."""
     num_train: Count
+    """Scenes to train on."""
     num_test: Count
+    """Scenes to test on."""
     seed: CountOrZero
     """Also determines the training cells: use photo-patches' seed, or test scenes show pretraining data."""
 
@@ -22,12 +24,14 @@ class DetectionData(Section):
     """Annotated images: a VOC tree or COCO's JSON files, or scenes generated here in either format."""
 
     format: Literal["voc", "coco"]
+    """voc: one XML file for each image. coco: one JSON file for each split."""
     path: str
     """voc: contains `<folder>/{Annotations,JPEGImages,ImageSets/Main}`; coco: contains
     `annotations/instances_<split>.json` and `<split>/`."""
     train: Annotated[list[str], Field(min_length=1)]
     """voc: `<folder>/<image set>`, for example VOC2007/trainval; coco: the split's name."""
     test: Annotated[list[str], Field(min_length=1)]
+    """Image sets or splits to test on, named as in `train`."""
     classes: Annotated[list[str], Field(min_length=1)] | None = None
     """Names in the order of their labels, from 1. Required by voc; coco takes the file's categories. For
     scenes: the photographs whose pieces are the objects; the others are backgrounds."""
@@ -79,6 +83,7 @@ class DetectionModel(Section):
     proposals_train: Annotated[list[Count], Field(min_length=2, max_length=2)]
     """Proposals kept before and after non-maximum suppression, in training."""
     proposals_test: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    """Proposals kept before and after non-maximum suppression, in tests."""
     roi_size: Annotated[int, Field(ge=2)]
     """Side of the pooled region, cells."""
     roi_batch: Count
@@ -86,6 +91,7 @@ class DetectionModel(Section):
     roi_positive: Annotated[Real, Field(gt=0, le=1)]
     """Largest fraction of positives among them."""
     score_threshold: Annotated[Real, Field(ge=0, lt=1)]
+    """Detections with a lower score are dropped."""
     max_detections: Count
     """Detections kept per image."""
 
@@ -110,21 +116,27 @@ class DetectionTraining(Section):
     validation: Annotated[Real, Field(gt=0, lt=1)] | None = None
     """Fraction of train to evaluate the candidates on; required with several candidates."""
     lr_batch_size: Count
+    """Images per step for which `lr`, `iterations` and `warmup_iterations` are given."""
     batch_size: Count
     """Images per step, over all processes and accumulation steps."""
     micro_batch: Count
     """Images per process at a time; gradients accumulate up to `batch_size`."""
     iterations: Count
+    """Steps of a fine-tuning."""
     warmup_iterations: CountOrZero
     """Linear from a thousandth of the rate (detectron2)."""
     schedule: Literal["step", "cosine"]
+    """step: the rate is divided by 10 at each of `lr_drops`. cosine: it falls to zero."""
     lr_drops: list[Count] = []
     """step: iterations at which the rate is divided by 10."""
     momentum: Annotated[Real, Field(ge=0, lt=1)]
+    """Of SGD."""
     weight_decay: Annotated[Real, Field(ge=0)]
+    """Weight of the L2 penalty; batch normalisation has none."""
     train_sizes: Annotated[list[Count], Field(min_length=1)]
     """Short sides in pixels, one chosen at random for each image."""
     test_size: Count
+    """Short side in tests, pixels."""
     max_size: Count
     """Longest side, pixels."""
     flip: bool
@@ -133,10 +145,12 @@ class DetectionTraining(Section):
     """Batches over which batch-norm statistics are averaged again before evaluation, and, of a frozen
     backbone, before training; 0: none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 if the device supports it in hardware."""
     workers: CountOrZero = 0
     """Processes that read images where the command does not say how many (`--workers`, as the workflow
     does); 0 reads them in the training process."""
     checkpoint_minutes: PositiveReal = 10.0
+    """Minutes between resume checkpoints."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -159,8 +173,11 @@ class DetectionSet(Section):
     """One detection column of the table: data, model and training."""
 
     data: DetectionData
+    """The annotated images."""
     model: DetectionModel
+    """The detector."""
     training: DetectionTraining
+    """How it is fine-tuned."""
     methods: list[Name] | None = None
     """Rows it is computed for; absent: all."""
     pretrain_seeds: list[CountOrZero] | None = None

@@ -28,16 +28,23 @@ class Experiment(Section):
     """One table of results."""
 
     name: Name
+    """Of the experiment: its results are in `results/NAME/`."""
     title: str
+    """Heading of the report."""
     dataset: Dataset
+    """The images to pretrain on, and, where they have labels, to evaluate on."""
     seeds: Annotated[list[CountOrZero], Field(min_length=1)]
+    """One encoder of each row is trained for each seed; tables give the mean and the standard deviation."""
     encoder: Encoder
+    """The network that every row trains."""
     augmentation: Augmentation
+    """The random views that training sees."""
     pretrain: dict[str, Any]
     """The shared recipe: fields of `SharedRecipe`. A method overrides them key by key."""
     methods: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     """Row name -> what differs. Besides recipe keys: `seeds`, `augmentation`."""
     evaluation: Evaluation
+    """What is measured on every encoder."""
     baseline: Name | None = None
     """The row that the others are compared with; see `baseline_of`."""
 

@@ -15,6 +15,7 @@ class Augmentation(Section):
     """Two random views of an image. `v1` and `v2` are MoCo's (facebookresearch/moco main_moco.py)."""
 
     version: Literal["v1", "v2"]
+    """v1: MoCo-v1's crop, colour jitter, greyscale and flip. v2: MoCo-v2's, with blur and less jitter."""
     image_size: Count
     """Side of a view, pixels."""
     min_scale: Annotated[Real, Field(gt=0, le=1)]
@@ -95,12 +96,14 @@ class Untrained(Section):
     """`random-init`: the baseline without training."""
 
     objective: Literal["none"]
+    """none: the encoder keeps its initial weights."""
 
 
 class FromFile(Section):
     """An encoder that is not trained here: a file written by `mochi import` or another experiment."""
 
     objective: Literal["file"]
+    """file: the encoder is read from `path`."""
     path: Annotated[str, Field(min_length=1)]
     """Path of the safetensors file. Its sha256 is tracked, not its location."""
 
@@ -109,11 +112,15 @@ class Training(Section):
     """Settings of every trained encoder."""
 
     epochs: Count
+    """Passes over the training images."""
     batch_size: Count
+    """Images of a step, over all GPUs."""
     lr: PositiveReal
+    """Largest learning rate, for the whole batch: it is not scaled with `batch_size`."""
     momentum: Annotated[Real, Field(ge=0, lt=1)]
     """Of SGD and LARS; beta1 of AdamW, whose beta2 is 0.999."""
     weight_decay: Annotated[Real, Field(ge=0)]
+    """Weight of the L2 penalty (SGD, LARS) or the decoupled decay (AdamW)."""
     schedule: Literal["cosine", "step"]
     """cosine: per epoch, to zero without a minimum. step: times 0.1 at 60% and 80% (MoCo-v1)."""
     optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
@@ -126,7 +133,7 @@ class Training(Section):
     """The same bytes from the same seed. false: on a GPU cuDNN's fastest kernels, whose last digits differ
     from run to run; on a CPU nothing changes."""
     checkpoint_minutes: PositiveReal = 5.0
-    """Interval of resume checkpoints; one is also written at the end of training."""
+    """Minutes between resume checkpoints; one is also written at the end of training."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -141,20 +148,24 @@ class Supervised(Training):
     """Cross-entropy on the labels: the supervised upper bound."""
 
     objective: Literal["supervised"]
+    """supervised: cross-entropy on the labels."""
 
 
 class Contrastive(Training):
     """MoCo (He et al. 2020) and, with other rules of negatives, MoCHi and related methods."""
 
     objective: Literal["contrastive"]
+    """contrastive: MoCo, with the rule in `negatives`."""
     head: Literal["linear", "mlp"]
     """MoCo-v1 has a linear projection head, MoCo-v2 an MLP."""
     embedding_dim: Count
+    """Length of an embedding, after the projection head (128 in the paper)."""
     queue_size: Count
-    """K."""
+    """K, the number of negatives: keys of the most recent batches."""
     temperature: PositiveReal
-    """tau."""
+    """tau, which divides every similarity in the loss."""
     key_momentum: Annotated[Real, Field(ge=0, le=1)]
+    """Share of its weights that the momentum encoder keeps in each step (0.999 in the paper)."""
     bn_groups: Count
     """Groups of the global batch with separate batch-norm statistics (MoCo: one per GPU)."""
     negatives: NegativesOfARule = PLAIN

@@ -25,11 +25,11 @@ class MoCHi(MoCo):
     """Hard negative mixing."""
 
     num_hardest: int
-    """N, the pool of each query."""
+    """N, the hardest negatives of each query, from which synthetics are mixed; at most `queue_size`."""
     num_pair_synthetics: int
-    """s, may exceed N."""
+    """s, synthetics of each query from pairs of its hardest negatives; may exceed N."""
     num_query_synthetics: int
-    """s', may exceed N."""
+    """s', synthetics of each query from one of these and the query; may exceed N."""
     through_query: bool = False
     """Let gradients flow into the query inside a query mix."""
 

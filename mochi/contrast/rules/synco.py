@@ -33,20 +33,27 @@ class SynCo(MoCo):
     """Six types of synthetic negatives around the hardest ones."""
 
     warmup_epochs: int = 10
+    """Initial epochs that train with MoCo's loss instead."""
     num_hardest: int = 1024
     """N, the pool of each query."""
     num_interpolated: int = 256
+    """Type 1: points between the query and a negative, nearer to the negative."""
     num_extrapolated: int = 256
+    """Type 2: points beyond a negative, on the line from the query."""
     num_mixed: int = 256
+    """Type 3: points between two negatives."""
     num_noisy: int = 64
+    """Type 4: negatives with Gaussian noise."""
     num_perturbed: int = 64
+    """Type 5: negatives moved towards the query."""
     num_adversarial: int = 64
+    """Type 6: negatives moved along the sign of the query."""
     noise: float = 0.01
-    """sigma."""
+    """sigma, the standard deviation of the noise of type 4."""
     perturbation: float = 0.01
-    """delta."""
+    """delta, the step of type 5 along the query."""
     adversarial_step: float = 0.01
-    """eta."""
+    """eta, the step of type 6 in each coordinate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

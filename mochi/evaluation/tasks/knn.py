@@ -59,6 +59,7 @@ class NearestNeighbours(Task):
     """One number, or several: every k is combined with every temperature, and the first two are the main
     pair, whose accuracy is `top1`."""
     temperature: _Temperatures
+    """A neighbour's vote weighs exp(cosine / temperature). One number, or several as for `k`."""
 
     def pairs(self) -> list[tuple[int, float]]:
         """(k, temperature), the main pair first."""

@@ -16,16 +16,22 @@ class LinearProbe(Task):
     protocol: Name
     """Name of the protocol, printed in every table."""
     epochs: Count
+    """Passes over the training images."""
     batch_size: Count
+    """Images of a step."""
     lr: PositiveReal
+    """Learning rate until the first drop."""
     lr_candidates: list[PositiveReal] = []
     """Trained on the same features as `lr`; the best on held-out training images is reported in addition
     to `lr`, never instead."""
     momentum: Annotated[Real, Field(ge=0, lt=1)]
+    """Of SGD."""
     weight_decay: Annotated[Real, Field(ge=0)]
+    """Weight of the L2 penalty."""
     lr_drops: list[Count]
     """Epochs at whose start the learning rate is multiplied by lr_drop_factor."""
     lr_drop_factor: Annotated[Real, Field(gt=0, lt=1)]
+    """Multiplies the learning rate at each of `lr_drops`."""
     min_scale: Annotated[Real, Field(gt=0, le=1)] | None
     """Random-resized-crop training of the probe; null: one pass over uncropped images, cached."""
     held_out: Annotated[Real, Field(gt=0, lt=1)] = 0.1

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Measured with room to spare: the layers, the copy of a stage while it is committed, pip's downloads.
+# Measured, with a margin: layers, the copy of a stage while it is committed, downloads of pip.
 NEEDED_GIB = {"locked": 45, "none": 8}
-# Where the host's certificate authorities are mounted while packages are downloaded, never copied.
+# The host's certificate authorities are mounted here while packages are downloaded; they are never copied.
 CA_MOUNT = "/etc/ssl/certs/build-host-ca.crt"
 
 
@@ -36,7 +36,7 @@ class Builder:
                 timeout=seconds,
                 check=False,
             )
-            # buildah 1.28 loses a race now and then, before it starts the command.
+            # buildah 1.28 sometimes fails in a race before it starts the command.
             if "sealing memfd copy: Device or resource busy" not in done.stdout:
                 break
         if done.returncode:

@@ -50,7 +50,7 @@ PartitionName=gpu Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 _NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=8000 Gres=gpu:2"
 )
-# Any device file passes for a GPU: Slurm hands out numbers and never opens it.
+# Any device file can stand for a GPU: Slurm assigns numbers and never opens it.
 _GPUS = "NodeName=node1,node2 Name=gpu File=/dev/null\nNodeName=node1,node2 Name=gpu File=/dev/zero\n"
 
 
@@ -61,7 +61,7 @@ def running(folder: Path) -> Iterator[None]:
     Raises:     RuntimeError: the host has its own Slurm, or the nodes do not start.
     """
     with _LOCK.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel however this process ends
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel however this process ends
         config = _ETC / "slurm.conf"
         if config.exists():
             if not config.read_text().startswith(_MARK):
@@ -97,7 +97,7 @@ def _clear() -> None:
     removed last.
     """
     cancel = ["scancel", "--full", "--signal=KILL", "--user=root"]
-    with suppress(subprocess.TimeoutExpired):  # nothing answers where only the controller was killed
+    with suppress(subprocess.TimeoutExpired):  # does not answer if only the controller was killed
         subprocess.run(cancel, check=False, timeout=15)
     for signal, seconds in (("TERM", 20), ("KILL", 5)):
         subprocess.run(["pkill", f"-{signal}", "-x", _DAEMONS], check=False)

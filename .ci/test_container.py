@@ -17,7 +17,7 @@ from typing import Any
 import buildah
 import pytest
 
-UID = "12345:12345"  # nobody in the image's /etc/passwd
+UID = "12345:12345"  # a uid that is not in the image's /etc/passwd
 HOST = "container"
 
 
@@ -137,7 +137,7 @@ def test_read_only_data_and_a_second_user_of_the_folder(image: Image) -> None:
 
 
 def test_the_package_passes_its_tests(image: Image) -> None:
-    # Documents, mathematics and tables are the same outside.
+    # Tests of documents, mathematics and tables give the same outside the container.
     suite = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
     same = (
         "test_documents.py",

@@ -80,14 +80,14 @@ def test_random_kills_change_nothing(
         )
         deadline = time.monotonic() + 300
         while not list((folder / "work").rglob("*.safetensors")):
-            assert process.poll() is None, "ended before it could be killed"
+            assert process.poll() is None, "the run ended before it was killed"
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(rng.random() * 2)
         os.killpg(process.pid, signal.SIGKILL)
         if process.wait() == -signal.SIGKILL:
             killed += 1
-        assert not (folder / out / "metrics.json").exists(), "too short to be killed"
+        assert not (folder / out / "metrics.json").exists(), "the run is too short to be killed"
     subprocess.run(command(processes, workers, out), cwd=folder, env=ENVIRONMENT, check=True, timeout=300)
     assert digest(folder / out) == undisturbed[processes]
     assert not list((folder / "work").rglob("*.safetensors"))

@@ -54,7 +54,7 @@ def test_train_again_go_back_and_check_out_older_commits(clone: Project) -> None
     assert after[ENCODER] != before[ENCODER]
     clone.succeed("git", "commit", "--quiet", "--all", "--message", "A lower learning rate")
 
-    # The edit is taken back by hand: DVC has not stored which settings go with which encoder.
+    # The edit is reverted by hand: DVC has not stored which settings belong to which encoder.
     clone.edit(CONFIG, "  lr: 0.05", "  lr: 0.06")
     said = clone.succeed("dvc", "repro")
     assert said.count("restored from DVC's cache: ") == 2 + 6
@@ -119,7 +119,7 @@ def test_another_experiment_shares_the_data(clone: Project) -> None:
     experiments["other"] = {**experiments["tiny"], "config": "config/other.yaml"}
     (clone.folder / "dvc.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
     text = (clone.folder / CONFIG).read_text().replace("name: tiny", "name: other")
-    # Untrained, hence quick.
+    # Untrained, so it is quick.
     (clone.folder / "config/other.yaml").write_text(re.sub(r"  mochi-16-24-8: .*\n", "", text))
     said = clone.succeed("dvc", "repro")
     assert RUNNING.findall(said) == ["encoders@other", "evaluations@other", "report@other"]

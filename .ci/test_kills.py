@@ -17,7 +17,7 @@ import yaml
 
 from tests.project import CONFIG, Project, environment
 
-# What has just appeared in the folder when the kill comes: in each stage of the pipeline once.
+# The file whose appearance triggers the kill: one for each stage of the pipeline.
 MOMENTS = {
     "data": "data/*/*",
     "first checkpoint": "work/tiny/*/*/pretrain/*/checkpoint.safetensors",

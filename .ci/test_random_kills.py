@@ -27,7 +27,7 @@ from tests.tiny import MOCHI, changed
 
 ROOT = Path(__file__).parents[1]
 KILLS = 5
-"""In each of four settings."""
+"""Kills in each of the four settings."""
 EPOCHS = 20
 TIMINGS = {"images_per_second", "data_wait"}
 
@@ -78,7 +78,7 @@ class Training:
         found = list(self.folder.glob("work/tiny/*/*/pretrain/*/checkpoint.safetensors"))
         try:
             return steps_done(found[0]) if found else -1
-        except (OSError, ValueError):  # replaced while it was read
+        except (OSError, ValueError):  # it was replaced while it was read
             return -1
 
     def result(self) -> tuple[bytes, list[dict[str, str]]]:
@@ -98,7 +98,7 @@ def children(process: int) -> list[int]:
 
 def kill_all(process: int) -> None:
     """A process and all its descendants; torchrun's ranks have their own process groups."""
-    with suppress(OSError):  # it has just ended
+    with suppress(OSError):  # the process has ended
         below = children(process)
         os.kill(process, signal.SIGKILL)
         for each in below:

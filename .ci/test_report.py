@@ -100,7 +100,7 @@ def test_the_log_shows_forbidden_requests(page: Path, tmp_path: Path) -> None:
     lines = [line for line in log.splitlines() if "CONSOLE" in line]
     assert len(lines) >= 2, log
     assert all("Content Security Policy" in line for line in lines), (
-        "and even then nothing runs or is loaded"
+        "the policy blocks scripts and requests"
     )
 
 
@@ -126,7 +126,7 @@ def test_light_and_dark_wide_and_narrow(width: int, dark: bool, page: Path, tmp_
         pixels = np.asarray(opened.convert("L"))
     assert pixels.shape == (3000, width)
     assert (np.median(pixels[:, :8]) < 64) == dark, "the margin has the colour of the page"
-    # Nothing is wider than the page: what is scrolled sideways is a table in its own box.
+    # Nothing is wider than the page: wide tables scroll in their own box.
     assert pixels[:, -4:].std() < 16
     assert pixels.std() > 20
 

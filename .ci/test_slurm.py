@@ -93,7 +93,7 @@ def training(folder: Path, run: str) -> int | None:
     for pid in map(int, shown.stdout.split()):
         place = Path(f"/proc/{pid}")
         words = (place / "cmdline").read_bytes().split(b"\0") if place.exists() else [b""]
-        # Shells and Snakemake carry the same words in one argument.
+        # Shells and Snakemake have the same words in one argument.
         if words[0].endswith(b"python") and (place / "cwd").resolve() == folder.resolve() and checkpoints:
             return pid
     return None

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What each rank runs: `sys.argv[1]` happens to rank 1, while rank 0 waits for it in a collective.
+# What each rank runs: rank 1 does `sys.argv[1]`, while rank 0 waits for it in a collective operation.
 RANK = """
 import os, signal, sys, time
 import torch, torch.distributed as dist

@@ -13,7 +13,7 @@ from mochi.data.ingest.prepare import prepare
 from tests.project import Project
 from tests.tiny import FILE
 
-# Machines are noisy: a slow example is no failure. The same examples every time: a red test stays red.
+# No deadline: timings vary. The same examples every time: a failing test keeps failing.
 settings.register_profile("mochi", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("mochi")
 
@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
     Copy it before you change anything.
     """
-    # The workers of one test run share it: the first makes it, the others wait.
+    # Workers of a test run share it: the first one creates it, the others wait.
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent

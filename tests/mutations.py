@@ -149,7 +149,7 @@ def _used(annotations: Annotations) -> None:
         assert (image.boxes <= [image.width, image.height] * 2).all()
         if image.masks is not None and image.height * image.width < 1e7:
             assert decode_masks(image.masks, image.height, image.width).shape[0] == len(image.boxes)
-    with suppress(AnnotationError):  # it names no file: `sets` does
+    with suppress(AnnotationError):  # it does not name the file: `sets` does
         for_training(annotations, "keep")
 
 

@@ -37,7 +37,7 @@ class Project:
             else:
                 shutil.copy(source, folder / name)
         shutil.copy(ROOT / "tests/tiny.yaml", folder / CONFIG)
-        # The working tree keeps the tiny experiment's results out of git; here they are the results.
+        # .gitignore excludes the tiny experiment's results, which are tracked here.
         ignored = folder / ".gitignore"
         ignored.write_text(ignored.read_text().replace("/results/tiny/\n", ""))
         stages = yaml.safe_load((folder / "dvc.yaml").read_text().replace("embedded", "tiny"))

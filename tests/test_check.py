@@ -282,10 +282,10 @@ def test_check_finds_what_the_stages_refuse(
     experiment = load_experiment(root / "mine.yaml")
     before = sorted(path for path in root.rglob("*"))
     found = [finding.text for finding in check(experiment) if finding.level == "error"]
-    assert sorted(path for path in root.rglob("*")) == before, "looking changes nothing"
+    assert sorted(path for path in root.rglob("*")) == before, "checking changes no file"
     assert bool(found) == bool(refused := list(refusals(experiment))), (found, refused)
     prepared = [finding.text for finding in check(experiment) if finding.level == "error"]
-    assert bool(prepared) == bool(found), "and the same once the data is prepared"
+    assert bool(prepared) == bool(found), "the same with prepared data"
 
 
 def test_all_mistakes_are_reported_at_once(

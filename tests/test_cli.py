@@ -209,7 +209,7 @@ def test_more_epochs_start_from_the_beginning_and_say_so(data: Path, tmp_path: P
     assert run("pretrain", "--config", TINY, *of_run).returncode == 0
     before = (tmp_path / f"results/tiny/encoders/{MOCHI}/seed0/encoder.safetensors").read_bytes()
     content = yaml.safe_load(Path(TINY).read_text())
-    content["pretrain"] |= {"epochs": 3, "lr": 1.0e30}  # it diverges, so that the new one is never complete
+    content["pretrain"] |= {"epochs": 3, "lr": 1.0e30}  # it diverges, so the new result is never complete
     done = run("pretrain", "--config", changed(tmp_path, content), *of_run)
     assert done.returncode == 1
     assert "recipe.epochs 2 -> 3" in done.stderr

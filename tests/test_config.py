@@ -266,7 +266,7 @@ def test_a_changed_key_changes_only_the_runs_that_depend_on_it() -> None:
     assert affected("evaluation/resize", 20) == {
         (method, task) for method in both for task in ("linear", "knn")
     }
-    # The evaluation reads an encoder file; how that was trained is the file's content.
+    # An evaluation reads an encoder file and does not depend on how it was trained.
     assert affected("pretrain/lr", 0.5) == {(MOCHI, "pretrain")}
     assert affected(f"methods/{MOCHI}/key_momentum", 0.5) == {(MOCHI, "pretrain")}
     assert affected("augmentation/min_scale", 0.5) == {(MOCHI, "pretrain")}
@@ -346,10 +346,10 @@ def test_an_optional_key_that_is_not_set_changes_no_settings(
     else:
         run = probe_run(experiment, MOCHI, 0, stage)
     extended = with_new_key(run, path)
-    assert "new_key" in str(extended.model_dump(mode="json")), "the key is there"
+    assert "new_key" in str(extended.model_dump(mode="json")), "the key exists"
     assert extended.settings() == run.settings()
-    assert with_new_key(run, path, 6).settings() != run.settings(), "set, it counts"
-    assert with_new_key(run, path, 5).settings() == run.settings(), "set to its default, it does not"
+    assert with_new_key(run, path, 6).settings() != run.settings(), "a set key counts"
+    assert with_new_key(run, path, 5).settings() == run.settings(), "a key at its default does not count"
 
 
 def test_an_optional_key_of_a_rule_that_is_not_set_changes_no_settings(

@@ -142,7 +142,7 @@ def test_lost_results_are_restored_from_the_cache(clone: Project) -> None:
     assert list(clone.changed_stages()) == ["encoders@tiny", "evaluations@tiny", "report@tiny"]
     clone.succeed("dvc", "checkout")
     assert clone.digests(COMPUTED) == before
-    # One by one where the rest has moved on.
+    # One by one, as other stages have changed.
     shutil.rmtree(clone.folder / f"results/tiny/encoders/{MOCHI}/seed1")
     (clone.folder / f"results/tiny/evaluations/{MOCHI}/seed0/knn/metrics.json").write_text("{}")
     said = clone.mochi("adopt", "--restore")

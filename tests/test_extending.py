@@ -26,18 +26,18 @@ def test_a_new_evaluation_is_one_file_and_one_line(finished: Project, tmp_path: 
     (project.folder / "mochi/evaluation/tasks/nearest_mean.py").write_text(code)
     entries = block("yaml", "nearest_mean").removeprefix("evaluation:\n")
     project.edit(CONFIG, "evaluation:\n", f"evaluation:\n{entries}")
-    assert project.jobs() == {"evaluate": 2 * 3, "report": 1}, "no result that was there is computed again"
+    assert project.jobs() == {"evaluate": 2 * 3, "report": 1}, "no existing result is computed again"
     for task in ("nearest-mean", "centered"):
         project.mochi("evaluate", task, "--method", "random-init", "--seed", "0")
     folder = project.folder / "results/tiny/evaluations/random-init/seed0"
     metrics, centered = (
         json.loads((folder / task / "metrics.json").read_text()) for task in ("nearest-mean", "centered")
     )
-    assert 12.5 < metrics["top1"] < 100, "far above the 6.25 % of a guess"
+    assert 12.5 < metrics["top1"] < 100, "far above chance, 6.25%"
     assert centered["top1"] != metrics["top1"]
     assert (folder / "centered/confusion.csv").read_text().count("\n") > 16
     assert project.jobs() == {"evaluate": 2 * 2, "report": 1}
-    assert not (project.folder / "work").exists(), "what the two shared is gone"
+    assert not (project.folder / "work").exists(), "the shared features are removed"
     project.edit(CONFIG, "center: true", "centre: true")
     said = project.run("python", "-m", "mochi", "check").stderr
     assert "evaluation.centered.centre: unknown key 'centre'; did you mean 'center'?" in said
@@ -51,7 +51,7 @@ def test_a_new_rule_of_negatives_is_one_file_and_one_line(finished: Project, tmp
     row = block("yaml", "rule: hardest").replace("num_hardest: 32", "num_hardest: 32, warmup_epochs: 1")
     project.edit(CONFIG, "methods:\n", f"methods:\n  {row}")
     new = {"pretrain": 1, "analyze": 1, "evaluate": 2, "report": 1}
-    assert project.jobs() == new, "no row that was there changes"
+    assert project.jobs() == new, "no existing row changes"
     project.mochi("pretrain", "--method", "moco-hardest", "--seed", "0")
     (metrics,) = project.folder.glob("results/tiny/**/moco-hardest/**/metrics.csv")
     with metrics.open() as file:

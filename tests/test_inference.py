@@ -204,7 +204,7 @@ def test_neighbors_equal_those_of_all_pairs() -> None:
         assert len(row) == 18
         assert [each.similarity for each in row] == sorted((each.similarity for each in row), reverse=True)
     (unlabelled,) = nearest(queries[2:], found, 40, classes)
-    assert len(unlabelled) == 39, "without a class all other images are negatives"
+    assert len(unlabelled) == 39, "without classes all other images are negatives"
 
 
 def test_a_query_is_found_by_any_form_of_its_path(encoder: Path, images: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_query_is_found_by_any_form_of_its_path(encoder: Path, images: Path) -
 
 
 def test_folders_are_classes(images: Path) -> None:
-    assert classes_of(images) == {}, "a loose image: the folders are no classes"
+    assert classes_of(images) == {}, "with an image outside folders, folders are not classes"
     (images / "loose.png").unlink()
     shutil.rmtree(images / "cat/deep")
     assert classes_of(images)["cat/1.png"] == "cat"

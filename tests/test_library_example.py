@@ -117,7 +117,7 @@ def test_lightlys_moco_example_with_the_loss_replaced() -> None:
     momentum_backbone, momentum_head = copy.deepcopy(backbone), copy.deepcopy(head)
     for each in (momentum_backbone, momentum_head):
         utils.deactivate_requires_grad(each)
-    # Theirs: NTXentLoss(memory_bank_size=(64, 128)).
+    # Lightly's: NTXentLoss(memory_bank_size=(64, 128)).
     criterion = MoCHiLoss(64, 128, 0.2, num_hardest=16, num_pair_synthetics=8, num_query_synthetics=8)
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.06)
     before = backbone[0].weight.detach().clone()

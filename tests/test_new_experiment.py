@@ -53,7 +53,7 @@ def test_classes_with_a_val_folder(tmp_path: Path) -> None:
     assert content["evaluation"]["linear"]["batch_size"] <= 40
     assert content["augmentation"] == {"version": "v2", "image_size": 32, "min_scale": 0.2, "blur": False}
     text = Path("config/mine.yaml").read_text()
-    assert "batch_size: 8 # 5 steps per epoch" in text, "every setting says why"
+    assert "batch_size: 8 # 5 steps per epoch" in text, "every setting has a comment with the reason"
 
 
 @pytest.mark.parametrize("splits", [True, False])
@@ -147,7 +147,7 @@ def test_a_voc_tree_with_boxes_of_one_size_given_from_inside_or_above(tmp_path: 
         assert detection["model"]["anchor_sizes"] == [32], "30 of 90 pixels, resized to a short side of 96"
         assert detection["model"]["anchor_ratios"] == [1.0]
     found = describe(tmp_path / "set")
-    assert len(found.files) == 18, "images to test on are not pretrained on"
+    assert len(found.files) == 18, "test images are not used in pretraining"
     (tmp_path / "set/things/ImageSets/Main/val.txt").unlink()
     assert "expected one to train on and one to test on" in refused("init", "set", "--out", "x.yaml")
 

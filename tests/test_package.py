@@ -186,7 +186,7 @@ def test_only_known_modules_import_optional_packages(environment: Path, tmp_path
     assert done.returncode == 0, done.stderr
     missing = json.loads(done.stdout)
     assert {module.split(".")[1] for module in missing} == {"analysis", "detection", "report"}, missing
-    assert set(missing.values()) <= set(EXTRAS), "the message to the user names no extra"
+    assert set(missing.values()) <= set(EXTRAS), "the message does not name the extra"
 
 
 @pytest.mark.parametrize(

@@ -358,6 +358,6 @@ def test_a_training_step_never_waits(
     pretrain(chosen, data[storage], tmp_path)
     assert len(waits) == 2 * (steps - 2)
     assert not sum(waits, Counter())
-    # For each view its crop's windows and its parameters or pixels; the rows, the labels, the shuffle and
+    # For each view its crop windows and its parameters or pixels; the rows, the labels, the shuffle and
     # its inverse.
     assert max(copies) <= (4 if row == "supervised" else 9)

@@ -30,7 +30,7 @@ START = {
     "analyze": ["mochi.analysis.stage"],
     "report": ["mochi.report.stage"],
 }
-"""Where each stage begins; what it looks up by name while it runs stands here too."""
+"""The entry module of each stage, and the modules that it looks up by name while it runs."""
 
 NUMBERS = {name: stage.numbers for name, stage in STAGES.items() if name != "evaluate"} | {
     f"evaluate {task}": numbers_of_task(task) for task in task_names()

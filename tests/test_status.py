@@ -51,7 +51,7 @@ def test_a_running_job_shows_its_progress(tmp_path: Path) -> None:
         assert row("mochi-16-24-8 seed 1")[-2:] == ["12.5%", "learning"]
         assert "1 running" in run("status", TINY).stdout
     assert row("mochi-16-24-8 seed 1")[0] == "not started"
-    assert list(home.iterdir()) == [], "a job that ends well leaves nothing"
+    assert list(home.iterdir()) == [], "a job that succeeds leaves no file"
 
 
 def test_a_failed_job_names_its_error_and_the_last_line_of_its_log(tiny_data: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_second_run_has_nothing_to_do(project: Project) -> None:
     assert project.jobs() == {}
     for path in [*project.folder.glob("data/*/*"), *project.folder.rglob("encoder.safetensors")]:
         path.touch()
-    assert project.jobs() == {}, "newer files with the same bytes are no reason"
+    assert project.jobs() == {}, "newer files with the same content re-run nothing"
 
 
 QUERIES = [
@@ -97,7 +97,7 @@ def test_queries_change_no_file(copy: Project) -> None:
         copy.succeed(*query)
     after = copy.listing()
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    # Snakemake writes a log of each call and a cache of what it has seen on disk; nothing else may change.
+    # Snakemake writes a log of each call and a cache of the files on disk; nothing else may change.
     assert {
         name for name in changed if not name.startswith((".snakemake/log/", ".snakemake/iocache/"))
     } == set()
@@ -108,7 +108,7 @@ def test_snakemake_lint_has_no_findings(project: Project) -> None:
 
 
 NUMERIC = {"pretrain": 2, "evaluate": 4, "analyze": 2, "report": 1}
-"""Jobs of the trained rows and all that follows; the untrained row is not concerned."""
+"""Jobs of the trained rows and everything after them; the untrained row is not affected."""
 
 CHANGES = {
     "comment": (CONFIG, "title:", "# a comment\ntitle:", {}),
@@ -212,14 +212,14 @@ def test_other_package_versions_are_shown_and_re_run_nothing(copy: Project) -> N
     path.write_text(json.dumps({**record, "versions": {**record["versions"], "torch": "1.4.0"}}))
     said = copy.mochi("adopt")
     assert f"note: {MOCHI} seed 0 pretrain: computed with torch 1.4.0 (here " in said
-    assert copy.jobs() == {"report": 1}, "its records are new, its numbers are not"
+    assert copy.jobs() == {"report": 1}, "its provenance is new, its numbers are not"
 
 
 def test_read_only_results_give_a_clear_error(copy: Project) -> None:
     folder = copy.folder / "results/tiny"
     copy.edit(CONFIG, "title: ", "title: Another, ")
     folder.chmod(0o500)
-    # Root may write everywhere unless this right is taken from it.
+    # Root can write everywhere unless this capability is dropped.
     unprivileged = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
     try:
         done = copy.run(*unprivileged, "python", "-m", "mochi", "report")
@@ -287,7 +287,7 @@ def test_an_interrupted_change_keeps_the_finished_result(
     done = copy.snakemake()
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
-    # What Snakemake starts all the same returns at once.
+    # Jobs that Snakemake starts anyway return at once.
     assert said.count(": up to date") >= 2
     assert "epoch 0" not in said
     assert result.read_bytes() == before
@@ -308,14 +308,14 @@ def test_the_log_of_a_resumed_job_is_appended_to(copy: Project) -> None:
     assert done.returncode == 0, done.stderr
     text = log.read_text()
     assert "resumes at epoch" in text
-    assert text.count("epoch 0: loss") == 1, "the first part"
+    assert text.count("epoch 0: loss") == 1, "the log of the first attempt is kept"
     assert "epoch 39: loss" in text
 
 
 def wait_for(condition, seconds: float = 120) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come so far"
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.1)
 
 

@@ -85,8 +85,8 @@ def test_equals_the_reference_in_float64(
     rule = mochi_rule(num_hardest, pairs, from_query)
     (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, temperature, rule)
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
-    # Where the loss is next to nothing the gradient is a difference of vectors of length 1 / temperature
-    # that almost cancel, in both ways of computing it.
+    # Where the loss is near zero, the gradient is a difference of vectors of length 1 / temperature
+    # that almost cancel, in both implementations.
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-12, atol=1e-14 / temperature)
 
 

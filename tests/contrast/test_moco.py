@@ -84,7 +84,7 @@ def test_a_step_equals_the_papers_algorithm(through_query: bool) -> None:
 
     queue = before.queue.keys
     pairs, mixes = drawn(step, mixing_draws(5, 3))
-    # Whatever the length of b q + (1 - b) n, its direction is the synthetic.
+    # The synthetic is the direction of b q + (1 - b) n, whatever its length.
     mixed = synthetic_vectors(query if through_query else query.detach(), queue, mixes)
     vectors = [synthetic_vectors(query.detach(), queue, pairs), F.normalize(mixed, dim=-1)]
     double = [tensor.double() for tensor in (query, key, queue)]
@@ -96,7 +96,7 @@ def test_a_step_equals_the_papers_algorithm(through_query: bool) -> None:
     ):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-5)
 
-    # The queue is what the loss saw until `enqueue`, which puts the keys of this step in.
+    # The queue is the one that the loss used, until `enqueue` adds the keys of this step.
     assert torch.equal(moco.queue.keys, before.queue.keys)
     moco.enqueue(step.key, LABELS)
     assert torch.equal(moco.queue.keys[:8], step.key)
@@ -124,7 +124,7 @@ def test_keys_are_unshuffled() -> None:
     moco = MoCo(ENCODER, recipe(bn_groups=1), seed=0)
     batch = images(0)
     shuffled = [moco._encode_keys(batch, step) for step in (0, 1, 2)]
-    for key in shuffled:  # one group: statistics do not depend on the order, so keys may not either
+    for key in shuffled:  # one group: statistics do not depend on the order, so neither do keys
         torch.testing.assert_close(key, shuffled[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(shuffled[0][0], shuffled[0][1], atol=1e-3)
 

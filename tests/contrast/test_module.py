@@ -94,7 +94,7 @@ def written_out(query: Tensor, key: Tensor, queue: Tensor, step: int, seed: int 
     first, shift, share = (uniform(SETTINGS["num_pair_synthetics"]) for _ in range(3))
     place, query_share = (uniform(SETTINGS["num_query_synthetics"]) for _ in range(2))
     similarity = query.detach() @ queue.T
-    order = hardest(similarity, size).columns  # a draw is a place in it
+    order = hardest(similarity, size).columns  # draws are indices into it
     pairs, mixes = [], []
     for i in range(num):
         q, pool = query[i].detach(), order[i].tolist()
@@ -112,7 +112,7 @@ def written_out(query: Tensor, key: Tensor, queue: Tensor, step: int, seed: int 
 
 def test_ten_steps_equal_the_equations_in_float64() -> None:
     loss = criterion().double()
-    loss.queue.keys.copy_(F.normalize(loss.queue.keys, dim=-1))  # unit to float32 only
+    loss.queue.keys.copy_(F.normalize(loss.queue.keys, dim=-1))  # unit length in float32 precision
     rows = deque(loss.queue.keys.clone(), maxlen=24)
     encoder = nn.Linear(7, 5).double()
     encoder.weight.data = embeddings(0, 5, 7, torch.float64)
@@ -122,7 +122,7 @@ def test_ten_steps_equal_the_equations_in_float64() -> None:
         key = encoder(views).detach()
         found = loss(encoder(images), key)
         key = F.normalize(key, dim=-1)
-        # The ring's columns: new rows replace the oldest in place, where a deque moves all of them.
+        # New rows replace the oldest in place; a deque would move all of them.
         ring = torch.stack(list(rows)).roll(5 * step % 24, 0)
         expected = written_out(F.normalize(other(images), dim=-1), key, ring, step)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
@@ -189,7 +189,9 @@ def test_the_seed_decides_the_draws_and_the_initial_queue() -> None:
     assert not torch.equal(criterion(seed=3).queue.keys, criterion(seed=4).queue.keys)
     one = criterion(seed=3)
     one.load_state_dict(criterion(seed=4).state_dict())
-    assert not torch.equal(one(query, key), criterion(seed=4)(query, key)), "the seed makes no draws"
+    assert not torch.equal(one(query, key), criterion(seed=4)(query, key)), (
+        "the draws do not depend on the seed"
+    )
 
 
 def test_without_a_seed_draws_come_from_the_global_generator() -> None:
@@ -292,7 +294,7 @@ def encoder() -> nn.Module:
 
 def train_a_rank(folder: str, numbers: dict[str, int]) -> None:
     """As a user writes it: DDP around the model, the loss outside it."""
-    torch.manual_seed(rank())  # ranks seeded differently still share a queue
+    torch.manual_seed(rank())  # ranks with different global seeds still have the same queue
     model, loss = DistributedDataParallel(encoder()), criterion(**numbers)
     losses = []
     for step in range(4):
@@ -315,7 +317,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path, numbers: d
     for step in range(4):
         images, views = whole_batch(step)
         queue = loss.queue.keys.clone()
-        if not numbers:  # each rank draws for itself
+        if not numbers:  # each rank has its own draws
             expected = rank_by_rank(model, images, views, queue, step)
             loss.enqueue(model(views))
         else:

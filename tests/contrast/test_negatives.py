@@ -102,7 +102,7 @@ def test_the_negative_dominates_a_query_mix() -> None:
     to_negative = torch.einsum("bsc,bsc->bs", queue[synthetics.parents[..., 0]], vectors)
     to_query = torch.einsum("bc,bsc->bs", query, vectors)
     assert (to_negative >= to_query).all()
-    # And every mix is harder than the negative it came from.
+    # And every mix is harder than its negative.
     assert (to_query >= similarity.gather(1, synthetics.parents[..., 0])).all()
 
 

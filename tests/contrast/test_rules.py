@@ -226,7 +226,7 @@ def test_nan_in_gives_nan_out(rule: Rule) -> None:
 def test_chance_is_the_loss_of_equal_similarities(rule: Rule) -> None:
     expected = math.log(12 + rule.num_synthetics + (not isinstance(rule, Decoupled)))
     assert chance_level(rule, 12, 0.2) == pytest.approx(expected, rel=1e-14)
-    if not rule.num_synthetics:  # mixed with the query they are closer to it
+    if not rule.num_synthetics:  # after mixing they are closer to the query
         row = F.normalize(torch.ones(1, 4, dtype=torch.float64), dim=-1)
         loss = contrastive_loss(row, row, row.expand(12, 4), 0.2, rule).loss
         assert loss.item() == pytest.approx(expected, rel=1e-14)
@@ -295,7 +295,7 @@ def test_synco_vectors() -> None:
     expected = F.normalize(parents + 0.1 * query.sign()[:, None], dim=-1)
     torch.testing.assert_close(adversarial.vectors, expected)
     noise = noisy.vectors - queue[noisy.parents[..., 0]]
-    # What lies along the parent is removed with the length.
+    # The component along the parent is removed by the normalisation.
     along = (noise * queue[noisy.parents[..., 0]]).sum(-1, keepdim=True) * queue[noisy.parents[..., 0]]
     assert (noise - along).square().sum(-1).mean().sqrt() == pytest.approx(0.01 * (5 - 1) ** 0.5, rel=0.02)
     for each in (noisy, adversarial):
@@ -338,7 +338,7 @@ def test_masks_exclude_equal_known_labels_and_images() -> None:
     assert rules.exclude([], labels, images, queue) is None
 
 
-# ---------------------------------------------------------------- finding them
+# ---------------------------------------------------------------- discovery
 
 
 def test_rules_and_masks_are_found_without_torch() -> None:

@@ -114,7 +114,7 @@ print(private() - before)
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True
     )
-    assert int(done.stdout) < 1000  # kB; one Python object a row would take 30,000 or more
+    assert int(done.stdout) < 1000  # kB; one Python object per row would take 30,000 or more
 
 
 def test_manifest_is_plain_json(prepared: Path) -> None:

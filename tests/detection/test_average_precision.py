@@ -22,7 +22,7 @@ from mochi.detection.average_precision import THRESHOLDS, Detections, coco_metri
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 CLASSES = ("a", "b", "c")
-INCLUSIVE = np.array([1, 1, 0, 0])  # from continuous coordinates to VOC's pixels, counted from 1
+INCLUSIVE = np.array([1, 1, 0, 0])  # from continuous coordinates to VOC's 1-based pixels
 
 
 def image(
@@ -147,19 +147,19 @@ def headline(truth: Annotations, found: Detections, interpolation: str = "11-poi
 def test_hand_made_cases() -> None:
     square = [10.0, 10.0, 30.0, 30.0]
     truth = Annotations(("a",), (image([square, [50, 50, 90, 90]], [1, 1]),))
-    # Both found: 100 by every rule.
+    # Both found: 100 for every interpolation.
     perfect = detections([(0, square, 0.9, 1), (0, [50, 50, 90, 90], 0.8, 1)])
     metrics = headline(truth, perfect)
     assert metrics["AP"] == metrics["AP50"] == metrics["all_point_AP"] == pytest.approx(100)
     assert coco_metrics(truth, perfect)["AP"] == pytest.approx(100, abs=0.01)
-    # One of two found, no mistake: recall .5, so recalls 0, .1 ... .5 count: 6 of 11; half the area.
+    # One of two found, no false positive: recall 0.5, so the points 0, 0.1 ... 0.5: 6 of 11; half the area.
     half = headline(truth, detections([(0, square, 0.9, 1)]))
     assert half["AP50"] == pytest.approx(100 * 6 / 11)
     assert half["all_point_AP50"] == pytest.approx(50)
-    # Found twice: the second is a mistake, after which the other object is found.
+    # Found twice: the second is a false positive; then the other object is found.
     twice = detections([(0, square, 0.9, 1), (0, square, 0.8, 1), (0, [50, 50, 90, 90], 0.7, 1)])
     assert headline(truth, twice)["all_point_AP50"] == pytest.approx(100 * (0.5 + 0.5 * 2 / 3))
-    # Overlap of exactly a half is not above a half (VOC); COCO takes it.
+    # An IoU of exactly 0.5 is not above 0.5 (VOC); COCO accepts it.
     edge = detections([(0, [10, 10, 30, 50], 0.9, 1)])
     single = Annotations(("a",), (image([square], [1]),))
     assert headline(single, edge)["AP50"] == 0
@@ -333,7 +333,7 @@ def test_faster_than_pycocotools_and_equal() -> None:
     expected = pycocotools_metrics(truth, found)
     end = time.perf_counter()
     assert ours == pytest.approx(expected, abs=1e-6)
-    # Measured alone the factor is several times this (docs/detection.md); a busy machine must not fail it.
+    # On an idle machine the factor is several times this (docs/detection.md); a busy one must not fail.
     assert end - middle > 1.5 * (middle - start)
 
 

@@ -63,7 +63,7 @@ def test_boxes_and_masks_follow_the_image(tmp_path: Path) -> None:
         assert item.masks is not None
         rows, columns = torch.where(item.masks[0])
         around = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        assert item.masks.shape == (1, 20, 40)  # as it was annotated: the image alone is resized
+        assert item.masks.shape == (1, 20, 40)  # as it was annotated: only the image is resized
         assert [2 * float(value) for value in around] == item.boxes[0].tolist()
 
 
@@ -91,7 +91,7 @@ def test_padding_is_zero_after_normalisation(tmp_path: Path) -> None:
                              picture(tmp_path / "y.png", 21, 33, []))))  # fmt: skip
     batch = collate([images.item(0, 20, 99, flipped=False), images.item(1, 21, 99, flipped=False)])
     shown = batch.images(CPU)
-    # The largest of the batch, no multiple of the stride (detectron2's C4).
+    # The largest size in the batch, not a multiple of the stride (detectron2's C4).
     assert shown.shape == (2, 3, 33, 40)
     assert shown.is_contiguous(memory_format=torch.channels_last)
     assert batch.pixels.dtype == torch.uint8
@@ -133,8 +133,8 @@ def test_an_epoch_has_every_image_and_few_batches_of_mixed_shape(many: Images) -
         rows = [dataset.indices(epoch * 4 + place).tolist() for place in range(4)]
         counts = Counter(index for row in rows for index in row)
         assert set(counts) == set(range(7))
-        assert sorted(counts.values()) == [1] * 6 + [2]  # filled up from the epoch's beginning
-        # 2 wide pairs and 1 tall pair; only the one left over stands with another.
+        assert sorted(counts.values()) == [1] * 6 + [2]  # filled up from the start of the epoch
+        # 2 wide pairs and 1 tall pair; only the image left over is in a mixed batch.
         assert sum(len({index >= 5 for index in row}) == 1 for row in rows) >= 3
         orders.append(rows)
     assert orders[0] != orders[1] != orders[2]

@@ -58,7 +58,7 @@ def test_the_check_and_the_reader_agree_on_orientation(root: Path, tag: int) -> 
     """An invalid tag, such as 9, once rotated the image of the reader but not the stored one."""
     path = splits(root)[0].images[0].path
     annotation = root / "Annotations" / f"{path.stem}.xml"
-    annotation.write_text(annotation.read_text().replace("<width>48<", "<width>0<"))  # says nothing
+    annotation.write_text(annotation.read_text().replace("<width>48<", "<width>0<"))  # width 0: unknown
     exif = Image.Exif()
     exif[0x0112] = tag
     with Image.open(path) as image:

@@ -137,7 +137,7 @@ def test_proposal_losses_are_l1_over_the_samples_asked_for() -> None:
     objectness, deltas = torch.randn(8, 1), torch.randn(8, 4)
     targets = [torch.randn(4, 4), torch.randn(4, 4)]
     loss, box_loss = model.proposals.compute_loss(objectness, deltas, labels, targets)
-    # All five labelled anchors are sampled, 2 + 3 of the 4 an image that were asked for.
+    # All five labelled anchors are sampled: 2 + 3 of 4 per image.
     flat, all_targets = torch.cat(labels), torch.cat(targets)
     expected = sum(
         F.binary_cross_entropy_with_logits(objectness[i, 0], flat[i]) for i in range(8) if flat[i] >= 0

@@ -14,7 +14,7 @@ from tests.detection.sets import ENCODER, small_model
 from tests.detection.test_masks import bilinear
 
 SIDE = 1000.0
-"""Of a square object; others overlap it by known amounts."""
+"""Side of a square object; other boxes overlap it by known amounts."""
 
 
 def detector(**changes: object) -> Detector:
@@ -66,7 +66,7 @@ def test_proposals_before_and_after_suppression_at_07(mode: bool, before: int, a
     assert len(kept(overlapping(1.0, 0.71))) == 1
     apart = torch.tensor([[200.0 * i, 0, 200.0 * i + 100, 100] for i in range(12)])
     assert kept(apart).tolist() == apart[:after].tolist()
-    # Only the best `before` are compared at all: copies of one, and then another, which comes too late.
+    # Only the best `before` are used: copies of one box, and another box that is ranked too low.
     copies = torch.cat([OBJECT.expand(before, 4), OBJECT + 2000])
     assert len(kept(copies)) == 1
     assert len(kept(copies[1:])) == 2
@@ -101,7 +101,7 @@ def test_box_deltas_have_the_weights_10_10_5_5() -> None:
 def test_regions_are_pooled_with_as_many_samples_as_cells() -> None:
     model = detector(roi_size=2)
     features = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    x0, y0, x1, y1 = 10.0, 14.0, 74.0, 62.0  # at stride 8: 8 x 6 cells, so 4 x 3 samples a bin
+    x0, y0, x1, y1 = 10.0, 14.0, 74.0, 62.0  # at stride 8: 8 x 6 cells, so 4 x 3 samples per bin
     pooled = model.heads.box_roi_pool(features, [torch.tensor([[x0, y0, x1, y1]])])[0, 0]
     for row in range(2):
         for column in range(2):
@@ -162,7 +162,7 @@ def test_detections_of_a_class_are_suppressed_at_iou_05() -> None:
 
     assert labels(0.49, 1, 1) == [1, 1]
     assert labels(0.51, 1, 1) == [1]
-    assert labels(0.51, 1, 2) == [1, 2]  # another class is not in the way
+    assert labels(0.51, 1, 2) == [1, 2]  # boxes of other classes do not matter
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -180,7 +180,7 @@ def test_the_best_detections_above_the_threshold_are_kept() -> None:
     regions = torch.tensor([[200.0 * i, 0, 200.0 * i + 100, 100] for i in range(6)])
     logits = torch.full((6, 4), -30.0)
     logits[:, 0] = 0.0
-    logits[:, 3] = torch.tensor([0.1, 0.4, -0.2, 0.3, 0.2, -0.1])  # probability above .5 where positive
+    logits[:, 3] = torch.tensor([0.1, 0.4, -0.2, 0.3, 0.2, -0.1])  # probability above 0.5 if positive
     shown = {"score_threshold": 0.5, "max_detections": 3}
     found = detections(logits, torch.zeros(6, 12), regions, **shown)
     torch.testing.assert_close(found["scores"], torch.tensor([0.4, 0.3, 0.2]).sigmoid())
@@ -202,7 +202,7 @@ def test_new_layers_have_the_published_initial_weights() -> None:
         (heads.box_predictor.cls_score, 0.01),
         (heads.box_predictor.bbox_pred, 0.001),
         (masks, 0.001),
-        # (in, out, 2, 2): torch counts the first axis, times the kernel's four cells, as fan_out.
+        # (in, out, 2, 2): in torch, fan_out is the first axis times the four cells of the kernel.
         (deconvolution, (2 / (deconvolution.weight.shape[0] * 4)) ** 0.5),
         (model.proposals.head.conv[0][0], 0.01),
         (model.proposals.head.cls_logits, 0.01),

@@ -313,7 +313,7 @@ def test_a_segmentation_that_cannot_be_used_is_dropped_or_named(
     assert defect in annotations.dropped[0]
     with pytest.raises(DataError, match=rf"annotation 1 of image 1: {defect}"):
         coco_read(tmp_path, "fail")
-    assert len(coco_read(tmp_path, "fail", masks=False).images[0].labels) == 1, "boxes alone do not need it"
+    assert len(coco_read(tmp_path, "fail", masks=False).images[0].labels) == 1, "boxes do not need it"
 
 
 @pytest.mark.parametrize("shape", [SQUARE, [*SQUARE, [1, 2, 3, 4]], *FULL, [[-3, -3, 60, 5, 20, 50]]])

@@ -117,7 +117,7 @@ def test_a_class_without_objects_has_a_note(
     tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
 ) -> None:
     """Its AP is neither 0 nor NaN."""
-    # Squares alone in test, bars alone in train: squares are all there is to find.
+    # Only squares in test and only bars in train.
     for number in range(6):
         file = voc_set / "Annotations" / f"a{number}.xml"
         file.write_text(file.read_text().replace("<name>square<", "<name>bar<"))
@@ -132,7 +132,7 @@ def test_a_class_without_objects_has_a_note(
     assert "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
     lines = (tmp_path / "out" / "precision_recall.csv").read_text().splitlines()
     assert {line.split(",")[0] for line in lines[1:]} == {"square"}
-    # Nothing at all in test is refused before anything is trained.
+    # A test split without objects is refused before anything is trained.
     (voc_set / "ImageSets/Main/void.txt").write_text("b0\n")
     chosen = small_set(voc_set, data={"test": ["VOC/void"]})
     with pytest.raises(UserError, match="found no object in 1 test images"):

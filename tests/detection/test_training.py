@@ -101,7 +101,7 @@ def test_the_optimizer_is_sgd_with_momentum_without_weight_decay_of_norms(
     }
     expected = {}
     for name, parameter in run.detector.named_parameters():
-        parameter.data += 1  # biases start at 0, which decay would leave as they are
+        parameter.data += 1  # biases start at 0, which weight decay does not change
         parameter.grad = torch.ones_like(parameter)
         decay = 0.0 if name in norms else 0.25
         velocity = 1 + decay * parameter.detach()
@@ -163,7 +163,7 @@ def test_cached_features_equal_computed_ones(
     kept = tuning(chosen, encoder_file, tmp_path / "a")
     kept.train("kept")
     assert kept._frozen is not None
-    assert 0 < len(kept._frozen._cached) <= 12 * len(sizes)  # six images, each of two sides
+    assert 0 < len(kept._frozen._cached) <= 12 * len(sizes)  # six images, each with two sides
     again = tuning(chosen, encoder_file, tmp_path / "b")
     assert again._frozen is not None
     again._images.of_one_size = False
@@ -260,7 +260,7 @@ def test_accumulated_micro_batches_give_the_same_step(
 ) -> None:
     """Losses are means over a micro-batch, so a step of 2 x 1 is the mean of two steps of 1."""
     training = {"flip": False, "train_sizes": [40], "batch_size": 2, "micro_batch": 1}
-    model = {"rpn_batch": 4000, "roi_batch": 4000}  # all are sampled: no luck in it
+    model = {"rpn_batch": 4000, "roi_batch": 4000}  # all are sampled, so nothing is random
     both = _gradients(
         tuning(small_set(voc_set, training=training, model=model), encoder_file, tmp_path / "a")
     )

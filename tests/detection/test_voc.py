@@ -54,7 +54,7 @@ def test_both_splits_have_the_same_base(voc_image: Writer) -> None:
     root = voc_image(voc_object(box=(0, 0, 48, 40)), name="second", image_set="test")
     train, _ = read_splits(small_set(root).data, masks=False)
     assert train.images[0].boxes.tolist() == [[10, 12, 20, 24]]
-    assert read(root).images[0].boxes.tolist() == [[9, 11, 20, 24]], "alone it counts from 1"
+    assert read(root).images[0].boxes.tolist() == [[9, 11, 20, 24]], "by itself it is 1-based"
 
 
 def test_missing_tags_mean_zero_and_are_counted(voc_image: Writer) -> None:

@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_commands_of_detection(folder: Path, encoder_file: Path, tiny: Experiment) -> None:
-    for _ in range(2):  # the second replaces scenes whose record is not current, provenance.json and all
+    for _ in range(2):  # the second replaces scenes that are stale, including provenance.json
         done = run("scenes", "data/few-scenes", "--config", "tiny.yaml")
         assert done.returncode == 0, done.stderr
         assert "data/few-scenes train: 6 images" in done.stdout

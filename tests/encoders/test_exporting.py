@@ -28,7 +28,7 @@ FORMATS: tuple[Format, ...] = ("torchvision", "timm", "detectron2", "moco")
 def saved(folder: Path, architecture: str = "resnet18", stem: str = "imagenet", width: int = 64) -> Path:
     config = Encoder.model_validate({"architecture": architecture, "stem": stem, "width": width})
     encoder = build(config, seed=1)
-    encoder(IMAGES)  # statistics that are not those of the beginning
+    encoder(IMAGES)  # statistics that are not the initial ones
     save_encoder(folder / "X.safetensors", encoder, EncoderInfo.of(config, method="moco-v2"))
     return folder / "X.safetensors"
 

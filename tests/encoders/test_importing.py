@@ -20,7 +20,7 @@ from mochi.encoders.importing import Choices, import_checkpoint
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 from tests.commands import refused, run
 
-# Names and shapes are what matters, so a narrow one.
+# Only names and shapes matter, so it is narrow.
 CONFIG = Encoder(architecture="resnet18", stem="imagenet", width=8)
 Tensors = dict[str, Tensor]
 

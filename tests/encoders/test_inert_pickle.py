@@ -226,9 +226,9 @@ def test_shared_references_are_visited_once(tmp_path: Path) -> None:
     "content",
     [
         b"\x80\x02",
-        b"\x80\x02\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # bytes that are not there
+        b"\x80\x02\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # bytes beyond the end
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
-        b"\x80\x02h\x05.",  # a memo that was never written
+        b"\x80\x02h\x05.",  # a memo entry that does not exist
         b"\x80\x02(.",
         b"\x80\x020.",
         b"\x80\x02\x86.",

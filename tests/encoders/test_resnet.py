@@ -13,7 +13,7 @@ from mochi.encoders.resnet import LAYOUTS, ResNet, Shortcut
 
 @pytest.mark.parametrize("architecture", sorted({*RESNETS} - {"resnet10"}))
 def test_equals_torchvision(architecture: str) -> None:
-    with torch.device("meta"):  # no weights are drawn that would be replaced
+    with torch.device("meta"):  # no initial weights, as they are replaced
         ours = build(Encoder(architecture=architecture, stem="imagenet", width=64)).eval()
         theirs = getattr(torchvision.models, architecture)().eval()
     drawn = torch.Generator().manual_seed(0)
@@ -25,7 +25,7 @@ def test_equals_torchvision(architecture: str) -> None:
     }
     theirs.load_state_dict(weights, assign=True)
     del weights["fc.weight"], weights["fc.bias"]
-    ours.load_state_dict(weights, assign=True)  # strict: the names and shapes are torchvision's
+    ours.load_state_dict(weights, assign=True)  # strict: names and shapes equal torchvision's
     theirs.fc = torch.nn.Identity()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

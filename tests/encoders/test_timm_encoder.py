@@ -21,7 +21,7 @@ CONFIG = Encoder(architecture="timm:mobilenetv3_small_050")
 def test_features_equal_timms_with_every_norm_layer(tmp_path: Path) -> None:
     encoder = build(CONFIG, partial(GroupedBatchNorm2d, num_groups=2), seed=1)
     images = torch.randn(4, 3, 48, 48)
-    encoder(images)  # statistics that are not those of the beginning
+    encoder(images)  # statistics that are not the initial ones
     save_encoder(tmp_path / "encoder.safetensors", encoder)
     loaded = load_encoder(tmp_path / "encoder.safetensors", CONFIG, torch.device("cpu"))
     theirs = timm.create_model("mobilenetv3_small_050", num_classes=0).eval()
@@ -37,7 +37,7 @@ def test_every_batch_norm_is_replaced_and_keeps_its_activation() -> None:
     kinds = {type(module) for module in grouped.modules() if isinstance(module, nn.BatchNorm2d)}
     assert kinds == {GroupedBatchNorm2d}
     half = torch.randn(2, 3, 48, 48)
-    images = torch.cat([half, half])  # each group has the statistics of the whole
+    images = torch.cat([half, half])  # each group has the statistics of the whole batch
     torch.testing.assert_close(grouped(images), plain(images), rtol=1e-3, atol=1e-3)
 
 

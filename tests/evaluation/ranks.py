@@ -28,7 +28,7 @@ def evaluate_all(config: Path, encoder: Path, data: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    features._PRECISION = "float32"  # conftest.py's choice, in every process
+    features._PRECISION = "float32"  # as in conftest.py, in every process
     with distributed.process_group(torch.device("cpu")):
         stage.distributed.process_group = lambda device: nullcontext()
         evaluate_all(*map(Path, sys.argv[1:]))

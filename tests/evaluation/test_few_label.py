@@ -66,12 +66,12 @@ def test_the_stage_equals_the_protocol_written_out(
         model = LogisticRegression(C=2.0, tol=1e-6, max_iter=10_000)
         model.fit(F.normalize(train[rows]).double().numpy(), labels[rows].numpy())
         expected.append(100 * float(model.score(F.normalize(val).double().numpy(), val_labels.numpy())))
-    image = 100 / 64  # features one by one and in batches differ in their last bits
+    image = 100 / 64  # features computed one by one and in batches differ in their last bits
     assert metrics["samples_top1"] == pytest.approx(expected, abs=1.01 * image)
     assert metrics["top1"] == pytest.approx(sum(metrics["samples_top1"]) / 2, abs=1e-3)
     first, second = metrics["samples_top1"]
     assert metrics["top1_std"] == pytest.approx(abs(first - second) / 2**0.5, abs=1e-3)
-    assert metrics["top1"] > 12.5, "far above the 6.25 % of a guess"
+    assert metrics["top1"] > 12.5, "far above chance, 6.25%"
     assert metrics["top1"] <= metrics["top5"] <= 100
     assert (metrics["num_train"], metrics["num_val"]) == (48, 64)
 
@@ -84,7 +84,7 @@ def test_one_image_of_one_class_is_enough(
     metrics = evaluate(experiment, "few", encoder_file, partly_labelled, tmp_path)
     assert metrics["num_train"] == 2
     assert "top5" not in metrics, "there are two classes"
-    assert "top1_std" not in metrics, "one subset has no spread"
+    assert "top1_std" not in metrics, "one subset has no standard deviation"
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,9 @@ def test_the_stage_classifies_val_by_train_at_the_runs_temperature(
         votes = [vote(train, train_labels.tolist(), row, 60, temperature) for row in val]
         return 100 * float((torch.tensor(votes) == val_labels).float().mean())
 
-    image = 100 / len(val)  # features one by one and in batches differ in their last bits: a vote may tip
+    image = 100 / len(
+        val
+    )  # features computed one by one and in batches differ in their last bits, which can change a vote
     assert metrics["top1"] == pytest.approx(top1(0.002), abs=1.01 * image)
     assert abs(top1(1.0) - top1(0.002)) > 3 * image
     assert (metrics["num_train"], metrics["num_val"], metrics["temperature"]) == (160, 64, 0.002)

@@ -78,9 +78,9 @@ def one_probe(
 @pytest.mark.parametrize(
     "changes",
     [
-        # All of the learning is in the first epoch; without the drop there would be nine more of it.
+        # All learning is in the first epoch; without the drop there would be nine more like it.
         {"epochs": 10, "lr": 0.003, "lr_candidates": [0.1], "lr_drops": [1], "lr_drop_factor": 1e-3},
-        # Half of train learnt by heart: what a classifier saw it knows, what it did not see it does not.
+        # Half of train is memorised: a classifier knows the images that it was trained on, and no others.
         {"epochs": 40, "lr": 0.1, "lr_candidates": [0.03], "lr_drops": [], "held_out": 0.5},
     ],
     ids=["drops", "held out"],
@@ -109,14 +109,14 @@ def test_the_stage_equals_the_protocol_written_out(
 
     rates = [protocol.lr, *protocol.lr_candidates]
     whole = {rate: one_probe((train, labels), torch.arange(160), rate, protocol) for rate in rates}
-    # Features one by one and in batches differ in their last bits: an image on the border may tip.
+    # Features computed one by one and in batches differ in their last bits, which can change a prediction.
     assert metrics["top1"] == pytest.approx(accuracy(whole[protocol.lr], val, val_labels), abs=101 / 64)
     if protocol.lr_drops:
         on = one_probe(
             (train, labels), torch.arange(160), protocol.lr, protocol.model_copy(update={"lr_drops": []})
         )
         assert accuracy(on, val, val_labels) > metrics["top1"] + 500 / 64
-    # By the rows held out, where with `held_out` the images of val prefer the other rate.
+    # Chosen on the held-out rows; with `held_out`, the images of val would prefer the other rate.
     assert metrics["best_lr"] == max(rates, key=lambda rate: metrics["held_out_top1"][f"{rate:g}"])
     best = accuracy(whole[metrics["best_lr"]], val, val_labels)
     assert metrics["best_lr_top1"] == pytest.approx(best, abs=101 / 64)
@@ -239,7 +239,7 @@ def test_only_needed_images_are_encoded(
 
 def test_standardized_features_have_zero_mean_and_unit_variance() -> None:
     features = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) * 5 + 7
-    features[:, 2] = 4.0  # of a unit that never fires
+    features[:, 2] = 4.0  # of a unit that is always 0
     later = features.clone()
     later[0, 2] = 5.0
     scaling = linear._Scaling.of(features, PROTOCOL.model_copy(update={"standardize": True}))
@@ -247,7 +247,7 @@ def test_standardized_features_have_zero_mean_and_unit_variance() -> None:
     assert scaled is features
     torch.testing.assert_close(features.mean(0), torch.zeros(3))
     torch.testing.assert_close(features.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]))
-    assert scaling.apply_(later)[0, 2] == 1, "one that fires later is not blown up"
+    assert scaling.apply_(later)[0, 2] == 1, "a unit that is not 0 later is not scaled up"
     plain = linear._Scaling.of(features, PROTOCOL)
     assert torch.equal(plain.apply_(features.clone()), features)
 

@@ -63,7 +63,7 @@ def growth(
         resume_point = ResumePoint(work, result_in(work, experiment, task, encoder_file, data), Stopwatch())
         result = result_in(work, experiment, task, encoder_file, data)
         files = FeatureFiles(work / "features" / data.parent.name, result, [], [result]) if shared else None
-        for _ in range(1 + shared):  # the second time from the files of the first
+        for _ in range(1 + shared):  # the second time from the files of the first run
             frozen = Frozen(run, encoder, open_dataset(data), torch.device("cpu"), 0, resume_point, files)
             run.protocol.evaluate(frozen)
         peaks.append(peak())

@@ -15,7 +15,7 @@ from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[2]
 LINEAR = TINY["evaluation"]["linear"]
-# Batches that do not divide by two, and a last one of a single image, of which one rank has nothing.
+# Batches that cannot be halved, and a last one with a single image, so that one rank has none.
 EVALUATION = {
     "image_size": 16,
     "resize": 16,
@@ -52,6 +52,6 @@ def test_two_processes_give_the_metrics_of_one(
             (tmp_path / number / task / "confusion.csv").read_text() for number in ("one", "two")
         )
         assert left == right
-    # `crops` encodes its held-out images; the features of one other evaluation serve all.
+    # `crops` encodes its held-out images; the other evaluations share features.
     assert (done.stderr.count("features of train:"), done.stderr.count("features of val:")) == (2, 1)
     assert not list(Path("work").rglob("*.npy"))

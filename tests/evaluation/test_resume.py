@@ -31,7 +31,7 @@ def probe(experiment: Experiment, encoder: Path, data: Path, folder: Path) -> tu
     """Evaluate with a checkpoint after every epoch; returns the bytes of metrics.json and of the
     classifiers.
     """
-    torch.set_num_threads(1)  # also where it is a process of its own
+    torch.set_num_threads(1)  # also in a separate process
     scores = linear.Probes.scores
 
     def kept(self: linear.Probes, *arguments: Any) -> list[dict[str, float]]:
@@ -41,7 +41,7 @@ def probe(experiment: Experiment, encoder: Path, data: Path, folder: Path) -> tu
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "MINUTES", 0.0)
-        patch.setattr(features, "_PRECISION", "float32")  # conftest.py's choice, in every process
+        patch.setattr(features, "_PRECISION", "float32")  # as in conftest.py, in every process
         patch.setattr(linear.Probes, "scores", kept)
         evaluate(experiment, "linear", encoder, data, folder)
     return (folder / "metrics.json").read_bytes(), (folder / "probes.safetensors").read_bytes()
@@ -52,7 +52,7 @@ def epochs_done(folder: Path) -> int:
     saved = folder / "work" / "checkpoint.safetensors"
     if not saved.exists():
         return -1
-    # safe_open opens a path twice, and the file is replaced all the time.
+    # safe_open opens the path twice, and the file is replaced continually.
     with saved.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return int(json.loads(header["__metadata__"]["state"])["done"])

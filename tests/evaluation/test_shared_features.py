@@ -161,7 +161,7 @@ def test_evaluations_at_the_same_time_wait_for_each_other(
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert len(list(FILES.iterdir())) == 2, "one file for each split, for the evaluations that are left"
+    assert len(list(FILES.iterdir())) == 2, "one file for each split, for the remaining evaluations"
     done = [result_of(task, experiment, encoder_file, tiny_data).why_stale() for task in ("knn", "few")]
     assert done == [None, None]
 

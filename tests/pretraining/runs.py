@@ -27,7 +27,7 @@ def result_in(
 
 def train(experiment: Experiment, data: Path, folder: Path, method: str = MOCHI, seed: int = 0) -> bytes:
     """Train with checkpoints in `folder/work`; returns the bytes of the encoder file."""
-    torch.set_num_threads(1)  # also where it is a process of its own; bytes depend on the number
+    torch.set_num_threads(1)  # also in a separate process; bytes depend on the number of threads
     run = pretrain_run(experiment, method, seed)
     stage.run(run, result_in(folder, experiment, data, method, seed), folder / "work")
     return encoder_bytes(folder)
@@ -57,7 +57,7 @@ def steps_done(saved: Path) -> int:
     """Steps in a checkpoint, 5 in each epoch; -1 if there is none."""
     if not saved.exists():
         return -1
-    # safe_open opens a path twice, and the file is replaced all the time.
+    # safe_open opens the path twice, and the file is replaced continually.
     with saved.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     state = json.loads(header["__metadata__"]["state"])

@@ -75,7 +75,7 @@ def test_the_queue_is_the_same_on_every_rank_and_in_one_process(tiny_data: Path,
     queue_of_this_rank(str(folder / CONFIG), str(tmp_path))
     alone = load_file(tmp_path / "rank0.safetensors")
     assert torch.equal(first["keys"], second["keys"])
-    # Labels travel with their keys, so their order shows that keys came back to their images.
+    # Labels are enqueued with their keys, so their order shows that keys were unshuffled.
     assert torch.equal(first["labels"], alone["labels"])
     torch.testing.assert_close(first["keys"], alone["keys"], rtol=1e-3, atol=1e-4)
     both = torch.cat((first["key"], second["key"]))

@@ -69,7 +69,7 @@ def losses(method: str, folder: Path) -> list[float]:
     prepare(source, folder / "data", jobs=1)
     content = changed("methods/moco-v2", {})
     content["pretrain"] |= {"epochs": 10, "batch_size": 64, "precision": "float32"}
-    # All larger than tiny's: where one unit matters little, so does its rounding.
+    # All are larger than in tiny.yaml: then a single unit, and its rounding, matters little.
     content["encoder"]["width"], content["augmentation"]["image_size"] = 24, 32
     run = pretrain_run(parse_experiment(content, "golden"), method, 0)
     recipe = run.recipe

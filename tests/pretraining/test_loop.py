@@ -24,7 +24,7 @@ from tests.reference import mochi_loss, synthetic_vectors
 from tests.tiny import MOCHI, with_recipe
 
 STEPS = 5
-"""Of an epoch: 160 images in batches of 32."""
+"""Steps in an epoch: 160 images in batches of 32."""
 
 
 class Snapshots:

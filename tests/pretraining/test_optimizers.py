@@ -48,7 +48,7 @@ def lars_reference(weight: Tensor, gradient: Tensor, velocity: Tensor, lr: float
 def test_lars_equals_the_papers_update() -> None:
     module = network()
     with torch.no_grad():
-        module[3].weight.zero_()  # a weight without a size takes the gradient as it is
+        module[3].weight.zero_()  # a weight of norm 0 uses the gradient unchanged
     recipe = recipe_of(with_recipe(optimizer="lars", lr=0.5, momentum=0.9, weight_decay=0.1))
     optimizer = make_optimizer(module, recipe)
     assert isinstance(optimizer, LARS)

@@ -107,14 +107,14 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tiny_data: Path
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.pretraining.test_stage"])
     expected = train(with_recipe(epochs=12), tiny_data, tmp_path / "whole")
-    # A checkpoint after every step, so that kills hit its writing as well as the computing.
+    # A checkpoint after every step, so that kills happen while it is written as well as during computation.
     careful = with_recipe(epochs=12, checkpoint_minutes=EVERY_STEP)
     moments = random.Random(0)
     for attempt in range(4):
         folder = tmp_path / str(attempt)
         process = context.Process(target=train, args=(careful, tiny_data, folder))
         process.start()
-        # Some step of the 60, and some moment of that step.
+        # A random step of the 60, and a random moment in it.
         target = moments.randrange(55)
         while steps_done(saved_in(folder)) < target:
             assert process.is_alive()

@@ -96,7 +96,7 @@ def test_the_version_with_the_wanted_settings_is_restored(store: Store, removed:
 )
 def test_without_a_matching_version_nothing_is_restored(store: Store, change: dict[str, Any]) -> None:
     assert not DvcCache(store.cache).restore(replace(store.result(5), **change))
-    assert metrics(store.result(4)) == {"top1": 4.0}, "what was there stays"
+    assert metrics(store.result(4)) == {"top1": 4.0}, "existing files stay"
 
 
 def test_results_of_another_row_do_not_match(store: Store) -> None:

@@ -94,7 +94,7 @@ def test_the_commit_and_whether_the_sources_differ_from_it(tmp_path: Path) -> No
     clean = {"commit": git(clone, "rev-parse", "HEAD"), "dirty": False}
     assert recorded_git(clone) == clean
 
-    # Results change while they are computed, and files that git does not know are not the sources.
+    # Results change while they are computed, and untracked files are not sources.
     (clone / "results/scores.csv").write_text("new\n")
     (clone / "notes.txt").write_text("")
     assert recorded_git(clone) == clean

@@ -268,7 +268,7 @@ def test_the_report_is_stale_when_a_row_or_an_evaluation_is_added_or_removed(tin
         )
     ]
     assert len(set(digests)) == 4
-    # Other numbers reach it as files.
+    # Other numbers are inputs, as files.
     assert wanted.reported(with_protocol("knn", k=3)).settings_digest == digests[0]
 
 

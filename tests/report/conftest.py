@@ -26,7 +26,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     savefig = Figure.savefig
 
     def watched(self: Figure, path: Path, **options: Any) -> None:
-        if isinstance(path, Path):  # others go into the page
+        if isinstance(path, Path):  # other pictures are embedded in the page
             figures[path.stem] = self
         savefig(self, path, **options)
 

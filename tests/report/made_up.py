@@ -35,7 +35,7 @@ def make_up(experiment: Experiment, metrics: Metrics, *, with_records: bool = Tr
         metrics: the content of each metrics.json.
         with_records: write complete provenance, which takes a while; False: empty files.
     """
-    assert not Path("mochi").exists(), "not into the project itself"
+    assert not Path("mochi").exists(), "must not run in the project folder"
     layout.PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
     layout.PUBLISHED.write_text("experiment,method,task,metric,value,std,source,table\n")
     layout.DEVIATIONS.write_text("- A pair is of two `different`\n  negatives ([why](x.md)).\n- Another.\n")
@@ -48,7 +48,7 @@ def make_up(experiment: Experiment, metrics: Metrics, *, with_records: bool = Tr
         _finish(wanted.pretrained(experiment, *run), files, with_records=with_records)
     for one in wanted.evaluations(experiment):
         result = wanted.evaluated(experiment, *one)
-        for path in result.inputs.values():  # annotations of sets that are not made here
+        for path in result.inputs.values():  # annotations of sets that are not generated
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         files = dict.fromkeys(STAGES[result.stage].outputs, "") | {

@@ -66,7 +66,7 @@ def test_the_page_has_every_section(page: str) -> None:
     ):  # fmt: skip
         assert expected in page, expected
     text = re.sub(r"<[^>]*>", " ", page)
-    assert re.search(r"pretrain +3 +\d", text), "how many runs and how long"
+    assert re.search(r"pretrain +3 +\d", text), "number of runs and their time"
 
 
 def test_an_experiment_with_only_the_random_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_missing_results_are_named_and_left_out(
     page = Path("report/report.html").read_text()
     assert "Missing: 1 file" in page
     assert html.escape(expected, quote=False) in html.unescape(page)
-    assert not result.record.exists(), "so that it is made again"
+    assert not result.record.exists(), "so that it is written again"
 
 
 def test_without_results_there_is_a_report(tiny: Experiment, results: Path) -> None:

@@ -26,7 +26,7 @@ def test_summary(tiny: Experiment, results: Path) -> None:
     single = table.loc[("random-init", "linear", "top1")]
     assert single["n"] == 1
     assert pd.isna(single["std"])
-    assert pd.isna(single["published"]), "another experiment's number is no number of this one"
+    assert pd.isna(single["published"]), "numbers of other experiments are not shown"
     text = (folder / "summary.md").read_text()
     assert text.startswith(f"# {tiny.title}\n")
     assert "| method | linear top-1 | knn top-1 | over |" in text
@@ -112,9 +112,9 @@ def test_detection_of_several_encoders(tmp_path: Path) -> None:
     assert (own["mean"], own["n"], own["over"]) == (5.0, 2, "encoders")
     assert own["std"] == pytest.approx(8**0.5, abs=1e-4)
     assert own["std_fine_tuning"] == pytest.approx(2**0.5, abs=1e-4)
-    assert own["std_encoder"] == pytest.approx(7**0.5, abs=1e-4)  # 8 less half of 2
+    assert own["std_encoder"] == pytest.approx(7**0.5, abs=1e-4)  # 8 minus half of 2
     assert (own["difference"], own["pairs"], own["significant"]) == (1.0, 2, True)
-    # Of one encoder each fine-tuning is a pair.
+    # With one encoder, each fine-tuning is a pair.
     assert (single["over"], single["n"], single["difference"], single["pairs"]) == (
         "fine-tunings",
         2,

@@ -84,7 +84,7 @@ def accumulated() -> None:
         loss(rank(), 0).backward()
         assert not gradients._pending
         loss(rank(), 1).backward()
-        # The bucket of `second` never gets both its gradients, and the others are in its order after it.
+        # The bucket of `second` never gets both of its gradients, and other buckets come after it.
         assert not gradients._pending
         gradients.wait()
         for parameter, mean in zip(parameters, wanted, strict=True):
@@ -93,7 +93,7 @@ def accumulated() -> None:
     for _ in range(2):
         assert not every._pending
         module(torch.ones(1, 8)).sum().backward()
-    assert len(every._pending) == len(every._buckets) > 2, "the last pass already sums"
+    assert len(every._pending) == len(every._buckets) > 2, "the last pass already has the sum"
     every.wait()
 
 

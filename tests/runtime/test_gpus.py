@@ -17,7 +17,7 @@ import pytest
 from mochi.errors import UserError
 from mochi.runtime import gpus
 
-# Claims, notes (names, start, end), and keeps the claim across an exec, as `on_gpus` does.
+# Claims GPUs, records (names, start, end), and keeps the claim across an exec, as `on_gpus` does.
 JOB = """
 import json, os, sys, time
 from pathlib import Path
@@ -133,7 +133,7 @@ GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-eeee-3)
         ("MIG-dd", ["MIG-dd"], ["MIG-dd"]),
         ("2,-1,0", ["GPU-eeee-3"], ["2"]),
         ("0,3,2", ["GPU-aaaa-1"], ["0", "3", "2"]),
-        ("GPU-", [], []),  # fits several
+        ("GPU-", [], []),  # matches several
     ],
 )
 def test_a_visible_gpu_has_one_name_for_all_spellings(

@@ -71,7 +71,7 @@ sys.stdout.write(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
     [
         ("0", {"CUDA_VISIBLE_DEVICES": "5"}, ""),
         ("1", {"CUDA_VISIBLE_DEVICES": "5"}, "5"),
-        # One of an allocation that several runs share; torchrun has chosen already.
+        # One run in an allocation that several share; torchrun has already chosen the GPU.
         ("1", {"CUDA_VISIBLE_DEVICES": "5,6", "SLURM_JOB_ID": "1"}, "5"),
         ("2", {"CUDA_VISIBLE_DEVICES": "5,6", "TORCHELASTIC_RUN_ID": "x"}, "5,6"),
     ],

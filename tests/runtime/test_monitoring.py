@@ -7,7 +7,7 @@ import pytest
 
 from mochi.runtime.monitoring import NonFiniteError, check_finite, training_status
 
-# The accuracies of a MoCo-v2 training with a queue of half the data set, which unlearns.
+# Accuracies of a MoCo-v2 training whose queue is half of the data set: they fall.
 FALLING = [0.094, 0.097, 0.133, 0.103, 0.093, 0.063, 0.058, 0.050, 0.044, 0.046]
 
 

@@ -32,7 +32,7 @@ class Items(Dataset[object]):
             if self.fate == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
             if self.fate == "cannot be sent":
-                return lambda: None  # no pickle of it
+                return lambda: None  # without pickling it
             if self.fate == "slow":
                 for _ in range(8):
                     time.sleep(0.4)
@@ -72,7 +72,7 @@ def test_a_worker_that_dies_is_reported(
     assert said in capfd.readouterr().err
 
 
-# The worker is killed, and torch may notice it while it removes the loader: nobody can catch that error.
+# torch may notice the killed worker while it removes the loader; that error cannot be caught.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="1 loading workers did nothing for 2 s"):

@@ -350,7 +350,7 @@ def test_real_unusual_files_are_stored_or_refused(real_data: Callable[[str], Pat
             )
             if deep:
                 values = np.asarray(upright, dtype=float)
-                # Pillow lays nothing over anything here: the transparent value is the manifest's word.
+                # Pillow composites nothing here; the transparent value is from MANIFEST.csv.
                 values[values == upright.info.get("transparency")] = 65535
                 upright = Image.fromarray(np.rint(values / 257).astype(np.uint8))
             elif upright.has_transparency_data:
@@ -369,6 +369,6 @@ def test_real_orientations_agree(real_data: Callable[[str], Path]) -> None:
     reference = stored((root / "exif-orientation-1.jpg").read_bytes())
     for tag in (3, 6, 8):
         turned = stored((root / f"exif-orientation-{tag}.jpg").read_bytes())
-        # Each was compressed on its own; upside down the two differ by more than 30 levels.
+        # Each was compressed separately; upside down the two differ by more than 30 levels.
         assert np.abs(turned - reference).mean() < 5
         assert np.abs(turned[::-1, ::-1] - reference).mean() > 30

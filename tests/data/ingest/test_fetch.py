@@ -74,7 +74,7 @@ def test_the_next_url_is_used_if_the_first_fails(server: str, tmp_path: Path) ->
     assert path.read_bytes() == CONTENT
     assert [where for where, _ in Handler.asked] == ["/refused", "/wrong", "/good"]
     assert fetch(candidates, options(), tmp_path) == path
-    assert len(Handler.asked) == 3  # kept: nothing was asked again
+    assert len(Handler.asked) == 3  # kept: nothing was requested again
 
 
 def test_mirrors_of_the_user_are_tried_first(server: str, tmp_path: Path) -> None:
@@ -190,9 +190,11 @@ def test_a_valid_archive_is_unpacked_once(tmp_path: Path) -> None:
     folder = unpacked(path, tmp_path / "cache")
     assert (folder / "a" / "c.txt").read_text() == "hello"
     (folder / "a" / "b.txt").unlink()
-    assert not (unpacked(path, tmp_path / "cache") / "a" / "b.txt").exists()  # not done again
+    assert not (unpacked(path, tmp_path / "cache") / "a" / "b.txt").exists()  # not extracted again
     (folder / ".complete").unlink()
-    assert (unpacked(path, tmp_path / "cache") / "a" / "b.txt").exists()  # an interrupted one is
+    assert (
+        unpacked(path, tmp_path / "cache") / "a" / "b.txt"
+    ).exists()  # an interrupted extraction is repeated
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", "cut"])

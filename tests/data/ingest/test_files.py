@@ -64,7 +64,7 @@ def test_prepared_data_inside_the_image_folder_is_ignored(
     assert "up to date" in again.stderr
     path = Path(out) / "manifest.json"
     before = json.loads(path.read_text())
-    (Path(out) / "provenance.json").write_text("{}")  # of an interrupted run, say
+    (Path(out) / "provenance.json").write_text("{}")  # for example of an interrupted run
     assert run(*options).returncode == 0
     assert {**json.loads(path.read_text()), "ignored": {}} == {**before, "ignored": {}}
 

@@ -63,7 +63,7 @@ def test_each_jitter_operation_equals_torchvision(images: Tensor, operation: int
         factor = float(factors[row, operation])
         assert (ours[row] - ONE[operation](images[row], factor)).abs().max() < LEVEL / 4
         coarse = ONE[operation]((images[row] * 255).round().to(torch.uint8), factor) / 255
-        # On 8 bits torchvision cuts the mean grey and the result downwards, so up to two levels.
+        # On 8 bits torchvision truncates the mean grey value and the result, so up to two levels.
         assert (ours[row] - coarse).abs().max() < 2 * LEVEL
 
 

@@ -47,7 +47,7 @@ def loop_window(u: np.ndarray, height: int, width: int, min_scale: float) -> tup
 def test_windows_equal_torchvisions(min_scale: float) -> None:
     rng = np.random.default_rng(0)
     heights, widths = rng.integers(1, 60, 500), rng.integers(1, 60, 500)
-    heights[:50], widths[50:100] = 3, 2  # panoramas, where the tries fail
+    heights[:50], widths[50:100] = 3, 2  # panoramas, for which all attempts fail
     rows = np.arange(500)
     windows, flips = crops.draw(rows, heights, widths, min_scale=min_scale, seed=1, epoch=2, view=0)
     u = draws.uniforms("crop", 1, 2, 0, indices=rows, columns=23)
@@ -90,7 +90,7 @@ def test_crop_resize_equals_torchvision(
         exact = F.resized_crop(tensor / 255, *windows[row].tolist(), [size, size], antialias=True)
         exact = F.horizontal_flip(exact) if flips[row] else exact
         assert (ours[row] - exact).abs().max() < 1e-5
-        # and the path of images that are stored encoded
+        # and the function for images that are stored encoded
         coarse = crops.crop_image(tensor, windows[row], bool(flips[row]), size)
         assert torch.equal(coarse, expected)
         top, left, h, w = windows[row].tolist()

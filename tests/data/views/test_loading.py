@@ -232,7 +232,7 @@ def test_views_are_the_augmented_crops_of_the_image(split: StoredSplit) -> None:
         crop = crops.crop_resize(torch.from_numpy(np.array(image))[None], windows, flips, 16)
         parameters = augment.draw(AUGMENTATION, where, seed=0, epoch=0, view=view)
         expected = augment.photometric(crop, parameters, "v2")[0]
-        # Encoded images are cropped in 8 bits; contrast and saturation may double the difference.
+        # Encoded images are cropped in 8 bits; contrast and saturation can double the difference.
         assert (ours[1] - expected).abs().mean() < 0.01
 
 

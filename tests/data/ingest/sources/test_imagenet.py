@@ -19,7 +19,7 @@ from mochi.data.ingest.prepare import prepare
 from mochi.data.ingest.sources import imagenet
 from mochi.errors import DataError
 
-WNIDS = ["n03000001", "n01000002", "n02000003"]  # in the order of their ILSVRC numbers, not sorted
+WNIDS = ["n03000001", "n01000002", "n02000003"]  # in the order of ILSVRC numbers, not sorted
 
 
 @pytest.fixture

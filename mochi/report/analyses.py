@@ -72,10 +72,10 @@ class Chart:
         return asdict(self)
 
 
-def chart(name: str, experiment: Experiment, found: Collected) -> Chart:
+def chart(name: str, experiment: Experiment, collected: Collected) -> Chart:
     """One of `wanted.figures`; without series if nothing was recorded."""
     if name.startswith("precision-recall-"):
-        return precision_recall(experiment, found, name.removeprefix("precision-recall-"))
+        return precision_recall(experiment, collected, name.removeprefix("precision-recall-"))
     makers: dict[str, Callable[[Experiment, Collected], Chart]] = {
         "accuracy": accuracy,
         "loss": loss,
@@ -87,17 +87,19 @@ def chart(name: str, experiment: Experiment, found: Collected) -> Chart:
         "class-oracle": class_oracle,
         "gain": gain,
     }
-    return makers[name](experiment, found)
+    return makers[name](experiment, collected)
 
 
-def accuracy(experiment: Experiment, found: Collected) -> Chart:
+def accuracy(experiment: Experiment, collected: Collected) -> Chart:
     """Main score of each frozen evaluation or, if there is none, of each detection set."""
     methods = list(experiment.methods)
     tasks = probes(experiment) or [f"{DETECTION}{name}" for name in experiment.evaluation.detection]
     series = []
     for task in tasks:
         metric, column = main_number(experiment, task)
-        shown = found.scores[(found.scores["task"] == task) & (found.scores["metric"] == metric)]
+        shown = collected.scores[
+            (collected.scores["task"] == task) & (collected.scores["metric"] == metric)
+        ]
         series += [
             Series(
                 str(method),
@@ -127,10 +129,10 @@ def main_number(experiment: Experiment, task: str) -> tuple[str, Column]:
     return next(iter(columns(experiment, task).items()))
 
 
-def loss(experiment: Experiment, found: Collected) -> Chart:
+def loss(experiment: Experiment, collected: Collected) -> Chart:
     """Mean loss of each epoch, and the loss at chance."""
-    lines = [*_lines(experiment, found.curves, "loss")]
-    for method, rows in found.curves.groupby("method", sort=False):
+    lines = [*_lines(experiment, collected.curves, "loss")]
+    for method, rows in collected.curves.groupby("method", sort=False):
         if "chance" in rows:
             chance = rows.groupby("epoch")["chance"].first()
             lines.append(Series(str(method), *_points(chance), label=f"{method}, chance", style=":"))
@@ -145,9 +147,9 @@ def loss(experiment: Experiment, found: Collected) -> Chart:
     )
 
 
-def proxy_task(experiment: Experiment, found: Collected) -> Chart:
+def proxy_task(experiment: Experiment, collected: Collected) -> Chart:
     """How often the key is more similar than every negative, with and without the synthetic ones."""
-    curves = found.curves
+    curves = collected.curves
     if "accuracy_with_synthetics" not in curves:
         curves = curves.iloc[:0].assign(accuracy=[], accuracy_with_synthetics=[])
     curves = curves[curves["accuracy_with_synthetics"].notna()]
@@ -168,19 +170,19 @@ def proxy_task(experiment: Experiment, found: Collected) -> Chart:
     )
 
 
-def matching(experiment: Experiment, found: Collected) -> Chart:
+def matching(experiment: Experiment, collected: Collected) -> Chart:
     """Softmax probability of each of the hardest negatives, at several epochs."""
     lines = []
     styles = ["-", "--", "-.", ":"]
-    epochs = sorted(found.matching["epoch"].unique())
+    epochs = sorted(collected.matching["epoch"].unique())
     for method in experiment.methods:
-        rows = found.matching[found.matching["method"] == method]
+        rows = collected.matching[collected.matching["method"] == method]
         for epoch, own in rows.groupby("epoch"):
-            place = epochs.index(epoch)
+            index = epochs.index(epoch)
             lines += [
                 Series(
                     f"epoch {epoch}", each.x, each.mean, each.std, seeds=each.seeds,
-                    label=f"epoch {epoch}", style=styles[place % len(styles)], panel=method,
+                    label=f"epoch {epoch}", style=styles[index % len(styles)], panel=method,
                 )
                 for each in _lines(experiment, own, "probability", by="rank")
             ]  # fmt: skip
@@ -196,7 +198,7 @@ def matching(experiment: Experiment, found: Collected) -> Chart:
     )
 
 
-def false_negatives(experiment: Experiment, found: Collected) -> Chart:
+def false_negatives(experiment: Experiment, collected: Collected) -> Chart:
     """Share of the hardest negatives that have the query's class."""
     return Chart(
         "false-negatives",
@@ -206,14 +208,16 @@ def false_negatives(experiment: Experiment, found: Collected) -> Chart:
         "count.",
         "epoch",
         "same class as the query (%)",
-        [*_lines(experiment, found.curves, "false_negatives", scale=100)],
+        [*_lines(experiment, collected.curves, "false_negatives", scale=100)],
     )
 
 
-def false_parents(experiment: Experiment, found: Collected) -> Chart:
+def false_parents(experiment: Experiment, collected: Collected) -> Chart:
     """Share of synthetic negatives that are mixed from false negatives."""
-    one = _lines(experiment, found.curves, "false_parents_any", scale=100, note="at least one parent")
-    every = _lines(experiment, found.curves, "false_parents_all", scale=100, note="all parents", style="--")
+    one = _lines(experiment, collected.curves, "false_parents_any", scale=100, note="at least one parent")
+    every = _lines(
+        experiment, collected.curves, "false_parents_all", scale=100, note="all parents", style="--"
+    )
     return Chart(
         "false-parents",
         "False negatives among the parents (figure 3c)",
@@ -225,11 +229,11 @@ def false_parents(experiment: Experiment, found: Collected) -> Chart:
     )
 
 
-def alignment_uniformity(experiment: Experiment, found: Collected) -> Chart:
+def alignment_uniformity(experiment: Experiment, collected: Collected) -> Chart:
     """Alignment against uniformity of the validation features, pooled and embedded."""
     series = []
     for method in experiment.methods:
-        runs = [analysis for (row, _), analysis in found.analyses.items() if row == method]
+        runs = [analysis for (row, _), analysis in collected.analyses.items() if row == method]
         for space in ("pooled", "embedded"):
             points = [run["spaces"][space] for run in runs if space in run["spaces"]]
             frame = pd.DataFrame(points, columns=["alignment", "uniformity"]).astype(float).dropna()
@@ -259,23 +263,21 @@ def alignment_uniformity(experiment: Experiment, found: Collected) -> Chart:
     )
 
 
-def class_oracle(experiment: Experiment, found: Collected) -> Chart:
+def class_oracle(experiment: Experiment, collected: Collected) -> Chart:
     """Each row without and with the class oracle, and the supervised row: the gap from false negatives."""
     pairs = with_oracle(experiment)
     methods = [*itertools.chain(*((row, f"{row}{ORACLE}") for row in pairs))]
     methods += [run.method for run in first_runs(experiment) if isinstance(run.recipe, Supervised)]
     task = probes(experiment)[0]
     metric, column = main_number(experiment, task)
-    shown = found.scores[(found.scores["task"] == task) & (found.scores["metric"] == metric)]
+    shown = collected.scores[(collected.scores["task"] == task) & (collected.scores["metric"] == metric)]
     series = []
-    for place, method in enumerate(methods):
+    for y, method in enumerate(methods):
         values = shown[shown["method"] == method]["value"]
         if len(values):
             error = None if len(values) == 1 else [float(values.std())]
             series.append(
-                Series(
-                    method, [values.mean()], [place], x_error=error, seeds=len(values), style="", panel=task
-                )
+                Series(method, [values.mean()], [y], x_error=error, seeds=len(values), style="", panel=task)
             )
     return Chart(
         "class-oracle",
@@ -290,11 +292,11 @@ def class_oracle(experiment: Experiment, found: Collected) -> Chart:
     )
 
 
-def gain(experiment: Experiment, found: Collected) -> Chart:
+def gain(experiment: Experiment, collected: Collected) -> Chart:
     """Gain over the baseline for each (N, s, s')."""
     baseline, task = baseline_of(experiment) or "", probes(experiment)[0]
     metric, column = main_number(experiment, task)
-    shown = found.scores[(found.scores["task"] == task) & (found.scores["metric"] == metric)]
+    shown = collected.scores[(collected.scores["task"] == task) & (collected.scores["metric"] == metric)]
     values = {
         str(method): rows.set_index("seed")["value"].to_dict() for method, rows in shown.groupby("method")
     }
@@ -324,9 +326,9 @@ def gain(experiment: Experiment, found: Collected) -> Chart:
     )
 
 
-def precision_recall(experiment: Experiment, found: Collected, name: str) -> Chart:
+def precision_recall(experiment: Experiment, collected: Collected, name: str) -> Chart:
     """Precision against recall of each row, mean over classes."""
-    rows = found.precision[found.precision["task"] == f"{DETECTION}{name}"]
+    rows = collected.precision[collected.precision["task"] == f"{DETECTION}{name}"]
     means = rows.groupby(["method", "seed", "recall"], sort=False)["precision"].mean().reset_index()
     return Chart(
         f"precision-recall-{name}",
@@ -368,4 +370,4 @@ def _lines(
 
 
 def _points(values: "pd.Series[float]") -> tuple[list[float], list[float]]:
-    return [float(str(place)) for place in values.index], [float(value) for value in values]
+    return [float(str(x)) for x in values.index], [float(value) for value in values]

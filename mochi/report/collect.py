@@ -153,8 +153,8 @@ class _Reader:
         except (OSError, ValueError) as error:
             self.missing.append(str(_unreadable(path, error)))
             return []
-        for place, (name, value) in enumerate(keys.items()):
-            frame.insert(place, name, value)
+        for position, (name, value) in enumerate(keys.items()):
+            frame.insert(position, name, value)
         return [frame] if len(frame) else []
 
 

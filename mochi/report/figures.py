@@ -150,10 +150,10 @@ def _marks(num: int, index: int, *, log: bool) -> list[int]:
     if num <= 2 * _MARKS:
         return list(range(index % 2, num, 2)) or [0]
     if log:
-        places = np.unique(np.geomspace(1, num, _MARKS).astype(int) - 1)
-        return [int(place) for place in places]
+        indices = np.unique(np.geomspace(1, num, _MARKS).astype(int) - 1)
+        return [int(number) for number in indices]
     step = num / _MARKS
-    return sorted({int((place + index % 4 / 4) * step) for place in range(_MARKS)})
+    return sorted({int((number + index % 4 / 4) * step) for number in range(_MARKS)})
 
 
 def confusion_picture(counts: NDArray[np.float64], title: str) -> str:
@@ -169,10 +169,10 @@ def confusion_picture(counts: NDArray[np.float64], title: str) -> str:
         axes.set_title(title, fontsize=9)
         if len(counts) <= 20:
             axes.set_xticks(
-                range(len(counts)), [str(place) for place in range(1, len(counts) + 1)], fontsize=6
+                range(len(counts)), [str(number) for number in range(1, len(counts) + 1)], fontsize=6
             )
             axes.set_yticks(
-                range(len(counts)), [str(place) for place in range(1, len(counts) + 1)], fontsize=6
+                range(len(counts)), [str(number) for number in range(1, len(counts) + 1)], fontsize=6
             )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})

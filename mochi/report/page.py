@@ -37,7 +37,7 @@ _WIDTH, _QUALITY = 900, 80
 
 def render(
     experiment: Experiment,
-    found: Collected,
+    collected: Collected,
     grids: list[Grid],
     charts: Sequence[Chart],
     figures: Path,
@@ -47,7 +47,7 @@ def render(
 
     Args:
         experiment: the experiment.
-        found: its existing results.
+        collected: its existing results.
         grids: the tables.
         charts: the content of the figures.
         figures: folder with an svg of each chart.
@@ -63,9 +63,9 @@ def render(
     return environment.get_template("page.html.jinja").render(
         experiment=experiment,
         baseline=baseline_of(experiment),
-        missing=found.missing,
-        work=_work(found),
-        machines=_machines(found),
+        missing=collected.missing,
+        work=_work(collected),
+        machines=_machines(collected),
         settings=_settings(experiment),
         grids=grids,
         notes=notes(experiment, grids),
@@ -74,12 +74,12 @@ def render(
             (chart, data_uri((figures / f"{chart.name}.svg").read_bytes(), "image/svg+xml"))
             for chart in charts
         ],
-        classes=[*_classes(experiment, found)],
-        encoders=[*_encoders(experiment, found)],
+        classes=[*_classes(experiment, collected)],
+        encoders=[*_encoders(experiment, collected)],
         detections=[*_detections(experiment)],
-        health=[*_health(experiment, found)],
+        health=[*_health(experiment, collected)],
         deviations=_deviations(deviations),
-        numbers=[*_numbers(experiment, found)],
+        numbers=[*_numbers(experiment, collected)],
     )
 
 
@@ -92,20 +92,23 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _work(found: Collected) -> list[tuple[str, int, str, str]]:
+def _work(collected: Collected) -> list[tuple[str, int, str, str]]:
     """Stage, number of runs, total time, mean time."""
     records = pd.DataFrame(
-        [(record.get("stage", "?"), record.get("wall_seconds", 0.0)) for record in found.records.values()],
+        [
+            (record.get("stage", "?"), record.get("wall_seconds", 0.0))
+            for record in collected.records.values()
+        ],
         columns=["stage", "seconds"],
     )
     rows = records.groupby("stage", sort=False)["seconds"]
     return [(str(stage), len(own), duration(own.sum()), duration(own.mean())) for stage, own in rows]
 
 
-def _machines(found: Collected) -> list[str]:
+def _machines(collected: Collected) -> list[str]:
     """Every distinct combination of machine, versions and commit."""
     return list(
-        dict.fromkeys(_machine(record) for record in found.records.values() if "hardware" in record)
+        dict.fromkeys(_machine(record) for record in collected.records.values() if "hardware" in record)
     )
 
 
@@ -145,21 +148,21 @@ def _anchor(method: str, task: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", f"{method}--{task}")
 
 
-def _classes(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
+def _classes(experiment: Experiment, collected: Collected) -> Iterator[dict[str, Any]]:
     """Per-class accuracy of each frozen evaluation, its confusion matrix and most confused pairs."""
-    for task, table in found.confusion.groupby("task", sort=False):
+    for task, table in collected.confusion.groupby("task", sort=False):
         names = list(dict.fromkeys([*table["class"], *table["predicted"]]))
         methods = [method for method in experiment.methods if (table["method"] == method).any()]
         matrices = {method: _matrix(table[table["method"] == method], names) for method in methods}
-        shares = {method: _right(matrix) for method, matrix in matrices.items()}
+        accuracies = {method: _accuracies(matrix) for method, matrix in matrices.items()}
         sizes = [matrix.sum(1) / _seeds(table, method) for method, matrix in matrices.items()]
         totals = np.max(sizes, axis=0)
         yield {
             "task": task,
             "methods": methods,
             "rows": [
-                (place + 1, name, round(totals[place]), [shares[method][place] for method in methods])
-                for place, name in enumerate(names[:_MAX_CLASSES])
+                (index + 1, name, round(totals[index]), [accuracies[method][index] for method in methods])
+                for index, name in enumerate(names[:_MAX_CLASSES])
             ],
             "left_out": max(0, len(names) - _MAX_CLASSES),
             "pictures": [
@@ -177,17 +180,17 @@ def _seeds(table: pd.DataFrame, method: str) -> int:
 
 def _matrix(table: pd.DataFrame, names: list[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(C, C) images by class and predicted class, summed over seeds."""
-    places = {name: place for place, name in enumerate(names)}
+    index_of = {name: index for index, name in enumerate(names)}
     matrix = np.zeros((len(names), len(names)))
     for true, predicted, images in zip(table["class"], table["predicted"], table["images"], strict=True):
-        matrix[places[true], places[predicted]] += images
+        matrix[index_of[true], index_of[predicted]] += images
     return matrix
 
 
-def _right(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> list[float | None]:
+def _accuracies(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> list[float | None]:
     """Accuracy of each class in percent; None without an image."""
     return [
-        100 * matrix[place, place] / total if total else None for place, total in enumerate(matrix.sum(1))
+        100 * matrix[index, index] / total if total else None for index, total in enumerate(matrix.sum(1))
     ]
 
 
@@ -198,18 +201,18 @@ def _most_confused(
     shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     np.fill_diagonal(shares, 0)
     order = np.argsort(-shares, axis=None, kind="stable")[:_MAX_CONFUSED]
-    places = [np.unravel_index(place, shares.shape) for place in order]
-    return [(names[a], names[b], float(shares[a, b])) for a, b in places if shares[a, b] > 0]
+    pairs = [np.unravel_index(index, shares.shape) for index in order]
+    return [(names[a], names[b], float(shares[a, b])) for a, b in pairs if shares[a, b] > 0]
 
 
-def _encoders(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
+def _encoders(experiment: Experiment, collected: Collected) -> Iterator[dict[str, Any]]:
     """Nearest neighbours and feature map of the first seed of each row."""
     for method in experiment.methods:
-        seeds = [seed for row, seed in found.analyses if row == method]
+        seeds = [seed for row, seed in collected.analyses if row == method]
         for seed in seeds[:1]:
             folder = analyzed(experiment, method, seed).folder
             pictures = {name: _inlined(folder / f"{name}.jpg") for name in ("neighbours", "map")}
-            yield {"method": method, "seed": seed, **found.analyses[method, seed], **pictures}
+            yield {"method": method, "seed": seed, **collected.analyses[method, seed], **pictures}
 
 
 def _detections(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
@@ -240,10 +243,10 @@ def _inlined(path: Path) -> str:
     return data_uri(buffer.getvalue(), "image/jpeg")
 
 
-def _health(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
+def _health(experiment: Experiment, collected: Collected) -> Iterator[dict[str, Any]]:
     """The last epoch of each training, and its speed."""
     for method, seed in all_runs(experiment):
-        rows = found.curves[(found.curves["method"] == method) & (found.curves["seed"] == seed)]
+        rows = collected.curves[(collected.curves["method"] == method) & (collected.curves["seed"] == seed)]
         if not len(rows):
             continue
         last = rows.iloc[-1].to_dict()
@@ -275,21 +278,21 @@ def _deviations(path: Path) -> list[str]:
     return [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "") for text in texts]
 
 
-def _numbers(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any]]:
+def _numbers(experiment: Experiment, collected: Collected) -> Iterator[dict[str, Any]]:
     """Scores of each cell, and the provenance of its evaluations and encoders."""
-    places = Layout(experiment.name)
+    layout = Layout(experiment.name)
     jobs = [*searches(experiment), *evaluations(experiment)]
-    for (method, task), scores in found.scores.groupby(["method", "task"], sort=False):
+    for (method, task), scores in collected.scores.groupby(["method", "task"], sort=False):
         folders = [
             folder
             for seed in scores["seed"].unique()
             for folder in (
                 *(
-                    places.evaluation(row, own, job)
+                    layout.evaluation(row, own, job)
                     for row, own, job in jobs
                     if (row, own, column_of(job)) == (method, seed, task)
                 ),
-                places.pretrain(str(method), seed),
+                layout.pretrain(str(method), seed),
             )
         ]
         yield {
@@ -301,9 +304,9 @@ def _numbers(experiment: Experiment, found: Collected) -> Iterator[dict[str, Any
                 for metric, values in scores.groupby("metric", sort=False)
             ],
             "links": [
-                _link(folder, found.records[folder.as_posix()])
+                _link(folder, collected.records[folder.as_posix()])
                 for folder in folders
-                if folder.as_posix() in found.records
+                if folder.as_posix() in collected.records
             ],
         }
 

@@ -36,25 +36,25 @@ def run(
         The table to read, summary.md.
     """
     watch = Stopwatch()
-    found = collect(experiment)
-    for line in found.missing:
+    collected = collect(experiment)
+    for line in collected.missing:
         logger.warning("missing: %s", line)
     summary = tables.summarize(
-        found.scores, tables.read_published(published, experiment.name), baseline_of(experiment)
+        collected.scores, tables.read_published(published, experiment.name), baseline_of(experiment)
     )
     grids = tables.layouts(experiment, summary)
-    charts = [chart(name, experiment, found) for name in wanted_figures(experiment)]
-    if found.missing:
+    charts = [chart(name, experiment, collected) for name in wanted_figures(experiment)]
+    if collected.missing:
         charts = [each for each in charts if each.series]
     with publishing(result.folder) as new:
         for name, table in (
-            ("scores", found.scores),
-            ("curves", found.curves),
-            ("matching", found.matching),
+            ("scores", collected.scores),
+            ("curves", collected.curves),
+            ("matching", collected.matching),
             ("summary", summary),
         ):
             write_text(new / f"{name}.csv", table.to_csv(index=False))
-        write_json(new / "records.json", found.records)
+        write_json(new / "records.json", collected.records)
         write_text(new / "summary.md", tables.markdown(experiment, grids))
         write_text(new / "summary.tex", tables.latex(experiment, grids))
         write_json(new / "summary.json", tables.nested(summary))
@@ -62,7 +62,9 @@ def run(
         for each in charts:
             write_json(drawn / f"{each.name}.json", each.json())
             figures.write(each, list(experiment.methods), drawn)
-        write_text(new / "report.html", page.render(experiment, found, grids, charts, drawn, deviations))
-        if not found.missing:
+        write_text(
+            new / "report.html", page.render(experiment, collected, grids, charts, drawn, deviations)
+        )
+        if not collected.missing:
             write_record(new, result, watch)
     return result.folder / "summary.md"

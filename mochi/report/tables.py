@@ -70,8 +70,8 @@ def _mean_and_std(rows: pd.DataFrame) -> dict[str, Any]:
     else:
         several = encoders.ngroups > 1
         values, over = (encoders.mean(), "encoders") if several else (rows["value"], "fine-tunings")
-        found = components({seed: scores.tolist() for seed, scores in encoders})
-        parts = {"std_encoder": found.encoder, "std_fine_tuning": found.fine_tuning}
+        deviations = components({seed: scores.tolist() for seed, scores in encoders})
+        parts = {"std_encoder": deviations.encoder, "std_fine_tuning": deviations.fine_tuning}
     return {"mean": encoders.mean().mean(), "std": values.std(), "n": len(values), "over": over, **parts}
 
 
@@ -81,14 +81,14 @@ def _is_fine_tuned(rows: pd.DataFrame) -> bool:
 
 def _differences(scores: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     """Each row minus the baseline, paired over seeds or over the fine-tunings of a single encoder."""
-    found = []
+    differences = []
     for (task, metric), rows in scores.groupby(["task", "metric"], sort=False):
         values = dict(list(rows.groupby("method", sort=False)))
         if baseline is None or baseline not in values:
             continue
         for method, own in values.items():
             if method != baseline and (difference := _difference(own, values[baseline])) is not None:
-                found.append(
+                differences.append(
                     {
                         "method": method, "task": task, "metric": metric,
                         "difference": difference.mean, "low": difference.low, "high": difference.high,
@@ -96,7 +96,7 @@ def _differences(scores: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
                     }
                 )  # fmt: skip
     return pd.DataFrame(
-        found, columns=[*_KEYS, "difference", "low", "high", "pairs", "significant"]
+        differences, columns=[*_KEYS, "difference", "low", "high", "pairs", "significant"]
     ).astype({"low": float, "high": float, "significant": object})
 
 
@@ -205,10 +205,10 @@ def _grid(
         f"{task} {column.name}" if several else column.name
         for (task, _), column in zip(columns, shown, strict=True)
     ]
-    found = {(row["method"], row["task"], row["metric"]): row for row in summary.to_dict("records")}
+    by_cell = {(row["method"], row["task"], row["metric"]): row for row in summary.to_dict("records")}
     rows = []
     for method in experiment.methods:
-        records = [found.get((method, *column)) for column in columns]
+        records = [by_cell.get((method, *column)) for column in columns]
         if any(records):
             computed = [row for row in records if row and pd.notna(row["mean"])]
             cells = [

@@ -42,9 +42,9 @@ def has_nothing_to_do(project: Project) -> bool:
 def test_train_again_go_back_and_check_out_older_commits(clone: Project) -> None:
     before = clone.digests(COMPUTED)
     clone.edit(CONFIG, "  lr: 0.06", "  lr: 0.05")
-    said = clone.succeed("dvc", "repro")
-    assert RUNNING.findall(said) == ["encoders@tiny", "evaluations@tiny", "report@tiny"]
-    assert len(COMPUTED_AGAIN.findall(said)) == 2 + 6 + 1
+    output = clone.succeed("dvc", "repro")
+    assert RUNNING.findall(output) == ["encoders@tiny", "evaluations@tiny", "report@tiny"]
+    assert len(COMPUTED_AGAIN.findall(output)) == 2 + 6 + 1
     assert has_nothing_to_do(clone)
     diff = json.loads(clone.run("dvc", "params", "diff", "--json").stdout)
     assert diff[CONFIG]["pretrain.lr"] == {"old": 0.06, "new": 0.05, "diff": pytest.approx(-0.01)}
@@ -56,10 +56,10 @@ def test_train_again_go_back_and_check_out_older_commits(clone: Project) -> None
 
     # The edit is reverted by hand: DVC has not stored which settings belong to which encoder.
     clone.edit(CONFIG, "  lr: 0.05", "  lr: 0.06")
-    said = clone.succeed("dvc", "repro")
-    assert said.count("restored from DVC's cache: ") == 2 + 6
-    assert COMPUTED_AGAIN.findall(said) == ["report"]
-    assert "epoch 0" not in said
+    output = clone.succeed("dvc", "repro")
+    assert output.count("restored from DVC's cache: ") == 2 + 6
+    assert COMPUTED_AGAIN.findall(output) == ["report"]
+    assert "epoch 0" not in output
     assert clone.digests(COMPUTED) == before
     assert has_nothing_to_do(clone)
     assert json.loads(clone.run("dvc", "metrics", "diff", "HEAD~1", "--json").stdout) == {}
@@ -76,9 +76,9 @@ def test_train_again_go_back_and_check_out_older_commits(clone: Project) -> None
 def test_a_changed_setting_without_snakemakes_metadata(clone: Project) -> None:
     """Nobody has run `mochi adopt`: Snakemake alone would find nothing to do."""
     clone.edit(CONFIG, "k: 5", "k: 4")
-    said = clone.succeed("dvc", "repro")
-    assert RUNNING.findall(said) == ["evaluations@tiny", "report@tiny"]
-    assert set(COMPUTED_AGAIN.findall(said)) == {
+    output = clone.succeed("dvc", "repro")
+    assert RUNNING.findall(output) == ["evaluations@tiny", "report@tiny"]
+    assert set(COMPUTED_AGAIN.findall(output)) == {
         "random-init seed 0 knn", f"{MOCHI} seed 0 knn", f"{MOCHI} seed 1 knn", "report"
     }  # fmt: skip
     assert clone.changed_stages() == {}
@@ -95,9 +95,9 @@ def test_results_that_snakemake_computed_are_stored(finished: Project, tmp_path:
     project = finished.copy(tmp_path / "computed")
     before = project.digests(COMPUTED)
     project.succeed("git", "init", "--quiet")
-    said = project.succeed("dvc", "repro")
-    assert len(RUNNING.findall(said)) == 4
-    assert said.count("Nothing to be done") == 4
+    output = project.succeed("dvc", "repro")
+    assert len(RUNNING.findall(output)) == 4
+    assert output.count("Nothing to be done") == 4
     assert project.digests(COMPUTED) == before
     assert has_nothing_to_do(project)
 
@@ -106,8 +106,8 @@ def test_a_row_removed_from_the_experiment_is_removed_from_the_tables(clone: Pro
     """No encoder and no evaluation changes."""
     text = (clone.folder / CONFIG).read_text()
     (clone.folder / CONFIG).write_text(re.sub(r"  random-init: .*\n", "", text))
-    said = clone.succeed("dvc", "repro")
-    assert COMPUTED_AGAIN.findall(said) == ["report"]
+    output = clone.succeed("dvc", "repro")
+    assert COMPUTED_AGAIN.findall(output) == ["report"]
     assert "random-init" not in (clone.folder / "results/tiny/summary.md").read_text()
     assert has_nothing_to_do(clone)
 
@@ -121,9 +121,9 @@ def test_another_experiment_shares_the_data(clone: Project) -> None:
     text = (clone.folder / CONFIG).read_text().replace("name: tiny", "name: other")
     # Untrained, so it is quick.
     (clone.folder / "config/other.yaml").write_text(re.sub(r"  mochi-16-24-8: .*\n", "", text))
-    said = clone.succeed("dvc", "repro")
-    assert RUNNING.findall(said) == ["encoders@other", "evaluations@other", "report@other"]
-    assert "rule prepare" not in said
+    output = clone.succeed("dvc", "repro")
+    assert RUNNING.findall(output) == ["encoders@other", "evaluations@other", "report@other"]
+    assert "rule prepare" not in output
     assert has_nothing_to_do(clone)
     assert clone.jobs("--configfile", "config/other.yaml") == {}
     shown = json.loads(clone.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
@@ -146,12 +146,12 @@ def test_experiments_of_dvc(clone: Project) -> None:
     clone.succeed("dvc", "checkout")
     clone.mochi("adopt")
     assert clone.digests(COMPUTED) == before
-    said = clone.succeed("dvc", "exp", "run", "--temp", "--set-param", f"{CONFIG}:evaluation.knn.k=3")
-    assert said.count("restored from DVC's cache: ") == 3
-    assert COMPUTED_AGAIN.findall(said) == ["report"]
+    output = clone.succeed("dvc", "exp", "run", "--temp", "--set-param", f"{CONFIG}:evaluation.knn.k=3")
+    assert output.count("restored from DVC's cache: ") == 3
+    assert COMPUTED_AGAIN.findall(output) == ["report"]
     assert clone.digests(COMPUTED) == before
     assert has_nothing_to_do(clone)
-    name = re.findall(r"Ran experiment\(s\): (.+)", said)[0]
+    name = re.findall(r"Ran experiment\(s\): (.+)", output)[0]
     clone.succeed("dvc", "exp", "apply", name)
     assert "tiny: 14 results are current, 0 will be computed" in clone.mochi("adopt")
     assert clone.digests(COMPUTED) == changed
@@ -167,8 +167,8 @@ def test_a_corrupt_object_is_detected_and_pulled_again(clone: Project) -> None:
     stored.write_bytes(b"damaged" + before)
     encoder.unlink()
     clone.run("dvc", "checkout")
-    said = clone.mochi("adopt", "--restore")
-    assert f"to compute: {MOCHI} seed 0 pretrain: " in said
+    output = clone.mochi("adopt", "--restore")
+    assert f"to compute: {MOCHI} seed 0 pretrain: " in output
     encoder.unlink(missing_ok=True)
     clone.succeed("dvc", "pull")
     assert encoder.read_bytes() == before

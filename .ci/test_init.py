@@ -39,8 +39,8 @@ def test_three_commands_from_images_to_the_report(
             file.rename(project.folder / images / f"{number}.jpg")
     else:
         folder.rename(project.folder / images)
-    said = project.mochi("init", images, "--out", "config/mine.yaml", "--hours", "0.01")
-    assert "images/s a run" in said
+    output = project.mochi("init", images, "--out", "config/mine.yaml", "--hours", "0.01")
+    assert "images/s per run" in output
     assert "mine: " in project.mochi("check", "config/mine.yaml")
     done = project.run("snakemake", "--cores", "2", "--configfile", "config/mine.yaml", seconds=1200)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -48,9 +48,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def kill_at(project: Project, command: list[str], pattern: str) -> bool:
     """Start the command and kill its process group once a file exists; returns whether it did."""
     before = set(project.folder.glob(pattern))
-    with (project.folder / "said.txt").open("ab") as said:
+    with (project.folder / "output.txt").open("ab") as log:
         process = subprocess.Popen(
-            command, cwd=project.folder, env=environment(), stdout=said, stderr=said, start_new_session=True
+            command, cwd=project.folder, env=environment(), stdout=log, stderr=log, start_new_session=True
         )
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
@@ -89,15 +89,15 @@ def test_five_kills_change_nothing(
     command = prepare(project)
     for moment, pattern in MOMENTS.items():
         assert kill_at(project, command, pattern), (
-            f"{moment}: {(project.folder / 'said.txt').read_text()[-4000:]}"
+            f"{moment}: {(project.folder / 'output.txt').read_text()[-4000:]}"
         )
     done = project.run(*command)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert len(digests(project)) == 3 + 6 + 1
     assert digests(project) == digests(undisturbed)
-    said = (project.folder / "said.txt").read_text() + done.stdout + done.stderr
-    assert " resumes at epoch " in said
-    assert "unlock" not in said
+    output = (project.folder / "output.txt").read_text() + done.stdout + done.stderr
+    assert " resumes at epoch " in output
+    assert "unlock" not in output
     assert project.jobs() == {}
     assert not list((project.folder / "work").rglob("*.safetensors"))
     assert not list((project.folder / "results").rglob(".*")), "a killed writer leaves its temporary file"

@@ -54,7 +54,7 @@ class Training:
         folder.mkdir()
         (folder / "data").symlink_to(data / "data")
         self.folder = folder
-        self.said = folder / "said.txt"
+        self.output = folder / "output.txt"
         run = ["-m", "mochi"]
         if processes > 1:
             run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -64,13 +64,13 @@ class Training:
 
     def start(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        with self.said.open("ab") as said:
+        with self.output.open("ab") as log:
             return subprocess.Popen(
                 self.command,
                 cwd=self.folder,
                 env=environment,
-                stdout=said,
-                stderr=said,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
             )
 
@@ -83,7 +83,7 @@ class Training:
 
     def result(self) -> tuple[bytes, list[dict[str, str]]]:
         """Finish the training; returns the bytes of the encoder and the metrics."""
-        assert self.start().wait(600) == 0, self.said.read_text()[-3000:]
+        assert self.start().wait(600) == 0, self.output.read_text()[-3000:]
         (encoder,) = self.folder.glob("results/tiny/encoders/*/*/encoder.safetensors")
         with encoder.with_name("metrics.csv").open() as file:
             rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
@@ -114,7 +114,7 @@ def test_kills_change_nothing(processes: int, workers: int, data: Path, tmp_path
     for target in sorted(moments.randrange(1, 3 * EPOCHS) for _ in range(KILLS)):
         process = training.start()
         while training.steps() < target:
-            assert process.poll() is None, training.said.read_text()[-3000:]
+            assert process.poll() is None, training.output.read_text()[-3000:]
             time.sleep(0.003)
         time.sleep(moments.uniform(0, 0.02))
         below = children(process.pid)
@@ -128,4 +128,4 @@ def test_kills_change_nothing(processes: int, workers: int, data: Path, tmp_path
         done += 1
     assert done == KILLS
     assert training.result() == expected
-    assert training.said.read_text().count(" resumes at ") == KILLS
+    assert training.output.read_text().count(" resumes at ") == KILLS

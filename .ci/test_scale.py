@@ -28,8 +28,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project.succeed("snakemake", "--cores", "2", "data")
     for result in results(load_experiment(project.folder / CONFIG))[1:]:
         make_up(result, project.folder)
-    said = project.mochi("adopt")
-    assert f"tiny: {4 * NUM_RUNS + 2} results are current, 0 will be computed" in said
+    output = project.mochi("adopt")
+    assert f"tiny: {4 * NUM_RUNS + 2} results are current, 0 will be computed" in output
     project.record(project.folder.parent / "store")
     return project
 

@@ -21,7 +21,7 @@ import slurm
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLED, FROZEN = "mochi-16-24-8/seed0", "mochi-16-24-8/seed1"
+KILLED, STOPPED = "mochi-16-24-8/seed0", "mochi-16-24-8/seed1"
 SNAKEMAKE = str(Path(sys.executable).parent / "snakemake")
 
 
@@ -56,11 +56,11 @@ def clone(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) 
 
 def start(folder: Path, *options: str) -> "subprocess.Popen[bytes]":
     """Start `snakemake --profile profiles/slurm` with its output in snakemake.txt."""
-    with (folder / "snakemake.txt").open("wb") as said:
+    with (folder / "snakemake.txt").open("wb") as log:
         return subprocess.Popen(
             [SNAKEMAKE, "--profile", "profiles/slurm", *options],
             cwd=folder,
-            stdout=said,
+            stdout=log,
             stderr=subprocess.STDOUT,
             env={
                 **os.environ,
@@ -118,19 +118,19 @@ def test_a_killed_job_and_one_out_of_time_resume_and_change_nothing(tmp_path: Pa
     done: set[str] = set()
     deadline = time.monotonic() + 240
     while len(done) < 2 and process.poll() is None and time.monotonic() < deadline:
-        for run, sent in ((KILLED, signal.SIGKILL), (FROZEN, signal.SIGSTOP)):
+        for run, sent in ((KILLED, signal.SIGKILL), (STOPPED, signal.SIGSTOP)):
             pid = None if run in done else training(folder, run)
             if pid is not None:
                 os.kill(pid, sent)
                 done.add(run)
         time.sleep(0.05)
     code = finish(process, 600)
-    said = (folder / "snakemake.txt").read_text()
-    assert done == {KILLED, FROZEN}, said
-    assert code == 0, said
-    assert "TIMEOUT" in said
-    assert "FAILED" in said
-    for run in (KILLED, FROZEN):
+    output = (folder / "snakemake.txt").read_text()
+    assert done == {KILLED, STOPPED}, output
+    assert code == 0, output
+    assert "TIMEOUT" in output
+    assert "FAILED" in output
+    for run in (KILLED, STOPPED):
         assert " resumes at epoch " in (folder / "logs" / "tiny" / run / "pretrain.log").read_text()
     assert len(digests(folder)) == 3 + 6 + 1
     assert digests(folder) == digests(plain)
@@ -163,7 +163,7 @@ def test_a_job_that_cannot_succeed_ends_the_workflow(tmp_path: Path) -> None:
 
     folder = clone(tmp_path / "fails", change)
     code = finish(start(folder, "--retries", "0"), 240)
-    said = (folder / "snakemake.txt").read_text()
-    assert code == 1, said
+    output = (folder / "snakemake.txt").read_text()
+    assert code == 1, output
     log = folder / "logs" / "tiny" / "moco-v2" / "seed0" / "pretrain.log"
     assert "error: " in log.read_text()

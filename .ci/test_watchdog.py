@@ -61,7 +61,7 @@ def torchrun(tmp_path: Path, fate: str) -> tuple[int, str, float]:
 
 
 @pytest.mark.parametrize(
-    ("fate", "said"),
+    ("fate", "message"),
     [
         ("never starts", "error: rank 0 of 2: rank 1 did not start within 3 s"),
         ("stops", "error: rank 0 of 2: rank 1 gave no sign of life for 3 s"),
@@ -69,10 +69,10 @@ def torchrun(tmp_path: Path, fate: str) -> tuple[int, str, float]:
         ("fails", "error: this image is broken"),
     ],
 )
-def test_a_rank_that_is_missing_ends_the_others(tmp_path: Path, fate: str, said: str) -> None:
+def test_a_rank_that_is_missing_ends_the_others(tmp_path: Path, fate: str, message: str) -> None:
     code, text, seconds = torchrun(tmp_path, fate)
     assert code != 0
-    assert said in text
+    assert message in text
     assert "done" not in text
     assert seconds < 60
 

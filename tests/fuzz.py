@@ -38,9 +38,9 @@ def fuzz(kind: str, folder: Path, mutations: int) -> None:
             read()
         except UserError as error:
             refused += 1
-            said = str(error)
-            assert str(folder) in said, "the file is named"
-            assert max(map(len, said.splitlines())) < 1000, "the message does not contain the whole file"
+            message = str(error)
+            assert str(folder) in message, "the file is named"
+            assert max(map(len, message.splitlines())) < 1000, "the message does not contain the whole file"
 
     mutated()
     assert refused > mutations // 10, "most changes are refused"

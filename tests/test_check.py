@@ -301,14 +301,14 @@ def test_all_mistakes_are_reported_at_once(
         lambda content, root: shutil.rmtree(root / "images/val"),
     )(content, root)  # fmt: skip
     (root / "mine.yaml").write_text(yaml.safe_dump(content))
-    said = "\n".join(finding.text for finding in check(load_experiment(root / "mine.yaml")))
+    output = "\n".join(finding.text for finding in check(load_experiment(root / "mine.yaml")))
     for part in (
         "batch_size: found 1000; the set has 40 images",
         "evaluation.linear: found 0 labelled images in val",
         "evaluation.knn: found 0 labelled images in val",
         "unknown class",
     ):
-        assert part in said
+        assert part in output
 
 
 def gpu_findings(monkeypatch: pytest.MonkeyPatch, usable: int, capability: tuple[int, int]) -> list[str]:

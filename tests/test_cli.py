@@ -85,35 +85,35 @@ def test_check_warns_of_a_long_queue_and_refuses_a_large_batch(data: Path, tmp_p
 def test_check_finds_what_would_fail_after_pretraining(data: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     folder = {"source": "folder", "name": "mine", "path": str(photos)}
-    said = run("check", changed(tmp_path, {"dataset": folder})).stdout
-    assert "photos: not found, and nothing is prepared in data/mine" in said
+    output = run("check", changed(tmp_path, {"dataset": folder})).stdout
+    assert "photos: not found, and nothing is prepared in data/mine" in output
     for number in range(70):
         path = photos / "2024" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40 + number % 2, 50), (number, 0, 0)).save(path)
     prepare(Folder(**folder), tmp_path / "data/mine", jobs=1)
     methods = {"methods": {"moco-v2": {}, "supervised": {"objective": "supervised", "lr": 0.1}}}
-    said = run("check", changed(tmp_path, {"dataset": folder, **methods})).stdout
+    output = run("check", changed(tmp_path, {"dataset": folder, **methods})).stdout
     for line in (
         "error: supervised: found 0 labelled images in train; provide some, or remove the row",
         "error: evaluation.knn: found 0 labelled images in train; provide some, or remove knn",
         "error: evaluation.linear: found 0 labelled images in val",
         "warning: augmentation.image_size: found 16; images of train have a median short side of 40",
     ):
-        assert line in said
+        assert line in output
     sets = yaml.safe_load((ROOT / "config/raccoon.yaml").read_text())["evaluation"]["detection"]
     evaluation = yaml.safe_load(Path(TINY).read_text())["evaluation"] | {"detection": sets}
-    said = run("check", changed(tmp_path, {"evaluation": evaluation})).stdout
+    output = run("check", changed(tmp_path, {"evaluation": evaluation})).stdout
     assert re.search(
-        r"error: evaluation.detection.raccoon\S*: \S+/val.txt: not found; put the set there", said
+        r"error: evaluation.detection.raccoon\S*: \S+/val.txt: not found; put the set there", output
     )
 
 
 def test_check_compares_the_evaluation_with_the_training(data: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(Path(TINY).read_text())
     content["augmentation"]["image_size"] = 64
-    said = run("check", changed(tmp_path, content)).stdout
-    assert "warning: evaluation.image_size: found 16; encoders are trained at" in said
+    output = run("check", changed(tmp_path, content)).stdout
+    assert "warning: evaluation.image_size: found 16; encoders are trained at" in output
 
 
 def test_check_reports_prepared_data_of_another_data_set(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_check_reports_prepared_data_of_another_data_set(tmp_path: Path) -> None
     assert run("prepare", "--config", TINY).returncode == 0
     assert "not the data set of this experiment" not in run("check", TINY).stdout
     content["dataset"]["train_per_photo"] = 11
-    said = run("check", changed(tmp_path, content)).stdout
-    assert "not the data set of this experiment (settings: dataset.train_per_photo 10 -> 11)" in said
+    output = run("check", changed(tmp_path, content)).stdout
+    assert "not the data set of this experiment (settings: dataset.train_per_photo 10 -> 11)" in output
 
 
 def test_verify_reads_every_file(data: Path) -> None:
@@ -150,12 +150,12 @@ def test_plan_counts_runs_steps_and_evaluations_of_the_experiments_own_data(tmp_
         assert line in done.stdout
     content = yaml.safe_load(Path(TINY).read_text())
     content["dataset"]["train_per_photo"] = 11
-    said = refused("plan", changed(tmp_path, content))
-    assert "not the data set of this experiment (settings: dataset.train_per_photo 10 -> 11)" in said
+    message = refused("plan", changed(tmp_path, content))
+    assert "not the data set of this experiment (settings: dataset.train_per_photo 10 -> 11)" in message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("pretrain", "--method", MOCHI, "--seed", "7"), "seed: found 7; mochi-16-24-8 has: 0, 1"),
         (
@@ -170,14 +170,16 @@ def test_plan_counts_runs_steps_and_evaluations_of_the_experiments_own_data(tmp_
         (("scenes", "data/voc"), "DIR: found data/voc;"),
     ],
 )
-def test_names_that_the_experiment_does_not_have_are_refused(arguments: tuple[str, ...], said: str) -> None:
-    assert said in refused(*arguments, "--config", TINY)
+def test_names_that_the_experiment_does_not_have_are_refused(
+    arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(*arguments, "--config", TINY)
 
 
 def test_missing_inputs_are_named_before_any_compute() -> None:
     run_of = ["--config", TINY, "--method", MOCHI, "--seed", "0"]
-    said = refused("pretrain", *run_of)
-    assert "data/photo-patches-tiny/manifest.json: not found" in said
+    message = refused("pretrain", *run_of)
+    assert "data/photo-patches-tiny/manifest.json: not found" in message
     assert f"results/tiny/encoders/{MOCHI}/seed0/encoder.safetensors: not found" in refused(
         "evaluate", "knn", *run_of
     )
@@ -186,8 +188,8 @@ def test_missing_inputs_are_named_before_any_compute() -> None:
 def test_an_output_folder_that_cannot_be_written_is_refused(data: Path, tmp_path: Path) -> None:
     """A file has its name: refused before any compute, even for root."""
     (tmp_path / "results").write_text("mine")
-    said = refused("pretrain", "--config", TINY, "--method", "random-init", "--seed", "0")
-    assert "results cannot be written there" in said
+    message = refused("pretrain", "--config", TINY, "--method", "random-init", "--seed", "0")
+    assert "results cannot be written there" in message
     assert (tmp_path / "results").read_text() == "mine"
 
 

@@ -130,9 +130,9 @@ def test_a_clone_has_nothing_to_compute(clone: Project) -> None:
     assert "tiny: 14 results are current, 0 will be computed" in clone.mochi("adopt")
     assert clone.jobs() == {}
     assert clone.changed_stages() == {}
-    said = clone.succeed("dvc", "repro")
-    assert said.count("didn't change, skipping") == 4
-    assert "Running stage" not in said
+    output = clone.succeed("dvc", "repro")
+    assert output.count("didn't change, skipping") == 4
+    assert "Running stage" not in output
     assert clone.run("git", "status", "--porcelain").stdout == ""
 
 
@@ -145,8 +145,8 @@ def test_lost_results_are_restored_from_the_cache(clone: Project) -> None:
     # One by one, as other stages have changed.
     shutil.rmtree(clone.folder / f"results/tiny/encoders/{MOCHI}/seed1")
     (clone.folder / f"results/tiny/evaluations/{MOCHI}/seed0/knn/metrics.json").write_text("{}")
-    said = clone.mochi("adopt", "--restore")
-    assert set(re.findall("restored from DVC's cache: (.+)", said)) == {
+    output = clone.mochi("adopt", "--restore")
+    assert set(re.findall("restored from DVC's cache: (.+)", output)) == {
         f"{MOCHI} seed 1 pretrain", f"{MOCHI} seed 0 knn"
     }  # fmt: skip
     assert clone.digests(COMPUTED) == before
@@ -180,19 +180,19 @@ def test_metrics_and_plots(clone: Project, tmp_path: Path) -> None:
 def test_a_clone_without_pull_says_what_is_missing(recorded: Project, tmp_path: Path) -> None:
     """And `mochi explain` still works."""
     clone = recorded.clone(tmp_path / "git only", pull=False)
-    said = clone.mochi("adopt")
+    output = clone.mochi("adopt")
     for line in (
         "to compute: data set photo-patches-tiny: missing",
         f"to compute: {MOCHI} seed 1 pretrain: missing",
         "to compute: random-init seed 0 knn: missing",
         "tiny: 0 results are current, 14 will be computed",
     ):
-        assert line in said
+        assert line in output
     assert clone.jobs() == {"prepare": 1, "pretrain": 3, "evaluate": 6, "analyze": 3, "report": 1}
-    said = clone.mochi("explain", MOCHI, "knn")
-    assert "knn top1: " in said
-    assert f"{ENCODER} sha256 " in said
-    assert "(not found)" in said
+    output = clone.mochi("explain", MOCHI, "knn")
+    assert "knn top1: " in output
+    assert f"{ENCODER} sha256 " in output
+    assert "(not found)" in output
     assert clone.run("git", "status", "--porcelain").stdout == ""
     clone.succeed("dvc", "pull")
     assert "tiny: 14 results are current, 0 will be computed" in clone.mochi("adopt")

@@ -39,8 +39,8 @@ def test_a_new_evaluation_is_one_file_and_one_line(finished: Project, tmp_path: 
     assert project.jobs() == {"evaluate": 2 * 2, "report": 1}
     assert not (project.folder / "work").exists(), "the shared features are removed"
     project.edit(CONFIG, "center: true", "centre: true")
-    said = project.run("python", "-m", "mochi", "check").stderr
-    assert "evaluation.centered.centre: unknown key 'centre'; did you mean 'center'?" in said
+    output = project.run("python", "-m", "mochi", "check").stderr
+    assert "evaluation.centered.centre: unknown key 'centre'; did you mean 'center'?" in output
 
 
 def test_a_new_rule_of_negatives_is_one_file_and_one_line(finished: Project, tmp_path: Path) -> None:
@@ -60,5 +60,7 @@ def test_a_new_rule_of_negatives_is_one_file_and_one_line(finished: Project, tmp
     assert math.isclose(float(second["chance"]), math.log(1 + 32))
     assert 0 < float(second["loss"]) < 2 * float(second["chance"])
     project.edit(CONFIG, "num_hardest: 32,", "num_hardest: 101,")
-    said = project.run("python", "-m", "mochi", "check").stderr
-    assert "methods.moco-hardest: negatives.num_hardest: found 101; expected 1 to 100 (queue_size)" in said
+    output = project.run("python", "-m", "mochi", "check").stderr
+    assert (
+        "methods.moco-hardest: negatives.num_hardest: found 101; expected 1 to 100 (queue_size)" in output
+    )

@@ -139,12 +139,14 @@ def test_mistakes_are_named_before_anything_is_encoded(encoder: Path, images: Pa
         "features", "--encoder", "x.safetensors", "--images", "images", "--out", "f.npz"
     )
     (tmp_path / "empty").mkdir()
-    for folder, said in (
+    for folder, message in (
         ("nowhere", "no such folder"),
         ("empty", "found 0 images"),
         ("images/loose.png", "loose.png: is a file; expected a folder"),
     ):
-        assert said in refused("features", "--encoder", str(encoder), "--images", folder, "--out", "f.npz")
+        assert message in refused(
+            "features", "--encoder", str(encoder), "--images", folder, "--out", "f.npz"
+        )
     missing = run("neighbors", *of, "--out", "s.png", "--query", "cat.txt")
     assert missing.returncode == 2
     assert "cat.txt" in missing.stderr

@@ -32,10 +32,10 @@ def row(label: str) -> list[str]:
 
 
 def test_before_anything_has_started_nothing_is_written(tmp_path: Path) -> None:
-    said = run("status", TINY)
-    assert said.returncode == 0
-    assert said.stdout.startswith("tiny: ")
-    assert " not started" in said.stdout.splitlines()[0]
+    done = run("status", TINY)
+    assert done.returncode == 0
+    assert done.stdout.startswith("tiny: ")
+    assert " not started" in done.stdout.splitlines()[0]
     assert row("random-init seed 0")[0] == "not started"
     assert list(tmp_path.iterdir()) == []
 
@@ -64,11 +64,11 @@ def test_a_failed_job_names_its_error_and_the_last_line_of_its_log(tiny_data: Pa
     log = Layout("tiny").log("random-init", 0, "knn.log")
     log.parent.mkdir(parents=True)
     log.write_text("reading\nerror: it is no encoder\nTraceback of something else\n")
-    said = run("status", TINY).stdout
-    assert "1 failed" in said.splitlines()[0]
-    assert "random-init seed 0 knn failed: " in said
-    assert f"{log}: error: it is no encoder" in said
-    assert "the same snakemake command continues" in said
+    output = run("status", TINY).stdout
+    assert "1 failed" in output.splitlines()[0]
+    assert "random-init seed 0 knn failed: " in output
+    assert f"{log}: error: it is no encoder" in output
+    assert "the same snakemake command continues" in output
     assert row("random-init seed 0")[0] == "knn (failed)"
 
 

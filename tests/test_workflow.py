@@ -180,7 +180,7 @@ def test_adopt_lists_what_will_be_computed_and_why(copy: Project) -> None:
     (evaluations / "seed0/linear/metrics.json").write_text('{"top1": 99.0}')
     (evaluations / "seed1/linear/provenance.json").write_text("{")
     shutil.rmtree(copy.folder / "results/tiny/encoders/random-init")
-    said = copy.mochi("adopt")
+    output = copy.mochi("adopt")
     for line in (
         f"to compute: {MOCHI} seed 0 knn: settings: protocol.k 5 -> 4",
         f"to compute: {MOCHI} seed 0 linear: results/tiny/evaluations/{MOCHI}/seed0/linear/metrics.json is not",
@@ -189,15 +189,15 @@ def test_adopt_lists_what_will_be_computed_and_why(copy: Project) -> None:
         "to compute: random-init seed 0 linear: input: results/tiny/encoders/random-init/seed0/encoder",
         "tiny: 5 results are current, 9 will be computed",
     ):  # fmt: skip
-        assert line in said
+        assert line in output
     assert copy.jobs() == {"pretrain": 1, "evaluate": 6, "analyze": 1, "report": 1}
 
 
 def test_adopt_accept_code_keeps_results_of_changed_code(copy: Project) -> None:
     copy.edit("mochi/contrast/negatives.py", "MAX_QUERY_SHARE = 0.5", "MAX_QUERY_SHARE = 0.4")
     assert copy.jobs() == NUMERIC
-    said = copy.mochi("adopt", "--accept-code")
-    assert f"accepted: {MOCHI} seed 0 pretrain: computed by other code" in said
+    output = copy.mochi("adopt", "--accept-code")
+    assert f"accepted: {MOCHI} seed 0 pretrain: computed by other code" in output
     assert copy.jobs() == {"report": 1}
     assert copy.snakemake().returncode == 0
     assert copy.jobs() == {}
@@ -210,8 +210,8 @@ def test_other_package_versions_are_shown_and_re_run_nothing(copy: Project) -> N
     path = copy.folder / f"results/tiny/encoders/{MOCHI}/seed0/provenance.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "versions": {**record["versions"], "torch": "1.4.0"}}))
-    said = copy.mochi("adopt")
-    assert f"note: {MOCHI} seed 0 pretrain: computed with torch 1.4.0 (here " in said
+    output = copy.mochi("adopt")
+    assert f"note: {MOCHI} seed 0 pretrain: computed with torch 1.4.0 (here " in output
     assert copy.jobs() == {"report": 1}, "its provenance is new, its numbers are not"
 
 
@@ -286,10 +286,10 @@ def test_an_interrupted_change_keeps_the_finished_result(
     copy.edit(CONFIG, new, old)
     done = copy.snakemake()
     assert done.returncode == 0, done.stderr
-    said = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     # Jobs that Snakemake starts anyway return at once.
-    assert said.count(": up to date") >= 2
-    assert "epoch 0" not in said
+    assert output.count(": up to date") >= 2
+    assert "epoch 0" not in output
     assert result.read_bytes() == before
     assert copy.jobs() == {}
 
@@ -390,5 +390,5 @@ def test_jobs_are_limited_to_the_visible_gpus(
 ) -> None:
     """On a host that reports one GPU. `--touch` starts jobs without computing anything."""
     one_gpu = ("env", "CUDA_VISIBLE_DEVICES=0")
-    said = copy.succeed(*one_gpu, "snakemake", "--cores", "16", "--touch", "--forceall", *arguments)
-    assert f'gpu=Resource("gpu", {limit})' in said
+    output = copy.succeed(*one_gpu, "snakemake", "--cores", "16", "--touch", "--forceall", *arguments)
+    assert f'gpu=Resource("gpu", {limit})' in output

@@ -64,13 +64,13 @@ def test_a_split_without_a_box_is_refused(voc_set: Path, split: str, how: str) -
             "polygon": f"<object>{objects}".replace("bndbox", "polygon") if objects else "",
         }[how]
         path.write_text(f"{start.removesuffix('</annotation>')}{inside}</annotation>")
-    said = voc_refused(voc_set)
+    message = voc_refused(voc_set)
     expected = {
         "nothing": {"train": "no object to train on in 6 training", "test": "no object in 5 test"}[split],
         "elsewhere": "looked for <object> directly below <annotation>",
         "polygon": "objects dropped: no bndbox: ",
     }[how]
-    assert expected in said
+    assert expected in message
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 80), (40, 48), (24, 20), (48, 41)])
@@ -88,8 +88,8 @@ def test_boxes_for_the_unrotated_photograph_are_refused(voc_set: Path, orientati
     exif[0x0112] = orientation
     with Image.open(path) as image:
         image.save(path, exif=exif)
-    said = voc_refused(voc_set)
-    assert "a1.xml: size: found 48 x 40 (it is stored so, and its EXIF orientation turns it); a1" in said
+    message = voc_refused(voc_set)
+    assert "a1.xml: size: found 48 x 40 (it is stored so, and its EXIF orientation turns it); a1" in message
 
 
 @pytest.mark.parametrize("size", ["abc", "-48", "48.5", "1e999"])
@@ -404,14 +404,14 @@ def test_check_and_inspect_report_what_training_refuses(
     chosen = small_set(voc_set).model_dump(mode="json", exclude_none=True)
     experiment["evaluation"]["detection"] = {"own": chosen}
     Path("exp.yaml").write_text(yaml.safe_dump(experiment))
-    said = run("check", "exp.yaml")
-    assert "warning: evaluation.detection.own: 1 classes have no object in test" in said.stdout
-    assert said.returncode == 0
+    done = run("check", "exp.yaml")
+    assert "warning: evaluation.detection.own: 1 classes have no object in test" in done.stdout
+    assert done.returncode == 0
     image = voc_set / "JPEGImages" / "a1.jpg"
     image.write_bytes(image.read_bytes()[: image.stat().st_size * 6 // 10])
-    said = run("check", "exp.yaml")
-    assert said.returncode == 1
-    assert "error: evaluation.detection.own: 1 of 11 images cannot be used" in said.stdout
+    done = run("check", "exp.yaml")
+    assert done.returncode == 1
+    assert "error: evaluation.detection.own: 1 of 11 images cannot be used" in done.stdout
     assert "bytes): JPEG does not decode" in run("inspect", str(voc_set)).stdout
     edit(voc_set / "Annotations" / "a2.xml", "<name>bar</name>", "<name></name>")
     assert "a2.xml: object 2: found no name" in run("inspect", str(voc_set)).stdout

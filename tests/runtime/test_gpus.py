@@ -155,7 +155,7 @@ def test_a_visible_gpu_has_one_name_for_all_spellings(
 
 
 @pytest.mark.parametrize(
-    ("script", "devices", "expected", "said"),
+    ("script", "devices", "expected", "message"),
     [
         (
             "echo 'NVIDIA-SMI has failed because it could not reach the driver'; exit 9",
@@ -175,7 +175,7 @@ def test_nvidia_smi_may_be_slow_missing_or_broken(
     script: str | None,
     devices: int,
     expected: list[str],
-    said: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -191,11 +191,11 @@ def test_nvidia_smi_may_be_slow_missing_or_broken(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
-    monkeypatch.setattr(gpus, "_ANSWER_SECONDS", 0.2 if said.startswith("gave") else 30)
+    monkeypatch.setattr(gpus, "_ANSWER_SECONDS", 0.2 if message.startswith("gave") else 30)
     gpus._warn_once.cache_clear()
     assert gpus.visible() == expected
-    assert said in caplog.text
-    assert bool(said) == bool(caplog.text)
+    assert message in caplog.text
+    assert bool(message) == bool(caplog.text)
     for spelled, seen in (("", []), ("-1", []), ("99", [] if expected else ["99"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", spelled)
         assert gpus.visible() == seen, spelled

@@ -55,21 +55,21 @@ def loaded(fate: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("fate", "said"),
+    ("fate", "message"),
     [
         ("killed", ""),
         ("cannot be sent", "error: loading worker 0 cannot send images: AttributeError"),
     ],
 )
 def test_a_worker_that_dies_is_reported(
-    fate: str, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    fate: str, message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RuntimeError) as caught:
         loaded(fate, monkeypatch)
     text = watchdog.reason(caught.value)
     assert text is not None
     assert "a loading worker ended" in text
-    assert said in capfd.readouterr().err
+    assert message in capfd.readouterr().err
 
 
 # torch may notice the killed worker while it removes the loader; that error cannot be caught.

@@ -64,9 +64,9 @@ def test_a_class_in_two_unicode_forms_is_one_class(tmp_path: Path) -> None:
 def test_similar_names_and_classes_without_training_images_are_reported() -> None:
     counts = {"train": {"Cat": 3, "cat ": 1, "dog": 2, "eel": 0}, "val": {"Cat": 1, "eel": 2, "dog": 1}}
     assert faults(counts) == []
-    said = oddities(counts)
-    assert "classes 'Cat' and 'cat ' differ only in case or spaces" in said[0]
-    assert said[1] == "1 classes of val have no image in train: eel"
+    messages = oddities(counts)
+    assert "classes 'Cat' and 'cat ' differ only in case or spaces" in messages[0]
+    assert messages[1] == "1 classes of val have no image in train: eel"
 
 
 def test_unlabelled_and_empty_splits_are_accepted() -> None:

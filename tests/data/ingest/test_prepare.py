@@ -436,11 +436,11 @@ def test_images_much_larger_than_needed_are_named(tree: Path, tmp_path: Path) ->
     Image.new("L", (3000, 2000)).save(tree / "train" / "ant" / "giant.jpg")
     out = tmp_path / "data" / "photos"
     prepare(folder(tree), out, jobs=1)
-    said = open_dataset(out).split("train").oversized()
-    assert said.startswith(
+    message = open_dataset(out).split("train").oversized()
+    assert message.startswith(
         "1 images of train have a side of more than 2048 px, such as train/ant/giant.jpg"
     )
-    assert "dataset.max_side: 1024 stores them smaller" in said
+    assert "dataset.max_side: 1024 stores them smaller" in message
     assert open_dataset(out).split("val").oversized() == ""
 
 
@@ -465,11 +465,11 @@ def test_a_disk_error_keeps_the_previous_data(
     (tree / "train" / "ant" / "0.jpg").unlink()
     with pytest.raises(StorageError) as failed:
         prepare(folder(tree), out, jobs=1)
-    said = str(failed.value)
-    assert said.startswith(str(out))
-    assert f"cannot be written: {os.strerror(error)}; " in said
-    assert "what was there before is intact" in said
-    assert ("free " in said) == (error in {errno.ENOSPC, errno.EDQUOT})
+    message = str(failed.value)
+    assert message.startswith(str(out))
+    assert f"cannot be written: {os.strerror(error)}; " in message
+    assert "what was there before is intact" in message
+    assert ("free " in message) == (error in {errno.ENOSPC, errno.EDQUOT})
     assert contents(out) == before
     monkeypatch.undo()
     prepare(folder(tree), out, jobs=1)

@@ -275,6 +275,19 @@ def test_autocast_does_not_change_the_loss() -> None:
     assert torch.equal(cast_gradient, plain_gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """Query, keys and queue alike: the loss is that of their values."""
+    halves = [F.normalize(each, dim=-1).to(dtype) for each in batch(3, 8, 24, seed=10, dtype=torch.float32)]
+    rule = mochi_rule(6, 7, 5)
+    loss, expected = (
+        contrastive_loss(query, key, queue, 0.2, rule, generator=draws()).loss
+        for query, key, queue in (halves, [each.float() for each in halves])
+    )
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+
+
 UNIT = torch.eye(4)
 
 

@@ -107,7 +107,7 @@ def test_the_negative_dominates_a_query_mix() -> None:
 
 
 def test_draws_are_uniform() -> None:
-    """20,000 draws: shares of pairs and frequencies of parents are near their expectations."""
+    """20,000 draws: shares, parents and ordered pairs of parents are near their expectations."""
     query, queue = unit(1, 16), unit(64, 16, seed=1)
     pool = hardest(query @ queue.T, 8)
     pairs = mix_pairs(queue, pool, num=20_000, generator=rng())
@@ -116,6 +116,11 @@ def test_draws_are_uniform() -> None:
     assert abs(shares.std() - 12**-0.5) < 0.01
     counts = torch.bincount(pairs.parents.flatten(), minlength=64)[pool.columns[0]]
     assert (counts / 40_000 - 1 / 8).abs().max() < 0.01
+    first, second = pairs.parents[0].T
+    together = torch.bincount(first * 64 + second, minlength=64 * 64).view(64, 64)
+    together = together[pool.columns[0]][:, pool.columns[0]]
+    expected = (1 - torch.eye(8)) / 56
+    assert (together / 20_000 - expected).abs().max() < 0.005
 
 
 def test_equal_generators_give_equal_synthetics() -> None:

@@ -5,6 +5,7 @@ formulas, degenerate inputs, masks, and how rules are found.
 import math
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,33 @@ from mochi.contrast.rules.mochi import MoCHi
 from mochi.contrast.rules.moco import MoCo
 from mochi.contrast.rules.same_image import SameImage
 from mochi.contrast.rules.synco import SynCo
-from tests.reference import simple_form
+from tests.reference import mochi_loss, simple_form, synthetic_vectors
 
 SYNCO = {
     "num_interpolated": 3, "num_extrapolated": 4, "num_mixed": 5, "num_noisy": 6, "num_perturbed": 7,
     "num_adversarial": 8,
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebiasedMixes(Debiased, MoCHi):
+    """MoCHi's synthetics under the debiased loss: M counts them too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedMixes(HardWeighting, MoCHi):
+    """MoCHi's synthetics, weighted by how hard they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoupledMixes(Decoupled, MoCHi):
+    """MoCHi's synthetics without the positive in the denominator."""
+
+
+MIXES = {"num_hardest": 4, "num_pair_synthetics": 9, "num_query_synthetics": 7}
 RULES: dict[str, Rule] = {
     "moco": MoCo(),
-    "mochi": MoCHi(num_hardest=4, num_pair_synthetics=9, num_query_synthetics=7),
+    "mochi": MoCHi(**MIXES),
     "through the query": MoCHi(
         num_hardest=4, num_pair_synthetics=0, num_query_synthetics=7, through_query=True
     ),
@@ -46,6 +65,9 @@ RULES: dict[str, Rule] = {
     "soft weighting": HardWeighting(positive_prior=0.1, concentration=0.3),
     "decoupled": Decoupled(),
     "synco": SynCo(num_hardest=4, **SYNCO),
+    "debiased mixes": DebiasedMixes(positive_prior=0.02, **MIXES),
+    "weighted mixes": WeightedMixes(positive_prior=0.02, concentration=0.5, **MIXES),
+    "decoupled mixes": DecoupledMixes(**MIXES),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
@@ -182,6 +204,27 @@ def test_a_query_without_negatives_has_neither_loss_nor_gradient(rule: Rule) -> 
 
 
 @every_rule
+def test_both_forms_report_the_same_similarities(rule: Rule) -> None:
+    """Also of a query without negatives: none is its hardest."""
+    raw, key, queue = batch(3, 12)
+    query = F.normalize(raw, dim=-1)
+    excluded = torch.zeros(3, 12, dtype=torch.bool)
+    excluded[1], excluded[2, ::2] = True, True
+    fused, simple = (
+        contrastive_loss(query, key, queue, 0.2, each, excluded, torch.Generator().manual_seed(7))
+        for each in (rule, simple_form(rule))
+    )
+    similarity = (query @ queue.T).masked_fill(excluded, -torch.inf)
+    assert torch.equal(
+        fused.hardest_synthetic.isneginf()[[0, 2]], torch.tensor([not rule.num_synthetics] * 2)
+    )
+    for each in (fused, simple):
+        torch.testing.assert_close(each.positive, (query * key).sum(1))
+        torch.testing.assert_close(each.hardest_negative, similarity.amax(1))
+        torch.testing.assert_close(each.hardest_synthetic[[0, 2]], fused.hardest_synthetic[[0, 2]])
+
+
+@every_rule
 def test_the_values_of_excluded_negatives_do_not_matter(rule: Rule) -> None:
     raw, key, queue = batch(3, 12)
     excluded = torch.zeros(3, 12, dtype=torch.bool)
@@ -208,9 +251,10 @@ def test_extreme_inputs_stay_finite(rule: Rule, dtype: torch.dtype) -> None:
         (same, unit_same, -unit_same[:5]),
         (same, -unit_same, unit_same[:5]),
     ):
-        loss, gradient = loss_and_gradient(rule, *inputs, 0.02)
-        assert loss.isfinite()
-        assert gradient.isfinite().all()
+        for each in (rule, simple_form(rule)):
+            loss, gradient = loss_and_gradient(each, *inputs, 0.02)
+            assert loss.isfinite()
+            assert gradient.isfinite().all()
 
 
 @every_rule
@@ -277,6 +321,21 @@ def test_synco_sums_of_query_and_negative() -> None:
         torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2, 200, dtype=torch.float64))
         found = each.similarity(query, query @ queue.T)
         torch.testing.assert_close(found, torch.einsum("bc,bsc->bs", query, vectors))
+
+
+def test_synco_mixes_are_constants_to_the_gradient() -> None:
+    """Against autograd through vectors that were made before."""
+    raw, key, queue = batch(5, 12)
+    rule = RULES["synco"]
+    free = raw.clone().requires_grad_()
+    query = F.normalize(free, dim=-1)
+    start, draws = query.detach(), torch.Generator().manual_seed(7)
+    made = rule.synthetics(Candidates(start, start @ queue.T, queue, False, draws))
+    expected = mochi_loss(query, key, queue, 0.2, [synthetic_vectors(start, queue, each) for each in made])
+    expected.backward()
+    loss, gradient = loss_and_gradient(rule, raw, key, queue, 0.2)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, free.grad, rtol=1e-11, atol=1e-14)
 
 
 def test_synco_pairs_equal_mochis() -> None:

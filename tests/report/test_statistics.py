@@ -71,6 +71,15 @@ def test_variance_components_by_hand() -> None:
     assert components({0: [1.0]}) == Components(None, None)
 
 
+def test_variances_of_uneven_groups_in_fractions() -> None:
+    """Within: (2 + 20) / (7 - 3). Between means 2, 9, 5 around 45 / 7: 237 / 7, less what is within, over
+    n0 = (7 - (4 + 16 + 1) / 7) / 2 = 2. An encoder without a fine-tuning does not count."""
+    found = components({0: [1.0, 3.0], 1: [6.0, 8.0, 10.0, 12.0], 2: [5.0], 3: []})
+    assert found.fine_tuning == pytest.approx(5.5**0.5, rel=1e-12)
+    assert found.encoder == pytest.approx(((237 / 7 - 5.5) / 2) ** 0.5, rel=1e-12)
+    assert components({0: [1.0], 1: [4.0], 2: [7.0]}) == Components(pytest.approx(3.0, rel=1e-12), None)
+
+
 def test_variance_components_of_simulated_experiments() -> None:
     draw = np.random.default_rng(1)
     found = []

@@ -41,10 +41,10 @@ def adopt(
     if importlib.util.find_spec("snakemake") is None:
         raise UserError('snakemake: not installed; run `pip install "mochi-pipeline[workflow]"`')
     listings = {name: current_listing(each, dataset(name)) for name, each in datasets(experiment).items()}
-    found = results(experiment, listings)
+    all_results = results(experiment, listings)
     lines, stale = [], set[Path]()
     cache = DvcCache() if restore else None
-    for result in found:
+    for result in all_results:
         reason = result.why_stale()
         if reason is not None and cache is not None and cache.restore(result):
             reason = None
@@ -62,7 +62,7 @@ def adopt(
             stale.add(result.folder)
             lines.append(f"to compute: {result.label}: {reason}")
     _touch(config)
-    current = len(found) - len(stale)
+    current = len(all_results) - len(stale)
     return [*lines, f"{experiment.name}: {current} results are current, {len(stale)} will be computed"]
 
 

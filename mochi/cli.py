@@ -642,22 +642,22 @@ def _work(
     Each version of the settings and inputs has its own checkpoints: after a change
     of a setting and back, each version continues from its own.
     """
-    from mochi.layout import Layout
+    from mochi.layout import Paths
     from mochi.provenance.fingerprint import digest, file_digest
     from mochi.runtime.job_status import reported
     from mochi.runtime.locks import locked
     from mochi.storage.atomic import require_writable
 
-    layout = Layout(experiment)
+    paths = Paths(experiment)
     for name, path in result.inputs.items():
         if not path.exists():
             raise UserError(f"{path}: not found; {result.label} needs it as its {name}; compute it first")
     inputs = {name: file_digest(path) for name, path in result.inputs.items()}
-    job_folder = layout.work(method, seed, task)
+    job_folder = paths.work(method, seed, task)
     work = job_folder / digest([result.settings, inputs])
     require_writable(result.folder)
     require_writable(work)
-    events = layout.log(method, seed, f"tensorboard-{task}")
+    events = paths.log(method, seed, f"tensorboard-{task}")
     if os.environ.get("RANK", "0") != "0":
         yield work, events
         return

@@ -19,7 +19,7 @@ def dataset(name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Paths:
     """The folders of one experiment."""
 
     experiment: str

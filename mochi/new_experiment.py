@@ -84,11 +84,11 @@ def new_experiment(folder: Path, out: Path, *, hours: float | None, force: bool)
             f"{FEWEST_TO_TRAIN}, better thousands: contrastive learning needs negatives; add images"
         )
     draft = _Draft(folder, name, found)
-    said = [] if hours is None else draft.fit(hours)
+    budget_lines = [] if hours is None else draft.fit(hours)
     text = draft.text()
     parse_experiment(yaml.safe_load(text), str(out))
     write_text(out, text)
-    return [*draft.summary(), *said, f"wrote {out}; next: mochi check {shlex.quote(str(out))}"]
+    return [*draft.summary(), *budget_lines, f"wrote {out}; next: mochi check {shlex.quote(str(out))}"]
 
 
 class _Draft:

@@ -40,7 +40,7 @@ from mochi.data.views.loading import steps_per_epoch
 from mochi.encoders.files import EncoderError, load_encoder
 from mochi.errors import DataError, UserError
 from mochi.extras import not_installed
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.plan import Machine, disk_needed, encoder_bytes
 from mochi.pretraining.stage import queue_warning
 from mochi.provenance.wanted import prepared
@@ -96,14 +96,14 @@ def _machine(experiment: Experiment) -> Iterator[Finding]:
             yield Finding("error", not_installed(package))
     bytes_a_run = encoder_bytes(experiment.encoder)
     needed = disk_needed(len(all_runs(experiment)), bytes_a_run, Machine.here().at_once)
-    for place in (Layout(experiment.name).results, Path("work"), layout.dataset(experiment.dataset.name)):
-        existing = nearest_existing(place)
+    for folder in (Paths(experiment.name).results, Path("work"), layout.dataset(experiment.dataset.name)):
+        existing = nearest_existing(folder)
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-            text = f"{place}: cannot be written: expected a folder that this user may write"
+            text = f"{folder}: cannot be written: expected a folder that this user may write"
             yield Finding("error", text)
         elif (free := shutil.disk_usage(existing).free) < needed:
             text = (
-                f"{place}: {free / 1e9:.1f} GB of disk are free; encoders and checkpoints take about "
+                f"{folder}: {free / 1e9:.1f} GB of disk are free; encoders and checkpoints take about "
                 f"{needed / 1e9:.1f} GB; free some, or link the folder to another disk"
             )
             yield Finding("error", text)
@@ -205,10 +205,10 @@ def _set(where: str, chosen: DetectionSet) -> Iterator[Finding]:
     """What the detection stage would refuse about an existing set, and warnings about it."""
     from mochi.detection import sets  # noqa: PLC0415 (detection is an extra)
 
-    found = sets.contents_of(chosen.data, masks=chosen.model.masks, jobs=os.cpu_count() or 1)
-    yield from (Finding("error", f"{where}: {text}") for text in found.errors)
-    yield from (Finding("warning", f"{where}: {text}") for text in found.warnings)
-    if not found.errors and len(chosen.training.lr) > 1 and found.counts["train"]["images"] < 2:
+    contents = sets.contents_of(chosen.data, masks=chosen.model.masks, jobs=os.cpu_count() or 1)
+    yield from (Finding("error", f"{where}: {text}") for text in contents.errors)
+    yield from (Finding("warning", f"{where}: {text}") for text in contents.warnings)
+    if not contents.errors and len(chosen.training.lr) > 1 and contents.counts["train"]["images"] < 2:
         text = f"{where}.training.lr: found several; a search needs 2 images of train or more"
         yield Finding("error", text)
 
@@ -258,9 +258,9 @@ def _contents(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[
         dataset = open_dataset(folder)
         stale = prepared(config, folder, current_listing(config, folder)).why_stale()
     except DataError as error:
-        place = getattr(config, "path", None)
-        if place is not None and not Path(place).exists():
-            text = f"dataset.path: {place}: not found, and nothing is prepared in {folder}"
+        path = getattr(config, "path", None)
+        if path is not None and not Path(path).exists():
+            text = f"dataset.path: {path}: not found, and nothing is prepared in {folder}"
             return None, [Finding("error", text)]
         findings.append(Finding("note", f"data not prepared yet ({error})"))
     else:
@@ -354,12 +354,12 @@ def _prepared(dataset: StoredDataset, *, verify: bool) -> Iterator[Finding]:
     """Find missing, truncated or (with `verify`) corrupt files, and images that are larger than needed."""
     for split in dataset.manifest["splits"]:
         try:
-            said = dataset.split(split).oversized()
+            warning = dataset.split(split).oversized()
         except DataError as error:
             yield Finding("error", str(error))
             return
-        if said:
-            yield Finding("warning", said)
+        if warning:
+            yield Finding("warning", warning)
     for path in dataset.damaged() if verify else ():
         text = f"{path}: missing or corrupt: its sha256 is not the manifest's; prepare the data again"
         yield Finding("error", text)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mochi.config import Experiment, all_runs
 from mochi.data.ingest.sources.folder import current_listing
-from mochi.layout import Layout, dataset
+from mochi.layout import Paths, dataset
 from mochi.provenance import wanted
 from mochi.provenance.wanted import Result
 from mochi.runtime.job_status import JobStatus, read
@@ -67,7 +67,7 @@ def status(experiment: Experiment) -> Iterator[str]:
 
 def _jobs(experiment: Experiment) -> tuple[list[_Job], list[tuple[str, ...]]]:
     """All results in order, and a row of the table for each run."""
-    places = Layout(experiment.name)
+    paths = Paths(experiment.name)
     of_run: dict[tuple[str, int], list[_Job]] = {run: [] for run in all_runs(experiment)}
     tasks = [*wanted.searches(experiment), *wanted.evaluations(experiment)]
     for method, seed in all_runs(experiment):
@@ -81,8 +81,8 @@ def _jobs(experiment: Experiment) -> tuple[list[_Job], list[tuple[str, ...]]]:
             },
         }
         for task, result in results.items():
-            found = read(places.work(method, seed, task))
-            job = _job(result, found, places.log(method, seed, f"{task}.log"))
+            job_status = read(paths.work(method, seed, task))
+            job = _job(result, job_status, paths.log(method, seed, f"{task}.log"))
             of_run[method, seed].append(job)
     configs = wanted.datasets(experiment)
     listings = {name: current_listing(config, dataset(name)) for name, config in configs.items()}
@@ -96,15 +96,15 @@ def _jobs(experiment: Experiment) -> tuple[list[_Job], list[tuple[str, ...]]]:
     return [*(job for jobs in of_run.values() for job in jobs), *others], rows
 
 
-def _job(result: Result, found: JobStatus | None, log: Path | None) -> _Job:
-    if found is not None and found.alive():
-        return _Job(result, "running", "", found, log)
+def _job(result: Result, job_status: JobStatus | None, log: Path | None) -> _Job:
+    if job_status is not None and job_status.alive():
+        return _Job(result, "running", "", job_status, log)
     reason = result.why_stale()
     if reason is None:
         return _Job(result, "done", "", None, log)
-    if found is not None:  # killed while its status says running
-        state = "failed" if found.state == "failed" else "interrupted"
-        return _Job(result, state, found.error, found, log)
+    if job_status is not None:  # killed while its status says running
+        state = "failed" if job_status.state == "failed" else "interrupted"
+        return _Job(result, state, job_status.error, job_status, log)
     return _Job(result, "not started" if reason == "missing" else "stale", reason, None, log)
 
 
@@ -167,7 +167,7 @@ def _last_line(log: Path) -> str:
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Left-aligned columns; empty ones are omitted."""
-    kept = [place for place in range(len(rows[0])) if any(row[place] for row in rows[1:])]
-    widths = {place: max(len(row[place]) for row in rows) for place in kept}
+    shown = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
+    widths = {column: max(len(row[column]) for row in rows) for column in shown}
     for row in rows:
-        yield "  ".join(row[place].ljust(widths[place]) for place in kept).rstrip()
+        yield "  ".join(row[column].ljust(widths[column]) for column in shown).rstrip()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.runtime import job_status
 from mochi.runtime.progress import Progress
 from tests.commands import refused, run
@@ -41,9 +41,9 @@ def test_before_anything_has_started_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_a_running_job_shows_its_progress(tmp_path: Path) -> None:
-    home = Layout("tiny").work("mochi-16-24-8", 1, "pretrain")
-    home.mkdir(parents=True)
-    with job_status.reported(home), Progress("label", 40) as progress:
+    job_folder = Paths("tiny").work("mochi-16-24-8", 1, "pretrain")
+    job_folder.mkdir(parents=True)
+    with job_status.reported(job_folder), Progress("label", 40) as progress:
         for _ in range(10):
             progress.advance("loss 3.2")
         job_status.report(now=True, health="learning", accuracy=0.125)
@@ -51,17 +51,17 @@ def test_a_running_job_shows_its_progress(tmp_path: Path) -> None:
         assert row("mochi-16-24-8 seed 1")[-2:] == ["12.5%", "learning"]
         assert "1 running" in run("status", TINY).stdout
     assert row("mochi-16-24-8 seed 1")[0] == "not started"
-    assert list(home.iterdir()) == [], "a job that succeeds leaves no file"
+    assert list(job_folder.iterdir()) == [], "a job that succeeds leaves no file"
 
 
 def test_a_failed_job_names_its_error_and_the_last_line_of_its_log(tiny_data: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
     assert run("pretrain", *RUN).returncode == 0
     assert row("random-init seed 0")[0] == "waiting"
-    encoder = Layout("tiny").encoder("random-init", 0)
+    encoder = Paths("tiny").encoder("random-init", 0)
     encoder.write_bytes(b"no encoder")
     assert "cannot be read as safetensors" in refused("evaluate", "knn", *RUN)
-    log = Layout("tiny").log("random-init", 0, "knn.log")
+    log = Paths("tiny").log("random-init", 0, "knn.log")
     log.parent.mkdir(parents=True)
     log.write_text("reading\nerror: it is no encoder\nTraceback of something else\n")
     output = run("status", TINY).stdout
@@ -73,15 +73,15 @@ def test_a_failed_job_names_its_error_and_the_last_line_of_its_log(tiny_data: Pa
 
 
 def test_a_killed_job_is_interrupted_not_running(tmp_path: Path) -> None:
-    home = Layout("tiny").work("random-init", 0, "pretrain")
-    home.mkdir(parents=True)
+    job_folder = Paths("tiny").work("random-init", 0, "pretrain")
+    job_folder.mkdir(parents=True)
     code = (
         "import os, sys; from pathlib import Path; from mochi.runtime import job_status\n"
         "with job_status.reported(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code, str(home)], check=False, env=environment)
-    assert (home / "status.json").exists()
+    subprocess.run([sys.executable, "-c", code, str(job_folder)], check=False, env=environment)
+    assert (job_folder / "status.json").exists()
     assert row("random-init seed 0")[0] == "pretrain (interrupted)"
 
 

@@ -61,7 +61,7 @@ def inspect(folder: Path, *, jobs: int, progress: Progress | None = None) -> dic
         "balance": _balance(facts.train_classes),
         "ignored": raw.ignored,
         "class_faults": [*classes.faults(counts), *classes.oddities(counts)],
-        "oversized": [said for name in splits if (said := summary.oversized(name))],
+        "oversized": [note for name in splits if (note := summary.oversized(name))],
         "unreadable": summary.unreadable,
         "duplicates": summary.duplicates(raw.classes),
         "too_few": facts.num_train < FEWEST,

@@ -14,7 +14,7 @@ from mochi.evaluation.feature_files import FeatureFiles
 from mochi.evaluation.features import Frozen, precision_on
 from mochi.evaluation.notes import notes
 from mochi.evaluation.resume import ResumePoint
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.provenance.fingerprint import code_digest
 from mochi.provenance.record import Stopwatch, write_record
 from mochi.provenance.wanted import Result
@@ -99,5 +99,5 @@ def _files(
         [run.encoder.model_dump(mode="json"), run.resize, run.image_size],
         [run.batch_size, distributed.world_size()],
     ]
-    folder = Layout(run.experiment).work(run.method, run.seed, name)
+    folder = Paths(run.experiment).work(run.method, run.seed, name)
     return FeatureFiles(folder, result, how, list(others))

@@ -173,8 +173,8 @@ def draw(
             cells.append(
                 (folder / each.path, frame, f"{each.similarity:.3f}", label or Path(each.path).name)
             )
-        for place, (image, frame, *captions) in enumerate(cells):
-            left = _GAP + place * step
+        for column, (image, frame, *captions) in enumerate(cells):
+            left = _GAP + column * step
             sheet.paste(_thumbnail(image), (left, top))
             box = (left - 1, top - 1, left + _SIDE, top + _SIDE)
             pen.rectangle(box, outline=frame, width=_FRAME)

@@ -33,7 +33,7 @@ from mochi.config import (
     probes,
     with_oracle,
 )
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.provenance.fingerprint import code_digest, digest, file_digest
 from mochi.stages import (
     ANALYSIS,
@@ -191,7 +191,7 @@ def pretrained(experiment: Experiment, method: str, seed: int) -> Result:
     return Result(
         stage="pretrain",
         label=f"{method} seed {seed} pretrain",
-        folder=Layout(experiment.name).pretrain(method, seed),
+        folder=Paths(experiment.name).pretrain(method, seed),
         outputs=stage.outputs,
         settings=run.settings(),
         inputs=inputs,
@@ -201,8 +201,8 @@ def pretrained(experiment: Experiment, method: str, seed: int) -> Result:
 
 def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Result:
     """One evaluation of one encoder."""
-    places = Layout(experiment.name)
-    inputs = {"encoder": places.encoder(method, seed)}
+    paths = Paths(experiment.name)
+    inputs = {"encoder": paths.encoder(method, seed)}
     settings: dict[str, Any]
     name, modules = stage_of(task), STAGES[stage_of(task)].numbers
     if task.startswith(DETECTION):
@@ -211,7 +211,7 @@ def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Resu
         inputs |= {file: Path(file) for file in run.detection.data.annotation_files()}
         if FINE_TUNING in task and len(run.detection.training.lr) > 1:
             search = f"{DETECTION}{run.set_name}{LR_SEARCH}"
-            inputs["lr"] = places.evaluation(method, seed, search) / "metrics.json"
+            inputs["lr"] = paths.evaluation(method, seed, search) / "metrics.json"
     else:
         probe = probe_run(experiment, method, seed, task)
         settings, modules = probe.settings(), numbers_of_task(probe.protocol.task)
@@ -219,7 +219,7 @@ def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Resu
     return Result(
         stage=name,
         label=f"{method} seed {seed} {task}",
-        folder=places.evaluation(method, seed, task),
+        folder=paths.evaluation(method, seed, task),
         outputs=STAGES[name].outputs,
         settings=settings,
         inputs=inputs,
@@ -264,12 +264,12 @@ def fine_tuning_run(experiment: Experiment, method: str, seed: int, job: str) ->
 
 def analyzed(experiment: Experiment, method: str, seed: int) -> Result:
     """The analysis of one encoder."""
-    places = Layout(experiment.name)
-    encoder = places.encoder(method, seed)
+    paths = Paths(experiment.name)
+    encoder = paths.encoder(method, seed)
     return Result(
         stage="analyze",
         label=f"{method} seed {seed} {ANALYSIS}",
-        folder=places.evaluation(method, seed, ANALYSIS),
+        folder=paths.evaluation(method, seed, ANALYSIS),
         outputs=STAGES["analyze"].outputs,
         settings=analysis_run(experiment, method, seed).settings(),
         inputs={
@@ -333,8 +333,8 @@ def figures(experiment: Experiment) -> list[str]:
 def reported(experiment: Experiment) -> Result:
     """Scores, tables, figures and the report page."""
     stage = STAGES["report"]
-    places = Layout(experiment.name)
-    encoders = [places.pretrain(*run) for run in all_runs(experiment)]
+    paths = Paths(experiment.name)
+    encoders = [paths.pretrain(*run) for run in all_runs(experiment)]
     others = [evaluated(experiment, *one) for one in evaluations(experiment)]
     others += [analyzed(experiment, *run) for run in all_runs(experiment)]
     files = [folder / name for folder in encoders for name in ("metrics.csv", "matching.csv", RECORD)]
@@ -348,7 +348,7 @@ def reported(experiment: Experiment) -> Result:
     return Result(
         stage="report",
         label="report",
-        folder=places.results,
+        folder=paths.results,
         outputs=(
             *stage.outputs,
             *(f"figures/{name}.{kind}" for name in figures(experiment) for kind in ("json", "png", "svg")),

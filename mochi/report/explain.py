@@ -10,7 +10,7 @@ import pandas as pd
 
 from mochi.config import Experiment
 from mochi.errors import UserError
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.wanted import Result, evaluated, evaluations, pretrained, searches
 from mochi.report.collect import MissingResultError, read_json
@@ -31,7 +31,7 @@ def explain(experiment: Experiment, method: str, task: str) -> list[str]:
     for name, found, allowed in (("method", method, list(experiment.methods)), ("task", task, known)):
         if found not in allowed:
             raise UserError(f"{name}: found {found!r}; {experiment.name} has: {', '.join(allowed)}")
-    folder = Layout(experiment.name).results
+    folder = Paths(experiment.name).results
     records = read_json(folder / "records.json")
     table = pd.read_csv(folder / "scores.csv")
     table = table[(table["method"] == method) & (table["task"] == task)]

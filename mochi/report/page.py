@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from mochi.config import Experiment, all_runs, baseline_of, first_runs
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.provenance.wanted import analyzed, evaluated, evaluations, searches
 from mochi.report.analyses import Chart
 from mochi.report.collect import Collected
@@ -280,7 +280,7 @@ def _deviations(path: Path) -> list[str]:
 
 def _numbers(experiment: Experiment, collected: Collected) -> Iterator[dict[str, Any]]:
     """Scores of each cell, and the provenance of its evaluations and encoders."""
-    layout = Layout(experiment.name)
+    paths = Paths(experiment.name)
     jobs = [*searches(experiment), *evaluations(experiment)]
     for (method, task), scores in collected.scores.groupby(["method", "task"], sort=False):
         folders = [
@@ -288,11 +288,11 @@ def _numbers(experiment: Experiment, collected: Collected) -> Iterator[dict[str,
             for seed in scores["seed"].unique()
             for folder in (
                 *(
-                    layout.evaluation(row, own, job)
+                    paths.evaluation(row, own, job)
                     for row, own, job in jobs
                     if (row, own, column_of(job)) == (method, seed, task)
                 ),
-                layout.pretrain(str(method), seed),
+                paths.pretrain(str(method), seed),
             )
         ]
         yield {

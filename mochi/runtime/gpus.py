@@ -50,13 +50,13 @@ def _listed() -> list[list[str]]:
 
     If nvidia-smi does not respond, the numbers of the GPUs' device files.
     """
-    said, trouble = _ask_nvidia_smi()
+    output, trouble = _ask_nvidia_smi()
     if trouble:
         count = len(list(_DEVICES.glob("nvidia[0-9]*")))
         _warn_once(f"{trouble}; assuming {count} GPUs, as in /dev")
         return [[str(number)] for number in range(count)]
     gpus: list[list[str]] = []
-    for line in said.splitlines():
+    for line in output.splitlines():
         found = re.search(r"\(UUID: ([^)]+)\)", line)
         if found and line.startswith("GPU"):
             gpus.append([found[1]])

@@ -63,10 +63,10 @@ def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapp
     if job is None:
         raise UserError(f"nodes: found {nodes} outside a Slurm job; several nodes need the Slurm profile")
     # Several runs may share the allocation, so each uses a separate port and rendezvous id.
-    spread = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-    name, place = f"{job}-{secrets.token_hex(4)}", f"{socket.gethostname()}:{_free_port()}"
-    meet = ["--rdzv-backend=c10d", f"--rdzv-id={name}", f"--rdzv-endpoint={place}"]
-    return ["srun", *spread, *run, f"--nnodes={nodes}", *meet, "-m", "--", "mochi", *arguments]
+    slurm_options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    name, endpoint = f"{job}-{secrets.token_hex(4)}", f"{socket.gethostname()}:{_free_port()}"
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-id={name}", f"--rdzv-endpoint={endpoint}"]
+    return ["srun", *slurm_options, *run, f"--nnodes={nodes}", *rendezvous, "-m", "--", "mochi", *arguments]
 
 
 def _free_port() -> int:

@@ -193,7 +193,7 @@ def require_space(needed: Mapping[Path, int]) -> None:
 
 def nearest_existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return next(each for each in (folder, *folder.absolute().parents) if each.exists())
 
 
 def _temporary(path: Path) -> Path:

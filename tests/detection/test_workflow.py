@@ -15,7 +15,7 @@ import yaml
 from mochi import encoders
 from mochi.config import Experiment
 from mochi.encoders.files import save_encoder
-from mochi.layout import Layout
+from mochi.layout import Paths
 from tests.commands import refused, run
 from tests.detection.sets import tiny_with_detection
 from tests.tiny import FILE, MOCHI
@@ -117,9 +117,9 @@ def test_the_jobs_that_snakemake_plans(folder: Path) -> None:
     assert jobs["search"] == "3"
     assert jobs["detect"] == str(1 + 3 * 2 + 3)
     assert jobs["pretrain"] == "3"
-    places = Layout("tiny")
-    apart = places.evaluation(MOCHI, 1, "detection-few-frozen")
+    paths = Paths("tiny")
+    apart = paths.evaluation(MOCHI, 1, "detection-few-frozen")
     for job in ("lr-search", "fine-tuning0", "fine-tuning1"):
         assert str(apart / job / "metrics.json") in output
-    assert str(places.evaluation(MOCHI, 1, "detection-shared") / "metrics.json") in output
-    assert str(places.evaluation(MOCHI, 0, "detection-few/fine-tuning0") / "metrics.json") not in output
+    assert str(paths.evaluation(MOCHI, 1, "detection-shared") / "metrics.json") in output
+    assert str(paths.evaluation(MOCHI, 0, "detection-few/fine-tuning0") / "metrics.json") not in output

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mochi.config import Experiment
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.report.collect import collect
 from tests.detection.sets import small_set
 from tests.report.made_up import CLASS, make_up
@@ -55,7 +55,7 @@ def test_curves_are_stacked_and_untrained_rows_have_none(experiment: Experiment)
         [MOCHI, 0, 0], [MOCHI, 0, 1], [MOCHI, 1, 0], [MOCHI, 1, 1]
     ]  # fmt: skip
     for run in ((MOCHI, 0), (MOCHI, 1)):
-        (Layout("tiny").pretrain(*run) / "metrics.csv").write_text("epoch\n")
+        (Paths("tiny").pretrain(*run) / "metrics.csv").write_text("epoch\n")
     empty = collect(experiment).curves
     assert empty.empty
     assert list(empty.columns) == ["method", "seed", "epoch"]

@@ -8,7 +8,7 @@ import pytest
 
 from mochi.config import Experiment
 from mochi.errors import UserError
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.provenance import wanted
 from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.wanted import RECORD, reported
@@ -33,7 +33,7 @@ def test_every_file_is_named_and_its_digest_checked(tiny: Experiment, reported_r
     assert "seed 0: top1 50.00" in lines
     assert "seed 1: top1 53.00" in lines
     for seed in (0, 1):
-        encoder = Layout("tiny").encoder(MOCHI, seed)
+        encoder = Paths("tiny").encoder(MOCHI, seed)
         assert f"{encoder} sha256 {file_digest(encoder)[:16]} (unchanged)" in text
     # Two seeds, two stages each: every stage reads the data, evaluations read an encoder too.
     assert len(re.findall(r"read \w+: .* \(unchanged\)", text)) == 6
@@ -62,7 +62,7 @@ def test_settings_changed_since_the_result_are_shown(reported_results: Path) -> 
 def test_code_that_was_accepted_or_changed_between_resumes_is_shown(
     tiny: Experiment, reported_results: Path
 ) -> None:
-    file = Layout("tiny").results / "records.json"
+    file = Paths("tiny").results / "records.json"
     records = json.loads(file.read_text())
     result = wanted.pretrained(tiny, "random-init", 0)
     record = records[str(result.folder)]
@@ -106,7 +106,7 @@ def test_a_detection_set_shows_each_fine_tuning(
         }
     )
     make_up(experiment, lambda method, seed, task: fine_tunings(40.0, 42.0))
-    record = Layout("tiny").evaluation("moco-v2", 0, "detection-few") / RECORD
+    record = Paths("tiny").evaluation("moco-v2", 0, "detection-few") / RECORD
     content = json.loads(record.read_text()) | {
         "command": ["mochi", "detect", "few"],
         "git": {"commit": "a" * 40, "dirty": True},

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from mochi.config import Experiment
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.provenance.wanted import RECORD, Result, reported
 from mochi.report import stage
 from tests.report.made_up import published_in, redirected
@@ -43,18 +43,18 @@ def test_all_files_are_written(tiny: Experiment, results: Path) -> None:
 
 def test_records_json_has_every_encoder_and_evaluation(tiny: Experiment, results: Path) -> None:
     stage.run(tiny, reported(tiny))
-    places = Layout("tiny")
+    paths = Paths("tiny")
     runs = [("random-init", 0), (MOCHI, 0), (MOCHI, 1)]
-    folders = [places.pretrain(*run) for run in runs]
-    folders += [places.evaluation(*run, task) for task in ("linear", "knn", "analysis") for run in runs]
+    folders = [paths.pretrain(*run) for run in runs]
+    folders += [paths.evaluation(*run, task) for task in ("linear", "knn", "analysis") for run in runs]
     expected = {str(folder): json.loads((folder / RECORD).read_text()) for folder in folders}
-    assert json.loads((places.results / "records.json").read_text()) == expected
+    assert json.loads((paths.results / "records.json").read_text()) == expected
 
 
 def test_a_report_is_current_until_a_result_changes(tiny: Experiment, results: Path) -> None:
     stage.run(tiny, reported(tiny))
     assert reported(tiny).why_stale() is None
-    metrics = Layout("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json"
+    metrics = Paths("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json"
     metrics.write_text('{"top1": 99.0}')
     assert reported(tiny).why_stale() == f"input: {metrics} changed"
 
@@ -71,13 +71,13 @@ def test_the_same_results_give_the_same_bytes(tiny: Experiment, results: Path) -
 @pytest.mark.parametrize(
     "missing",
     [
-        Layout("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json",
-        Layout("tiny").evaluation(MOCHI, 1, "knn") / "confusion.csv",
-        Layout("tiny").evaluation(MOCHI, 1, "knn") / RECORD,
-        Layout("tiny").evaluation(MOCHI, 1, "analysis") / "analysis.json",
-        Layout("tiny").pretrain(MOCHI, 1) / "metrics.csv",
-        Layout("tiny").pretrain("random-init", 0) / "matching.csv",
-        Layout("tiny").pretrain("random-init", 0) / RECORD,
+        Paths("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json",
+        Paths("tiny").evaluation(MOCHI, 1, "knn") / "confusion.csv",
+        Paths("tiny").evaluation(MOCHI, 1, "knn") / RECORD,
+        Paths("tiny").evaluation(MOCHI, 1, "analysis") / "analysis.json",
+        Paths("tiny").pretrain(MOCHI, 1) / "metrics.csv",
+        Paths("tiny").pretrain("random-init", 0) / "matching.csv",
+        Paths("tiny").pretrain("random-init", 0) / RECORD,
     ],
     ids=str,
 )
@@ -107,7 +107,7 @@ def test_without_results_there_is_a_report(tiny: Experiment, results: Path) -> N
 def test_a_damaged_result_is_named(
     tiny: Experiment, results: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    metrics = Layout("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json"
+    metrics = Paths("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json"
     for content, reason in (('{"top1": 5', "delimiter"), ("[1]", "found list, expected an object")):
         metrics.write_text(content)
         stage.run(tiny, reported(tiny))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mochi.config import Experiment
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.runtime.tensorboard import write_events
 from tests.commands import run
 from tests.tiny import FILE
@@ -49,12 +49,12 @@ def test_a_training_logs_points_within_epochs_and_its_views_once(
     shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
     of_run = ["--config", str(FILE), "--method", "mochi-16-24-8", "--seed", "0"]
     assert run("pretrain", *of_run).returncode == 0
-    folder = Layout(tiny.name).log("mochi-16-24-8", 0, "tensorboard-pretrain")
+    folder = Paths(tiny.name).log("mochi-16-24-8", 0, "tensorboard-pretrain")
     events = reader.EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
     events.Reload()
     points = events.Scalars("step/loss")
     assert [point.step for point in points] == list(range(10)), "two epochs of five steps"
-    with (Layout(tiny.name).pretrain("mochi-16-24-8", 0) / "metrics.csv").open() as file:
+    with (Paths(tiny.name).pretrain("mochi-16-24-8", 0) / "metrics.csv").open() as file:
         epochs = [float(row["loss"]) for row in csv.DictReader(file)]
     means = [sum(point.value for point in points[first : first + 5]) / 5 for first in (0, 5)]
     assert means == pytest.approx(epochs, rel=1e-5)

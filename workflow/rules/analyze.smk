@@ -1,6 +1,6 @@
 # Analyses of the encoders: alignment and uniformity, nearest images, a map of the features.
 ANALYSES = [
-    PLACES.evaluation(*run, wanted.ANALYSIS) / name
+    PATHS.evaluation(*run, wanted.ANALYSIS) / name
     for run in all_runs(EXPERIMENT)
     for name in ("analysis.json", wanted.RECORD)
 ]
@@ -11,15 +11,15 @@ rule analyze:
         lambda wildcards: list(analyzed(wildcards).inputs.values()),
     output:
         results_of(
-            PLACES.evaluation("{method}", "{seed}", wanted.ANALYSIS),
+            PATHS.evaluation("{method}", "{seed}", wanted.ANALYSIS),
             "analyze",
             method="{method}",
             seed="{seed}",
         ),
     log:
-        PLACES.log("{method}", "{seed}", f"{wanted.ANALYSIS}.log"),
+        PATHS.log("{method}", "{seed}", f"{wanted.ANALYSIS}.log"),
     benchmark:
-        PLACES.log("{method}", "{seed}", f"{wanted.ANALYSIS}.tsv")
+        PATHS.log("{method}", "{seed}", f"{wanted.ANALYSIS}.tsv")
     threads: threads_of("analyze")
     resources:
         gpu=GPUS_PER_RUN,

@@ -11,7 +11,7 @@ from snakemake.resources import Resource
 from mochi import layout
 from mochi.adopt import ADOPTING
 from mochi.config import ConfigError, all_runs, datasets, load_experiment, probes
-from mochi.layout import Layout
+from mochi.layout import Paths
 from mochi.provenance import wanted
 from mochi.runtime import gpus
 from mochi.runtime.locks import lock_until_exit
@@ -45,7 +45,7 @@ envvars:
 
 
 NAME = EXPERIMENT.name
-PLACES = Layout(NAME)
+PATHS = Paths(NAME)
 
 
 wildcard_constraints:

@@ -13,11 +13,11 @@ rule evaluate:
     input:
         lambda wildcards: list(evaluated(wildcards).inputs.values()),
     output:
-        results_of(PLACES.evaluation("{method}", "{seed}", "{task}"), "evaluate"),
+        results_of(PATHS.evaluation("{method}", "{seed}", "{task}"), "evaluate"),
     log:
-        PLACES.log("{method}", "{seed}", "{task}.log"),
+        PATHS.log("{method}", "{seed}", "{task}.log"),
     benchmark:
-        PLACES.log("{method}", "{seed}", "{task}.tsv")
+        PATHS.log("{method}", "{seed}", "{task}.tsv")
     wildcard_constraints:
         task="|".join(map(re.escape, PROBES)) or "nothing",
     threads: threads_of("evaluate")
@@ -38,16 +38,16 @@ rule detect:
         lambda wildcards: list(evaluated(wildcards).inputs.values()),
     output:
         results_of(
-            PLACES.evaluation("{method}", "{seed}", f"{wanted.DETECTION}{{job}}"),
+            PATHS.evaluation("{method}", "{seed}", f"{wanted.DETECTION}{{job}}"),
             "detect",
             set="{job}",
             method="{method}",
             seed="{seed}",
         ),
     log:
-        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.log"),
+        PATHS.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.log"),
     benchmark:
-        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.tsv")
+        PATHS.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.tsv")
     wildcard_constraints:
         job="|".join(map(re.escape, FINE_TUNINGS)) or "nothing",
     threads: threads_of("detect")
@@ -69,13 +69,13 @@ rule search:
         lambda wildcards: list(evaluated(wildcards).inputs.values()),
     output:
         results_of(
-            PLACES.evaluation("{method}", "{seed}", f"{wanted.DETECTION}{{job}}"),
+            PATHS.evaluation("{method}", "{seed}", f"{wanted.DETECTION}{{job}}"),
             "search",
         ),
     log:
-        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.log"),
+        PATHS.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.log"),
     benchmark:
-        PLACES.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.tsv")
+        PATHS.log("{method}", "{seed}", f"{wanted.DETECTION}{{job}}.tsv")
     wildcard_constraints:
         job="|".join(map(re.escape, SEARCHES)) or "nothing",
     threads: threads_of("search")
@@ -95,7 +95,7 @@ rule search:
 rule evaluations:
     input:
         [
-            PLACES.evaluation(*one) / name
+            PATHS.evaluation(*one) / name
             for one in wanted.evaluations(EXPERIMENT)
             for name in ("metrics.json", wanted.RECORD)
         ],

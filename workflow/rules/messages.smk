@@ -3,9 +3,9 @@
 
 def show_results():
     """Show the table and where the results are."""
-    table = PLACES.results / "summary.md"
+    table = PATHS.results / "summary.md"
     if table.exists():
-        where = f"tables, figures, records: {PLACES.results}"
+        where = f"tables, figures, records: {PATHS.results}"
         print(f"\n{table.read_text()}\n{where}", file=sys.stderr)
 
 

@@ -1,6 +1,6 @@
 # One encoder for each method and seed.
 ENCODERS = [
-    PLACES.pretrain(*run) / name
+    PATHS.pretrain(*run) / name
     for run in all_runs(EXPERIMENT)
     for name in ("encoder.safetensors", wanted.RECORD)
 ]
@@ -10,11 +10,11 @@ rule pretrain:
     input:
         lambda wildcards: list(pretrained(wildcards).inputs.values()),
     output:
-        results_of(PLACES.pretrain("{method}", "{seed}"), "pretrain"),
+        results_of(PATHS.pretrain("{method}", "{seed}"), "pretrain"),
     log:
-        PLACES.log("{method}", "{seed}", "pretrain.log"),
+        PATHS.log("{method}", "{seed}", "pretrain.log"),
     benchmark:
-        PLACES.log("{method}", "{seed}", "pretrain.tsv")
+        PATHS.log("{method}", "{seed}", "pretrain.tsv")
     threads: threads_of("pretrain")
     resources:
         gpu=GPUS_PER_RUN,

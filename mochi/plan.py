@@ -109,7 +109,7 @@ class _Budget:
 
 
 _START = Seconds(2.0, 8.0)
-"""Of a job: imports and reading earlier results."""
+"""Time that a job needs to start: imports and reading earlier results."""
 
 
 def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SECONDS) -> Iterator[str]:

@@ -59,7 +59,7 @@ def test_the_entry_point_is_replaced_by_the_command(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_gives_a_warning(tmp_path: Path) -> None:
     if os.geteuid() != 0:
-        pytest.skip("needs root, to become somebody who may not write")
+        pytest.skip("needs root, to run as a user who cannot write")
     for folder in (tmp_path, *tmp_path.parents[:-1]):
         folder.chmod(folder.stat().st_mode | 0o055)
     done = subprocess.run(

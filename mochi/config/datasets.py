@@ -37,22 +37,22 @@ class PhotoPatches(Source):
     """Patches of the photographs in the packages scikit-image and scikit-learn."""
 
     source: Literal["photo-patches"]
-    """Selects these keys."""
+    """Selects this source."""
     patch_size: Count
     """Side of a patch, pixels."""
     train_per_photo: Count
     """Patches of each photograph to train on."""
     val_per_photo: Count
-    """Patches of each photograph to evaluate on, from other parts of it."""
+    """Patches of each photograph to evaluate on, from other cells of it."""
     seed: CountOrZero
-    """Determines where the patches are cut."""
+    """Seed of the positions of the patches."""
 
 
 class Folder(Source):
     """Your own images: `path/{train,val}/<class>/*`, `path/<class>/*`, or any tree of unlabelled images."""
 
     source: Literal["folder"]
-    """Selects these keys."""
+    """Selects this source."""
     path: str
     """The folder of images."""
     class_folders: bool = False
@@ -81,21 +81,21 @@ class Cifar(Download):
     """CIFAR (Krizhevsky 2009), binary version; its test images are the split `val`."""
 
     source: Literal["cifar10", "cifar100"]
-    """Selects these keys."""
+    """Selects this source."""
 
 
 class Stl10(Download):
     """STL-10 (Coates et al. 2011): train includes the unlabelled images; test is the split `val`."""
 
     source: Literal["stl10"]
-    """Selects these keys."""
+    """Selects this source."""
 
 
 class Imagenette(Download):
     """Ten easy classes of ImageNet (fast.ai), version 2."""
 
     source: Literal["imagenette"]
-    """Selects these keys."""
+    """Selects this source."""
     size: Literal["full", "320px", "160px"]
     """Short side of the images in the archive; full: as in ImageNet."""
     max_unreadable: MaxUnreadable = 0.0
@@ -107,7 +107,7 @@ class ImageNet(Source):
     """ILSVRC 2012 from its official archives or an extracted tree; not downloaded, because of its terms."""
 
     source: Literal["imagenet"]
-    """Selects these keys."""
+    """Selects this source."""
     path: str
     """Contains ILSVRC2012_img_{train,val}.tar or train/<wnid>/, and val/<wnid>/ or the devkit's labels."""
     subset: Literal["all", "imagenet100"]

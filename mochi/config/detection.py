@@ -17,7 +17,8 @@ class PhotoScenes(Section):
     num_test: Count
     """Scenes to test on."""
     seed: CountOrZero
-    """Also determines the training cells: use photo-patches' seed, or test scenes show pretraining data."""
+    """Seed of the scenes and of the cells used for train. Use the seed of photo-patches; otherwise test
+    scenes show pretraining data."""
 
 
 class DetectionData(Section):
@@ -36,15 +37,15 @@ class DetectionData(Section):
     """Names in the order of their labels, from 1. Required by voc; coco takes the file's categories. For
     scenes: the photographs whose pieces are the objects; the others are backgrounds."""
     interpolation: Literal["11-point", "all-point"] | None = None
-    """voc: of the precision-recall curve, for AP, AP50 and AP75: `11-point` (2007) or `all-point` (2010 and
-    later); the other one and COCO's are reported too."""
+    """voc: interpolation of the precision-recall curve, for AP, AP50 and AP75: `11-point` (2007) or
+    `all-point` (2010 and later). The other one and COCO's are reported too."""
     broken_objects: Literal["drop", "fail"]
     """An object without a usable box (none, not four numbers, reversed, without area, outside the image)
     or, with masks, without a usable segmentation: drop it (counted and named), or fail."""
     empty_images: Literal["keep", "drop"]
     """Training images without a usable box: keep them as backgrounds, or drop them (detectron2)."""
     scenes: PhotoScenes | None = None
-    """Present: `path` is written by the pipeline itself."""
+    """If given, the pipeline generates scenes and writes them to `path`."""
 
     def annotation_files(self) -> list[str]:
         """Files that show that the set exists: scenes.json of made scenes, else the lists of images."""
@@ -130,7 +131,7 @@ class DetectionTraining(Section):
     lr_drops: list[Count] = []
     """step: iterations at which the rate is divided by 10."""
     momentum: Annotated[Real, Field(ge=0, lt=1)]
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: Annotated[Real, Field(ge=0)]
     """Weight of the L2 penalty; batch normalisation has none."""
     train_sizes: Annotated[list[Count], Field(min_length=1)]
@@ -147,8 +148,8 @@ class DetectionTraining(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 if the device supports it in hardware."""
     workers: CountOrZero = 0
-    """Processes that read images where the command does not say how many (`--workers`, as the workflow
-    does); 0 reads them in the training process."""
+    """Processes that read images, unless `--workers` is given, as the workflow does; 0: the training
+    process reads them."""
     checkpoint_minutes: PositiveReal = 10.0
     """Minutes between resume checkpoints."""
 
@@ -179,9 +180,9 @@ class DetectionSet(Section):
     training: DetectionTraining
     """How it is fine-tuned."""
     methods: list[Name] | None = None
-    """Rows it is computed for; absent: all."""
+    """Rows that it is computed for; default: all."""
     pretrain_seeds: list[CountOrZero] | None = None
-    """Pretraining seeds it is computed for; absent: all."""
+    """Pretraining seeds that it is computed for; default: all."""
 
     @model_validator(mode="after")
     def _masks_are_annotated(self) -> Self:

@@ -44,9 +44,9 @@ class Task(Section):
     dataset: Dataset | None = None
     """Another data set than the experiment's: transfer."""
     image_size: Count | None = None
-    """Instead of `evaluation.image_size`."""
+    """Replaces `evaluation.image_size`."""
     resize: Count | None = None
-    """Instead of `evaluation.resize`."""
+    """Replaces `evaluation.resize`."""
 
     @property
     def encodings_of_train(self) -> int:

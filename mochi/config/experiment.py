@@ -28,17 +28,17 @@ class Experiment(Section):
     """One table of results."""
 
     name: Name
-    """Of the experiment: its results are in `results/NAME/`."""
+    """Name of the experiment; its results are in `results/NAME/`."""
     title: str
     """Heading of the report."""
     dataset: Dataset
-    """The images to pretrain on, and, where they have labels, to evaluate on."""
+    """Images for pretraining and, if they have labels, for evaluation."""
     seeds: Annotated[list[CountOrZero], Field(min_length=1)]
     """One encoder of each row is trained for each seed; tables give the mean and the standard deviation."""
     encoder: Encoder
     """The network that every row trains."""
     augmentation: Augmentation
-    """The random views that training sees."""
+    """The random views used in training."""
     pretrain: dict[str, Any]
     """The shared recipe: fields of `SharedRecipe`. A method overrides them key by key."""
     methods: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
@@ -46,7 +46,7 @@ class Experiment(Section):
     evaluation: Evaluation
     """What is measured on every encoder."""
     baseline: Name | None = None
-    """The row that the others are compared with; see `baseline_of`."""
+    """The row that the others are compared with. Default: `moco-v2`, if there is such a row."""
 
     @field_validator("seeds")
     @classmethod
@@ -128,7 +128,9 @@ def method_seeds(experiment: Experiment, method: str, origin: str = "experiment"
         raise ConfigError(f"{origin}: methods: {unknown_key(method, list(experiment.methods))}")
     seeds = experiment.methods[method].get("seeds", experiment.seeds)
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
-        raise ConfigError(f"{origin}: methods.{method}.seeds: found {seeds!r}; allowed: some integers >= 0")
+        raise ConfigError(
+            f"{origin}: methods.{method}.seeds: found {seeds!r}; allowed: a list of integers >= 0"
+        )
     try:
         return distinct_seeds(seeds)
     except ValueError as error:
@@ -334,8 +336,8 @@ def _check_shared_recipe(experiment: Experiment, origin: str) -> None:
     shared = experiment.pretrain
     if "objective" in shared:
         raise ConfigError(
-            f"{origin}: pretrain.objective: found {shared['objective']!r}; rows are contrastive unless "
-            "they say otherwise themselves; move it to a row, as in supervised: {objective: supervised}"
+            f"{origin}: pretrain.objective: found {shared['objective']!r}; a row is contrastive "
+            "unless it sets an objective; move it to a row: `supervised: {objective: supervised}`"
         )
     for key in FORMER_KEYS.keys() & shared.keys():
         raise ConfigError(f"{origin}: pretrain.{key}: {former_key(key, shared[key])}")
@@ -347,7 +349,7 @@ def _check_name(run: PretrainRun, origin: str) -> None:
     match = _MOCHI_NAME.match(run.method)
     if run.method.startswith("mochi") and not match:
         raise ConfigError(
-            f"{origin}: methods.{run.method}: found that name; a MoCHi row is called "
+            f"{origin}: methods.{run.method}: found a name that starts with mochi; expected "
             "mochi-N-s-s', for example mochi-1024-512-256"
         )
     if not match:
@@ -360,8 +362,8 @@ def _check_name(run: PretrainRun, origin: str) -> None:
     carried = {key: negatives.get(key) for key in promised}
     if carried != promised:
         raise ConfigError(
-            f"{origin}: methods.{run.method}.negatives: found {_written(carried)}; the row's name promises "
-            f"{_written(promised)}; make them agree"
+            f"{origin}: methods.{run.method}.negatives: found {_written(carried)}; the name of the row "
+            f"means {_written(promised)}; change one of the two"
         )
 
 

@@ -30,7 +30,7 @@ _Part = TypeVar("_Part", bound=Rule | Mask)
 
 
 class Negatives(Section):
-    """A rule and its settings. What is read is always of the class that `section_of` makes."""
+    """A rule of negatives and its settings. Its fields are those of the rule, see `section_of`."""
 
     rule: str
     """The name of a file in mochi/contrast/rules/; the other keys are the settings in it."""

@@ -17,7 +17,7 @@ class Run(Section):
     experiment: Name
     method: Name
     seed: CountOrZero
-    """Of the pretraining."""
+    """Seed of the pretraining."""
     encoder: Encoder
 
     _ignored: ClassVar[dict[str, Any]] = {}
@@ -63,7 +63,7 @@ class ProbeRun(Run):
     """Evaluate one frozen encoder on a task."""
 
     name: Name
-    """Of the entry in the experiment."""
+    """Name of the entry in the experiment."""
     dataset: Dataset
     image_size: Count
     resize: Count

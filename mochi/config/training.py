@@ -21,7 +21,7 @@ class Augmentation(Section):
     min_scale: Annotated[Real, Field(gt=0, le=1)]
     """Smallest fraction of the image's area that a random crop may cover."""
     blur: bool = True
-    """Version 2 blurs half of the views; at 32 px the blur of 224-px recipes removes the image."""
+    """Version 2 blurs half of the views; at 32 px this blur removes all detail."""
 
     @model_validator(mode="after")
     def _v1_has_no_blur(self) -> Self:
@@ -48,7 +48,7 @@ class Encoder(Section):
     architecture: Annotated[
         str, Field(json_schema_extra={"anyOf": [{"enum": list(RESNETS)}, {"pattern": "^timm:"}]})
     ]
-    """One of `RESNETS`, or timm:NAME, which has no detector."""
+    """A ResNet, such as resnet50, or timm:NAME, which cannot be used in a detector."""
     stem: Literal["imagenet", "half", "full"] | None = None
     """imagenet: 7x7 stride 2 and max-pool; half: 3x3 stride 2; full: 3x3 stride 1 (CIFAR)."""
     width: Count | None = None
@@ -118,7 +118,7 @@ class Training(Section):
     lr: PositiveReal
     """Largest learning rate, for the whole batch: it is not scaled with `batch_size`."""
     momentum: Annotated[Real, Field(ge=0, lt=1)]
-    """Of SGD and LARS; beta1 of AdamW, whose beta2 is 0.999."""
+    """Momentum of SGD and LARS; beta1 of AdamW, whose beta2 is 0.999."""
     weight_decay: Annotated[Real, Field(ge=0)]
     """Weight of the L2 penalty (SGD, LARS) or the decoupled decay (AdamW)."""
     schedule: Literal["cosine", "step"]

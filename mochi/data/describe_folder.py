@@ -30,7 +30,7 @@ class Description:
     dataset: dict[str, Any]
     """The images to pretrain on: keys of `dataset` besides source and name."""
     files: list[str]
-    """Of the training images."""
+    """Paths of the training images."""
     train_classes: dict[str, int] = field(default_factory=dict)
     """Labelled training images of each class."""
     val_classes: dict[str, int] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def _listed(options: dict[str, Any]) -> RawDataset:
 
 
 def _files(raw: RawDataset) -> list[str]:
-    """Of the training images."""
+    """Paths of the training images."""
     train = raw.splits["train"]
     assert isinstance(train, FileSplit)
     return [part.file for part in train.ranges]

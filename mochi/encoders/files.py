@@ -52,7 +52,7 @@ class EncoderInfo(BaseModel):
     image_size: int | None = None
     """Side of the images in training, pixels; None: unknown."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Of each channel, in `channel_order`, for pixels in [0, 1]."""
+    """Mean of each channel, in `channel_order`, for pixels in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
     channel_order: Literal["RGB", "BGR"] = "RGB"
     method: str | None = None
@@ -60,7 +60,7 @@ class EncoderInfo(BaseModel):
     experiment: str | None = None
     seed: int | None = None
     settings_digest: str | None = None
-    """Of the run that trained it, as in its provenance.json."""
+    """Settings digest of the run that trained it, as in its provenance.json."""
     code_digest: str | None = None
     source: str | None = None
     """Name and sha256 of the file it was imported from."""

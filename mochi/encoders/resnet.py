@@ -18,7 +18,7 @@ class Layout(NamedTuple):
     depths: tuple[int, int, int, int]
     """Blocks in each of the four stages."""
     groups: int = 1
-    """Of the 3x3 convolutions (ResNeXt)."""
+    """Groups of the 3x3 convolutions (ResNeXt)."""
     base_width: int = 64
     """Channels of a group where the stage has 64 (torchvision's `width_per_group`)."""
 

@@ -26,7 +26,7 @@ class Preprocessing:
     """Short side before it is cut out, pixels."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    """Of each channel, in `channel_order`, on the scale from 0 to 1."""
+    """Standard deviation of each channel, as `mean` in `channel_order` and for pixels in [0, 1]."""
     channel_order: str
 
     def cut(self, image: Tensor) -> Tensor:

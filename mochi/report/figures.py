@@ -102,7 +102,7 @@ def _place_ticks(axes: Axes, chart: Chart, num: int) -> None:
 
 
 def _add_legend(figure: Figure, chart: Chart) -> None:
-    """Legend below the axes, to hide nothing; each name once, for any number of panels."""
+    """Legend below the axes, so that it hides no data; each label once for all panels."""
     seeds = max(series.seeds for series in chart.series)
     mark = "band" if any(series.style for series in chart.series) else "bars"
     title = f"{mark}: standard deviation over up to {seeds} seeds" if seeds > 1 else None
@@ -180,5 +180,5 @@ def confusion_picture(counts: NDArray[np.float64], title: str) -> str:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """A file inside the page."""
+    """The data URI of a file content."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -31,12 +31,12 @@ class JobStatus:
     """Number of steps, epochs or images that the job is processing."""
     seconds_left: float | None = None
     rate: float | None = None
-    """Of those, a second."""
+    """Units of progress per second."""
     note: str = ""
     """A note, such as the loss."""
     health: str = ""
     accuracy: float | None = None
-    """Of the proxy task, 0 to 1, in the last complete epoch."""
+    """Accuracy of the proxy task, 0 to 1, in the last complete epoch."""
     error: str = ""
 
     def alive(self) -> bool:

@@ -13,7 +13,7 @@ from mochi.runtime.seeding import generator
 from tests.evaluation.runs import evaluate
 from tests.tiny import changed
 
-ONE = {"task": "few_label", "images_per_class": 3, "samples": 2, "l2": 0.5}
+SETTINGS = {"task": "few_label", "images_per_class": 3, "samples": 2, "l2": 0.5}
 
 
 @pytest.mark.parametrize("l2", [0.01, 1.0])
@@ -56,7 +56,7 @@ def test_the_stage_equals_the_protocol_written_out(
     by_hand: dict[str, tuple[torch.Tensor, torch.Tensor]],
     tmp_path: Path,
 ) -> None:
-    experiment = parse_experiment(changed("evaluation/few", ONE), "tiny")
+    experiment = parse_experiment(changed("evaluation/few", SETTINGS), "tiny")
     metrics = evaluate(experiment, "few", encoder_file, tiny_data, tmp_path)
     (train, labels), (val, val_labels) = by_hand["train"], by_hand["val"]
     expected = []

@@ -108,7 +108,7 @@ def test_results_of_another_encoder_do_not_match(store: Store) -> None:
     assert not DvcCache(store.cache).restore(store.result(5))
 
 
-@pytest.mark.parametrize("damage", ["gone", "corrupt"])
+@pytest.mark.parametrize("damage", ["missing", "corrupt"])
 def test_a_version_with_a_lost_object_is_skipped(store: Store, damage: str) -> None:
     content = b'{"top1": 5.0}'
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -78,7 +78,7 @@ class SynCo(MoCo):
 
     @property
     def num_synthetics(self) -> int:
-        """Of all types."""
+        """Synthetics of all types."""
         return sum(self._numbers.values())
 
     @property

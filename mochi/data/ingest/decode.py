@@ -31,7 +31,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000
 """Pillow's names of the formats that are decoded. Others, such as PostScript, are never tried."""
 
 JPEG_QUALITY = 95
-"""Of a resized JPEG."""
+"""Quality of a resized JPEG."""
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb (twice MAX_IMAGE_PIXELS)."""

@@ -24,7 +24,7 @@ SMALL_SIDE = 128
 SMALL_BYTES = 4 << 30
 """Images of one size, no side above SMALL_SIDE and SMALL_BYTES in total, are stored as pixels."""
 _INDEX_BYTES = 64
-"""Of a row in the index without its path: sha256, label, size and offsets."""
+"""Bytes of a row in the index without its path: sha256, label, size and offsets."""
 
 
 @dataclass

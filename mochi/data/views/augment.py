@@ -65,7 +65,7 @@ class PhotometricParameters:
 
 
 class Plan(NamedTuple):
-    """The same as operations take it, on the device of the images.
+    """The parameters in the form that the operations need, on the device of the images.
 
     The number of rows of each operation is known on the host, so nothing waits for the device.
     """
@@ -103,8 +103,8 @@ def photometric(
 ) -> Tensor:
     """Everything after crop and flip, in the order of the version; normalised.
 
-    v1: greyscale, colour jitter. v2: colour jitter, greyscale, blur. (A mirrored image commutes with
-    all of them, so the flip is done with the crop.)
+    v1: greyscale, colour jitter. v2: colour jitter, greyscale, blur. (Mirroring commutes with all of
+    them, so the flip is done with the crop.)
 
     Args:
         images: (B, 3, S, S), float32 in [0, 1], which are overwritten, or uint8.
@@ -125,7 +125,7 @@ def photometric(
 
 
 def make_plan(parameters: PhotometricParameters, rows: slice, images: Tensor) -> Plan:
-    """What the operations do to `images` (B, 3, H, W), which `rows` of the batch are; one copy sends it."""
+    """Plan for `images` (B, 3, H, W), which are `rows` of the batch; transferred in one copy."""
     operation = parameters.operation[rows]
     rotated = [np.flatnonzero(operation[:, position] == 3) for position in range(4)]
     hues = parameters.hues[rows]
@@ -290,7 +290,7 @@ def _convolved(images: Tensor, kernels: Tensor) -> Tensor:
 
 
 def _on_rows_(images: Tensor, rows: Tensor, operation_: Callable[[Tensor], object]) -> None:
-    """Let `operation_` change the images `rows` (n,) in place."""
+    """Apply `operation_` in place to the images `rows` (n,)."""
     if len(rows) == len(images):
         operation_(images)
     elif len(rows):

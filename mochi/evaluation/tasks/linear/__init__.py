@@ -25,7 +25,7 @@ class LinearProbe(Task):
     """Trained on the same features as `lr`; the best on held-out training images is reported in addition
     to `lr`, never instead."""
     momentum: Annotated[Real, Field(ge=0, lt=1)]
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: Annotated[Real, Field(ge=0)]
     """Weight of the L2 penalty."""
     lr_drops: list[Count]
@@ -33,7 +33,7 @@ class LinearProbe(Task):
     lr_drop_factor: Annotated[Real, Field(gt=0, lt=1)]
     """Multiplies the learning rate at each of `lr_drops`."""
     min_scale: Annotated[Real, Field(gt=0, le=1)] | None
-    """Random-resized-crop training of the probe; null: one pass over uncropped images, cached."""
+    """Smallest area of random crops in training; null: features of uncropped images, computed once."""
     held_out: Annotated[Real, Field(gt=0, lt=1)] = 0.1
     """Fraction of train on which the candidates are compared."""
     standardize: bool = False

@@ -152,7 +152,7 @@ class Probes(nn.Module):
 
 
 class _Scaling(NamedTuple):
-    """Each feature less `mean`, divided by `scale`."""
+    """Each feature minus `mean`, divided by `scale`."""
 
     mean: Tensor  # (D,)
     scale: Tensor

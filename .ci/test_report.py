@@ -93,10 +93,10 @@ def test_no_error_and_no_request(page: Path, tmp_path: Path) -> None:
 
 def test_the_log_shows_forbidden_requests(page: Path, tmp_path: Path) -> None:
     """So the test above can fail: the same page with a script and a picture from another place."""
-    spoilt = tmp_path / "spoilt.html"
-    harm = "<script>console.error('ran')</script><img src='http://localhost:9/x.png'>"
-    spoilt.write_text(page.read_text().replace("</main>", f"{harm}</main>"))
-    _, log = browse(spoilt, tmp_path, "--dump-dom")
+    changed = tmp_path / "changed.html"
+    additions = "<script>console.error('ran')</script><img src='http://localhost:9/x.png'>"
+    changed.write_text(page.read_text().replace("</main>", f"{additions}</main>"))
+    _, log = browse(changed, tmp_path, "--dump-dom")
     lines = [line for line in log.splitlines() if "CONSOLE" in line]
     assert len(lines) >= 2, log
     assert all("Content Security Policy" in line for line in lines), (
@@ -105,10 +105,10 @@ def test_the_log_shows_forbidden_requests(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_log_shows_a_request(page: Path, tmp_path: Path) -> None:
-    spoilt = tmp_path / "spoilt.html"
+    changed = tmp_path / "changed.html"
     without_policy = re.sub("<meta http-equiv[^>]*>", "", page.read_text())
-    spoilt.write_text(without_policy.replace("</main>", "<img src='http://localhost:9/x.png'></main>"))
-    browse(spoilt, tmp_path, "--dump-dom")
+    changed.write_text(without_policy.replace("</main>", "<img src='http://localhost:9/x.png'></main>"))
+    browse(changed, tmp_path, "--dump-dom")
     assert "http://localhost:9/x.png" in requests(tmp_path / "net.json")
 
 
@@ -131,5 +131,5 @@ def test_light_and_dark_wide_and_narrow(width: int, dark: bool, page: Path, tmp_
     assert pixels.std() > 20
 
 
-def test_size(page: Path) -> None:
+def test_the_page_is_small(page: Path) -> None:
     assert page.stat().st_size < 8e6

@@ -2,7 +2,7 @@
 
 A backbone loaded with mismatched names, or fed with pixels it was not trained on, fails silently and
 lowers the scores. Here every tensor must match by name and shape and be finite, the metadata must be
-those of the requested encoder, and its pixels must be normalised as here; otherwise the file is refused.
+those of the requested encoder, and its normalisation must be this project's; otherwise the file is refused.
 """
 
 import hashlib
@@ -30,8 +30,7 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "mochi"
 """The only key of the metadata; its value is an `EncoderInfo` as JSON.
 
-One key, because safetensors
-writes several in an order that differs from process to process.
+There is one key because safetensors writes several in an order that differs between processes.
 """
 
 _MAX_LISTED = 10
@@ -99,7 +98,7 @@ def save_encoder(path: Path, encoder: Backbone, info: EncoderInfo | None = None)
     Args:
         path: the file.
         encoder: what to write.
-        info: the metadata; None: the architecture and the pixels.
+        info: the metadata; None: the architecture and this project's normalisation.
 
     Raises:
         OSError: the disk is full or the folder read-only; an existing file is unchanged.

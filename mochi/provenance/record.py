@@ -87,7 +87,7 @@ def hardware() -> dict[str, Any]:
     """The hardware that results and speed depend on."""
     about = {"cpu": _cpu_name(), "cores": os.cpu_count()}
     torch = sys.modules.get("torch")
-    if torch is None:  # a stage that does not compute with it
+    if torch is None:  # a stage that does not use torch
         return about
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return about | {

@@ -42,10 +42,10 @@ def collect(config: Folder, cache: Path) -> RawDataset:
 def list_images(config: Folder) -> RawDataset:
     """List the images below `config.path`.
 
-    A folder holding `train` has splits; below a split, the first level of folders are the classes, and
-    images outside any class, or in `unlabeled/`, carry no label. Anything else is one split `train`, with
-    the first level of folders as classes where `class_folders` says so. Links are followed, except those
-    back to a folder above.
+    A folder with `train` in it has splits; below a split, the first level of folders are the classes, and
+    images outside any class, or in `unlabeled/`, have no label. Any other folder is one split `train`, with
+    the first level of folders as classes if `class_folders` is set. Links are followed, except those back
+    to a parent folder.
 
     Raises:
         DataError: no such folder, list or image in it, or images to test on but none to train on.
@@ -109,13 +109,13 @@ def listing(config: Folder) -> str:
     root = Path(config.path)
     digest = hashlib.sha256(os.fsencode("\n".join(walk(root))))
     for file in config.only_listed:
-        with suppress(OSError):  # `list_images` tells
+        with suppress(OSError):  # reported by `list_images`
             digest.update((root / file).read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _listed(root: Path, paths: list[str], lists: list[str], ignored: Counter[str]) -> list[str]:
-    """The paths that the lists name."""
+    """The paths that are in the lists."""
     forms = [{nfc(form) for form in (path, *_base_and_stem(path))} for path in paths]
     known = set().union(*forms)
     names = {name for file in lists for name in read_list(root / file, known.__contains__)}
@@ -196,8 +196,8 @@ def _file_split(root: Path, rows: list[tuple[str, str | None]], number: dict[str
 def current_listing(dataset: Dataset, prepared: Path) -> str:
     """Digest of the names of a user's own images, as `listing`; "" for a source that is not a folder.
 
-    Where the images are not, as in a clone that holds the prepared data alone: as they were when they
-    were prepared.
+    If the images do not exist, as in a clone with only the prepared data: the digest that was recorded when
+    they were prepared.
     """
     if not isinstance(dataset, Folder):
         return ""

@@ -165,7 +165,7 @@ def _val_labels(root: Path) -> dict[str, str]:
 
 
 def _devkit_labels(path: Path, contents: dict[str, bytes]) -> dict[str, str]:
-    """The labels of the devkit's numbers."""
+    """Validation image -> wnid, from the class numbers in the devkit."""
     # Imported here: no other file needs scipy, which is optional.
     from scipy.io import loadmat  # noqa: PLC0415
 
@@ -174,9 +174,9 @@ def _devkit_labels(path: Path, contents: dict[str, bytes]) -> dict[str, str]:
         wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
         numbers = contents["ILSVRC2012_validation_ground_truth.txt"].decode().split()
         return {f"ILSVRC2012_val_{n:08d}": wnid[int(number)] for n, number in enumerate(numbers, 1)}
-    except Exception as error:  # scipy raises many types on a file that is none of Matlab's
+    except Exception as error:  # scipy raises many types on a file that is not MATLAB's
         raise DataError(
-            f"{path}: found no meta.mat and ground truth that fit ({type(error).__name__}: {error}); "
+            f"{path}: found no matching meta.mat and ground truth ({type(error).__name__}: {error}); "
             "expected the devkit as published; download it again"
         ) from None
 

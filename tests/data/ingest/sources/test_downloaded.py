@@ -133,7 +133,7 @@ def test_a_file_missing_from_cifar_is_named(tmp_path: Path, monkeypatch: pytest.
         prepare(options, tmp_path / "data" / "c", jobs=1)
 
 
-def test_archives_are_torchvisions() -> None:
+def test_names_of_archives_are_torchvisions() -> None:
     import torchvision
 
     assert stl10.ARCHIVE.md5 == torchvision.datasets.STL10.tgz_md5

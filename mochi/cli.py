@@ -639,8 +639,8 @@ def _work(
 ) -> Iterator[tuple[Path, Path]]:
     """The folder of resume checkpoints, locked while in use, and the folder of TensorBoard events.
 
-    Each version of the settings and inputs has its own checkpoints: after a change
-    of a setting and back, each version continues from its own.
+    Each version of the settings and inputs has its own checkpoints: after a change of a setting and back,
+    each version continues from its own.
     """
     from mochi.layout import Paths
     from mochi.provenance.fingerprint import digest, file_digest

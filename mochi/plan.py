@@ -56,11 +56,11 @@ class Seconds(NamedTuple):
     high: float
 
     def times(self, count: float) -> "Seconds":
-        """So many of them."""
+        """The time of `count` repetitions."""
         return Seconds(self.low * count, self.high * count)
 
     def plus(self, other: "Seconds") -> "Seconds":
-        """The sum of both."""
+        """The sum of two times."""
         return Seconds(self.low + other.low, self.high + other.high)
 
     def __str__(self) -> str:

@@ -148,7 +148,7 @@ def _packages(experiment: Experiment) -> Iterator[str]:
 
 
 def _gpu_memory(experiment: Experiment, bytes_a_run: int) -> Iterator[Finding]:
-    """Two encoders, gradients, momentum and queue must fit; activations come on top."""
+    """Two encoders, gradients, momentum and queue must fit; activations are added."""
     queues = [
         int(run.recipe.queue_size) for run in first_runs(experiment) if isinstance(run.recipe, Contrastive)
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of result. Its folder also holds provenance.json, which is written last."""
+    """One kind of result. Its folder also contains provenance.json, which is written last."""
 
     outputs: tuple[str, ...]
     """Files in the folder of the result that others read."""

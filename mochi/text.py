@@ -40,10 +40,10 @@ def read_text(path: Path, expected: str) -> str:
 
     Args:
         path: the file.
-        expected: what it should be, for the message where it is missing.
+        expected: what it should be, for the message if it is missing.
 
     Raises:
-        DataError: missing, unreadable, or of an encoding that it does not tell.
+        DataError: missing, unreadable, or of an unknown encoding.
     """
     text = _decode(_read(path, expected), path)
     if "\0" in text:
@@ -81,7 +81,7 @@ def read_xml(path: Path, expected: str) -> ET.Element:
     data = _read(path, expected)
     if len(data) > _LARGEST_XML:
         raise DataError(f"{path}: found {len(data)} bytes, too many for {expected}")
-    text = _DECLARATION.sub("", _decode(data, path))  # its encoding no longer holds
+    text = _DECLARATION.sub("", _decode(data, path))  # the declared encoding is no longer true
     builder, parser = ET.TreeBuilder(), expat.ParserCreate()
     parser.StartElementHandler = builder.start
     parser.EndElementHandler = builder.end
@@ -173,10 +173,10 @@ def as_number(value: object) -> float | None:
 
 
 _LONGEST_NAME = 255
-"""Bytes of a file's name that every file system takes."""
+"""Longest name of a file, in bytes, that every file system accepts."""
 
 _LARGEST = 2**53
-"""Larger numbers count nothing, and JSON does not hold them exactly."""
+"""Largest whole number that is read; JSON does not represent larger ones exactly."""
 
 
 @dataclass(frozen=True)

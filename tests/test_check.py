@@ -324,7 +324,7 @@ def gpu_findings(monkeypatch: pytest.MonkeyPatch, usable: int, capability: tuple
 
 def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     (text,) = gpu_findings(monkeypatch, 1, (8, 0))
-    assert "2 were asked for" in text
+    assert "2 were requested" in text
     assert "driver" in text
 
 

@@ -109,7 +109,7 @@ def _spaces(
     device: torch.device,
     workers: int,
 ) -> dict[str, Tensor]:
-    """(M, C) unit vectors of each space: the pooled features and, if the run has a head, what it makes."""
+    """(M, C) unit vectors of each space: the pooled features and, if the run has a head, the embeddings."""
     encoder = load_encoder(result.inputs["encoder"], run.encoder, device)
     loading = Loading(run.batch_size, device, workers)
     crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size, rows=rows)

@@ -12,7 +12,7 @@ from mochi.config.sections import Count, CountOrZero, Name, Real, Section
 
 
 class Source(Section):
-    """What every source has."""
+    """Keys of every source."""
 
     source: str
     """Chooses the section; the module that reads it has this name, with `_` for `-`."""
@@ -61,7 +61,7 @@ class Folder(Source):
     """Without a folder `val` or `test`: the share of each class that becomes the split `val`, at least one
     image of two. Which ones is a function of their paths."""
     only_listed: list[str] = []
-    """Text files, relative to `path`, with one image a line, as VOC's image sets: its path, its name, or
+    """Text files, relative to `path`, with one image per line, as VOC's image sets: its path, its name, or
     its name without suffix. Other images are skipped and counted."""
     max_unreadable: MaxUnreadable = 0.01
     max_side: MaxSide | None = None
@@ -69,7 +69,7 @@ class Folder(Source):
 
 
 class Download(Source):
-    """What every downloaded data set shares. Contents are checked for every origin."""
+    """Keys of every downloaded data set. Contents are verified, whatever their origin."""
 
     archive: str | None = None
     """The official archive, downloaded by the user; then nothing is downloaded."""

@@ -82,7 +82,7 @@ class StoredSplit:
         return np.flatnonzero(self.labels != UNLABELLED)
 
     def oversized(self) -> str:
-        """As the function of that name says of these images."""
+        """The message of the function `oversized` about these images."""
         return oversized(self.name, self.heights, self.widths, self.path)
 
     def path(self, row: int) -> str:

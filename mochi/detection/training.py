@@ -109,8 +109,8 @@ class FrozenBackbone:
     Batch-norm statistics are recomputed on the training images, for every encoder: a random encoder has
     only the initial 0 and 1, which would determine its score instead of its features.
 
-    Features of an image are cached if they
-    do not depend on the other images of a batch: if all images have one size, there is no padding.
+    Features of an image are cached if they do not depend on the other images of a batch: if all images have
+    one size, there is no padding.
     """
 
     def __init__(self, recipe: Recipe, images: Images) -> None:

@@ -180,7 +180,7 @@ def _pickles(file: mmap.mmap) -> Checkpoint:
         (numel,) = struct.unpack("<q", file.read(8))
         size = numel * storages[str(key)].dtype.itemsize if str(key) in storages else -1
         if numel < 0 or size < 0 or file.tell() + size > len(file):
-            raise PickleError(f"the numbers of storage {key} are not all there")
+            raise PickleError(f"storage {key} is truncated")
         places[str(key)] = (file.tell(), size)
         file.seek(size, 1)
     return _checkpoint("torch before 1.6", tree, lambda key: _part(file, places, key))
@@ -212,7 +212,7 @@ def _tar(path: Path) -> Checkpoint:
             assert isinstance(storage, Storage)
             size = numel * storage.dtype.itemsize
             if size < 0 or file.tell() + size > len(file):
-                raise PickleError(f"the numbers of storage {key} are not all there")
+                raise PickleError(f"storage {key} is truncated")
             known[str(key)], places[str(key)] = storage, (file.tell(), size)
             file.seek(size, 1)
     with _mapped(parts["tensors"]) as file:

@@ -172,7 +172,7 @@ class _Machine:
                 count = int(operation[-1])
                 values = tuple(map(_finished, stack[-count:]))
                 if len(values) < count:
-                    raise PickleError("a tuple of more than there is")
+                    raise PickleError("a tuple of more items than the stack has")
                 stack[-count:] = [values]
             case "DICT":
                 above = self._above()

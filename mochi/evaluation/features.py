@@ -80,8 +80,7 @@ class Frozen:
     def features(self, name: str) -> Features:
         """Features of all labelled images of a split: short side `resize`, centre crop, no random crops.
 
-        Computed once for all evaluations of the experiment that need them. Memory:
-        these and one batch.
+        Computed once for all evaluations of the experiment that need them. Memory: these and one batch.
 
         Raises:
             DataError: the split is missing, or has no labelled image.

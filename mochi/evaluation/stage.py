@@ -48,7 +48,7 @@ def run(
     make_deterministic()
     with distributed.process_group(device):
         # The backbone stays in evaluation mode: with batch statistics it would not be the same encoder, and
-        # its running statistics would move. MoCo's main_lincls.py does the same.
+        # its running statistics would change. MoCo's main_lincls.py does the same.
         encoder = load_encoder(result.inputs["encoder"], run.encoder, device)
         before = digest(encoder.state_dict())
         dataset = open_dataset(result.inputs["data"].parent)

@@ -198,7 +198,7 @@ def caption_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def legible(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text with the letters that the font lacks escaped as in Python, such as \\u732b."""
+    """The text with the characters that the font lacks escaped as in Python, such as \\u732b."""
     missing = bytes(font.getmask("\uffff"))
     return "".join(
         char

@@ -117,7 +117,7 @@ def _scores(metrics: dict[str, Any], names: Iterable[str]) -> list[tuple[str, st
         (metric, repeat, single[metric])
         for repeat, single in singles.items()
         for metric in names
-        if single.get(metric) is not None  # "not measured" is not a number
+        if single.get(metric) is not None  # None: not measured
     ]
 
 
@@ -143,7 +143,7 @@ class _Reader:
         """The CSV with the keys as its first columns; no frame if it has no rows. Names stay text."""
         try:
             # Only curves have empty cells; elsewhere "NA" is the name of a class.
-            names = {"class": str, "predicted": str}  # "01" is not 1
+            names = {"class": str, "predicted": str}  # so that "01" stays text
             frame = pd.read_csv(path, dtype=names, na_filter=path.name == "metrics.csv")
         except FileNotFoundError:
             self.missing.append(str(_not_found(path)))

@@ -68,13 +68,13 @@ def pick_device() -> torch.device:
 
 
 def check_gpus(requested: int) -> None:
-    """Raise UserError where torch cannot use as many GPUs."""
+    """Raise UserError if torch cannot use as many GPUs."""
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if usable < requested:
         wheel = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise UserError(
-            f"GPUs: {requested} were asked for, and torch {torch.__version__} can use {usable}; its wheel "
+            f"GPUs: {requested} were requested, and torch {torch.__version__} can use {usable}; its wheel "
             f"is {wheel}, the driver is {driver()}, CUDA_VISIBLE_DEVICES is {shown}; check `nvidia-smi`, "
             "update the driver, or pass --gpus 0 to compute on the CPU"
         )

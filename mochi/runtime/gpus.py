@@ -29,7 +29,7 @@ _DEVICES = Path("/dev")
 def visible() -> list[str]:
     """The GPUs that this process may use: CUDA_VISIBLE_DEVICES, or all that the driver lists.
 
-    UUIDs where nvidia-smi is installed, so that each GPU has one name; numbers are then nvidia-smi's. As
+    UUIDs if nvidia-smi is installed, so that each GPU has one name; numbers are then nvidia-smi's. As
     in CUDA, names after the first that is not a GPU are ignored: "-1" hides all.
     """
     listed = _listed()
@@ -124,8 +124,8 @@ def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[
     """
     if count > len(names):
         raise UserError(
-            f"GPUs: found {len(names)} on this host ({', '.join(names) or 'none'}); {count} are asked "
-            f"for; lower the number, or widen CUDA_VISIBLE_DEVICES"
+            f"GPUs: found {len(names)} on this host ({', '.join(names) or 'none'}); {count} are "
+            f"requested; lower the number, or widen CUDA_VISIBLE_DEVICES"
         )
     if folder is None:
         folder = Path(tempfile.gettempdir()) / "mochi-gpus"

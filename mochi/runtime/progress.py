@@ -23,8 +23,7 @@ def configure_logging() -> None:
 def _open_standard_streams() -> None:
     """Open /dev/null where the caller has closed stdin, stdout or stderr, as cron jobs do.
 
-    Otherwise the next opened
-    files get their descriptors, and output of libraries would go there.
+    Otherwise the next opened files get their descriptors, and output of libraries would go there.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -82,7 +81,7 @@ class Progress:
             sys.stderr.flush()
 
     def _pace(self) -> tuple[float, float]:
-        """Units a second, and seconds left."""
+        """Units per second, and seconds left."""
         rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
         return rate, (self._total - self._done) / max(rate, 1e-9)
 

@@ -9,8 +9,7 @@ _MOST_THREADS = 8
 def threads_per_run(num_gpus: int) -> int:
     """CPU threads of a run: its share of the cores with GPUs, one without.
 
-    Loaders of one GPU need
-    some cores, but no GPU may wait for cores. On a CPU, two runs of one thread each
+    Loaders of one GPU need some cores, but no GPU may wait for cores. On a CPU, two runs of one thread each
     are faster than one run of two threads.
     """
     return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // num_gpus)) if num_gpus else 1

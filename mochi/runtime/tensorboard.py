@@ -1,4 +1,4 @@
-"""TensorBoard events of a training, where tensorboard is installed: curves by epoch and by step, images."""
+"""TensorBoard events of a training, if tensorboard is installed: curves by epoch and by step, images."""
 
 import logging
 from collections.abc import Mapping

@@ -46,7 +46,7 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches; a GPU prepares each on a separate stream while it computes on the previous one.
 
     Args:
-        batches: nested lists and tuples of tensors, made when they are asked for.
+        batches: nested lists and tuples of tensors, made when they are requested.
         device: of the batches; on a CPU nothing is done.
     """
     if device.type == "cpu":

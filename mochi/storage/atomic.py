@@ -39,7 +39,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 _MARGIN = 1 << 20
-"""Bytes for tables, records and the file system's own."""
+"""Bytes for tables, records and overhead of the file system."""
 
 _umask_lock = threading.Lock()
 
@@ -68,7 +68,7 @@ def explaining(path: Path) -> Iterator[None]:
         target = Path(*(part for part in path.parts if not part.startswith(".publishing.")))
         raise StorageError(
             f"{target}: cannot be written: {os.strerror(number)}; {_REMEDIES[number]}, then run the same "
-            "command again; what was there before is intact"
+            "command again; existing files are intact"
         ) from error
 
 

@@ -20,7 +20,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(launch.REQUESTED_GPUS, "2")
     with pytest.raises(UserError) as error:
         pick_device()
-    for words in ("2 were asked for", "can use 0", f"CUDA {torch.version.cuda}", "driver is", "nvidia-smi"):
+    for words in ("2 were requested", "can use 0", f"CUDA {torch.version.cuda}", "driver is", "nvidia-smi"):
         assert words in str(error.value)
 
 
@@ -51,7 +51,7 @@ def test_the_command_line_stops_before_any_compute(tmp_path: Path) -> None:
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "error: GPUs: 1 were asked for" in done.stderr
+    assert "error: GPUs: 1 were requested" in done.stderr
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").rglob("*.safetensors"))
 
 

@@ -76,7 +76,7 @@ def test_a_killed_job_releases_its_gpu(tmp_path: Path) -> None:
 
 
 def test_requesting_too_many_gpus_names_both_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"found 2 on this host \(0, 1\); 3 are asked for"):
+    with pytest.raises(UserError, match=r"found 2 on this host \(0, 1\); 3 are requested"):
         gpus.claim(3, ["0", "1"], tmp_path)
 
 

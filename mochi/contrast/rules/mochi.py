@@ -4,8 +4,8 @@ s of them from pairs of the N hardest, s' from one of these and the query. No ve
 `mochi.contrast.negatives` for the equations.
 
 Source: Kalantidis et al. 2020, eq. 1, sections 3.2 and 3.3. No official code is public.
-Deviations: a pair always has two different negatives; the query inside
-a mix is a constant for the gradient unless `through_query` is set (the paper specifies neither).
+Deviations: a pair always has two different negatives; the query inside a mix is a constant for the gradient
+unless `through_query` is set (the paper specifies neither).
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def check(data: bytes, max_side: int | None = None) -> CheckResult:
     """Decode one file completely and decide what to store; no side longer than `max_side`.
 
     A JPEG that keeps its bytes is decoded to an eighth of its width and height: that reads all
-    its data and finds the same faults in two thirds of the time. A larger one is decoded to about its
+    its data and finds the same errors in two thirds of the time. A larger one is decoded to about its
     stored size.
     """
     try:

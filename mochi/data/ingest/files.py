@@ -14,7 +14,7 @@ from pathlib import Path
 from mochi.text import nfc, read_lines
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif")
-"""In search order, in either case."""
+"""Suffixes in search order; case does not matter."""
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Folder name, in any case -> split; without a `val` the `test` images are `val`, for evaluations."""

@@ -23,7 +23,7 @@ class ValidatedFile:
     """One file and its result."""
 
     row: int
-    """In the split."""
+    """Index in the split."""
     size: int
     """Bytes; -1 if the file could not be opened."""
     sha256: bytes

@@ -468,7 +468,7 @@ def test_a_disk_error_keeps_the_previous_data(
     message = str(failed.value)
     assert message.startswith(str(out))
     assert f"cannot be written: {os.strerror(error)}; " in message
-    assert "what was there before is intact" in message
+    assert "existing files are intact" in message
     assert ("free " in message) == (error in {errno.ENOSPC, errno.EDQUOT})
     assert contents(out) == before
     monkeypatch.undo()

@@ -29,7 +29,7 @@ class Layout:
     """The class is the last of them."""
 
 
-# The python version holds pickles; this one is the same images as plain bytes. Checksum:
+# The Python version contains pickles; this one is the same images as plain bytes. Checksum:
 # https://www.cs.toronto.edu/~kriz/cifar.html
 LAYOUT = Layout(
     archive=Archive(

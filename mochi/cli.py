@@ -114,16 +114,16 @@ def inspect(
     from mochi.runtime.progress import counter
     from mochi.storage.atomic import write_json
 
-    found = inspection.inspect(folder, jobs=jobs, progress=counter("inspect"))
-    typer.echo(inspection.render(found))
+    summary = inspection.inspect(folder, jobs=jobs, progress=counter("inspect"))
+    typer.echo(inspection.render(summary))
     if data := detection_data(folder):
         from mochi.detection import sets
 
         contents = sets.inspect(data, jobs)
         typer.echo(sets.render(contents))
-        found["detection"] = contents._asdict()
+        summary["detection"] = contents._asdict()
     if report is not None:
-        write_json(report, found)
+        write_json(report, summary)
 
 
 @app.command(rich_help_panel=_INSPECT)
@@ -233,11 +233,11 @@ def features(
 
     require_kind(out, FEATURES)
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
-    _, found = _load_and_encode(encoder, overrides, images, batch_size, jobs)
-    listed = write_features(out, found)
-    typer.echo(f"{out}: {len(found.paths)} images, vectors of {found.vectors.shape[1]} numbers")
+    _, encoded = _load_and_encode(encoder, overrides, images, batch_size, jobs)
+    listed = write_features(out, encoded)
+    typer.echo(f"{out}: {len(encoded.paths)} images, vectors of {encoded.vectors.shape[1]} numbers")
     if listed is not None:
-        typer.echo(f"{len(found.quarantined)} files are not usable images; see {listed}")
+        typer.echo(f"{len(encoded.quarantined)} files are not usable images; see {listed}")
 
 
 @app.command(rich_help_panel=_USE)
@@ -274,10 +274,10 @@ def neighbors(
 
     require_kind(out, PICTURES)
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
-    loaded, found = _load_and_encode(encoder, overrides, images, batch_size, jobs)
-    sheet(loaded, images, found, query or [], out, k=k, num_queries=num_queries, hardest=hardest)
+    loaded, encoded = _load_and_encode(encoder, overrides, images, batch_size, jobs)
+    sheet(loaded, images, encoded, query or [], out, k=k, num_queries=num_queries, hardest=hardest)
     typer.echo(f"{out}: written")
-    for path, reason in found.quarantined:
+    for path, reason in encoded.quarantined:
         typer.echo(f"skipped: {path!r}: {reason}")
 
 

@@ -77,13 +77,13 @@ def new_experiment(folder: Path, out: Path, *, hours: float | None, force: bool)
         raise UserError(f"--out: found {out}; expected a name such as config/mine.yaml")
     if hours is not None and not (math.isfinite(hours) and hours > 0):
         raise UserError(f"--hours: found {hours}; expected a number above 0")
-    found = describe(folder)
-    if len(found.files) < FEWEST_TO_TRAIN:
+    description = describe(folder)
+    if len(description.files) < FEWEST_TO_TRAIN:
         raise DataError(
-            f"{_plain(folder)}: images to train on: {len(found.files)}; expected at least "
+            f"{_plain(folder)}: images to train on: {len(description.files)}; expected at least "
             f"{FEWEST_TO_TRAIN}, better thousands: contrastive learning needs negatives; add images"
         )
-    draft = _Draft(folder, name, found)
+    draft = _Draft(folder, name, description)
     budget_lines = [] if hours is None else draft.fit(hours)
     text = draft.text()
     parse_experiment(yaml.safe_load(text), str(out))
@@ -94,9 +94,9 @@ def new_experiment(folder: Path, out: Path, *, hours: float | None, force: bool)
 class _Draft:
     """A draft of an experiment."""
 
-    def __init__(self, folder: Path, name: str, found: Description) -> None:
-        self._folder, self._name, self._found = folder, name, found
-        self._sides = sides(found.files)
+    def __init__(self, folder: Path, name: str, description: Description) -> None:
+        self._folder, self._name, self._description = folder, name, description
+        self._sides = sides(description.files)
         self._machine = Machine.here()
         self._on_gpu = self._machine.device.type == "cuda"
         short = int(np.median(self._sides.min(axis=1)))
@@ -107,21 +107,23 @@ class _Draft:
         self._seeds = [0, 1, 2]
         self._iterations: int | None = None
         self._fitted = False
-        self._boxes = None if not found.detection else _read_boxes(found)
+        self._boxes = None if not description.detection else _read_boxes(description)
 
     def summary(self) -> list[str]:
         """Lines that describe the folder."""
-        found = self._found
+        description = self._description
+        num_val = sum(description.val_classes.values())
         kinds = {
-            "classes": f"{len(found.train_classes)} classes, {sum(found.val_classes.values())} for val",
+            "classes": f"{len(description.train_classes)} classes, {num_val} for val",
             "photos": "no labels: no probe, no supervised row",
             "voc": "a VOC tree", "coco": "a COCO tree",
         }  # fmt: skip
-        lines = [f"{_plain(self._folder)}: {len(found.files)} images to train on, {kinds[found.kind]}"]
+        num_train, kind = len(description.files), kinds[description.kind]
+        lines = [f"{_plain(self._folder)}: {num_train} images to train on, {kind}"]
         if self._boxes:
             lines.append(f"boxes: {len(self._boxes.short)} of {len(self._boxes.classes)} classes")
-        if len(found.files) < FEWEST:
-            lines.append(f"warning: {len(found.files)} images are too few to learn from")
+        if num_train < FEWEST:
+            lines.append(f"warning: {num_train} images are too few to learn from")
         return lines
 
     def text(self) -> str:
@@ -165,7 +167,7 @@ class _Draft:
     def _shapes(self, size: int) -> list[_Shape]:
         """Views and encoders, from the one that suits the images to the cheapest."""
         if self._on_gpu:
-            deep = [_Shape(size, "resnet50", 64)] if len(self._found.files) > 100_000 else []
+            deep = [_Shape(size, "resnet50", 64)] if len(self._description.files) > 100_000 else []
             return [*deep, _Shape(size, "resnet18", 64)]
         # Below 64 px the stem does not downsample, so smaller images are not cheaper.
         smaller = [each for each in SIZES if min(size, 64) <= each <= size]
@@ -173,8 +175,8 @@ class _Draft:
 
     def _measured(self, folder: Path) -> StoredDataset:
         """A sample of the images, prepared as in the pipeline."""
-        files = self._found.files
-        labelled = any(self._found.train_classes)
+        files = self._description.files
+        labelled = any(self._description.train_classes)
         for number, index in enumerate(
             np.linspace(0, len(files) - 1, min(_MEASURED_IMAGES, len(files))).astype(int)
         ):
@@ -188,7 +190,7 @@ class _Draft:
     def _seconds_per_epoch(self, dataset: StoredDataset) -> tuple[list[Seconds], float]:
         """Seconds of an epoch of every trained row, and images/s of the first."""
         content, _ = self._content()
-        count = len(self._found.files)
+        count = len(self._description.files)
         batch = min(content["pretrain"]["batch_size"], len(dataset.split("train")))
         small = {
             **content["pretrain"],
@@ -206,14 +208,14 @@ class _Draft:
 
     def _fixed_seconds(self, images_a_second: float) -> float:
         """Seconds of preparation, evaluations and job starts, run concurrently as in the workflow."""
-        found = self._found
-        methods = 4 if found.train_classes else 3
+        description = self._description
+        methods = 4 if description.train_classes else 3
         tasks = 2 if self._has_probes() else 0
-        encoded = sum(found.train_classes.values()) + sum(found.val_classes.values())
+        encoded = sum(description.train_classes.values()) + sum(description.val_classes.values())
         # Encoding takes about a fourth of a training step, per image.
         evaluations = methods * tasks * (encoded / (4 * images_a_second) + _JOB_SECONDS)
         starts = (methods + 3) * _JOB_SECONDS
-        return (evaluations + starts) / self._machine.at_once + len(found.files) / 500
+        return (evaluations + starts) / self._machine.at_once + len(description.files) / 500
 
     def _fit_detection(self, seconds: float, lines: list[str]) -> float:
         """Iterations of the fine-tunings that take so long; returns the seconds they take."""
@@ -234,14 +236,14 @@ class _Draft:
 
     def _has_probes(self) -> bool:
         """Whether train and val have labels of at least two classes."""
-        return len(self._found.val_classes.keys() & self._found.train_classes.keys()) >= 2
+        return len(self._description.val_classes.keys() & self._description.train_classes.keys()) >= 2
 
     def _advice(self) -> dict[str, Any]:
-        found = self._found
+        description = self._description
         facts = Facts(
-            num_train=len(found.files),
+            num_train=len(description.files),
             short_side=self._short,
-            train_classes=found.train_classes if self._has_probes() else {},
+            train_classes=description.train_classes if self._has_probes() else {},
             has_val=self._has_probes(),
             largest=self._shape.size,
         )
@@ -249,13 +251,13 @@ class _Draft:
 
     def _content(self) -> tuple[dict[str, Any], dict[str, str]]:
         """The experiment, and key path -> reason."""
-        found, advice = self._found, self._advice()
+        description, advice = self._description, self._advice()
         comments = {key: each.why for key, each in advice.items()}
         value = {key: each.value for key, each in advice.items()}
-        size, batch = self._shape.size, min(int(value["pretrain.batch_size"]), len(found.files) // 2)
+        size, batch = self._shape.size, min(int(value["pretrain.batch_size"]), len(description.files) // 2)
         queue = int(value["pretrain.queue_size"])
         epochs = self._epochs or int(value["pretrain.epochs"])
-        steps = epochs * (len(found.files) // batch)
+        steps = epochs * (len(description.files) // batch)
         few_steps = steps < 20_000
         lr = float(value["pretrain.lr"]) * (4 if few_steps else 1)
         if few_steps:
@@ -267,7 +269,7 @@ class _Draft:
         content: dict[str, Any] = {
             "name": self._name,
             "title": f"{_plain(self._folder.resolve().name) or 'Images'}, {size} px, {epochs} epochs",
-            "dataset": {"source": "folder", "name": self._name, **found.dataset},
+            "dataset": {"source": "folder", "name": self._name, **description.dataset},
             "seeds": self._seeds,
             "encoder": {
                 "architecture": self._shape.architecture,
@@ -325,7 +327,7 @@ class _Draft:
         hardest = max(min(queue // 16, 1024), 4)
         hardest = 2 ** int(math.log2(hardest))
         rows: dict[str, Any] = {"random-init": {"objective": "none"}}
-        if len(self._found.train_classes) > 1:
+        if len(self._description.train_classes) > 1:
             rows["supervised"] = {
                 "objective": "supervised",
                 "lr": 0.1,
@@ -349,11 +351,13 @@ class _Draft:
             "resize": min(round(size * 8 / 7), max(size, self._short)),
         }
         if self._has_probes():
-            content |= _probes(self._found.train_classes, int(value["evaluation.knn.k"]))
+            content |= _probes(self._description.train_classes, int(value["evaluation.knn.k"]))
         if self._boxes:
             name = re.sub(r"[^A-Za-z0-9._-]+", "-", self._folder.resolve().name).strip("-._") or "boxes"
             content["detection"] = {
-                name: _detection(self._found.detection, self._boxes, self._iterations, on_gpu=self._on_gpu)
+                name: _detection(
+                    self._description.detection, self._boxes, self._iterations, on_gpu=self._on_gpu
+                )
             }
         return content
 
@@ -412,7 +416,7 @@ class _Boxes:
     masks: bool
 
 
-def _read_boxes(found: Description) -> _Boxes:
+def _read_boxes(description: Description) -> _Boxes:
     """Read the training boxes.
 
     Raises:
@@ -420,11 +424,12 @@ def _read_boxes(found: Description) -> _Boxes:
     """
     from mochi.detection import annotations as boxes  # noqa: PLC0415 (an extra)
 
-    parts, classes, masks = _annotations(found.detection)
+    parts, classes, masks = _annotations(description.detection)
     merged = boxes.merge(parts)
     if not any(len(image.boxes) for image in merged.images):
+        data = description.detection
         raise DataError(
-            f"{found.detection['path']}: found no box in {', '.join(found.detection['train'])}; a "
+            f"{data['path']}: found no box in {', '.join(data['train'])}; a "
             "detector has nothing to learn; for a set without boxes give only the folder of the images"
         )
     short, ratio, most = [], [], 1

@@ -270,13 +270,13 @@ def _contents(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[
         text = f"{folder}: not the data set of this experiment ({stale}); the workflow prepares it again"
         findings.append(Finding("warning", text))
     try:
-        found, more = _of_source(config, verify=verify)
+        counts, more = _of_source(config, verify=verify)
     except UserError as error:
         return None, [*findings, Finding("error", f"dataset: {error}")]
-    if found is None:
+    if counts is None:
         text = f"{config.name}: images are counted once they are prepared; check again then"
         return None, [*findings, Finding("note", text)]
-    return found, [*findings, *more, *_classes(found)]
+    return counts, [*findings, *more, *_classes(counts)]
 
 
 def _classes(contents: _Contents) -> Iterator[Finding]:

@@ -160,10 +160,10 @@ def with_oracle(experiment: Experiment) -> list[str]:
 
 def mixing_grid(experiment: Experiment) -> dict[str, tuple[int, int, int]]:
     """MoCHi row -> (N, s, s'), from its name; variants, which have longer names, are omitted."""
-    found = {method: _MOCHI_NAME.match(method) for method in experiment.methods}
+    matches = {method: _MOCHI_NAME.match(method) for method in experiment.methods}
     return {
         method: (int(match[1]), int(match[2]), int(match[3]))
-        for method, match in found.items()
+        for method, match in matches.items()
         if match and match.end(3) == len(method)
     }
 
@@ -179,14 +179,14 @@ def datasets(experiment: Experiment, origin: str = "experiment") -> dict[str, Da
     Raises:
         ConfigError: two of them have the same name, which is a folder's.
     """
-    found = {experiment.dataset.name: experiment.dataset}
+    by_name = {experiment.dataset.name: experiment.dataset}
     for name, task in experiment.evaluation.tasks.items():
-        if task.dataset is not None and found.setdefault(task.dataset.name, task.dataset) != task.dataset:
+        if task.dataset is not None and by_name.setdefault(task.dataset.name, task.dataset) != task.dataset:
             raise ConfigError(
                 f"{origin}: evaluation.{name}.dataset.name: found {task.dataset.name!r}, the name of "
                 "another data set; a name is a folder in data/: make them equal, or choose another name"
             )
-    return found
+    return by_name
 
 
 def columns(experiment: Experiment, evaluation: str) -> dict[str, Column]:

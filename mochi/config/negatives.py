@@ -128,11 +128,11 @@ def _find(name: str, kind: type[_Part]) -> type[_Part]:
     Raises:
         ValueError: there is none.
     """
-    found = rules.find(name) if name in rules.names() else None
-    if found is not None and issubclass(found, kind):
-        return found
+    definition = rules.find(name) if name in rules.names() else None
+    if definition is not None and issubclass(definition, kind):
+        return definition
     note = ""
-    if found is not None:
+    if definition is not None:
         note = f"a mask, so write masks: [{name}]" if kind is Rule else f"a rule, so write {{rule: {name}}}"
     raise ValueError(guess(name, rules.names_of(Rule if kind is Rule else Mask), note))
 

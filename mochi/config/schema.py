@@ -128,7 +128,7 @@ def _name_bounds(node: Any) -> None:
 
 def _descriptions(part: type[Rule | Mask]) -> dict[str, str]:
     """Field -> docstring below it, in the class or the class that it inherits the field from."""
-    found = {}
+    descriptions = {}
     for each in reversed(part.__mro__):
         if not dataclasses.is_dataclass(each):
             continue
@@ -137,5 +137,5 @@ def _descriptions(part: type[Rule | Mask]) -> dict[str, str]:
         for statement, below in pairwise(tree.body):
             match statement, below:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    found[name] = inspect.cleandoc(text)
-    return found
+                    descriptions[name] = inspect.cleandoc(text)
+    return descriptions

@@ -63,27 +63,27 @@ def detection_data(folder: Path) -> dict[str, Any]:
     Empty for a folder without boxes, or if the training and test splits are ambiguous.
     """
     try:
-        found = _coco(folder) or _voc(folder)
+        description = _coco(folder) or _voc(folder)
     except DataError:
         return {}
-    return {} if found is None else found.detection
+    return {} if description is None else description.detection
 
 
 def sides(files: Sequence[str]) -> NDArray[np.int64]:
     """(n, 2) height and width, upright, of evenly spaced files, without unreadable ones."""
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, _SAMPLE).astype(int))]
-    found = []
+    sizes = []
     for file in chosen:
         try:
             width, height = decode.image_size(Path(file))
-            found.append((height, width))
+            sizes.append((height, width))
         except decode.UnreadableError:
             continue
-    if not found:
+    if not sizes:
         raise DataError(
             f"{files[0]}: not an image, and neither are {len(chosen) - 1} others; expected images"
         )
-    return np.array(found, dtype=np.int64)
+    return np.array(sizes, dtype=np.int64)
 
 
 def _images(folder: Path) -> Description:

@@ -209,14 +209,14 @@ def _yaml(key: str, value: object) -> str:
     return yaml.safe_dump({key: value}, default_flow_style=None, sort_keys=False, width=1000).rstrip()
 
 
-def _duplicates(found: dict[str, Any]) -> list[str]:
+def _duplicates(duplicates: dict[str, Any]) -> list[str]:
     groups = [
         " = ".join(f"{row['path']} [{row['class']}]" if row["class"] else row["path"] for row in group)
-        for group in found["rows"]
+        for group in duplicates["rows"]
     ]
     title = (
-        f"identical images: {found['groups']} groups, {found['across_splits']} across splits, "
-        f"{found['with_two_labels']} with two labels"
+        f"identical images: {duplicates['groups']} groups, {duplicates['across_splits']} across splits, "
+        f"{duplicates['with_two_labels']} with two labels"
     )
     return _section(title, groups)
 

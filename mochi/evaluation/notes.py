@@ -24,28 +24,28 @@ def notes(
         classes: names of the classes.
     """
     train, val = (np.bincount(labels, minlength=len(classes)) for labels in (train_labels, val_labels))
-    found = []
+    texts = []
     if (train > 0).sum() == 1:
         only = classes[int(train.argmax())]
-        found.append(
+        texts.append(
             f"train has a single class, {only}: every image is classified as {only}, so the score is "
             "meaningless"
         )
     if len(missing := np.flatnonzero((train == 0) & (val > 0))):
-        found.append(
+        texts.append(
             f"{_names(missing, classes)} without a labelled image in train: {val[missing].sum()} of "
             f"{val.sum()} images of val cannot be classified correctly"
         )
     if len(missing := np.flatnonzero((val == 0) & (train > 0))):
-        found.append(f"{_names(missing, classes)} without a labelled image in val: not part of the score")
+        texts.append(f"{_names(missing, classes)} without a labelled image in val: not part of the score")
     guess = 100 * val.max() / val.sum()
     top1 = metrics.get("top1")
     if top1 is not None and top1 <= guess and (train > 0).sum() > 1:
-        found.append(
+        texts.append(
             f"top-1 of {top1:.1f}% is at or below chance: the largest class has {guess:.1f}% of val. "
             "The encoder may be untrained or collapsed, or the labels wrong"
         )
-    return found
+    return texts
 
 
 def _names(rows: NDArray[np.int64], classes: Sequence[str]) -> str:

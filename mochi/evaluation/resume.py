@@ -42,10 +42,10 @@ class ResumePoint:
         Raises:
             CheckpointError: the checkpoint is of another result, or unreadable.
         """
-        found = checkpoint.load(self._path, self._identity)
-        if found is None:
+        loaded = checkpoint.load(self._path, self._identity)
+        if loaded is None:
             return None
-        tensors, state = found
+        tensors, state = loaded
         code = self.code_digests[-1]
         if code not in state["code_digests"]:
             logger.warning("the code changed since the checkpoint was written; recorded in provenance.json")

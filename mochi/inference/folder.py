@@ -50,24 +50,24 @@ def encode_folder(
     paths = walk(folder)
     if not paths:
         raise DataError(f"{as_text(str(folder))}: found 0 images; expected image files anywhere below")
-    found = encode_files(
+    encoded = encode_files(
         encoder,
         [folder / path for path in paths],
         batch_size=batch_size,
         threads=threads,
         progress=progress,
     )
-    bad = {row for row, _ in found.unreadable}
+    bad = {row for row, _ in encoded.unreadable}
     if len(bad) == len(paths):
-        row, reason = found.unreadable[0]
+        row, reason = encoded.unreadable[0]
         raise DataError(
             f"{as_text(str(folder))}: none of {len(paths)} files is a usable image; the first: "
             f"{as_text(paths[row])}: {reason}"
         )
     return FolderFeatures(
         [path for row, path in enumerate(paths) if row not in bad],
-        found.vectors,
-        [(paths[row], reason) for row, reason in found.unreadable],
+        encoded.vectors,
+        [(paths[row], reason) for row, reason in encoded.unreadable],
     )
 
 
@@ -103,11 +103,11 @@ def encode_files(
         crops = [each for each in batch if isinstance(each, Tensor)]
         unreadable += [(done + row, each) for row, each in enumerate(batch) if isinstance(each, str)]
         if crops:
-            found = encoder.encode(torch.stack(crops)).numpy()
+            new_vectors = encoder.encode(torch.stack(crops)).numpy()
             if not kept:  # one allocation: a million vectors fill gigabytes
-                vectors = np.empty((len(files), found.shape[1]), np.float32)
-            vectors[kept : kept + len(found)] = found
-            kept += len(found)
+                vectors = np.empty((len(files), new_vectors.shape[1]), np.float32)
+            vectors[kept : kept + len(new_vectors)] = new_vectors
+            kept += len(new_vectors)
         for _ in batch:
             done += 1
             if progress is not None:

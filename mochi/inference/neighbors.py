@@ -40,11 +40,11 @@ class Neighbor:
 def classes_of(folder: Path) -> dict[str, str]:
     """Path -> class of the labelled images of a folder; empty where there are no labels."""
     try:
-        found = describe(folder)
-        raw = list_images(Folder(source="folder", name="x", **found.dataset))
+        description = describe(folder)
+        raw = list_images(Folder(source="folder", name="x", **description.dataset))
     except DataError:
         return {}
-    if found.kind != "classes":
+    if description.kind != "classes":
         return {}
     return {
         path: raw.classes[label]
@@ -57,7 +57,7 @@ def classes_of(folder: Path) -> dict[str, str]:
 
 def nearest(
     queries: Sequence[tuple[str, NDArray[np.float32]]],
-    found: FolderFeatures,
+    features: FolderFeatures,
     k: int,
     classes: Mapping[str, str] | None = None,
 ) -> list[list[Neighbor]]:
@@ -65,17 +65,17 @@ def nearest(
 
     Args:
         queries: path and (D,) vector of each.
-        found: the candidate images.
+        features: the candidate images.
         k: neighbours, or fewer if there are not enough images.
         classes: path -> class: only images of another class than the query's, its hardest negatives. For
             a query without a class these are all other images.
 
     Ties go to the first path.
     """
-    bank = _unit(found.vectors)
-    paths = np.array(found.paths, dtype=object)
+    bank = _unit(features.vectors)
+    paths = np.array(features.paths, dtype=object)
     known = classes or {}
-    labels = np.array([known.get(path, "") for path in found.paths], dtype=object)
+    labels = np.array([known.get(path, "") for path in features.paths], dtype=object)
     rows = []
     for first in range(0, len(queries), _ROWS_AT_ONCE):
         part = queries[first : first + _ROWS_AT_ONCE]
@@ -86,7 +86,7 @@ def nearest(
                 excluded |= (labels == own) | (labels == "")
             allowed = np.flatnonzero(~excluded)
             order = allowed[np.argsort(-values[allowed], kind="stable")[:k]]
-            rows.append([Neighbor(found.paths[row], float(values[row])) for row in order])
+            rows.append([Neighbor(features.paths[row], float(values[row])) for row in order])
     return rows
 
 
@@ -98,7 +98,7 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def sheet(
     encoder: LoadedEncoder,
     folder: Path,
-    found: FolderFeatures,
+    features: FolderFeatures,
     queries: Sequence[Path],
     out: Path,
     *,
@@ -111,7 +111,7 @@ def sheet(
     Args:
         encoder: for queries that are not in the folder.
         folder: of the images.
-        found: their features.
+        features: their features.
         queries: files; none: some of the folder's.
         out: the picture.
         k: neighbours of each query.
@@ -122,9 +122,9 @@ def sheet(
         DataError: a query is not a usable image.
     """
     classes = classes_of(folder)
-    row_of = {path: row for row, path in enumerate(found.paths)}
-    chosen = evenly_spaced(len(found.paths), num_queries).tolist()
-    files = list(queries) or [folder / found.paths[row] for row in chosen]
+    row_of = {path: row for row, path in enumerate(features.paths)}
+    chosen = evenly_spaced(len(features.paths), num_queries).tolist()
+    files = list(queries) or [folder / features.paths[row] for row in chosen]
     inside = [_name_in(folder, file) for file in files]
     outside = [file for file, name in zip(files, inside, strict=True) if name not in row_of]
     encoded = encode_files(encoder, outside, batch_size=64, threads=1)
@@ -132,8 +132,10 @@ def sheet(
         row, reason = encoded.unreadable[0]
         raise DataError(f"--query: {as_text(str(outside[row]))}: {reason}; give an image")
     others = iter(encoded.vectors)
-    vectors = [(name, found.vectors[row_of[name]] if name in row_of else next(others)) for name in inside]
-    rows = nearest(vectors, found, k, classes if hardest else None)
+    vectors = [
+        (name, features.vectors[row_of[name]] if name in row_of else next(others)) for name in inside
+    ]
+    rows = nearest(vectors, features, k, classes if hardest else None)
     draw(out, folder, files, rows, classes)
 
 

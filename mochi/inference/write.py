@@ -25,24 +25,24 @@ def require_kind(out: Path, kinds: Sequence[str]) -> None:
         raise UserError(f"--out: found {out}; expected a name that ends in {' or '.join(kinds)}")
 
 
-def write_features(out: Path, found: FolderFeatures) -> Path | None:
+def write_features(out: Path, features: FolderFeatures) -> Path | None:
     """Write paths and vectors; returns the CSV of unreadable files, if there are any.
 
     .npz: `paths` (N,) text and `vectors` (N, D) float32. Parquet: a column `path`, a column `vector`.
     """
-    paths = [as_text(path) for path in found.paths]
+    paths = [as_text(path) for path in features.paths]
     with replacing(out) as temporary:
         if out.suffix.lower() == ".npz":
             with temporary.open("wb") as file:
-                np.savez(file, paths=np.array(paths, dtype=np.str_), vectors=found.vectors)
+                np.savez(file, paths=np.array(paths, dtype=np.str_), vectors=features.vectors)
         else:
-            values = pa.array(found.vectors.reshape(-1))
-            vectors = pa.FixedSizeListArray.from_arrays(values, found.vectors.shape[1])
+            values = pa.array(features.vectors.reshape(-1))
+            vectors = pa.FixedSizeListArray.from_arrays(values, features.vectors.shape[1])
             pq.write_table(pa.table({"path": pa.array(paths, pa.string()), "vector": vectors}), temporary)
     listed = out.with_name(f"{out.stem}.quarantine.csv")
-    if not found.quarantined:
+    if not features.quarantined:
         listed.unlink(missing_ok=True)
         return None
-    rows = [{"path": as_text(path), "reason": reason} for path, reason in found.quarantined]
+    rows = [{"path": as_text(path), "reason": reason} for path, reason in features.quarantined]
     write_rows(listed, ["path", "reason"], rows)
     return listed

@@ -264,10 +264,10 @@ class _Session:
 
     def _resume(self, code: str) -> TrainState:
         """The state of the checkpoint, with tensors restored, or the initial state."""
-        found = checkpoint.load(self._saved, self._identity)
-        if found is None:
+        loaded = checkpoint.load(self._saved, self._identity)
+        if loaded is None:
             return TrainState(code=[code])
-        tensors, saved = found
+        tensors, saved = loaded
         checkpoint.unpack(tensors, self._objective.module, self._optimizer)
         state = TrainState(**saved)
         logger.info(

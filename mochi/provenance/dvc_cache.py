@@ -56,11 +56,11 @@ class DvcCache:
         if folder is None:
             return versions
         for listing in folder.glob("files/md5/??/*.dir"):
-            found: dict[Path, Version] = defaultdict(dict)
+            by_folder: dict[Path, Version] = defaultdict(dict)
             for entry in json.loads(listing.read_text(encoding="utf-8")):
                 path, md5 = Path(entry["relpath"]), entry["md5"]
-                found[path.parent][path.name] = folder / "files/md5" / md5[:2] / md5[2:]
-            for path, version in found.items():
+                by_folder[path.parent][path.name] = folder / "files/md5" / md5[:2] / md5[2:]
+            for path, version in by_folder.items():
                 if RECORD in version:
                     versions[path.as_posix()].append(version)
         return versions

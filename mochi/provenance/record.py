@@ -74,13 +74,13 @@ def _command() -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that affect numbers."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:
-            found[name] = importlib.metadata.version(name)
+            by_package[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return by_package
 
 
 def hardware() -> dict[str, Any]:

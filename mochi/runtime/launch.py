@@ -55,18 +55,18 @@ def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapp
             f"gpus: found {count}; {nodes} nodes cannot share them evenly; use a multiple of {nodes}"
         )
     # `--` ahead of the module: torchrun takes our `--run` for one of its own options otherwise.
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count // nodes}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count // nodes}"]
     if nodes == 1:
         # Picks a free port, so that concurrent runs do not collide; needs no resolvable host name.
-        return [*run, "--standalone", "--local-addr=localhost", "-m", "--", "mochi", *arguments]
+        return [*launcher, "--standalone", "--local-addr=localhost", "-m", "--", "mochi", *arguments]
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         raise UserError(f"nodes: found {nodes} outside a Slurm job; several nodes need the Slurm profile")
     # Several runs may share the allocation, so each uses a separate port and rendezvous id.
-    slurm_options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    per_node = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     name, endpoint = f"{job}-{secrets.token_hex(4)}", f"{socket.gethostname()}:{_free_port()}"
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-id={name}", f"--rdzv-endpoint={endpoint}"]
-    return ["srun", *slurm_options, *run, f"--nnodes={nodes}", *rendezvous, "-m", "--", "mochi", *arguments]
+    return ["srun", *per_node, *launcher, f"--nnodes={nodes}", *rendezvous, "-m", "--", "mochi", *arguments]
 
 
 def _free_port() -> int:

@@ -108,7 +108,7 @@ def _watch(store: dist.Store, rank: int, world_size: int, done: threading.Event)
         count += 1
         try:
             store.set(f"beat/{rank}", str(count))
-            found = store.multi_get([f"beat/{other}" for other in others])
+            latest = store.multi_get([f"beat/{other}" for other in others])
         except RuntimeError as error:
             _end(
                 rank,
@@ -117,7 +117,7 @@ def _watch(store: dist.Store, rank: int, world_size: int, done: threading.Event)
             )
         now = time.monotonic()
         slept, last = now - last > 2 * _BEAT_SECONDS, now  # suspended, and the others perhaps as well
-        for other, beat in zip(others, found, strict=True):
+        for other, beat in zip(others, latest, strict=True):
             if slept or beat == _GONE or beat != beats[other]:
                 beats[other], heard[other] = beat, now
             elif now - heard[other] > RANK_SECONDS:
@@ -168,7 +168,7 @@ def watched(loader: DataLoader[Batch_co], pulse: Pulse) -> Iterator[Batch_co]:
     """
     batches = iter(loader)
     while True:
-        asked = time.monotonic()
+        waiting_since = time.monotonic()
         while True:
             try:
                 batch = next(batches)
@@ -177,7 +177,7 @@ def watched(loader: DataLoader[Batch_co], pulse: Pulse) -> Iterator[Batch_co]:
             except RuntimeError as error:
                 if "timed out" not in str(error):
                     raise
-                if pulse.silent_since(asked) > WORKER_SECONDS:
+                if pulse.silent_since(waiting_since) > WORKER_SECONDS:
                     for process in multiprocessing.active_children():
                         process.kill()  # otherwise Python waits for them at exit
                     raise UserError(

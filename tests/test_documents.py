@@ -1,4 +1,4 @@
-"""The documents compared with the project: links, commands, results, the picture of the workflow."""
+"""The documents compared with the project: links, results, the picture of the workflow."""
 
 import os
 import re
@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
-
-from mochi.cli import app
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,21 +17,6 @@ def test_links_have_targets(document: Path) -> None:
     links = re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text())
     missing = [link for link in links if not (document.parent / link).exists()]
     assert not missing
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_exist(document: Path) -> None:
-    known = get_command(app).commands  # type: ignore[attr-defined]
-    named = set(re.findall(r"(?:^|`|python -m )mochi ([a-z]+)", document.read_text(), re.MULTILINE))
-    assert named <= set(known)
-    scripts = set(re.findall(r"python -m benchmarks\.(\w+)", document.read_text()))
-    assert scripts <= {path.stem for path in (ROOT / "benchmarks").iterdir()}
-
-
-def test_documents_name_commands() -> None:
-    """Otherwise the test above would find nothing to compare."""
-    text = "".join(document.read_text() for document in DOCUMENTS)
-    assert len(set(re.findall(r"(?:^|`|python -m )mochi ([a-z]+)", text, re.MULTILINE))) > 5
 
 
 def test_the_results_in_the_readme_are_those_of_the_summary() -> None:

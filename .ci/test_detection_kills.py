@@ -55,13 +55,13 @@ def digest(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder: Path) -> dict[int, str]:
+def uninterrupted(folder: Path) -> dict[int, str]:
     """Number of processes -> digest of an uninterrupted run; on two, batch norm uses other parts of a
     batch.
     """
     digests = {}
     for processes in (1, 2):
-        out = f"undisturbed{processes}"
+        out = f"uninterrupted{processes}"
         subprocess.run(command(processes, 0, out), cwd=folder, env=ENVIRONMENT, check=True, timeout=300)
         digests[processes] = digest(folder / out)
     return digests
@@ -70,7 +70,7 @@ def undisturbed(folder: Path) -> dict[int, str]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_random_kills_change_nothing(
-    folder: Path, undisturbed: dict[int, str], processes: int, workers: int
+    folder: Path, uninterrupted: dict[int, str], processes: int, workers: int
 ) -> None:
     out = f"killed{processes}-{workers}"
     rng, killed = np.random.default_rng(10 * processes + workers), 0
@@ -89,5 +89,5 @@ def test_random_kills_change_nothing(
             killed += 1
         assert not (folder / out / "metrics.json").exists(), "the run is too short to be killed"
     subprocess.run(command(processes, workers, out), cwd=folder, env=ENVIRONMENT, check=True, timeout=300)
-    assert digest(folder / out) == undisturbed[processes]
+    assert digest(folder / out) == uninterrupted[processes]
     assert not list((folder / "work").rglob("*.safetensors"))

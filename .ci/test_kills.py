@@ -38,8 +38,8 @@ def new(folder: Path) -> Project:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = new(tmp_path_factory.mktemp("kills") / "undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = new(tmp_path_factory.mktemp("kills") / "uninterrupted")
     done = project.snakemake()
     assert done.returncode == 0, done.stderr[-4000:]
     return project
@@ -83,7 +83,7 @@ def with_dvc(project: Project) -> list[str]:
 
 @pytest.mark.parametrize("prepare", [with_snakemake, with_dvc])
 def test_five_kills_change_nothing(
-    undisturbed: Project, tmp_path: Path, prepare: Callable[[Project], list[str]]
+    uninterrupted: Project, tmp_path: Path, prepare: Callable[[Project], list[str]]
 ) -> None:
     project = new(tmp_path / "killed")
     command = prepare(project)
@@ -94,7 +94,7 @@ def test_five_kills_change_nothing(
     done = project.run(*command)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert len(digests(project)) == 3 + 6 + 1
-    assert digests(project) == digests(undisturbed)
+    assert digests(project) == digests(uninterrupted)
     output = (project.folder / "output.txt").read_text() + done.stdout + done.stderr
     assert " resumes at epoch " in output
     assert "unlock" not in output

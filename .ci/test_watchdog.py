@@ -21,16 +21,16 @@ import mochi.cli
 watchdog.START_SECONDS, watchdog.RANK_SECONDS, watchdog._BEAT_SECONDS = 3.0, 3.0, 0.3
 
 def work():
-    fate = sys.argv[1] if os.environ["RANK"] == "1" else ""
-    if fate == "never starts":
+    event = sys.argv[1] if os.environ["RANK"] == "1" else ""
+    if event == "never starts":
         time.sleep(100)
     with process_group(torch.device("cpu")):
         dist.all_reduce(torch.ones(1))
-        if fate == "stops":
+        if event == "stops":
             os.kill(os.getpid(), signal.SIGSTOP)
-        if fate == "dies":
+        if event == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
-        if fate == "fails":
+        if event == "fails":
             raise mochi.cli.UserError("this image is broken")
         if sys.argv[1] == "all is well":
             time.sleep(0.5 if os.environ["RANK"] == "0" else 0)
@@ -43,14 +43,14 @@ main()
 """
 
 
-def torchrun(tmp_path: Path, fate: str) -> tuple[int, str, float]:
+def torchrun(tmp_path: Path, event: str) -> tuple[int, str, float]:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     done = subprocess.run(
-        [*command, str(script), fate],
+        [*command, str(script), event],
         env=environment,
         capture_output=True,
         text=True,
@@ -61,7 +61,7 @@ def torchrun(tmp_path: Path, fate: str) -> tuple[int, str, float]:
 
 
 @pytest.mark.parametrize(
-    ("fate", "message"),
+    ("event", "message"),
     [
         ("never starts", "error: rank 0 of 2: rank 1 did not start within 3 s"),
         ("stops", "error: rank 0 of 2: rank 1 gave no sign of life for 3 s"),
@@ -69,8 +69,8 @@ def torchrun(tmp_path: Path, fate: str) -> tuple[int, str, float]:
         ("fails", "error: this image is broken"),
     ],
 )
-def test_a_rank_that_is_missing_ends_the_others(tmp_path: Path, fate: str, message: str) -> None:
-    code, text, seconds = torchrun(tmp_path, fate)
+def test_a_rank_that_is_missing_ends_the_others(tmp_path: Path, event: str, message: str) -> None:
+    code, text, seconds = torchrun(tmp_path, event)
     assert code != 0
     assert message in text
     assert "done" not in text

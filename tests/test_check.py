@@ -81,7 +81,7 @@ def image(path: Path, number: int, width: int = 20, height: int = 20) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes, 40 and 8 images; a VOC set of four images."""
     root = tmp_path_factory.mktemp("checked")
     for split, count in (("train", 20), ("val", 4)):
@@ -109,7 +109,7 @@ def annotation(root: Path, number: int, name: str = "thing", xmax: int = 12, wid
 Change = Callable[[dict[str, Any], Path], object]
 
 
-def put(path: str, value: Any) -> Change:
+def set_key(path: str, value: Any) -> Change:
     """Set one key of the experiment."""
 
     def change(content: dict[str, Any], root: Path) -> None:
@@ -157,20 +157,20 @@ def both(*changes: Change) -> Change:
 DATA, TRAINING = "evaluation.detection.things.data", "evaluation.detection.things.training"
 CHANGES: dict[str, Change] = {
     "nothing": lambda content, root: None,
-    "a batch as large as the set": put("pretrain.batch_size", 40),
-    "a batch larger than the set": put("pretrain.batch_size", 41),
+    "a batch as large as the set": set_key("pretrain.batch_size", 40),
+    "a batch larger than the set": set_key("pretrain.batch_size", 41),
     "a batch larger than what is readable": both(
-        put("pretrain.batch_size", 40), bad_images(1), put("dataset.max_unreadable", 0.5)
+        set_key("pretrain.batch_size", 40), bad_images(1), set_key("dataset.max_unreadable", 0.5)
     ),
-    "a supervised batch of the labelled images": both(supervised, put("pretrain.batch_size", 40)),
+    "a supervised batch of the labelled images": both(supervised, set_key("pretrain.batch_size", 40)),
     "a supervised batch larger than the labelled": both(
         supervised,
         lambda content, root: [image(root / f"images/train/x{n}.png", n) for n in range(9)],
-        put("pretrain.batch_size", 45),
+        set_key("pretrain.batch_size", 45),
     ),
     "no val": lambda content, root: shutil.rmtree(root / "images/val"),
     "no val, but a share": both(
-        lambda content, root: shutil.rmtree(root / "images/val"), put("dataset.val_share", 0.2)
+        lambda content, root: shutil.rmtree(root / "images/val"), set_key("dataset.val_share", 0.2)
     ),
     "no train": lambda content, root: shutil.rmtree(root / "images/train"),
     "no images": lambda content, root: shutil.rmtree(root / "images"),
@@ -184,19 +184,19 @@ CHANGES: dict[str, Change] = {
         (root / f"images/val/{name}").rename(root / f"images/val/{name}x") for name in "ab"
     ],
     "too many unreadable": bad_images(3),
-    "some unreadable": both(bad_images(3), put("dataset.max_unreadable", 0.2)),
-    "a list that is not there": put("dataset.only_listed", ["gone.txt"]),
-    "a queue longer than the set": put("pretrain.queue_size", 400),
-    "a probe's batch larger than train": put("evaluation.linear.batch_size", 500),
-    "more neighbours than images": put("evaluation.knn.k", 500),
-    "an evaluation larger than the training": put(
+    "some unreadable": both(bad_images(3), set_key("dataset.max_unreadable", 0.2)),
+    "a list that is not there": set_key("dataset.only_listed", ["gone.txt"]),
+    "a queue longer than the set": set_key("pretrain.queue_size", 400),
+    "a probe's batch larger than train": set_key("evaluation.linear.batch_size", 500),
+    "more neighbours than images": set_key("evaluation.knn.k", 500),
+    "an evaluation larger than the training": set_key(
         "evaluation", {"image_size": 64, "resize": 64, "knn": {"k": 5, "temperature": 0.1}}
     ),
-    "an encoder file that is not there": put(
+    "an encoder file that is not there": set_key(
         "methods.other", {"objective": "file", "path": "gone.safetensors"}
     ),
-    "an unknown class": put(f"{DATA}.classes", ["other"]),
-    "a set that is not there": put(f"{DATA}.path", "elsewhere"),
+    "an unknown class": set_key(f"{DATA}.classes", ["other"]),
+    "a set that is not there": set_key(f"{DATA}.path", "elsewhere"),
     "an image that does not decode": lambda content, root: (
         root / "things/VOC/JPEGImages/3.jpg"
     ).write_bytes(b"no"),
@@ -204,19 +204,19 @@ CHANGES: dict[str, Change] = {
     "an annotation of another size": lambda content, root: annotation(root, 1, width=400),
     "a reversed box": lambda content, root: annotation(root, 2, xmax=1),
     "a reversed box, dropped": both(
-        lambda content, root: annotation(root, 2, xmax=1), put(f"{DATA}.broken_objects", "drop")
+        lambda content, root: annotation(root, 2, xmax=1), set_key(f"{DATA}.broken_objects", "drop")
     ),
     "no box at all": lambda content, root: (
         [(root / f"things/VOC/Annotations/{n}.xml").write_text("<annotation></annotation>") for n in (0, 1)]
-        and put(f"{DATA}.empty_images", "drop")(content, root)
+        and set_key(f"{DATA}.empty_images", "drop")(content, root)
     ),
     "a search on one image": both(
-        put(f"{TRAINING}.lr", [0.1, 0.2]),
-        put(f"{TRAINING}.search_iterations", 1),
-        put(f"{TRAINING}.validation", 0.5),
+        set_key(f"{TRAINING}.lr", [0.1, 0.2]),
+        set_key(f"{TRAINING}.search_iterations", 1),
+        set_key(f"{TRAINING}.validation", 0.5),
         lambda content, root: (root / "things/VOC/ImageSets/Main/train.txt").write_text("0\n"),
     ),
-    "scenes of photographs that do not exist": put(
+    "scenes of photographs that do not exist": set_key(
         "evaluation.detection.things.data",
         {
             **SET["data"],
@@ -270,9 +270,9 @@ def refusals(experiment: Experiment) -> Iterator[str]:  # noqa: PLR0912
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_check_finds_what_the_stages_refuse(
-    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = Path(shutil.copytree(place, tmp_path / "here"))
+    root = Path(shutil.copytree(folder, tmp_path / "here"))
     monkeypatch.chdir(root)
     content = yaml.safe_load(TINY.read_text())
     content["dataset"] = {"source": "folder", "name": "mine", "path": "images"}
@@ -289,15 +289,15 @@ def test_check_finds_what_the_stages_refuse(
 
 
 def test_all_mistakes_are_reported_at_once(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = Path(shutil.copytree(place, tmp_path / "here"))
+    root = Path(shutil.copytree(folder, tmp_path / "here"))
     monkeypatch.chdir(root)
     content = yaml.safe_load(TINY.read_text())
     content["dataset"] = {"source": "folder", "name": "mine", "path": "images"}
     content["evaluation"]["detection"] = {"things": copy.deepcopy(SET)}
     both(
-        put("pretrain.batch_size", 1000), put(f"{DATA}.classes", ["other"]),
+        set_key("pretrain.batch_size", 1000), set_key(f"{DATA}.classes", ["other"]),
         lambda content, root: shutil.rmtree(root / "images/val"),
     )(content, root)  # fmt: skip
     (root / "mine.yaml").write_text(yaml.safe_dump(content))

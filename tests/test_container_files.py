@@ -15,7 +15,7 @@ from tests.project import ROOT
 ENTRYPOINT = ROOT / "container" / "entrypoint.sh"
 
 
-def enter(folder: Path, free_mib: int, *command: str) -> subprocess.CompletedProcess[str]:
+def run_entrypoint(folder: Path, free_mib: int, *command: str) -> subprocess.CompletedProcess[str]:
     """Run the entry point in a folder, with a `df` that reports the given free shared memory."""
     tools = folder / "tools"
     tools.mkdir()
@@ -47,14 +47,14 @@ def test_the_dockerfile_builds_with_older_engines() -> None:
 def test_little_shared_memory_gives_a_warning_and_the_command_runs(
     tmp_path: Path, free: int, warned: bool
 ) -> None:
-    done = enter(tmp_path, free, "echo", "two words")
+    done = run_entrypoint(tmp_path, free, "echo", "two words")
     assert done.stdout == "two words\n"
     assert (f"has {free} MiB free" in done.stderr) == warned
     assert ("--ipc=host" in done.stderr) == warned
 
 
 def test_the_entry_point_is_replaced_by_the_command(tmp_path: Path) -> None:
-    assert enter(tmp_path, 4096, "sh", "-c", "exit 7").returncode == 7
+    assert run_entrypoint(tmp_path, 4096, "sh", "-c", "exit 7").returncode == 7
 
 
 def test_a_folder_that_cannot_be_written_gives_a_warning(tmp_path: Path) -> None:

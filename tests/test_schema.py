@@ -54,7 +54,7 @@ def test_mistakes_do_not_match(schema: Any, keys: list[str], value: object) -> N
     assert list(Draft202012Validator(schema).iter_errors(experiment))
 
 
-def test_rows_of_the_documentation_fit(schema: Any) -> None:
+def test_rows_of_the_documentation_match(schema: Any) -> None:
     experiment = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     experiment["methods"]["released"] = {"objective": "file", "path": "moco.safetensors", "seeds": [0]}
     experiment["methods"]["longer"] = {"epochs": 400, "augmentation": {"blur": False}}

@@ -160,7 +160,7 @@ def test_a_queue_of_the_first_class_alone_has_labels() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown(Given):
-    """Measures what it is given."""
+    """A rule whose measurements are its inputs."""
 
     def measure(self, positive: Tensor, similarity: Tensor, temperature: float) -> dict[str, Tensor]:
         return {"positive": positive, "negatives": (similarity / temperature).exp().sum(1)}

@@ -50,7 +50,7 @@ def drawn(rule: Rule, query: Tensor, queue: Tensor, excluded: Tensor | None = No
     return rule.synthetics(Candidates(query.detach(), similarity, queue, masked, draws()))
 
 
-def both_ways(raw, key, queue, temperature, rule, excluded=None):
+def fused_and_reference(raw, key, queue, temperature, rule, excluded=None):
     """(loss, gradient) of the fused function and of the reference, for the same synthetics."""
     fast_raw = raw.clone().requires_grad_()
     query = F.normalize(fast_raw, dim=-1)
@@ -83,7 +83,7 @@ def test_equals_the_reference_in_float64(
     num_hardest = data.draw(st.integers(2, size))
     raw, key, queue = batch(num, dim, size, seed=data.draw(st.integers(0, 1000)))
     rule = mochi_rule(num_hardest, pairs, from_query)
-    (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, temperature, rule)
+    (fast, fast_grad), (slow, slow_grad) = fused_and_reference(raw, key, queue, temperature, rule)
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
     # Where the loss is near zero, the gradient is a difference of vectors of length 1 / temperature
     # that almost cancel, in both implementations.
@@ -93,14 +93,14 @@ def test_equals_the_reference_in_float64(
 def test_equals_the_reference_in_float32() -> None:
     raw, key, queue = batch(32, 64, 4096, seed=0, dtype=torch.float32)
     rule = mochi_rule(256, 256, 64)
-    (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, 0.2, rule)
+    (fast, fast_grad), (slow, slow_grad) = fused_and_reference(raw, key, queue, 0.2, rule)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=0)
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-5, atol=1e-5 * slow_grad.abs().max().item())
 
 
 def test_without_a_rule_the_loss_is_mocos() -> None:
     raw, key, queue = batch(4, 5, 11, seed=1)
-    (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, 0.2, None)
+    (fast, fast_grad), (slow, slow_grad) = fused_and_reference(raw, key, queue, 0.2, None)
     torch.testing.assert_close(fast, slow, rtol=1e-13, atol=0)
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-12, atol=1e-15)
 
@@ -110,7 +110,7 @@ def test_excluded_negatives_are_in_neither_the_loss_nor_the_synthetics() -> None
     excluded = torch.zeros(3, 12, dtype=torch.bool)
     excluded[0, ::2] = True
     rule = mochi_rule(8, 10, 10)
-    (fast, fast_grad), (slow, slow_grad) = both_ways(raw, key, queue, 0.2, rule, excluded)
+    (fast, fast_grad), (slow, slow_grad) = fused_and_reference(raw, key, queue, 0.2, rule, excluded)
     assert math.isfinite(fast.item())
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-11, atol=1e-13)
@@ -190,7 +190,7 @@ def test_temperature_divides_synthetic_logits_too() -> None:
     raw, key, queue = batch(3, 6, 20, seed=5)
     rule = mochi_rule(5, 8, 8)
     for temperature in (0.05, 0.5):
-        (fast, _), (slow, _) = both_ways(raw, key, queue, temperature, rule)
+        (fast, _), (slow, _) = fused_and_reference(raw, key, queue, temperature, rule)
         torch.testing.assert_close(fast, slow, rtol=1e-12, atol=0)
 
 

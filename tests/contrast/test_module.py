@@ -83,7 +83,7 @@ def test_four_steps_are_bit_identical_to_pretraining(mixing: dict[str, Any] | No
         assert torch.equal(loss.queue.keys, moco.queue.keys)
 
 
-def written_out(query: Tensor, key: Tensor, queue: Tensor, step: int, seed: int = 3) -> Tensor:
+def loss_in_loops(query: Tensor, key: Tensor, queue: Tensor, step: int, seed: int = 3) -> Tensor:
     """MoCHi sections 3.2 and 3.3 in loops, every synthetic a vector; the draws are those of the module."""
     num, size = len(query), SETTINGS["num_hardest"]
     draws = generator("mix negatives", seed, step, 0)
@@ -124,7 +124,7 @@ def test_ten_steps_equal_the_equations_in_float64() -> None:
         key = F.normalize(key, dim=-1)
         # New rows replace the oldest in place; a deque would move all of them.
         ring = torch.stack(list(rows)).roll(5 * step % 24, 0)
-        expected = written_out(F.normalize(other(images), dim=-1), key, ring, step)
+        expected = loss_in_loops(F.normalize(other(images), dim=-1), key, ring, step)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
         for model, value in ((encoder, found), (other, expected)):
             model.zero_grad()
@@ -318,7 +318,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path, numbers: d
         images, views = whole_batch(step)
         queue = loss.queue.keys.clone()
         if not numbers:  # each rank has its own draws
-            expected = rank_by_rank(model, images, views, queue, step)
+            expected = mean_loss_of_ranks(model, images, views, queue, step)
             loss.enqueue(model(views))
         else:
             expected = loss(model(images), model(views).detach())
@@ -332,7 +332,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path, numbers: d
     assert int(loss.queue.num_enqueued) == int(ranks[0]["state"]["queue.num_enqueued"]) == 32
 
 
-def rank_by_rank(model: nn.Module, images: Tensor, views: Tensor, queue: Tensor, step: int) -> Tensor:
+def mean_loss_of_ranks(model: nn.Module, images: Tensor, views: Tensor, queue: Tensor, step: int) -> Tensor:
     """The mean of the losses of two ranks, each with its own draws."""
     losses = []
     for number, rows in enumerate((slice(0, 4), slice(4, 8))):

@@ -232,7 +232,7 @@ def test_mirroring_objects_and_detections_changes_nothing() -> None:
     assert after == pytest.approx(before)
 
 
-def guesses(truth: Annotations, seed: int) -> Detections:
+def noisy_detections(truth: Annotations, seed: int) -> Detections:
     """Detections: objects found with an error of some pixels, some missed, some false; with masks if the
     objects have them.
     """
@@ -296,7 +296,7 @@ def pycocotools_metrics(truth: Annotations, found: Detections) -> dict[str, floa
 def test_coco_equals_pycocotools_with_crowds_and_masks(real_data: Callable[[str], Path]) -> None:
     truth = coco.read(real_data("coco-tiny.tar") / "coco-tiny", "val2017", "fail", masks=True)
     truth = Annotations(truth.classes, truth.images[:60])
-    found = guesses(truth, seed=0)
+    found = noisy_detections(truth, seed=0)
     ours, expected = coco_metrics(truth, found), pycocotools_metrics(truth, found)
     assert 10 < expected["AP"] < 90
     assert ours == pytest.approx(expected, abs=1e-6)

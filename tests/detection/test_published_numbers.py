@@ -118,7 +118,7 @@ def test_regions_are_pooled_with_as_many_samples_as_cells() -> None:
             assert float(pooled[row, column]) == pytest.approx(sum(samples) / 12, abs=1e-5)
 
 
-class Says(nn.Module):
+class FixedPredictor(nn.Module):
     """A box predictor with fixed outputs."""
 
     def __init__(self, logits: Tensor, deltas: Tensor) -> None:
@@ -132,7 +132,7 @@ class Says(nn.Module):
 def detections(logits: Tensor, deltas: Tensor, regions: Tensor, **changes: object) -> dict[str, Tensor]:
     """Output of the heads when the box predictor returns `logits` and `deltas`."""
     model = detector(**changes).eval()
-    model.heads.box_predictor = Says(logits, deltas)
+    model.heads.box_predictor = FixedPredictor(logits, deltas)
     with torch.no_grad():
         found, _ = model.heads(torch.zeros(1, 16, 600, 600), [regions], [(4000, 4000)])
     result: dict[str, Tensor] = found[0]

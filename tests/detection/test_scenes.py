@@ -141,23 +141,23 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, file: str, *, made
         scenes.run(few, root)
         (root / "scenes.json").unlink()
     (root / file).parent.mkdir(parents=True, exist_ok=True)
-    (root / file).write_text("years of work")
+    (root / file).write_text("user data")
     with pytest.raises(
         ConfigError, match=rf"VOCdevkit: found \S*{file}, .* `data\.path` a separate folder"
     ):
         scenes.run(few, root)
-    assert (root / file).read_text() == "years of work"
+    assert (root / file).read_text() == "user data"
 
 
 def test_a_link_or_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
-    (tmp_path / "file").write_text("years of work")
+    (tmp_path / "file").write_text("user data")
     for name in ("link", "file"):
         with pytest.raises(ConfigError, match=f"found .*{name}, which is not part of"):
             scenes.run(data(), tmp_path / name)
     (tmp_path / "elsewhere").rmdir()
-    assert (tmp_path / "file").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "user data"
 
 
 def test_classes_without_a_photograph_are_named(tmp_path: Path) -> None:

@@ -36,18 +36,20 @@ def weights(tiny: Experiment, tmp_path: Path) -> Path:
     return path
 
 
-Asked = tuple[DetectionRun, Result]
+StageArguments = tuple[DetectionRun, Result]
 
 
 @pytest.fixture
-def ask(tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path) -> Callable[..., Asked]:
+def stage_arguments(
+    tiny: Experiment, voc_set: Path, weights: Path, tmp_path: Path
+) -> Callable[..., StageArguments]:
     """Arguments of the stage for a set on `voc_set` with a changed `training` section."""
 
-    def ask(folder: str = "out", **training: Any) -> Asked:
+    def stage_arguments(folder: str = "out", **training: Any) -> StageArguments:
         """Arguments of the stage for a set on `voc_set` with a changed `training` section."""
         return detection(tiny, small_set(voc_set, training=training), weights, tmp_path / folder)
 
-    return ask
+    return stage_arguments
 
 
 def metrics(folder: Path) -> dict[str, object]:
@@ -55,8 +57,8 @@ def metrics(folder: Path) -> dict[str, object]:
     return content
 
 
-def test_what_the_stage_writes(ask: Callable[..., Asked], tmp_path: Path) -> None:
-    stage.run(*ask(seeds=[0, 4]), tmp_path / "work")
+def test_what_the_stage_writes(stage_arguments: Callable[..., StageArguments], tmp_path: Path) -> None:
+    stage.run(*stage_arguments(seeds=[0, 4]), tmp_path / "work")
     written = metrics(tmp_path / "out")
     singles = written["fine_tunings"]
     assert isinstance(singles, dict)
@@ -155,10 +157,10 @@ def test_a_search_on_images_without_objects_is_refused(
 
 
 def test_a_killed_run_ends_with_the_same_numbers(
-    ask: Callable[..., Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage_arguments: Callable[..., StageArguments], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = {"seeds": [0, 1], "checkpoint_minutes": 1e-9}
-    stage.run(*ask("straight", **training), tmp_path / "work")
+    stage.run(*stage_arguments("straight", **training), tmp_path / "work")
     advance, steps = FineTuning._advance, iter(range(100))
 
     def killed(self: FineTuning, batches: Any) -> dict[str, torch.Tensor]:
@@ -168,13 +170,13 @@ def test_a_killed_run_ends_with_the_same_numbers(
 
     monkeypatch.setattr(FineTuning, "_advance", killed)
     with pytest.raises(KeyboardInterrupt):
-        stage.run(*ask("resumed", **training), tmp_path / "work")
+        stage.run(*stage_arguments("resumed", **training), tmp_path / "work")
     assert not (tmp_path / "resumed").exists()
     taken = []
     monkeypatch.setattr(
         FineTuning, "_advance", lambda self, batches: (taken.append(self.step), advance(self, batches))[1]
     )
-    stage.run(*ask("resumed", **training), tmp_path / "work")
+    stage.run(*stage_arguments("resumed", **training), tmp_path / "work")
     assert taken == [2, 3]
     for name in ("metrics.json", "detections.png", "precision_recall.csv"):
         resumed, straight = (tmp_path / folder / name for folder in ("resumed", "straight"))
@@ -182,13 +184,13 @@ def test_a_killed_run_ends_with_the_same_numbers(
 
 
 def test_checkpoints_of_another_encoder_are_not_used(
-    ask: Callable[..., Asked],
+    stage_arguments: Callable[..., StageArguments],
     tiny: Experiment,
     weights: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = ask(seeds=[0], checkpoint_minutes=1e-9)
+    asked = stage_arguments(seeds=[0], checkpoint_minutes=1e-9)
     advance = FineTuning._advance
 
     def killed(self: FineTuning, batches: Any) -> dict[str, torch.Tensor]:
@@ -206,12 +208,16 @@ def test_checkpoints_of_another_encoder_are_not_used(
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_fine_tunings_on_other_annotations_are_not_used(
-    ask: Callable[..., Asked], voc_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+    stage_arguments: Callable[..., StageArguments],
+    voc_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    split: str,
 ) -> None:
     """A box is corrected between two fine-tunings: the first is computed again, an unfinished one is
     refused.
     """
-    asked = ask(seeds=[0, 1], checkpoint_minutes=1e-9)
+    asked = stage_arguments(seeds=[0, 1], checkpoint_minutes=1e-9)
     advance, taken, kill = FineTuning._advance, [], [True]
 
     def watched(self: FineTuning, batches: Any) -> dict[str, torch.Tensor]:
@@ -280,9 +286,11 @@ def test_the_lr_search_uses_a_part_of_train(
     assert all(name.startswith("b") for name in test)
 
 
-def test_a_single_rate_that_diverges_stops_the_stage(ask: Callable[..., Asked], tmp_path: Path) -> None:
+def test_a_single_rate_that_diverges_stops_the_stage(
+    stage_arguments: Callable[..., StageArguments], tmp_path: Path
+) -> None:
     with pytest.raises(NonFiniteError):
-        stage.run(*ask(lr=[1e12], iterations=9), tmp_path / "work")
+        stage.run(*stage_arguments(lr=[1e12], iterations=9), tmp_path / "work")
     assert not (tmp_path / "out").exists()
 
 
@@ -330,13 +338,15 @@ def test_mask_rcnn_on_real_coco(
     assert counts["train"]["objects"] == 1444 - 14
 
 
-def _stage_rank(asked: Asked, work: Path) -> None:
+def _stage_rank(asked: StageArguments, work: Path) -> None:
     stage.run(*asked, work)
 
 
-def test_two_processes_write_one_result(ask: Callable[..., Asked], tmp_path: Path) -> None:
+def test_two_processes_write_one_result(
+    stage_arguments: Callable[..., StageArguments], tmp_path: Path
+) -> None:
     """The stage enters `process_group` itself, as under torchrun."""
-    asked = ask(micro_batch=1, iterations=2, lr_drops=[])
+    asked = stage_arguments(micro_batch=1, iterations=2, lr_drops=[])
     run_ranks(_stage_rank, 2, asked, tmp_path / "work", join=False)
     assert metrics(tmp_path / "out")["num_fine_tunings"] == 1
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["world_size"] == 2

@@ -19,32 +19,32 @@ from mochi.runtime.watchdog import Pulse, watched
 class Items(Dataset[object]):
     """A data set in which something happens to the worker at the third item."""
 
-    def __init__(self, fate: str, pulse: Pulse) -> None:
-        self.fate, self.pulse = fate, pulse
+    def __init__(self, event: str, pulse: Pulse) -> None:
+        self.event, self.pulse = event, pulse
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, index: int) -> object:
         if index == 3:
-            if self.fate == "killed":
+            if self.event == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if self.fate == "stopped":
+            if self.event == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
-            if self.fate == "cannot be sent":
+            if self.event == "cannot be sent":
                 return lambda: None  # without pickling it
-            if self.fate == "slow":
+            if self.event == "slow":
                 for _ in range(8):
                     time.sleep(0.4)
                     self.pulse.beat()
         return torch.tensor(index)
 
 
-def loaded(fate: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def loaded(event: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(watchdog, "WORKER_SECONDS", 2.0)
     pulse = Pulse()
     loader = DataLoader(
-        Items(fate, pulse),
+        Items(event, pulse),
         batch_size=None,
         num_workers=1,
         prefetch_factor=1,
@@ -55,17 +55,17 @@ def loaded(fate: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("fate", "message"),
+    ("event", "message"),
     [
         ("killed", ""),
         ("cannot be sent", "error: loading worker 0 cannot send images: AttributeError"),
     ],
 )
 def test_a_worker_that_dies_is_reported(
-    fate: str, message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    event: str, message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RuntimeError) as caught:
-        loaded(fate, monkeypatch)
+        loaded(event, monkeypatch)
     text = watchdog.reason(caught.value)
     assert text is not None
     assert "a loading worker ended" in text

@@ -148,7 +148,7 @@ class Cell:
             return ""
         text = signed(self.difference.mean)
         if self.difference.low is None or self.difference.high is None:
-            return f"{text} (one seed: no interval)"
+            return f"{text} (one seed)"
         return f"{text} [{signed(self.difference.low)}, {signed(self.difference.high)}]"
 
     @property
@@ -268,8 +268,8 @@ def notes(experiment: Experiment, grids: Iterable[Grid]) -> list[str]:
     if any(cell.difference for cell in cells):
         lines.append(
             f"Differences are to {baseline_of(experiment)}, paired over seeds, with a 95% confidence "
-            "interval (Student's t). Not significant: the interval contains zero. Bold: significantly "
-            f"better than {baseline_of(experiment)}."
+            "interval (Student's t). If it contains zero, the difference is not significant. Bold: "
+            f"significantly better than {baseline_of(experiment)}."
         )
         if any(cell.difference and cell.difference.low is None for cell in cells):
             lines.append("A difference from one seed has no interval: it says nothing about other seeds.")
@@ -324,8 +324,7 @@ def _published(cell: Cell) -> str:
 
 
 def _markdown_difference(cell: Cell) -> str:
-    undecided = cell.difference is not None and cell.difference.significant is False
-    return cell.to_baseline + (", not significant" if undecided else "")
+    return f"**{cell.to_baseline}**" if cell.better else cell.to_baseline
 
 
 def _row(cells: list[str]) -> str:

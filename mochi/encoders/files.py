@@ -170,6 +170,11 @@ def read_tensors(path: Path, config: Encoder, expected: Mapping[str, Tensor]) ->
             encoder or a different normalisation of pixels.
     """
     info, tensors = read_encoder(path)
+    if info is not None and (found := info.config(path)) != config:
+        raise EncoderError(
+            f"{path} is not a {config}: its metadata says {found}; set the section `encoder` to that, or "
+            "use an encoder of this section"
+        )
     check_fit(path, tensors, expected, config)
     if info is None:
         logger.warning(
@@ -178,12 +183,8 @@ def read_tensors(path: Path, config: Encoder, expected: Mapping[str, Tensor]) ->
             path,
         )
         return tensors
-    if (found := info.config(path)) != config:
-        raise EncoderError(
-            f"{path} is not a {config}: its metadata says {found}; use an encoder of this `encoder` section"
-        )
     check_pixels(path, info)
-    logger.info("%s: %s, method %s, experiment %s", path, found, info.method, info.experiment)
+    logger.info("%s: %s, method %s, experiment %s", path, config, info.method, info.experiment)
     return tensors
 
 

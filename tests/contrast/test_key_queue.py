@@ -34,6 +34,23 @@ def test_initial_rows_are_unit_vectors() -> None:
     torch.testing.assert_close(KeyQueue(50, 8).keys.norm(dim=-1), torch.ones(50))
 
 
+def test_initial_rows_have_no_preferred_direction_and_no_label() -> None:
+    queue = KeyQueue(4000, 8, torch.Generator().manual_seed(0))
+    assert queue.keys.mean(0).abs().max() < 0.03
+    assert (queue.labels == -1).all()
+    assert (queue.images == -1).all()
+
+
+def test_half_precision_keys_without_labels_are_stored_in_float32_as_unknown() -> None:
+    queue = KeyQueue(3, 4)
+    keys = torch.randn(2, 4).bfloat16()
+    queue.enqueue(keys, torch.tensor([5, 6]), torch.tensor([7, 8]))
+    queue.enqueue(keys)
+    assert torch.equal(queue.keys, keys[[1, 1, 0]].float())
+    assert queue.labels.tolist() == [-1, 6, -1]
+    assert queue.images.tolist() == [-1, 8, -1]
+
+
 def test_the_state_dict_restores_the_queue() -> None:
     queue = KeyQueue(10, 4)
     queue.enqueue(torch.eye(4), torch.arange(4))

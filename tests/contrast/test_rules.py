@@ -493,6 +493,13 @@ def test_a_simple_rule_needs_memory_for_one_block_of_queries() -> None:
             lambda: MoCHi(num_hardest=4, num_pair_synthetics=2, num_query_synthetics=0, through_query="no"),
             r"through_query: found 'no' \(str\); expected True or False",
         ),
+        (lambda: MoCHi(**{**MIXES, "num_hardest": 1}).check(9), "num_hardest: found 1; expected 2 to 9"),
+        (
+            lambda: MoCHi(num_hardest=0, num_pair_synthetics=0, num_query_synthetics=2).check(9),
+            "num_hardest: found 0; expected 1 to 9",
+        ),
+        (lambda: SynCo(num_hardest=1).check(9), "num_hardest: found 1; expected 2 to 9"),
+        (lambda: SynCo(num_hardest=0, num_mixed=0).check(9), "num_hardest: found 0; expected 1 to 9"),
         (lambda: SynCo().check(512), r"num_hardest: found 1024; expected 2 to 512 \(queue_size\)"),
         (
             lambda: MoCHi(num_hardest=4, num_pair_synthetics=0, num_query_synthetics=0),
@@ -503,3 +510,20 @@ def test_a_simple_rule_needs_memory_for_one_block_of_queries() -> None:
 def test_settings_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_pool_of_one_is_enough_for_query_mixes_and_a_pool_may_be_the_queue() -> None:
+    MoCHi(num_hardest=1, num_pair_synthetics=0, num_query_synthetics=2).check(9)
+    MoCHi(**{**MIXES, "num_hardest": 9}).check(9)
+    SynCo(num_hardest=1, num_mixed=0).check(9)
+
+
+def test_defaults_are_those_of_the_public_code() -> None:
+    """giakoumoglou/synco, chingyaoc/DCL (STL-10) and joshr17/HCL."""
+    assert SynCo() == SynCo(
+        warmup_epochs=10, num_hardest=1024, num_interpolated=256, num_extrapolated=256, num_mixed=256,
+        num_noisy=64, num_perturbed=64, num_adversarial=64, noise=0.01, perturbation=0.01,
+        adversarial_step=0.01,
+    )  # fmt: skip
+    assert Debiased() == Debiased(warmup_epochs=0, positive_prior=0.1)
+    assert HardWeighting() == HardWeighting(warmup_epochs=0, positive_prior=0.1, concentration=1.0)

@@ -226,3 +226,17 @@ def test_the_mask_loss_equals_one_in_loops() -> None:
     torch.testing.assert_close(loss.double(), torch.stack(terms).mean(), rtol=1e-5, atol=0)
     none = [torch.zeros(2, dtype=torch.long)] * 2
     assert heads._mask_loss(regions, proposals, matched, none, targets, [(32, 40)] * 2) == 0
+
+
+def test_a_cell_covered_by_half_belongs_to_the_mask() -> None:
+    """Of the target, and of what is pasted."""
+    half = torch.tensor([[[1, 0], [1, 0]]], dtype=torch.uint8)
+    box = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    assert mask_targets(box, half, torch.zeros(1, dtype=torch.long), (2, 2), 1).item() == 1
+    assert next(paste(torch.full((1, 2, 2), 0.5), box, 2, 2)).all()
+
+
+def test_a_large_image_is_pasted_one_mask_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mochi.detection.inference._PASTED_BYTES", 1)
+    masks, boxes = torch.ones(3, 4, 4), torch.tensor([[1.0, 2.0, 9.0, 8.0]]).expand(3, 4)
+    assert [len(part) for part in paste(masks, boxes, 20, 20)] == [1, 1, 1]

@@ -228,3 +228,29 @@ def test_boxes_are_computed_in_float32() -> None:
         result["masks"],
     ]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_head_losses_of_a_single_region() -> None:
+    logits, deltas, target = torch.randn(1, 4), torch.randn(1, 12), torch.randn(1, 4)
+    losses = box_losses(logits, deltas, torch.tensor([2]), target)
+    torch.testing.assert_close(losses["loss_classifier"], -logits.log_softmax(1)[0, 2])
+    torch.testing.assert_close(losses["loss_box_reg"], (deltas[0, 4:8] - target[0]).abs().sum())
+
+
+def test_each_detection_has_the_mask_of_its_class() -> None:
+    """A mask head whose answer is a constant for each class, at random weights of the box head."""
+
+    class Constant(torch.nn.Module):
+        def forward(self, regions: Tensor) -> Tensor:
+            return torch.tensor([-1.0, 0.5, 2.0])[:, None, None].expand(len(regions), 3, 4, 4)
+
+    torch.manual_seed(0)
+    model = build(ENCODER, 3, small_model(masks=True, max_detections=30)).eval()
+    model.heads.mask_predictor = Constant()
+    with torch.no_grad():
+        results = model(torch.randn(2, 3, 32, 48), [(32, 48), (30, 40)])
+    expected = torch.tensor([-1.0, 0.5, 2.0]).sigmoid()
+    assert {int(label) for result in results for label in result["labels"]} == {1, 2, 3}
+    for result in results:
+        wanted = expected[result["labels"] - 1][:, None, None, None].expand(-1, 1, 4, 4)
+        torch.testing.assert_close(result["masks"], wanted)

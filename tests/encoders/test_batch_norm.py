@@ -85,3 +85,14 @@ def test_autograd_sees_one_operation() -> None:
         names.append(node.name())
         waiting += [parent for parent, _ in node.next_functions if parent is not None]
     assert sorted(names) == ["_GroupedBackward", *(["torch::autograd::AccumulateGrad"] * 3)]
+
+
+def test_in_evaluation_it_is_torchs_whatever_the_groups() -> None:
+    images = torch.randn(6, 3, 4, 4)
+    grouped, plain = GroupedBatchNorm2d(3, 2), torch.nn.BatchNorm2d(3)
+    for layer in (grouped, plain):
+        layer.running_mean.copy_(torch.tensor([0.5, -1.0, 2.0]))
+        layer.running_var.copy_(torch.tensor([0.3, 1.0, 4.0]))
+        layer.eval()
+    assert torch.equal(grouped(images), plain(images))
+    assert int(grouped.num_batches_tracked) == 0

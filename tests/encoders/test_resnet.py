@@ -102,3 +102,18 @@ def test_a_shortcut_is_a_strided_convolution(channels: int) -> None:
     images = torch.randn(2, channels, 9, 12, dtype=torch.double)
     plain = torch.nn.functional.conv2d(images, shortcut.weight, stride=2)
     torch.testing.assert_close(shortcut(images), plain)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnext50_32x4d"])
+def test_initial_weights_are_those_of_he_by_fan_out(architecture: str) -> None:
+    """Standard deviation (2 / (out channels * kernel))^0.5."""
+    torch.manual_seed(0)
+    encoder = ResNet(Encoder(architecture=architecture, stem="half", width=32))
+    for name, module in encoder.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
+            found = float(module.weight.detach().std()) * (fan_out / 2) ** 0.5
+            assert found == pytest.approx(1, abs=4 / (2 * module.weight.numel()) ** 0.5), name
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name

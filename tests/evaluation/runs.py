@@ -3,14 +3,19 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from mochi.config import Experiment, probe_run
 from mochi.evaluation import stage
+from mochi.evaluation.features import Features
 from mochi.provenance.wanted import Result, evaluated
+from mochi.runtime.seeding import generator
 
 
 def result_in(folder: Path, experiment: Experiment, task: str, encoder: Path, data: Path) -> Result:
@@ -35,3 +40,24 @@ def write_images(root: Path, counts: dict[str, int]) -> None:
         for index in range(count):
             pixels = draw.integers(0, 256, (16, 16, 3), np.uint8)
             Image.fromarray(pixels).save(root / folder / f"{index}.png")
+
+
+def frozen_features(num_classes: int, **splits: tuple[Tensor, Tensor]) -> Any:
+    """In place of `Frozen`: features and labels of each split, without an encoder."""
+    return SimpleNamespace(
+        run=SimpleNamespace(name="probe", method="random-init", seed=0),
+        device=torch.device("cpu"),
+        num_classes=num_classes,
+        generator=generator,
+        features=lambda split: Features(*(each.clone() for each in splits[split])),
+        resume_point=SimpleNamespace(load=lambda: None, save_if_due=lambda *_: None),
+    )
+
+
+def clusters(num_classes: int, images_per_class: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Features (M, 8) around one centre for each class, and labels, in random order."""
+    draws = torch.Generator().manual_seed(seed)
+    centres = torch.randn(num_classes, 8, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(num_classes).repeat(images_per_class)
+    labels = labels[torch.randperm(len(labels), generator=draws)]
+    return centres[labels] + 0.7 * torch.randn(len(labels), 8, generator=draws), labels

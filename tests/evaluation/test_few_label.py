@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mochi.config import ConfigError, parse_experiment
 from mochi.evaluation.tasks import few_label
 from mochi.runtime.seeding import generator
-from tests.evaluation.runs import evaluate
+from tests.evaluation.runs import clusters, evaluate, frozen_features
 from tests.tiny import changed
 
 SETTINGS = {"task": "few_label", "images_per_class": 3, "samples": 2, "l2": 0.5}
@@ -104,3 +104,33 @@ def test_invalid_subset_sizes_are_refused(few: dict[str, float], message: str) -
     with pytest.raises(ConfigError) as error:
         parse_experiment(changed("evaluation/few", {"task": "few_label", **few}), "x.yaml")
     assert message in str(error.value)
+
+
+def test_accuracies_are_top1_and_top5_in_percent() -> None:
+    """Of seven classes, every image is ranked 6, 5, 4, 3, 2, 1, 0."""
+    weight, bias = torch.zeros(7, 2), torch.arange(7.0)
+    found = few_label._accuracies(torch.zeros(4, 2), torch.tensor([6, 5, 2, 1]), weight, bias)
+    assert found == {"top1": 25.0, "top5": 75.0}
+    many = few_label._accuracies(torch.zeros(5000, 2), torch.arange(5000) % 7, weight, bias)
+    assert many["top1"] == 100 * 714 / 5000
+
+
+@pytest.mark.parametrize("num_classes", [5, 6])
+def test_top5_is_reported_with_more_than_five_classes(num_classes: int) -> None:
+    splits = {"train": clusters(num_classes, 4), "val": clusters(num_classes, 10, seed=1)}
+    task = few_label.FewLabel(task="few_label", images_per_class=2, samples=2)
+    metrics = task.evaluate(frozen_features(num_classes, **splits))
+    assert ("top5" in metrics) == (num_classes == 6)
+    assert (metrics["num_train"], metrics["num_val"]) == (2 * num_classes, 10 * num_classes)
+    assert metrics["top1"] == pytest.approx(sum(metrics["samples_top1"]) / 2, abs=1e-4)
+
+
+def test_the_length_of_features_does_not_matter() -> None:
+    splits = {"train": clusters(4, 6), "val": clusters(4, 20, seed=1)}
+    scaled = {
+        name: (values * torch.rand(len(values), 1), labels) for name, (values, labels) in splits.items()
+    }
+    task = few_label.FewLabel(task="few_label", images_per_class=3, samples=3)
+    one, other = (task.evaluate(frozen_features(4, **each)) for each in (splits, scaled))
+    assert one == other
+    assert 25 < one["top1"] < 100

@@ -19,7 +19,7 @@ from mochi.evaluation.tasks.linear import LinearProbe
 from mochi.evaluation.tasks.linear import training as linear
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.seeding import generator
-from tests.evaluation.runs import evaluate
+from tests.evaluation.runs import clusters, evaluate, frozen_features
 from tests.tiny import with_protocol
 
 PROTOCOL = LinearProbe(
@@ -256,3 +256,53 @@ def test_held_out_rows_are_a_random_share() -> None:
     marks = linear.held_out_rows(100, 0.1, seed=0)
     assert marks.sum() == 10
     assert not torch.equal(marks, linear.held_out_rows(100, 0.1, seed=1))
+
+
+def test_at_least_one_row_is_held_out_and_the_share_is_rounded() -> None:
+    assert [int(linear.held_out_rows(rows, 0.1, seed=0).sum()) for rows in (1, 3, 14, 16, 26)] == [
+        1, 1, 1, 2, 3
+    ]  # fmt: skip
+
+
+def test_all_classifiers_start_at_the_same_small_weights() -> None:
+    """N(0, 0.01) and no bias, as in facebookresearch/moco main_lincls.py."""
+    probes = linear.Probes(PROTOCOL, 50, 4, seed=3)
+    expected = 0.01 * torch.randn(4, 50, generator=generator("probe weights", 3))
+    assert probes.rates == [0.5, 0.05]
+    for layer in probes.layers:
+        assert torch.equal(layer.weight, torch.cat([expected, expected]))
+        assert not layer.bias.any()
+
+
+def test_a_batch_of_held_out_images_trains_only_the_classifiers_that_see_them() -> None:
+    probes = linear.Probes(PROTOCOL.model_copy(update={"momentum": 0.0, "weight_decay": 0.0}), 5, 3, seed=1)
+    before = [layer.weight.detach().clone() for layer in probes.layers]
+    probes.start_epoch(0)
+    probes.step(torch.randn(4, 5), torch.arange(4) % 3, torch.ones(4, dtype=torch.bool))
+    for layer, weight in zip(probes.layers, before, strict=True):
+        assert not torch.equal(layer.weight[:3], weight[:3])
+        assert torch.equal(layer.weight[3:], weight[3:])
+
+
+def test_the_best_rate_is_chosen_by_held_out_images_and_the_first_of_equals() -> None:
+    scores = [{"top1": top1, "top5": top1 + 9} for top1 in (70.0, 65.0, 80.0)]
+    held_out = [{"top1": top1, "top5": 0.0} for top1 in (50.0, 60.0, 60.0)]
+    metrics = linear._metrics("linear", PROTOCOL, [0.5, 0.05, 5.0], scores, held_out, 90, 10)
+    assert metrics == {
+        "top1": 70.0, "top5": 79.0, "protocol": "test", "lr": 0.5, "best_lr": 0.05, "best_lr_top1": 65.0,
+        "held_out_top1": {"0.5": 50.0, "0.05": 60.0, "5": 60.0}, "num_train": 90, "num_val": 10,
+    }  # fmt: skip
+    scores[1]["top1"] = math.nan  # diverged on all of train, not without the held-out images
+    metrics = linear._metrics("linear", PROTOCOL, [0.5, 0.05, 5.0], scores, held_out, 90, 10)
+    assert (metrics["best_lr"], metrics["best_lr_top1"]) == (5.0, 80.0)
+    assert metrics["held_out_top1"] == {"0.5": 50.0, "0.05": -1.0, "5": 60.0}
+
+
+@pytest.mark.parametrize("num_classes", [5, 6])
+def test_top5_is_reported_with_more_than_five_classes(num_classes: int) -> None:
+    splits = {"train": clusters(num_classes, 10), "val": clusters(num_classes, 4, seed=1)}
+    metrics = linear.evaluate(frozen_features(num_classes, **splits), PROTOCOL)
+    assert ("top5" in metrics) == (num_classes == 6)
+    assert (metrics["num_train"], metrics["num_val"]) == (10 * num_classes, 4 * num_classes)
+    right = metrics["predicted"] == splits["val"][1]
+    assert metrics["top1"] == pytest.approx(100 * float(right.double().mean()), abs=1e-4)

@@ -91,10 +91,10 @@ def training(folder: Path, run: str) -> int | None:
         check=False,
     )
     for pid in map(int, shown.stdout.split()):
-        place = Path(f"/proc/{pid}")
-        words = (place / "cmdline").read_bytes().split(b"\0") if place.exists() else [b""]
+        proc = Path(f"/proc/{pid}")
+        words = (proc / "cmdline").read_bytes().split(b"\0") if proc.exists() else [b""]
         # Shells and Snakemake have the same words in one argument.
-        if words[0].endswith(b"python") and (place / "cwd").resolve() == folder.resolve() and checkpoints:
+        if words[0].endswith(b"python") and (proc / "cwd").resolve() == folder.resolve() and checkpoints:
             return pid
     return None
 

@@ -40,15 +40,15 @@ ENCODINGS = (
 def mutate(value: Any, rng: random.Random) -> Any:
     """A value of JSON types with one node changed."""
     value = copy.deepcopy(value)
-    parent, key = rng.choice(list(_places(value)))
+    parent, key = rng.choice(list(_nodes(value)))
     match rng.randrange(6):
         case 0:
             del parent[key]
         case 1 if isinstance(parent, list):
             parent.insert(key, copy.deepcopy(parent[key]))
         case 2:
-            donor, place = rng.choice(list(_places(value)))
-            parent[key] = copy.deepcopy(donor[place])
+            donor, donor_key = rng.choice(list(_nodes(value)))
+            parent[key] = copy.deepcopy(donor[donor_key])
         case 3:
             parent[key] = [parent[key]] if rng.random() < 0.5 else {"x": parent[key]}
         case 4:
@@ -58,13 +58,13 @@ def mutate(value: Any, rng: random.Random) -> Any:
     return value
 
 
-def _places(value: Any) -> Any:
+def _nodes(value: Any) -> Any:
     """(parent, key) of every node."""
     keys = range(len(value)) if isinstance(value, list) else value
     for key in list(keys):
         yield value, key
         if isinstance(value[key], list | dict):
-            yield from _places(value[key])
+            yield from _nodes(value[key])
 
 
 def mutate_json(data: bytes, rng: random.Random) -> bytes:

@@ -26,9 +26,9 @@ def test_parallel_jobs_take_their_mean_load_or_the_longest_job() -> None:
 def test_no_schedule_is_shorter_than_the_lower_bound(lengths: tuple[int, ...]) -> None:
     best = min(
         max(
-            sum(length for length, place in zip(lengths, places, strict=True) if place == p)
+            sum(length for length, worker in zip(lengths, workers, strict=True) if worker == p)
             for p in range(2)
         )
-        for places in itertools.product(range(2), repeat=len(lengths))
+        for workers in itertools.product(range(2), repeat=len(lengths))
     )
     assert makespan([Seconds(length, length) for length in lengths], 2).low <= best

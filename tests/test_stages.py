@@ -40,7 +40,7 @@ NO_NUMBERS = {
     "mochi.config": "reaches a stage as its settings, which have a digest of their own",
     "mochi.errors": "messages",
     "mochi.extras": "messages",
-    "mochi.layout": "places of files",
+    "mochi.layout": "paths of files",
     "mochi.stages": "this table",
     "mochi.provenance": "what made a result",
     "mochi.data.ingest.sniff": "refuses files",

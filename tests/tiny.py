@@ -17,10 +17,10 @@ def changed(path: str, value: Any, base: dict[str, Any] = TINY) -> dict[str, Any
     """The content of the experiment file with one key changed, such as `pretrain/lr`."""
     data = copy.deepcopy(base)
     *parents, last = path.split("/")
-    place = data
+    section = data
     for key in parents:
-        place = place[key]
-    place[last] = value
+        section = section[key]
+    section[last] = value
     return data
 
 

@@ -51,7 +51,7 @@ def matching_by_loops(step: Step, left_out: Tensor) -> list[float]:
         e = [0.0 if excluded else each for each, excluded in zip(e, out, strict=True)]
         total = math.exp(float(query @ key) / TEMPERATURE) + sum(e)
         curves.append(sorted((each / total for each in e), reverse=True))
-    return [sum(place) / len(curves) for place in zip(*curves, strict=True)]
+    return [sum(rank) / len(curves) for rank in zip(*curves, strict=True)]
 
 
 def test_matching_probabilities_are_those_of_the_loss() -> None:

@@ -86,13 +86,13 @@ def test_four_steps_are_bit_identical_to_pretraining(mixing: dict[str, Any] | No
 def loss_in_loops(query: Tensor, key: Tensor, queue: Tensor, step: int, seed: int = 3) -> Tensor:
     """MoCHi sections 3.2 and 3.3 in loops, every synthetic a vector; the draws are those of the module."""
     num, size = len(query), SETTINGS["num_hardest"]
-    draws = generator("mix negatives", seed, step, 0)
+    rng = generator("mix negatives", seed, step, 0)
 
     def uniform(columns: int) -> Tensor:
-        return torch.rand(num, columns, generator=draws, dtype=torch.float64)
+        return torch.rand(num, columns, generator=rng, dtype=torch.float64)
 
     first, shift, share = (uniform(SETTINGS["num_pair_synthetics"]) for _ in range(3))
-    place, query_share = (uniform(SETTINGS["num_query_synthetics"]) for _ in range(2))
+    pool_index, query_share = (uniform(SETTINGS["num_query_synthetics"]) for _ in range(2))
     similarity = query.detach() @ queue.T
     order = hardest(similarity, size).columns  # draws are indices into it
     pairs, mixes = [], []
@@ -103,8 +103,8 @@ def loss_in_loops(query: Tensor, key: Tensor, queue: Tensor, step: int, seed: in
             a = int(first[i, j] * size)
             b = (a + 1 + int(shift[i, j] * (size - 1))) % size
             pairs.append(mixed_pair(queue[pool[a]], queue[pool[b]], float(share[i, j])))
-        for j in range(place.shape[1]):
-            negative = queue[pool[int(place[i, j] * size)]]
+        for j in range(pool_index.shape[1]):
+            negative = queue[pool[int(pool_index[i, j] * size)]]
             mixes.append(mixed_with_query(q, negative, 0.5 * float(query_share[i, j])))
     vectors = [torch.stack(each).unflatten(0, (num, -1)) for each in (pairs, mixes)]
     return mochi_loss(query, key, queue, SETTINGS["temperature"], vectors)

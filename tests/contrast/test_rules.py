@@ -259,9 +259,9 @@ def test_extreme_inputs_stay_finite(rule: Rule, dtype: torch.dtype) -> None:
 
 @every_rule
 def test_nan_in_gives_nan_out(rule: Rule) -> None:
-    for place in range(3):
+    for index in range(3):
         inputs = [each.clone() for each in batch(3, 12)]
-        inputs[place][1] = torch.nan
+        inputs[index][1] = torch.nan
         for each in (rule, simple_form(rule)):
             assert loss_and_gradient(each, *inputs, 0.2)[0].isnan()
 

@@ -89,10 +89,10 @@ def test_an_experiment_file_accepts_what_is_recommended(facts: Facts) -> None:
         if advice.key.startswith("methods."):
             continue  # the name of a row, not a key
         *sections, key = advice.key.split(".")
-        place = experiment
+        node = experiment
         for section in sections:
-            place = place[section]
-        place[key] = advice.value
+            node = node[section]
+        node[key] = advice.value
     parse_experiment(experiment, "recommended")
 
 

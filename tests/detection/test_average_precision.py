@@ -89,8 +89,8 @@ def slow_average_precision(
         best_from = [precisions[recalls >= t].max(initial=0.0) for t in np.arange(0.0, 1.1, 0.1)]
         return float(np.mean(best_from))
     area_under, before = 0.0, 0.0
-    for place, value in enumerate(recalls):
-        area_under += (value - before) * precisions[place:].max()
+    for index, value in enumerate(recalls):
+        area_under += (value - before) * precisions[index:].max()
         before = value
     return area_under
 
@@ -98,10 +98,10 @@ def slow_average_precision(
 @st.composite
 def splits(draw: st.DrawFn) -> tuple[Annotations, Detections]:
     """Few positions and few scores, so that ties, duplicates and touching boxes are frequent."""
-    places = st.integers(0, 5).map(lambda value: value * 10)
+    corners = st.integers(0, 5).map(lambda value: value * 10)
 
     def box() -> list[int]:
-        x, y = draw(places), draw(places)
+        x, y = draw(corners), draw(corners)
         return [x, y, x + draw(st.sampled_from([10, 20, 30])), y + draw(st.sampled_from([10, 20, 30]))]
 
     images = []
@@ -132,10 +132,10 @@ def test_equals_the_slow_evaluator(case: tuple[Annotations, Detections]) -> None
     # Among equal scores the order is the detector's, in both.
     curves = voc_curves(truth, found)
     for interpolation in ("11-point", "all-point"):
-        for place in (0, 5, 9):
+        for index in (0, 5, 9):
             for label in (1, 2, 3):
-                expected = slow_average_precision(truth, found, label, THRESHOLDS[place], interpolation)
-                assert curves[place][label - 1].average_precision(interpolation) == pytest.approx(
+                expected = slow_average_precision(truth, found, label, THRESHOLDS[index], interpolation)
+                assert curves[index][label - 1].average_precision(interpolation) == pytest.approx(
                     expected, nan_ok=True
                 )
 
@@ -176,9 +176,9 @@ def test_each_overlap_has_its_threshold() -> None:
 
 def test_a_recall_of_0_3_is_below_the_fourth_point() -> None:
     """The public evaluator's fourth point is 0.30000000000000004."""
-    boxes = [[10.0 * place, 0.0, 10.0 * place + 8, 10.0] for place in range(10)]
+    boxes = [[10.0 * index, 0.0, 10.0 * index + 8, 10.0] for index in range(10)]
     truth = Annotations(("a",), (image(boxes, [1] * 10),))
-    found = detections([(0, box, 0.9 - place / 10, 1) for place, box in enumerate(boxes[:3])])
+    found = detections([(0, box, 0.9 - index / 10, 1) for index, box in enumerate(boxes[:3])])
     assert headline(truth, found)["AP50"] == pytest.approx(100 * 3 / 11)
 
 
@@ -238,13 +238,13 @@ def noisy_detections(truth: Annotations, seed: int) -> Detections:
     """
     rng = np.random.default_rng(seed)
     rows, masks = [], []
-    for place, each in enumerate(truth.images):
+    for index, each in enumerate(truth.images):
         for number, (box, label) in enumerate(zip(each.boxes, each.labels, strict=True)):
             for _ in range(rng.integers(0, 3)):
                 moved = box + rng.normal(0, 3, 4)
                 if (moved[2:] - moved[:2]).min() > 1:
                     guess = rng.integers(1, len(truth.classes) + 1) if rng.random() < 0.2 else label
-                    rows.append((place, moved.tolist(), float(rng.random()), int(guess)))
+                    rows.append((index, moved.tolist(), float(rng.random()), int(guess)))
                     if each.masks is not None:
                         mask = coco.decode_masks([each.masks[number]], each.height, each.width)
                         masks += coco.encode_masks(np.roll(mask, int(rng.integers(-4, 5)), axis=2))
@@ -313,9 +313,9 @@ def crowded(num_images: int, num_classes: int, per_image: int, seed: int) -> tup
         )
 
     images = tuple(
-        AnnotatedImage(place, Path("x.jpg"), 100, 100, boxes(7), rng.integers(1, num_classes + 1, 7),
+        AnnotatedImage(index, Path("x.jpg"), 100, 100, boxes(7), rng.integers(1, num_classes + 1, 7),
                        rng.random(7) < 0.05, np.ones(7, bool))
-        for place in range(num_images)
+        for index in range(num_images)
     )  # fmt: skip
     total = num_images * per_image
     found = Detections(

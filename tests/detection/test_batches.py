@@ -130,7 +130,7 @@ def test_an_epoch_has_every_image_and_few_batches_of_mixed_shape(many: Images) -
     assert dataset.per_epoch == 4
     orders = []
     for epoch in range(3):
-        rows = [dataset.indices(epoch * 4 + place).tolist() for place in range(4)]
+        rows = [dataset.indices(epoch * 4 + index).tolist() for index in range(4)]
         counts = Counter(index for row in rows for index in row)
         assert set(counts) == set(range(7))
         assert sorted(counts.values()) == [1] * 6 + [2]  # filled up from the start of the epoch

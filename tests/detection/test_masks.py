@@ -50,8 +50,8 @@ def test_targets_have_the_centre_of_their_object(tmp_path: Path, short_side: int
     size = item.image.shape[0], item.image.shape[1]
     target = mask_targets(item.boxes, item.masks, torch.zeros(1, dtype=torch.long), size, 56)[0]
     assert set(target.unique().tolist()) == {0.0, 1.0}
-    places = torch.arange(56) + 0.5
-    centre = torch.stack([(target.sum(axis) * places).sum() / target.sum() for axis in (0, 1)])
+    pixel_centres = torch.arange(56) + 0.5
+    centre = torch.stack([(target.sum(axis) * pixel_centres).sum() / target.sum() for axis in (0, 1)])
     sides = item.boxes[0, 2:] - item.boxes[0, :2]
     offset = (centre / 56 - 0.5) * sides
     assert offset.abs().max() <= 0.02
@@ -104,9 +104,9 @@ def test_targets_equal_roi_align_in_loops() -> None:
     matched = torch.tensor([2, 0, 1])
     found = mask_targets(boxes, masks, matched, (48, 90), 4)
     scale = torch.tensor([30 / 90, 24 / 48]).repeat(2)
-    for place in range(3):
-        expected = slow_target(masks[matched[place]], boxes[place] * scale, 4)
-        assert torch.equal(found[place], expected)
+    for index in range(3):
+        expected = slow_target(masks[matched[index]], boxes[index] * scale, 4)
+        assert torch.equal(found[index], expected)
     assert 0 < found.mean() < 1
 
 
@@ -171,8 +171,8 @@ def test_a_perfect_head_is_at_least_as_good_as_detectron2s(
     truth = Annotations(truth.classes, truth.images[:40])
     images = Images(truth)
     ours, theirs, small = [], [], []
-    for place, image in enumerate(truth.images):
-        item = images.item(place, 192, 1333, flipped=flipped)
+    for index, image in enumerate(truth.images):
+        item = images.item(index, 192, 1333, flipped=flipped)
         assert item.masks is not None
         size = item.image.shape[0], item.image.shape[1]
         targets = mask_targets(item.boxes, item.masks, torch.arange(len(item.boxes)), size, SIDE)

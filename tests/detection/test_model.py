@@ -28,9 +28,9 @@ def published_layers(num_classes: int, masks: bool) -> dict[str, tuple[int, ...]
     norms = {"backbone.stem.conv1.norm": 64}
     channels = 64
     for stage, (blocks, inner) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), start=2):
-        place = "backbone" if stage < 5 else "roi_heads"
+        module = "backbone" if stage < 5 else "roi_heads"
         for block in range(blocks):
-            prefix = f"{place}.res{stage}.{block}"
+            prefix = f"{module}.res{stage}.{block}"
             shapes |= {
                 f"{prefix}.conv1.weight": (inner, channels, 1, 1),
                 f"{prefix}.conv2.weight": (inner, inner, 3, 3),

@@ -214,7 +214,7 @@ def coco_data(root: Path, **changes: object) -> DetectionData:
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "message"),
+    ("keys", "value", "message"),
     [
         (("images", 1, "id"), 1, r"images\[1\]: id 1 stands for both train1.png and train2.png"),
         (("images", 1, "id"), "1", r"images\[1\]: id 1 stands for both"),
@@ -238,13 +238,13 @@ def coco_data(root: Path, **changes: object) -> DetectionData:
     ],
 )  # fmt: skip
 def test_contradictions_are_named(
-    tmp_path: Path, place: tuple[Any, ...], value: object, message: str
+    tmp_path: Path, keys: tuple[Any, ...], value: object, message: str
 ) -> None:
     content = coco_file(tmp_path)
     parent: Any = content
-    for key in place[:-1]:
+    for key in keys[:-1]:
         parent = parent[key]
-    parent[place[-1]] = value
+    parent[keys[-1]] = value
     write(tmp_path, "train", content)
     with pytest.raises(DataError, match=message):
         coco_read(tmp_path)

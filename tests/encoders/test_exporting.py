@@ -92,12 +92,12 @@ def test_the_line_to_load_a_file_quotes_its_path(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     programs: tuple[tuple[Format, str], ...] = (("moco", "pth.tar"), ("detectron2", "pkl"))
     for program, suffix in programs:
-        place = f'it\'s: a "test", é #1.{suffix}'
-        line = export_encoder(path, program, Path(place))[1].removeprefix("  load: ")
+        file_name = f'it\'s: a "test", é #1.{suffix}'
+        line = export_encoder(path, program, Path(file_name))[1].removeprefix("  load: ")
         if program == "moco":
-            assert shlex.split(line) == ["main_lincls.py", "--pretrained", place]
+            assert shlex.split(line) == ["main_lincls.py", "--pretrained", file_name]
         else:
-            assert yaml.safe_load(f"{{{line}}}")["MODEL.WEIGHTS"] == place
+            assert yaml.safe_load(f"{{{line}}}")["MODEL.WEIGHTS"] == file_name
 
 
 @pytest.mark.parametrize(

@@ -246,8 +246,8 @@ def test_damaged_pickles_are_refused(content: bytes) -> None:
 def test_truncated_and_changed_files_are_read_or_refused() -> None:
     """Whatever the damage, never another exception."""
     whole = pickle.dumps({"a": np.arange(4.0), "b": [Holder(), (1, 2)], "c": torch.float32}, 4)
-    for place, byte in itertools.product(range(len(whole)), (None, 0, 0x28, 0x52, 0x62, 0x93, 0xFF)):
-        content = whole[:place] if byte is None else whole[:place] + bytes([byte]) + whole[place + 1 :]
+    for offset, byte in itertools.product(range(len(whole)), (None, 0, 0x28, 0x52, 0x62, 0x93, 0xFF)):
+        content = whole[:offset] if byte is None else whole[:offset] + bytes([byte]) + whole[offset + 1 :]
         if content:
             with contextlib.suppress(PickleError):
                 read(content)

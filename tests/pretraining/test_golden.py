@@ -106,6 +106,6 @@ def test_losses_equal_the_recorded_ones(method: str, tmp_path: Path) -> None:
 if __name__ == "__main__":
     traces = {}
     for name in METHODS:
-        with tempfile.TemporaryDirectory() as place:
-            traces[name] = losses(name, Path(place))
+        with tempfile.TemporaryDirectory() as folder:
+            traces[name] = losses(name, Path(folder))
     GOLDEN.write_text(json.dumps(traces, indent=1) + "\n")

@@ -69,7 +69,7 @@ def test_metrics_describe_each_epoch(uninterrupted: Path) -> None:
     with (uninterrupted / "out" / "matching.csv").open() as file:
         matching = list(csv.DictReader(file))
     assert [(row["epoch"], row["rank"]) for row in matching] == [
-        (str(epoch), str(place)) for epoch in (0, 1) for place in range(1, 101)
+        (str(epoch), str(rank)) for epoch in (0, 1) for rank in range(1, 101)
     ]
     probabilities = [float(row["probability"]) for row in matching[:100]]
     assert probabilities == sorted(probabilities, reverse=True)

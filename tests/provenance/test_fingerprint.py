@@ -113,8 +113,8 @@ def test_a_package_stands_for_its_modules(tmp_path: Path) -> None:
     assert digest(tmp_path / "named", *named, **files) == before
     changes: list[dict[str, str]] = [{"parts_a": "a = 2\n"}, {"parts_c": "c = 1\n"}, {"parts_b": ""}]
     found = {
-        digest(tmp_path / str(place), "mochi.parts", **(files | change))
-        for place, change in enumerate(changes)
+        digest(tmp_path / str(index), "mochi.parts", **(files | change))
+        for index, change in enumerate(changes)
     }
     assert len(found - {before}) == 3
     renamed = {"parts___init__": "", "parts_a": "a = 1\n", "parts_z": "b = 1\n"}

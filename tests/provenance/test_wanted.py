@@ -209,11 +209,11 @@ def test_results_are_ordered_after_their_inputs(tiny: Experiment) -> None:
         f"{MOCHI} seed 1 detection-many",
         "random-init seed 0 analysis", f"{MOCHI} seed 0 analysis", f"{MOCHI} seed 1 analysis", "report",
     ]  # fmt: skip
-    written = {result.folder / name: place for place, result in enumerate(found) for name in result.outputs}
-    written |= {result.record: place for place, result in enumerate(found)}
-    for place, result in enumerate(found):
+    written = {result.folder / name: index for index, result in enumerate(found) for name in result.outputs}
+    written |= {result.record: index for index, result in enumerate(found)}
+    for index, result in enumerate(found):
         for path in result.inputs.values():
-            assert written.get(path, -1) < place, f"{result.label} reads {path}"
+            assert written.get(path, -1) < index, f"{result.label} reads {path}"
             assert path in written or path.parent == Path("workflow"), path
 
 

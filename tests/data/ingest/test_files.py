@@ -23,10 +23,10 @@ LEFT_BEHIND = (
 
 @pytest.mark.parametrize("name", LEFT_BEHIND)
 def test_system_files_are_ignored_and_counted(tmp_path: Path, name: str) -> None:
-    for place in (tmp_path, tmp_path / "train", tmp_path / "train" / "cat"):
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes(b"x")
-        (place / "0.jpg").write_bytes(b"x")
+    for folder in (tmp_path, tmp_path / "train", tmp_path / "train" / "cat"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+        (folder / "0.jpg").write_bytes(b"x")
     ignored: Counter[str] = Counter()
     assert walk(tmp_path, ignored) == ["0.jpg", "train/0.jpg", "train/cat/0.jpg"]
     assert sum(ignored.values()) == 3

@@ -135,8 +135,8 @@ def test_a_corrupt_shard_is_named_with_its_image(workers: int, split: StoredSpli
     assert open_dataset(folder).damaged() == []
     shard = next(folder.glob("train-images*"))
     content = bytearray(shard.read_bytes())
-    place = len(content) // 2
-    content[place : place + 60] = bytes(60)
+    middle = len(content) // 2
+    content[middle : middle + 60] = bytes(60)
     shard.write_bytes(content)
     assert open_dataset(folder).damaged() == [shard]
     if split.pixels is None:

@@ -40,10 +40,10 @@ def test_patches_are_cut_from_one_cell_of_their_photograph(prepared: Path) -> No
         for photo in range(16):
             picture = load(PHOTOGRAPHS[photo])
             own = cells(*picture.shape[:2], seed=3, photo=photo, split=name)
-            places = set()
+            corners = set()
             for row in np.flatnonzero(split.labels == photo):
                 top, left = corner(split.path(row))
-                places.add((top, left))
+                corners.add((top, left))
                 assert (split.image(row) == picture[top : top + 24, left : left + 24]).all()
                 assert any(
                     cell.top <= top
@@ -52,7 +52,7 @@ def test_patches_are_cut_from_one_cell_of_their_photograph(prepared: Path) -> No
                     and left + 24 <= cell.left + cell.width
                     for cell in own
                 )
-            assert len(places) == count
+            assert len(corners) == count
 
 
 def test_cells_tile_the_photograph_and_the_splits_are_disjoint() -> None:

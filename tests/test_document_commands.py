@@ -338,7 +338,7 @@ def test_a_python_block_is_run() -> None:
     assert used == PYTHON.keys()
 
 
-def test_features_are_read_as_the_page_says(
+def test_the_features_block_of_the_docs_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The block of docs/use.md."""

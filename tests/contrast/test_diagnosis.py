@@ -106,7 +106,7 @@ def test_the_class_oracle_removes_false_parents_but_not_false_negatives() -> Non
     assert found == {"false_negatives": (3 + 2) / 16, "false_parents_any": 0, "false_parents_all": 0}
 
 
-def test_parents_are_drawn_again_without_what_the_mask_excludes() -> None:
+def test_parents_are_drawn_again_without_excluded_negatives() -> None:
     """Though the pool is the whole queue."""
     rule = MoCHi(num_hardest=8, num_pair_synthetics=40, num_query_synthetics=40)
     step = a_step(of_own_class())._replace(rule=rule, generator=torch.Generator().manual_seed(0))
@@ -134,7 +134,7 @@ def test_the_hardest_1024_of_a_long_queue_are_measured() -> None:
     assert false_negatives(step, torch.tensor([2, -1])) == {"false_negatives": 0}
 
 
-def test_parents_of_every_kind_of_synthetic_count_alike() -> None:
+def test_parents_of_every_kind_of_synthetic_count_equally() -> None:
     """40 pairs and 15 query mixes of each query; a mix has one parent, so for it `any` and `all` agree."""
     step = a_step()
     pool = hardest(step.query @ step.queue.T, 5)
@@ -153,7 +153,7 @@ def test_parents_of_every_kind_of_synthetic_count_alike() -> None:
     assert math.isclose(found["false_parents_all"], sum(map(all, false)) / len(false), rel_tol=1e-6)
 
 
-def test_a_queue_of_the_first_class_alone_has_labels() -> None:
+def test_a_queue_with_only_class_0_has_labels() -> None:
     step = a_step()._replace(queue_labels=torch.zeros(8, dtype=torch.long))
     assert false_negatives(step, LABELS)["false_negatives"] == 1 / 2
 
@@ -166,7 +166,7 @@ class Shown(Given):
         return {"positive": positive, "negatives": (similarity / temperature).exp().sum(1)}
 
 
-def test_a_rule_measures_what_the_loss_saw() -> None:
+def test_a_rule_measures_the_inputs_of_the_loss() -> None:
     for excluded in (None, of_own_class()):
         step = a_step(excluded)._replace(rule=Shown(make=lambda _: []))
         found = rule_measurements(step, TEMPERATURE)
@@ -182,7 +182,7 @@ def test_a_rule_measures_what_the_loss_saw() -> None:
         assert math.isclose(found["negatives"], negatives / 3, rel_tol=1e-6)
 
 
-def test_what_hard_weighting_measures_in_loops() -> None:
+def test_measurements_of_hard_weighting_equal_loops() -> None:
     """Effective negatives (sum w)^2 / sum w^2 and the share at the minimum of g, in loops, without the
     excluded ones."""
     rule = HardWeighting(positive_prior=0.3, concentration=0.5)

@@ -323,7 +323,7 @@ def test_synco_sums_of_query_and_negative() -> None:
         torch.testing.assert_close(found, torch.einsum("bc,bsc->bs", query, vectors))
 
 
-def test_synco_mixes_are_constants_to_the_gradient() -> None:
+def test_synco_mixes_are_constants_for_the_gradient() -> None:
     """Against autograd through vectors that were made before."""
     raw, key, queue = batch(5, 12)
     rule = RULES["synco"]

@@ -87,7 +87,7 @@ def test_autograd_sees_one_operation() -> None:
     assert sorted(names) == ["_GroupedBackward", *(["torch::autograd::AccumulateGrad"] * 3)]
 
 
-def test_in_evaluation_it_is_torchs_whatever_the_groups() -> None:
+def test_in_evaluation_mode_it_equals_torchs_for_any_groups() -> None:
     images = torch.randn(6, 3, 4, 4)
     grouped, plain = GroupedBatchNorm2d(3, 2), torch.nn.BatchNorm2d(3)
     for layer in (grouped, plain):

@@ -284,7 +284,7 @@ def test_a_batch_of_held_out_images_trains_only_the_classifiers_that_see_them() 
         assert torch.equal(layer.weight[3:], weight[3:])
 
 
-def test_the_best_rate_is_chosen_by_held_out_images_and_the_first_of_equals() -> None:
+def test_the_best_rate_is_chosen_by_held_out_images_and_ties_by_order() -> None:
     scores = [{"top1": top1, "top5": top1 + 9} for top1 in (70.0, 65.0, 80.0)]
     held_out = [{"top1": top1, "top5": 0.0} for top1 in (50.0, 60.0, 60.0)]
     metrics = linear._metrics("linear", PROTOCOL, [0.5, 0.05, 5.0], scores, held_out, 90, 10)

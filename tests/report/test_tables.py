@@ -57,7 +57,11 @@ def test_differences_are_paired_and_only_significant_ones_are_bold(
     folder = compared(
         tmp_path,
         moco_v2={0: 40.0, 1: 50.0, 2: 60.0},
-        mochi_16_24_8={0: 41.0, 1: 51.2, 2: 60.8},  # higher by 1, 1.2, 0.8: significant despite the spread
+        mochi_16_24_8={
+            0: 41.0,
+            1: 51.2,
+            2: 60.8,
+        },  # higher by 1, 1.2, 0.8: significant although scores vary
         mochi_16_24_8_b={0: 49.0, 1: 50.0, 2: 60.0},  # higher by 9, 0, 0: not significant
         moco_v1={7: 90.0, 0: 41.0},  # one common seed
     )

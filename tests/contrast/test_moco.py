@@ -35,7 +35,7 @@ def images(seed: int, num: int = 8) -> torch.Tensor:
 LABELS = torch.arange(8) % 3
 
 
-def drawn(step: Step, generator: torch.Generator) -> list[Synthetics]:
+def expected_synthetics(step: Step, generator: torch.Generator) -> list[Synthetics]:
     """The synthetics of the step, drawn a second time."""
     similarity = step.query @ step.queue.T
     pool = hardest(similarity, MOCHI["num_hardest"])
@@ -43,7 +43,7 @@ def drawn(step: Step, generator: torch.Generator) -> list[Synthetics]:
     return [pairs, mix_with_query(similarity, pool, MOCHI["num_query_synthetics"], generator)]
 
 
-def mixed(step: Step) -> list[Synthetics]:
+def synthetics_of(step: Step) -> list[Synthetics]:
     """The synthetics that the step's rule mixes."""
     similarity = step.query @ step.queue.T
     if step.excluded is not None:
@@ -83,7 +83,7 @@ def test_a_step_equals_the_papers_algorithm(through_query: bool) -> None:
     torch.testing.assert_close(step.key, key)
 
     queue = before.queue.keys
-    pairs, mixes = drawn(step, mixing_draws(5, 3))
+    pairs, mixes = expected_synthetics(step, mixing_draws(5, 3))
     # The synthetic is the direction of b q + (1 - b) n, whatever its length.
     mixed = synthetic_vectors(query if through_query else query.detach(), queue, mixes)
     vectors = [synthetic_vectors(query.detach(), queue, pairs), F.normalize(mixed, dim=-1)]
@@ -112,7 +112,9 @@ def test_ranks_draw_different_synthetics_but_the_same_shuffle(monkeypatch: pytes
         monkeypatch.setattr("mochi.contrast.moco.rank", lambda rank=rank: rank)
         step = moco.training_step(images(0), images(1), LABELS, step=3, synthesize=True)
         step.generator.manual_seed(step.generator.initial_seed())
-        for ours, expected in zip(mixed(step), drawn(step, mixing_draws(5, 3, rank)), strict=True):
+        for ours, expected in zip(
+            synthetics_of(step), expected_synthetics(step, mixing_draws(5, 3, rank)), strict=True
+        ):
             assert torch.equal(ours.parents, expected.parents)
             assert torch.equal(ours.weights, expected.weights)
         keys.append(moco._encode_keys(images(1), 3))
@@ -164,9 +166,9 @@ def test_the_momentum_update_changes_parameters_only() -> None:
 
 def test_there_are_no_synthetics_during_the_warmup() -> None:
     moco = MoCo(ENCODER, recipe(negatives=MOCHI), seed=0)
-    assert not mixed(moco.training_step(images(0), images(1), LABELS, step=0, synthesize=False))
+    assert not synthetics_of(moco.training_step(images(0), images(1), LABELS, step=0, synthesize=False))
     step = moco.training_step(images(0), images(1), LABELS, step=1, synthesize=True)
-    pairs, mixes = mixed(step)
+    pairs, mixes = synthetics_of(step)
     assert pairs.parents.shape == (8, 7, 2)
     assert mixes.parents.shape == (8, 3, 1)
 
@@ -185,7 +187,7 @@ def test_the_class_oracle_excludes_negatives_of_the_querys_class() -> None:
     excluded = LABELS[:, None] == step.queue_labels
     assert torch.equal(step.excluded, excluded)
     masked = (step.query @ step.queue.T).masked_fill(excluded, -torch.inf)
-    for synthetic in mixed(step):
+    for synthetic in synthetics_of(step):
         assert not excluded.gather(1, synthetic.parents.flatten(1)).any()
     torch.testing.assert_close(step.loss.hardest_negative, masked.amax(1))
 
@@ -200,7 +202,7 @@ def test_older_keys_of_the_querys_own_image_are_excluded_by_their_index() -> Non
     shuffled = torch.tensor([3, 9, 0, 11, 12, 13, 14, 7])
     step = moco.training_step(images(0), images(1), LABELS, step=1, synthesize=True, images=shuffled)
     assert step.excluded.nonzero().tolist() == [[0, 3], [2, 0], [7, 7]]
-    for synthetic in mixed(step):
+    for synthetic in synthetics_of(step):
         assert not step.excluded.gather(1, synthetic.parents.flatten(1)).any()
     masked = (step.query @ step.queue.T).masked_fill(step.excluded, -torch.inf)
     torch.testing.assert_close(step.loss.hardest_negative, masked.amax(1))

@@ -9,9 +9,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -28,7 +30,8 @@ RANK_SECONDS = 25.0
 WORKER_SECONDS = 45.0
 """The same for loading workers, if none has an image ready."""
 LOOK_SECONDS = 5
-"""`timeout` of a loader that is `watched`: between two checks of its workers while waiting for a batch."""
+"""`timeout` of a loader that is `watched`; it is asked again."""
+_TICK_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
 _GONE = b"gone"
 
@@ -149,13 +152,14 @@ class Pulse:
         # CLOCK_MONOTONIC is the same in all processes of a host.
         self._last = multiprocessing.RawValue("d", time.monotonic())
 
+    @property
+    def last(self) -> float:
+        """The moment of the last beat."""
+        return float(self._last.value)
+
     def beat(self) -> None:
         """Record activity."""
         self._last.value = time.monotonic()
-
-    def silent_since(self, moment: float) -> float:
-        """Seconds since the last beat, or since `moment` if that was later."""
-        return time.monotonic() - max(moment, float(self._last.value))
 
 
 def watched(loader: DataLoader[Batch_co], pulse: Pulse) -> Iterator[Batch_co]:
@@ -165,29 +169,96 @@ def watched(loader: DataLoader[Batch_co], pulse: Pulse) -> Iterator[Batch_co]:
 
     Raises:
         UserError: none was active for `WORKER_SECONDS`.
+        RuntimeError: one ended, see `reason`.
     """
+    others = multiprocessing.active_children()
     batches = iter(loader)
-    while True:
-        waiting_since = time.monotonic()
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    watch = _WorkerWatch(workers, pulse)
+    if workers:
+        watch.start()
+    try:
         while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
+            yield watch.next(batches)
+    except StopIteration:
+        return
+    except (RuntimeError, OSError, EOFError):
+        if not watch.hang:
+            raise
+        _reap(workers)
+        raise UserError(
+            f"{len(workers)} loading workers did nothing for {WORKER_SECONDS:.0f} s; "
+            "look for their messages and at the disk that holds the images, or use "
+            "--workers 0; the same command continues"
+        ) from None
+    finally:
+        watch.stop()
+
+
+class _WorkerWatch(threading.Thread):
+    """Kills the workers of a loader if none is active while a batch is waited for.
+
+    The main thread cannot: it may be connected to a worker that does not answer, without a time limit.
+    """
+
+    def __init__(self, workers: Sequence[BaseProcess], pulse: Pulse) -> None:
+        super().__init__(daemon=True)
+        self._workers, self._pulse, self._done = workers, pulse, threading.Event()
+        self._asked: float | None = None
+        """When the main thread asked for the batch that it waits for."""
+        self.hang = False
+
+    def run(self) -> None:
+        """Look once a second; time during which this process was suspended does not count."""
+        silent, before = 0.0, (self._asked, self._pulse.last)
+        while not self._done.wait(_TICK_SECONDS):
+            now = self._asked, self._pulse.last
+            silent = silent + _TICK_SECONDS if now == before and self._asked is not None else 0.0
+            before = now
+            if silent >= WORKER_SECONDS:
+                self.hang = True
+                for process in self._workers:
+                    process.kill()  # otherwise Python waits for them at exit
                 return
-            except RuntimeError as error:
-                if "timed out" not in str(error):
-                    raise
-                if pulse.silent_since(waiting_since) > WORKER_SECONDS:
-                    for process in multiprocessing.active_children():
-                        process.kill()  # otherwise Python waits for them at exit
-                    raise UserError(
-                        f"{loader.num_workers} loading workers did nothing for {WORKER_SECONDS:.0f} s; "
-                        "look for their messages and at the disk that holds the images, or use "
-                        "--workers 0; the same command continues"
-                    ) from None
-            else:
-                yield batch
-                break
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._done.set()
+        if self.is_alive():
+            self.join()
+
+    def next(self, batches: Iterator[Batch_co]) -> Batch_co:
+        """The next batch, watched."""
+        self._asked = time.monotonic()
+        try:
+            while True:
+                try:
+                    return next(batches)
+                except RuntimeError as error:
+                    if self.hang or "timed out" not in str(error):
+                        raise
+        except (OSError, EOFError) as error:
+            # A batch is received from the process that made it, which may be gone.
+            if self.hang or (ended := _ended(self._workers)) is None:
+                raise
+            raise RuntimeError(f"DataLoader worker (pid {ended.pid}) ended: {error!r}") from None
+        finally:
+            self._asked = None
+
+
+def _ended(workers: Sequence[BaseProcess]) -> BaseProcess | None:
+    """A worker that has ended, or does so in a moment."""
+    ready = connection.wait([process.sentinel for process in workers], timeout=1)
+    ended = [process for process in workers if process.sentinel in ready]
+    _reap(ended)
+    return ended[0] if ended else None
+
+
+def _reap(ended: Sequence[BaseProcess]) -> None:
+    """Let torch report them here; else it does later, wherever the main thread is then."""
+    for process in ended:
+        with suppress(RuntimeError):
+            process.join(1)
 
 
 def end_worker_that_cannot_send(worker: int) -> None:

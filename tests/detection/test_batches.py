@@ -2,19 +2,34 @@
 the same batch for the same number.
 """
 
+import os
+import re
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mochi.detection import voc
+from mochi.detection import batches, voc
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
-from mochi.detection.batches import Images, TrainingItems, collate, read_rgb, resized_size, stream
+from mochi.detection.batches import (
+    Images,
+    Item,
+    PlainItems,
+    TrainingItems,
+    collate,
+    read_rgb,
+    resized_size,
+    stream,
+)
 from mochi.detection.coco import encode_masks
+from mochi.errors import UserError
+from mochi.runtime import watchdog
 
 CPU = torch.device("cpu")
 
@@ -202,6 +217,36 @@ def test_unreadable_and_swapped_images_are_named(many: Images) -> None:
     Image.new("RGB", (30, 20)).save(path)
     with pytest.raises(AnnotationError, match=r"0\.png: the image is 30 x 20 .* says 40 x 20"):
         many.item(0, 20, 99, flipped=False)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # torch notices the kill late
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (signal.SIGKILL, r"a loading worker ended: "),
+        (signal.SIGSTOP, r"1 loading workers did nothing for 1 s; look for their messages"),
+    ],
+)
+def test_a_loading_worker_that_dies_or_hangs_ends_the_run(
+    many: Images, monkeypatch: pytest.MonkeyPatch, sent: int, said: str
+) -> None:
+    real, main = many.item, os.getpid()
+
+    def item(index: int, *arguments: Any, **more: Any) -> Item:
+        if index == 4 and os.getpid() != main:
+            os.kill(os.getpid(), sent)
+        return real(index, *arguments, **more)
+
+    monkeypatch.setattr(many, "item", item)
+    monkeypatch.setattr(watchdog, "WORKER_SECONDS", 1.0)
+    monkeypatch.setattr(batches, "LOOK_SECONDS", 1)
+    loaded = stream(PlainItems(many, 20, 99), [[index] for index in range(7)], 1, CPU, 1)
+    with pytest.raises((RuntimeError, UserError)) as caught:
+        list(loaded)
+    error = caught.value
+    assert re.search(said, str(error) if isinstance(error, UserError) else watchdog.reason(error) or "")
 
 
 def test_grey_photographs_become_three_channels(real_data: Callable[[str], Path]) -> None:

@@ -12,6 +12,8 @@ from mochi.config import ConfigError, DetectionData, PhotoScenes
 from mochi.data.photographs import PHOTOGRAPHS, cells, load
 from mochi.detection import coco, scenes, voc
 from mochi.detection.scenes import _PatchSampler, make_scene
+from mochi.storage.atomic import StorageError
+from tests import full_disk
 
 CLASSES = ["astronaut", "brick", "chelsea", "coffee"]
 
@@ -111,6 +113,31 @@ def test_old_scenes_are_replaced_completely(tmp_path: Path) -> None:
     scenes.run(data(scenes=few), root)
     assert len(list((root / "train").iterdir())) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["photo-scenes"]
+
+
+def test_their_disk_space_is_known_before(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = full_disk.asked(scenes, monkeypatch)
+    scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=30, num_test=12, seed=0)), tmp_path / "x")
+    written = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+    assert written < wanted[tmp_path / "x"] < 2 * written
+
+
+def test_a_disk_that_fills_leaves_the_earlier_scenes(tmp_path: Path) -> None:
+    root = tmp_path / "photo-scenes"
+    scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=2, num_test=1, seed=0)), root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    for size in (0, 2000, 5000):  # of a picture, of the annotations
+        with (
+            full_disk.files_of_at_most(size),
+            pytest.raises(
+                StorageError, match=r"photo-scenes: cannot be written: File too large; .* intact"
+            ),
+        ):
+            scenes.run(data(), root)
+        assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["photo-scenes"]
 
 
 def test_scenes_without_scenes_json_are_replaced(tmp_path: Path) -> None:

@@ -116,6 +116,18 @@ def test_the_optimizer_is_sgd_with_momentum_without_weight_decay_of_norms(
         torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
 
 
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_the_size_of_a_checkpoint_is_known_before(
+    voc_set: Path, encoder_file: Path, tmp_path: Path, mode: str
+) -> None:
+    run = tuning(small_set(voc_set, training={"mode": mode}), encoder_file, tmp_path / "x")
+    batches = run._remaining()
+    run._advance(batches)
+    run.save()
+    tensors = sum(tensor.nbytes for tensor in load_file(tmp_path / "x").values())
+    assert run._recipe.checkpoint_bytes() == tensors
+
+
 def test_a_checkpoint_of_another_run_is_refused(voc_set: Path, encoder_file: Path, tmp_path: Path) -> None:
     saved = tmp_path / "x.safetensors"
     tuning(small_set(voc_set), encoder_file, saved, lr=0.02).save()

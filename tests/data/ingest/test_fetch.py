@@ -16,6 +16,8 @@ import pytest
 from mochi.config.datasets import Cifar
 from mochi.data.ingest.fetch import Archive, fetch, opened, unpacked
 from mochi.errors import DataError
+from mochi.storage.atomic import StorageError
+from tests import full_disk
 
 CONTENT = bytes(range(256)) * 5000
 MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
@@ -129,6 +131,48 @@ def test_an_archive_that_the_user_downloaded_is_used(tmp_path: Path) -> None:
         fetch(archive(), options(archive=str(path)), tmp_path)
     path.write_bytes(CONTENT)
     assert fetch(archive(), options(archive=str(path)), tmp_path) == path
+
+
+def test_a_download_that_does_not_fit_is_refused(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk.free(2_000_000, monkeypatch)
+    with pytest.raises(
+        StorageError, match=r"downloads: found 2.0 MB of free disk space; this run writes 2.3 MB"
+    ):
+        fetch(archive(f"{server}/good", f"{server}/plain"), options(), tmp_path)
+    assert [where for where, _ in Handler.asked] == ["/good"]
+    full_disk.free(2_400_000, monkeypatch)
+    assert fetch(archive(f"{server}/good"), options(), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_disk_that_fills_during_a_download_is_told_and_the_part_is_kept(
+    server: str, tmp_path: Path
+) -> None:
+    with (
+        full_disk.files_of_at_most(500_000),
+        pytest.raises(StorageError, match=r"downloads/file.bin.part: cannot be written: File too large"),
+    ):
+        fetch(archive(f"{server}/good", f"{server}/plain"), options(), tmp_path)
+    assert [where for where, _ in Handler.asked] == ["/good"]
+    assert fetch(archive(f"{server}/good"), options(), tmp_path).read_bytes() == CONTENT
+    assert Handler.asked[-1] == ("/good", "bytes=500000-")
+
+
+def test_a_disk_that_fills_during_unpacking_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tar(tmp_path / "x.tgz", "a", "b")
+    full_disk.free(1 << 20, monkeypatch)  # and 10 bytes are too much
+    with pytest.raises(StorageError, match=r"x.tgz: found 1.0 MB of free disk space"):
+        unpacked(path, tmp_path)
+    monkeypatch.undo()
+    with (
+        full_disk.files_of_at_most(4),
+        pytest.raises(StorageError, match=r"unpacked/x.tgz: cannot be written: File too large"),
+    ):
+        unpacked(path, tmp_path)
+    assert (unpacked(path, tmp_path) / "b").read_bytes() == b"hello"
 
 
 def make_tar(path: Path, *members: tarfile.TarInfo | str) -> Path:

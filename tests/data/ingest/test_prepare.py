@@ -15,7 +15,7 @@ import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -28,6 +28,9 @@ from mochi.data.ingest.prepare import prepare
 from mochi.data.ingest.raw import ByteRange
 from mochi.errors import DataError
 from mochi.storage.atomic import StorageError
+from tests import full_disk
+
+PREPARE = "mochi.data.ingest.prepare"  # as a name of its package it is the function
 
 Picture = Callable[..., Image.Image]
 
@@ -442,6 +445,48 @@ def test_images_much_larger_than_needed_are_named(tree: Path, tmp_path: Path) ->
     )
     assert "dataset.max_side: 1024 stores them smaller" in message
     assert open_dataset(out).split("val").oversized() == ""
+
+
+@pytest.mark.parametrize("max_side", [None, 100])
+@pytest.mark.parametrize("small", [False, True])
+def test_the_disk_space_is_known_before(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_side: int | None, *, small: bool
+) -> None:
+    """Small images of one size are on disk as files and as pixels for a moment."""
+    for number, path in enumerate(sorted(tree.rglob("*.jpg"))):
+        Image.open(path).resize((40, 50) if small else (200 + 3 * number, 150)).save(path, quality=95)
+    out, wanted = (
+        tmp_path / "data" / "photos",
+        full_disk.asked(importlib.import_module(PREPARE), monkeypatch),
+    )
+    peak, real = [0], write.finish
+
+    def finish(new: Path, *arguments: Any) -> dict[str, Any]:
+        entry = real(new, *arguments)
+        peak[0] = sum(path.stat().st_size for path in new.iterdir())
+        return entry
+
+    monkeypatch.setattr(write, "finish", finish)
+    manifest = prepare(folder(tree, max_side=max_side), out, jobs=1)
+    if manifest["splits"]["train"]["storage"] == "pixels":
+        peak[0] += sum(path.stat().st_size for path in tree.rglob("*.jpg"))
+    # The size of resized JPEGs is only bounded: by a byte for each pixel of a square.
+    most = 1.5 if max_side is None or small else 3
+    assert 0.9 * peak[0] < wanted[out] < most * peak[0], (wanted, peak)
+
+
+def test_too_little_space_leaves_the_earlier_preparation(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "data" / "photos"
+    prepare(folder(tree), out, jobs=1)
+    before = contents(out)
+    full_disk.free(1 << 20, monkeypatch)
+    with pytest.raises(
+        StorageError, match=r"data/photos: found 1.0 MB of free disk space; this run writes"
+    ):
+        prepare(folder(tree, max_side=50), out, jobs=1)
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])

@@ -49,7 +49,7 @@ docs: $(VENV)/.ready
 	@echo build/docs/index.html
 
 mutants: $(VENV)/.ready
-	mutmut run
+	mutmut run $(MUTANTS)
 	mutmut results
 
 lock: $(VENV)/.ready

@@ -6,14 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from mochi.config import Experiment, datasets
 from mochi.data.ingest.sources.folder import current_listing
 from mochi.errors import UserError
 from mochi.layout import dataset
-from mochi.provenance.dvc_cache import DvcCache
-from mochi.provenance.record import versions
+from mochi.provenance import dvc_cache
+from mochi.provenance.record import other_versions
 from mochi.provenance.wanted import CODE_CHANGED, Result, results
 from mochi.storage.atomic import write_json
 
@@ -42,11 +41,11 @@ def adopt(
         raise UserError('snakemake: not installed; run `pip install "mochi-pipeline[workflow]"`')
     listings = {name: current_listing(each, dataset(name)) for name, each in datasets(experiment).items()}
     all_results = results(experiment, listings)
+    cached = dvc_cache.versions() if restore else {}
     lines, stale = [], set[Path]()
-    cache = DvcCache() if restore else None
     for result in all_results:
         reason = result.why_stale()
-        if reason is not None and cache is not None and cache.restore(result):
+        if reason is not None and dvc_cache.restore(result, cached):
             reason = None
             lines.append(f"restored from DVC's cache: {result.label}")
         if reason == CODE_CHANGED and accept_code:
@@ -56,11 +55,11 @@ def adopt(
         first = next((path for path in result.inputs.values() if path.parent in stale), None)
         if reason is None and first is not None:
             reason = f"its input {first} is computed first"
-        if reason is None:
-            lines += _other_versions(result)
-        else:
+        if reason is not None:
             stale.add(result.folder)
             lines.append(f"to compute: {result.label}: {reason}")
+        elif others := other_versions(result):
+            lines.append(f"note: {result.label}: computed with {', '.join(others)}")
     _touch(config)
     current = len(all_results) - len(stale)
     return [*lines, f"{experiment.name}: {current} results are current, {len(stale)} will be computed"]
@@ -70,18 +69,6 @@ def _accept_code(result: Result) -> None:
     record = json.loads(result.record.read_text(encoding="utf-8"))
     record["accepted_code"] = [*record.get("accepted_code", []), result.code_digest]
     write_json(result.record, record)
-
-
-def _other_versions(result: Result) -> list[str]:
-    """A line if other versions of packages computed the result: shown, not a reason to compute again."""
-    recorded: dict[str, Any] = json.loads(result.record.read_text(encoding="utf-8")).get("versions", {})
-    here = versions()
-    differing = [
-        f"{name} {recorded[name]} (here {here[name]})"
-        for name in ("torch", "torchvision")
-        if name in recorded and name in here and recorded[name] != here[name]
-    ]
-    return [f"note: {result.label}: computed with {', '.join(differing)}"] if differing else []
 
 
 def _touch(config: Path) -> None:

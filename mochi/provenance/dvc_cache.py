@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 from mochi.provenance.wanted import RECORD, Result
@@ -21,49 +21,28 @@ gives the same bytes."""
 
 Version = dict[str, Path]
 """The files of one folder: name -> object in the cache."""
+Versions = Mapping[str, list[Version]]
+"""Folder with a provenance.json, relative to the folder that DVC tracks -> its versions."""
 
 
-class DvcCache:
-    """Encoders and evaluations in the cache of this DVC project; empty without one."""
+def versions(cache: Path | None = None) -> Versions:
+    """All versions in a cache; default: the output of `dvc cache dir`, without which there are none.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: the cache; default: the output of `dvc cache dir`."""
-        self._folder = folder
-
-    def restore(self, result: Result) -> bool:
-        """Replace a stale result with a current version; False if there is none."""
-        if result.stage in _PREPARED:
-            return False
-        parts = result.folder.parts
-        # DVC's lists have paths relative to the tracked folder.
-        for start in range(1, len(parts)):
-            for version in self._versions.get("/".join(parts[start:]), []):
-                if _is_current(result, version):
-                    with publishing(result.folder) as new:
-                        for name, path in version.items():
-                            shutil.copyfile(path, new / name)
-                    return True
-        return False
-
-    @cached_property
-    def _versions(self) -> dict[str, list[Version]]:
-        """Folder with a provenance.json, relative to the tracked folder -> its versions.
-
-        Source: dvc.org/doc/user-guide/project-structure/internal-files, structure of the cache directory.
-        """
-        versions: dict[str, list[Version]] = defaultdict(list)
-        folder = self._folder or _cache_here()
-        if folder is None:
-            return versions
-        for listing in folder.glob("files/md5/??/*.dir"):
-            by_folder: dict[Path, Version] = defaultdict(dict)
-            for entry in json.loads(listing.read_text(encoding="utf-8")):
-                path, md5 = Path(entry["relpath"]), entry["md5"]
-                by_folder[path.parent][path.name] = folder / "files/md5" / md5[:2] / md5[2:]
-            for path, version in by_folder.items():
-                if RECORD in version:
-                    versions[path.as_posix()].append(version)
-        return versions
+    Source: dvc.org/doc/user-guide/project-structure/internal-files, structure of the cache directory.
+    """
+    found: dict[str, list[Version]] = defaultdict(list)
+    cache = cache or _cache_here()
+    if cache is None:
+        return found
+    for listing in cache.glob("files/md5/??/*.dir"):
+        by_folder: dict[Path, Version] = defaultdict(dict)
+        for entry in json.loads(listing.read_text(encoding="utf-8")):
+            path, md5 = Path(entry["relpath"]), entry["md5"]
+            by_folder[path.parent][path.name] = cache / "files/md5" / md5[:2] / md5[2:]
+        for path, version in by_folder.items():
+            if RECORD in version:
+                found[path.as_posix()].append(version)
+    return found
 
 
 def _cache_here() -> Path | None:
@@ -72,6 +51,22 @@ def _cache_here() -> Path | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return Path(done.stdout.strip())
+
+
+def restore(result: Result, cached: Versions) -> bool:
+    """Replace a stale result with a current version; False if there is none."""
+    if result.stage in _PREPARED:
+        return False
+    parts = result.folder.parts
+    # DVC's lists have paths relative to the tracked folder.
+    for start in range(1, len(parts)):
+        for version in cached.get("/".join(parts[start:]), []):
+            if _is_current(result, version):
+                with publishing(result.folder) as new:
+                    for name, path in version.items():
+                        shutil.copyfile(path, new / name)
+                return True
+    return False
 
 
 def _is_current(result: Result, version: Version) -> bool:

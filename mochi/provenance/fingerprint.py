@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -53,51 +54,37 @@ def source_files(module: str) -> list[Path]:
 
 @cache
 def _computation(path: Path) -> str:
-    return _text(_WithoutMessages().visit(ast.parse(path.read_bytes())))
-
-
-class _WithoutMessages(ast.NodeTransformer):
-    """Removes text for readers and keeps computations."""
-
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            return None  # a docstring
-        if isinstance(node.value, ast.Call) and _only_tells(node.value.func):
-            return None
-        return self.generic_visit(node)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
-        return None if node.name == "columns" else self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        if isinstance(node.func, ast.Name) and node.func.id == "Progress":
-            node.args, node.keywords = [], []
-        return self.generic_visit(node)
-
-    def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        if isinstance(node.exc, ast.Call):
-            node.exc = node.exc.func
-        return self.generic_visit(node)
-
-    def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        node.msg = None
-        return self.generic_visit(node)
-
-
-def _only_tells(function: ast.expr) -> bool:
-    """`logger.info` and the like, `warnings.warn`, `progress.advance`."""
-    return (
-        isinstance(function, ast.Attribute)
-        and isinstance(function.value, ast.Name)
-        and function.value.id in {"logger", "warnings", "progress"}
-    )
+    return _text(ast.parse(path.read_bytes()))
 
 
 def _text(node: object) -> str:
     """A syntax tree as text. `ast.dump` differs between Python versions: it shows fields that some lack."""
     if isinstance(node, ast.AST):
-        shown = ((name, _text(value)) for name, value in ast.iter_fields(node) if value not in (None, []))
-        return f"{type(node).__name__}({', '.join(f'{name}={text}' for name, text in shown)})"
+        parts = ((name, _text(value)) for name, value in _parts(node))
+        shown = (f"{name}={text}" for name, text in parts if text not in ("None", "[]"))
+        return f"{type(node).__name__}({', '.join(shown)})"
     if isinstance(node, list):
-        return f"[{', '.join(map(_text, node))}]"
+        return f"[{', '.join(_text(each) for each in node if not _tells(each))}]"
     return repr(node)
+
+
+def _parts(node: ast.AST) -> Iterator[tuple[str, object]]:
+    """The fields of a node, without text for readers."""
+    for name, value in ast.iter_fields(node):
+        match node, name:
+            case (ast.Assert(), "msg") | (ast.Call(func=ast.Name(id="Progress")), "args" | "keywords"):
+                continue
+            case ast.Raise(exc=ast.Call(func=error)), "exc":
+                yield name, error
+            case _:
+                yield name, value
+
+
+def _tells(statement: object) -> bool:
+    """Docstrings, `columns`, `logger.info` and the like, `warnings.warn`, `progress.advance`."""
+    match statement:
+        case ast.FunctionDef(name="columns") | ast.Expr(value=ast.Constant(value=str())):
+            return True
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))):
+            return name in {"logger", "warnings", "progress"}
+    return False

@@ -1,6 +1,7 @@
 """provenance.json: command, commit, settings, code, inputs, outputs, versions, hardware, time."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -81,6 +82,17 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return by_package
+
+
+def other_versions(result: Result) -> list[str]:
+    """`torch 2.9.0 (here 2.10.0)` if others computed the result: shown, not a reason to compute again."""
+    recorded = json.loads(result.record.read_text(encoding="utf-8")).get("versions", {})
+    here = versions()
+    return [
+        f"{name} {recorded[name]} (here {here[name]})"
+        for name in ("torch", "torchvision")
+        if name in recorded and name in here and recorded[name] != here[name]
+    ]
 
 
 def hardware() -> dict[str, Any]:

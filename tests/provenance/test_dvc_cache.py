@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mochi.provenance.dvc_cache import DvcCache
+from mochi.provenance.dvc_cache import restore, versions
 from mochi.provenance.record import Stopwatch, write_record
 from mochi.provenance.wanted import Result
 
@@ -77,12 +77,12 @@ def test_the_version_with_the_wanted_settings_is_restored(store: Store, removed:
     if removed:
         shutil.rmtree(store.tracked)
     assert wanted.why_stale() is not None
-    assert DvcCache(store.cache).restore(wanted)
+    assert restore(wanted, versions(store.cache))
     assert wanted.why_stale() is None
     assert metrics(wanted) == {"top1": 5.0}
     (wanted.folder / "metrics.json").write_text("a copy, not a link to the cache")
     shutil.rmtree(store.tracked)
-    assert DvcCache(store.cache).restore(store.result(4))
+    assert restore(store.result(4), versions(store.cache))
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,17 @@ def test_the_version_with_the_wanted_settings_is_restored(store: Store, removed:
     ],
 )
 def test_without_a_matching_version_nothing_is_restored(store: Store, change: dict[str, Any]) -> None:
-    assert not DvcCache(store.cache).restore(replace(store.result(5), **change))
+    assert not restore(replace(store.result(5), **change), versions(store.cache))
     assert metrics(store.result(4)) == {"top1": 4.0}, "existing files stay"
 
 
 def test_results_of_another_row_do_not_match(store: Store) -> None:
-    assert not DvcCache(store.cache).restore(store.result(5, "mochi"))
+    assert not restore(store.result(5, "mochi"), versions(store.cache))
 
 
 def test_results_of_another_encoder_do_not_match(store: Store) -> None:
     store.encoder.write_bytes(b"other weights")
-    assert not DvcCache(store.cache).restore(store.result(5))
+    assert not restore(store.result(5), versions(store.cache))
 
 
 @pytest.mark.parametrize("damage", ["missing", "corrupt"])
@@ -117,7 +117,7 @@ def test_a_version_with_a_lost_object_is_skipped(store: Store, damage: str) -> N
     path.unlink()
     if damage == "corrupt":
         path.write_bytes(b'{"top1": 99.0}')
-    assert not DvcCache(store.cache).restore(store.result(5))
+    assert not restore(store.result(5), versions(store.cache))
     assert metrics(store.result(4)) == {"top1": 4.0}
 
 
@@ -126,6 +126,6 @@ def test_without_dvc_nothing_is_restored(
 ) -> None:
     """Neither outside a DVC project nor if DVC is not installed."""
     monkeypatch.chdir(tmp_path)
-    assert not DvcCache().restore(store.result(5))
+    assert not restore(store.result(5), versions())
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not DvcCache().restore(store.result(5))
+    assert not restore(store.result(5), versions())

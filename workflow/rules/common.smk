@@ -6,16 +6,13 @@ from pathlib import Path
 
 import yaml
 from snakemake.exceptions import WorkflowError
-from snakemake.resources import Resource
 
 from mochi import layout
 from mochi.adopt import ADOPTING
 from mochi.config import ConfigError, all_runs, datasets, load_experiment, probes
 from mochi.layout import Paths
 from mochi.provenance import wanted
-from mochi.runtime import gpus
 from mochi.runtime.locks import lock_until_exit
-from mochi.runtime.shares import threads_of_job
 
 # One file is one experiment. Snakemake merges several files key by key, so the default is read only if none is given.
 if not workflow.configfiles:
@@ -53,27 +50,6 @@ wildcard_constraints:
     seed="[0-9]+",
 
 
-# Snakemake does not detect GPUs, so their number is registered here. A job on a cluster already has it.
-GPUS = gpus.visible()
-if workflow.is_main_process and "gpu" not in workflow.global_resources:
-    workflow.register_resource("gpu", Resource("gpu", len(GPUS)))
-GPUS_PER_RUN = 1 if GPUS else 0
-
-
-def threads_of(rule):
-    """Threads of a job: a share of the cores for each of its GPUs (--set-resources may change their number)."""
-    changed = workflow.resource_settings.overwrite_resources.get(rule, {})
-    asked = changed["gpu"] if "gpu" in changed else GPUS_PER_RUN
-    return threads_of_job(len(GPUS), int(getattr(asked, "value", asked)))
-
-
-def share_of_a_gpu(nodes="1"):
-    """Options that divide the threads of a job on each node among its GPUs."""
-    gpus = "({resources.gpu} + ! {resources.gpu})"  # at least 1
-    share = f"({{threads}} * {nodes} + {gpus} - 1) / {gpus}"
-    return f" --threads $(( {share} )) --workers $(( {share} - 1 )) "
-
-
 # A job runs again when its settings or its code change: they are params of its rule. `mochi adopt` makes
 # Snakemake record for every existing result whether its provenance.json is current.
 def settings_of(result):
@@ -101,30 +77,10 @@ def analyzed(wildcards):
     return wanted.analyzed(EXPERIMENT, wildcards.method, int(wildcards.seed))
 
 
-# Pictures that `snakemake --report` shows.
-PICTURES = {
-    "neighbours.jpg": "Encoders",
-    "map.jpg": "Encoders",
-    "detections.png": "Detections",
-    "precision_recall.png": "Detections",
-}
-
-
-def in_report(path, category, caption, **labels):
-    """The path, marked for `snakemake --report`; the caption is a file of workflow/report."""
-    caption = f"../report/{caption}.rst"
-    return report(path, caption=caption, category=category, labels=labels)
-
-
 def results_of(folder, stage, **labels):
     """The files of a result. Snakemake keeps the old ones while a job runs; the job replaces them at its end."""
-    files = []
-    for name in (*wanted.STAGES[stage].outputs, wanted.RECORD):
-        path, kind = f"{folder}/{name}", Path(name).stem
-        if name in PICTURES:
-            path = in_report(path, PICTURES[name], kind, **labels, picture=kind)
-        files.append(path)
-    return update(files)
+    names = (*wanted.STAGES[stage].outputs, wanted.RECORD)
+    return update([marked(f"{folder}/{name}", **labels) for name in names])
 
 
 def logged(command):
@@ -136,13 +92,3 @@ def logged(command):
         "touch {log:q}.part && ln -f {log:q}.part {log:q}"
         f" && {command} 2>&1 | tee -a {{log:q}} && rm {{log:q}}.part"
     )
-
-
-def shown(folder, name):
-    """A file of the report; figures and main tables are marked for `snakemake --report`."""
-    path = str(folder / name)
-    if name.endswith(".svg"):
-        return in_report(path, "Figures", "figure", figure=Path(name).stem)
-    if name in ("summary.csv", "report.html"):
-        return in_report(path, "Tables", name, file=name)
-    return path

@@ -16,14 +16,9 @@ from mochi.report import stage
 from mochi.report.collect import MissingResultError
 from mochi.report.explain import explain
 from tests.detection.sets import small_set
+from tests.report.conftest import Report
 from tests.report.made_up import fine_tunings, make_up
 from tests.tiny import MOCHI, with_protocol
-
-
-@pytest.fixture
-def reported_results(tiny: Experiment, results: Path) -> Path:
-    stage.run(tiny, reported(tiny))
-    return results
 
 
 def test_every_file_is_named_and_its_digest_checked(tiny: Experiment, reported_results: Path) -> None:
@@ -49,11 +44,11 @@ def test_every_file_is_named_and_its_digest_checked(tiny: Experiment, reported_r
     assert text.count("(not found)") == 4
 
 
-def test_a_single_run_has_no_standard_deviation(tiny: Experiment, reported_results: Path) -> None:
+def test_a_single_run_has_no_standard_deviation(tiny: Experiment, report: Report) -> None:
     assert explain(tiny, "random-init", "knn")[0] == "random-init, knn top1: 10.00, a single score"
 
 
-def test_settings_changed_since_the_result_are_shown(reported_results: Path) -> None:
+def test_settings_changed_since_the_result_are_shown(report: Report) -> None:
     text = "\n".join(explain(with_protocol("knn", k=7), MOCHI, "knn"))
     assert len(re.findall(r"settings [0-9a-f]{16} \(CHANGED\)", text)) == 2  # not those of pretraining
     assert len(re.findall(r"settings [0-9a-f]{16} \(unchanged\)", text)) == 2
@@ -83,7 +78,7 @@ def test_code_that_was_accepted_or_changed_between_resumes_is_shown(
     ],
 )
 def test_an_unknown_method_or_task_is_refused(
-    tiny: Experiment, reported_results: Path, method: str, task: str, message: str
+    tiny: Experiment, report: Report, method: str, task: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         explain(tiny, method, task)

@@ -17,6 +17,7 @@ from mochi.report import stage
 from mochi.report.analyses import Chart, Series
 from mochi.report.figures import _marks, draw
 from tests.detection.sets import small_set
+from tests.report.conftest import Report
 from tests.report.made_up import fine_tunings, is_detection, make_up, top1_of
 from tests.tiny import MOCHI, TINY
 
@@ -33,10 +34,9 @@ def curve(line: Line2D) -> dict[float, float]:
     return dict(zip(map(float, line.get_xdata()), map(float, line.get_ydata()), strict=True))  # type: ignore[arg-type]
 
 
-def test_accuracy(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
+def test_accuracy(report: Report) -> None:
     """The mean of each row as a point, with its standard deviation as an error bar and as text."""
-    stage.run(tiny, reported(tiny))
-    linear, knn = drawn["accuracy"].axes
+    linear, knn = report.figures["accuracy"].axes
     assert [linear.get_xlabel(), knn.get_xlabel()] == ["linear top-1 (%)", "knn top-1 (%)"]
     assert [text.get_text() for text in linear.get_yticklabels()] == ["random-init", MOCHI]
     for axes in (linear, knn):
@@ -44,10 +44,9 @@ def test_accuracy(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> 
         assert [text.get_text() for text in axes.texts] == ["10.0", "51.5 ± 2.1"]
 
 
-def test_loss(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
+def test_loss(report: Report) -> None:
     """The mean over seeds, a band of the standard deviation, and the chance level."""
-    stage.run(tiny, reported(tiny))
-    (axes,) = drawn["loss"].axes
+    (axes,) = report.figures["loss"].axes
     mean, chance = axes.lines
     assert curve(mean) == {0.0: 4.5, 1.0: 3.5}
     assert (curve(chance), chance.get_linestyle()) == ({0.0: 4.6, 1.0: 4.6}, ":")
@@ -55,24 +54,22 @@ def test_loss(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None
     bounds = band.get_datalim(axes.transData)
     assert (bounds.y0, bounds.y1) == pytest.approx((3.5 - 0.5**0.5, 4.5 + 0.5**0.5))
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "loss (nats)")
-    (legend,) = drawn["loss"].legends
+    (legend,) = report.figures["loss"].legends
     assert [text.get_text() for text in legend.get_texts()] == [MOCHI, f"{MOCHI}, chance"]
     assert legend.get_title().get_text() == "band: standard deviation over up to 2 seeds"
 
 
-def test_proxy_task(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
+def test_proxy_task(report: Report) -> None:
     """With and without synthetic negatives."""
-    stage.run(tiny, reported(tiny))
-    (axes,) = drawn["proxy-task"].axes
+    (axes,) = report.figures["proxy-task"].axes
     alone, with_synthetics = axes.lines
     assert (curve(alone), alone.get_linestyle()) == ({0.0: 20.0, 1.0: 20.0}, "-")
     assert (curve(with_synthetics), with_synthetics.get_linestyle()) == ({0.0: 10.0, 1.0: 10.0}, "--")
     assert axes.get_ylabel() == "accuracy (%)"
 
 
-def test_matching(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
-    stage.run(tiny, reported(tiny))
-    (axes,) = drawn["matching"].axes
+def test_matching(report: Report) -> None:
+    (axes,) = report.figures["matching"].axes
     assert [curve(line) for line in axes.lines] == [
         pytest.approx({float(rank): 0.1 / rank for rank in range(1, 10)})
     ] * 2
@@ -82,33 +79,28 @@ def test_matching(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> 
     assert axes.get_yscale() == "log"
 
 
-def test_false_negatives_and_parents(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
-    stage.run(tiny, reported(tiny))
-    (hardest,) = drawn["false-negatives"].axes
+def test_false_negatives_and_parents(report: Report) -> None:
+    (hardest,) = report.figures["false-negatives"].axes
     assert [curve(line) for line in hardest.lines] == [pytest.approx({0.0: 6.0, 1.0: 6.0})]
-    (parents,) = drawn["false-parents"].axes
+    (parents,) = report.figures["false-parents"].axes
     assert [(line.get_linestyle(), curve(line)) for line in parents.lines] == [
         ("-", pytest.approx({0.0: 11.0, 1.0: 11.0})),
         ("--", pytest.approx({0.0: 1.0, 1.0: 1.0})),
     ]
 
 
-def test_alignment_and_uniformity(tiny: Experiment, results: Path, drawn: dict[str, Figure]) -> None:
-    stage.run(tiny, reported(tiny))
-    pooled, embedded = drawn["alignment-uniformity"].axes
+def test_alignment_and_uniformity(report: Report) -> None:
+    pooled, embedded = report.figures["alignment-uniformity"].axes
     assert [pooled.get_title(), embedded.get_title()] == ["pooled features", "embedded features"]
     assert means(pooled) == [[-1.0, 0.5], [-1.5, 1.0]]
     assert means(embedded) == [[-0.75, 0.5]], "random-init has no head"
 
 
-def test_a_row_has_the_same_colour_and_marker_in_every_figure(
-    tiny: Experiment, results: Path, drawn: dict[str, Figure]
-) -> None:
-    stage.run(tiny, reported(tiny))
+def test_a_row_has_the_same_colour_and_marker_in_every_figure(report: Report) -> None:
     found = {
         (line.get_color(), line.get_marker())
         for name in ("loss", "proxy-task", "false-negatives")
-        for line in drawn[name].axes[0].lines
+        for line in report.figures[name].axes[0].lines
         if line.get_linestyle() != ":"
     }
     assert len(found) == 1

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mochi.config import Experiment, parse_experiment
+from mochi.config import parse_experiment
 from mochi.provenance.wanted import reported
 from mochi.report import stage
 from mochi.report.page import duration
+from tests.report.conftest import Report
 from tests.report.made_up import CLASS, make_up, top1_of
 from tests.tiny import MOCHI, TINY, changed
 
@@ -29,9 +30,8 @@ class Tags(HTMLParser):
 
 
 @pytest.fixture
-def page(tiny: Experiment, results: Path) -> str:
-    stage.run(tiny, reported(tiny))
-    return Path("results/tiny/report.html").read_text()
+def page(report: Report) -> str:
+    return (report.folder / "results/tiny/report.html").read_text()
 
 
 def test_the_page_loads_nothing_and_has_no_script(page: str) -> None:

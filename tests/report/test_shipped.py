@@ -49,7 +49,7 @@ def test_the_report_is_complete(
     ]
 
     evaluated = probes(experiment)
-    panels = {axes.get_xlabel(): axes for axes in drawn["accuracy"].axes}
+    panels = {axes.get_xlabel(): axes for axes in drawn["accuracy"].axes if axes.axison}
     expected = {f"{task} top-1 (%)": task for task in evaluated} or {
         f"detection-{task} AP50 (%)": f"detection-{task}" for task in experiment.evaluation.detection
     }

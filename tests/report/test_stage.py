@@ -13,13 +13,14 @@ from mochi.config import Experiment
 from mochi.layout import Paths
 from mochi.provenance.wanted import RECORD, Result, reported
 from mochi.report import stage
-from tests.report.made_up import published_in, redirected
+from tests.report.conftest import Report
+from tests.report.made_up import redirected
 from tests.tiny import MOCHI
 
 
-def test_all_files_are_written(tiny: Experiment, results: Path) -> None:
+def test_all_files_are_written(tiny: Experiment, report: Report) -> None:
     result = reported(tiny)
-    assert stage.run(tiny, result) == Path("results/tiny/summary.md")
+    assert report.table == Path("results/tiny/summary.md")
     assert files_of_report(result) == {*result.outputs, RECORD}
     assert {"report.html", "summary.tex", "figures/accuracy.png", "figures/loss.svg"} < {*result.outputs}
     assert (result.folder / "figures/accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -41,8 +42,7 @@ def test_all_files_are_written(tiny: Experiment, results: Path) -> None:
     assert json.loads((result.folder / "summary.json").read_text())["random-init"] == means
 
 
-def test_records_json_has_every_encoder_and_evaluation(tiny: Experiment, results: Path) -> None:
-    stage.run(tiny, reported(tiny))
+def test_records_json_has_every_encoder_and_evaluation(report: Report) -> None:
     paths = Paths("tiny")
     runs = [("random-init", 0), (MOCHI, 0), (MOCHI, 1)]
     folders = [paths.pretrain(*run) for run in runs]
@@ -51,47 +51,53 @@ def test_records_json_has_every_encoder_and_evaluation(tiny: Experiment, results
     assert json.loads((paths.results / "records.json").read_text()) == expected
 
 
-def test_a_report_is_current_until_a_result_changes(tiny: Experiment, results: Path) -> None:
-    stage.run(tiny, reported(tiny))
+def test_a_report_is_current_until_a_result_changes(tiny: Experiment, reported_results: Path) -> None:
     assert reported(tiny).why_stale() is None
     metrics = Paths("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json"
     metrics.write_text('{"top1": 99.0}')
     assert reported(tiny).why_stale() == f"input: {metrics} changed"
 
 
-def test_the_same_results_give_the_same_bytes(tiny: Experiment, results: Path) -> None:
-    once, again = (redirected(reported(tiny), results / name) for name in ("once", "again"))
-    published = published_in(results)
-    for result in (once, again):
-        stage.run(tiny, result, published)
-    for name in once.outputs:
-        assert (once.folder / name).read_bytes() == (again.folder / name).read_bytes(), name
+def test_the_same_results_give_the_same_bytes(tiny: Experiment, report: Report, results: Path) -> None:
+    """In another folder too."""
+    again = reported(tiny)
+    stage.run(tiny, again)
+    for name in again.outputs:
+        once = report.folder / again.folder / name
+        assert once.read_bytes() == (again.folder / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
-    "missing",
+    ("missing", "counted"),
     [
-        Paths("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json",
-        Paths("tiny").evaluation(MOCHI, 1, "knn") / "confusion.csv",
-        Paths("tiny").evaluation(MOCHI, 1, "knn") / RECORD,
-        Paths("tiny").evaluation(MOCHI, 1, "analysis") / "analysis.json",
-        Paths("tiny").pretrain(MOCHI, 1) / "metrics.csv",
-        Paths("tiny").pretrain("random-init", 0) / "matching.csv",
-        Paths("tiny").pretrain("random-init", 0) / RECORD,
+        ([Paths("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json"], "Missing: 1 file<"),
+        (
+            [
+                Paths("tiny").evaluation(MOCHI, 0, "knn") / "confusion.csv",
+                Paths("tiny").evaluation(MOCHI, 1, "linear") / RECORD,
+                Paths("tiny").evaluation(MOCHI, 1, "analysis") / "analysis.json",
+                Paths("tiny").pretrain(MOCHI, 1) / "metrics.csv",
+                Paths("tiny").pretrain("random-init", 0) / "matching.csv",
+                Paths("tiny").pretrain(MOCHI, 0) / RECORD,
+            ],
+            "Missing: 6 files<",
+        ),
     ],
-    ids=str,
+    ids=["one", "one of every other kind"],
 )
 def test_missing_results_are_named_and_left_out(
-    missing: Path, tiny: Experiment, results: Path, caplog: pytest.LogCaptureFixture
+    missing: list[Path], counted: str, tiny: Experiment, results: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    missing.unlink()
+    for path in missing:
+        path.unlink()
     result = redirected(reported(tiny), Path("report"))
     stage.run(tiny, result)
-    expected = f"{missing}: not found; run `snakemake {missing}` first"
-    assert f"missing: {expected}" in caplog.text
     page = Path("report/report.html").read_text()
-    assert "Missing: 1 file" in page
-    assert html.escape(expected, quote=False) in html.unescape(page)
+    assert counted in page
+    for path in missing:
+        expected = f"{path}: not found; run `snakemake {path}` first"
+        assert f"missing: {expected}" in caplog.text
+        assert html.escape(expected, quote=False) in html.unescape(page)
     assert not result.record.exists(), "so that it is written again"
 
 
@@ -107,11 +113,13 @@ def test_without_results_there_is_a_report(tiny: Experiment, results: Path) -> N
 def test_a_damaged_result_is_named(
     tiny: Experiment, results: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    metrics = Paths("tiny").evaluation(MOCHI, 1, "knn") / "metrics.json"
-    for content, reason in (('{"top1": 5', "delimiter"), ("[1]", "found list, expected an object")):
-        metrics.write_text(content)
-        stage.run(tiny, reported(tiny))
-        assert re.search(f"missing: {metrics}: cannot be read: .*{reason}.*; compute it again", caplog.text)
+    damaged = [('{"top1": 5', "delimiter"), ("[1]", "found list, expected an object")]
+    files = [Paths("tiny").evaluation(MOCHI, seed, "knn") / "metrics.json" for seed in (0, 1)]
+    for file, (content, _) in zip(files, damaged, strict=True):
+        file.write_text(content)
+    stage.run(tiny, reported(tiny))
+    for file, (_, reason) in zip(files, damaged, strict=True):
+        assert re.search(f"missing: {file}: cannot be read: .*{reason}.*; compute it again", caplog.text)
 
 
 def files_of_report(result: Result) -> set[str]:

@@ -24,7 +24,7 @@ from mochi.contrast.rules.hard_weighting import HardWeighting
 from mochi.errors import UserError
 from mochi.runtime.distributed import own_slice, rank
 from mochi.runtime.seeding import generator
-from tests.detection.ranks import run_ranks
+from tests.processes import run_ranks
 from tests.reference import Given, mixed_pair, mixed_with_query, mochi_loss
 from tests.simulated_gpu import simulated_gpu
 

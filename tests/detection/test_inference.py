@@ -17,8 +17,8 @@ from mochi.detection.inference import detect
 from mochi.detection.model import Detector, build
 from mochi.runtime import distributed
 from mochi.runtime.precision import autocast
-from tests.detection.ranks import run_ranks
 from tests.detection.sets import ENCODER, small_model
+from tests.processes import run_ranks
 
 CPU = torch.device("cpu")
 

@@ -25,8 +25,8 @@ from mochi.provenance.wanted import Result
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.seeding import numpy_generator
 from mochi.storage.checkpoint import CheckpointError
-from tests.detection.ranks import run_ranks
 from tests.detection.sets import detection, small_set
+from tests.processes import run_ranks
 
 
 @pytest.fixture

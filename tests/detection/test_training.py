@@ -18,8 +18,8 @@ from mochi.detection.training import FineTuning, FrozenBackbone, Recipe, Schedul
 from mochi.runtime import distributed
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.storage.checkpoint import CheckpointError
-from tests.detection.ranks import run_ranks
 from tests.detection.sets import ENCODER, small_set
+from tests.processes import run_ranks
 
 CPU = torch.device("cpu")
 

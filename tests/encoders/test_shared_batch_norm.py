@@ -9,7 +9,7 @@ from torch import nn
 
 from mochi.encoders.shared_batch_norm import SharedBatchNorm2d
 from mochi.runtime import distributed
-from tests.detection.ranks import run_ranks
+from tests.processes import run_ranks
 from tests.simulated_gpu import simulated_gpu
 
 # Uneven on purpose: 1 and 3 images.

@@ -1,6 +1,5 @@
 """Peak memory of an evaluation: 1.1 times the features plus a constant."""
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mochi.evaluation.features import Frozen
 from mochi.evaluation.resume import ResumePoint
 from mochi.provenance.record import Stopwatch
 from tests.evaluation.runs import result_in
+from tests.processes import context
 from tests.tiny import with_protocol
 
 NUM_FEATURES = 2048
@@ -102,7 +102,7 @@ def test_features_are_in_memory_once(
 ) -> None:
     experiment = with_protocol(task, **protocol)
     arguments = experiment, task, shared, encoder_file, tiny_data, large_data, tmp_path
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=context()) as pool:
         grown = pool.submit(growth, *arguments).result()
     features = rows * NUM_FEATURES * torch.float32.itemsize
     assert grown < 1.1 * features + CONSTANT

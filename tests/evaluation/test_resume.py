@@ -1,7 +1,6 @@
 """A killed probe ends with the same bytes as an uninterrupted one, and resumes only its own checkpoint."""
 
 import json
-import multiprocessing
 import random
 import signal
 import time
@@ -21,6 +20,7 @@ from mochi.provenance.wanted import RECORD
 from mochi.storage import checkpoint
 from mochi.storage.checkpoint import CheckpointError
 from tests.evaluation.runs import evaluate, result_in
+from tests.processes import context
 from tests.tiny import with_protocol
 
 CROPS = {"min_scale": 0.2, "batch_size": 48}  # 160 images: the last batch has 16
@@ -63,14 +63,13 @@ def test_a_probe_killed_at_random_moments_ends_with_the_same_bytes(
     protocol: dict[str, Any], encoder_file: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     """SIGKILL, then the same command. Weights and momentum are compared, not only accuracies."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.evaluation.test_resume"])
+    forks = context()
     experiment = with_protocol("linear", epochs=30, lr_drops=[10, 20], weight_decay=1e-3, **protocol)
     expected = probe(experiment, encoder_file, tiny_data, tmp_path / "whole")
     moments = random.Random(0)
     for attempt in range(3):
         folder = tmp_path / str(attempt)
-        process = context.Process(target=probe, args=(experiment, encoder_file, tiny_data, folder))
+        process = forks.Process(target=probe, args=(experiment, encoder_file, tiny_data, folder))
         process.start()
         target = moments.randrange(-1, 26)
         while epochs_done(folder) < target:

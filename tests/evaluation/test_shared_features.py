@@ -2,7 +2,6 @@
 one.
 """
 
-import multiprocessing
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from mochi.evaluation.feature_files import FeatureFile
 from mochi.provenance.wanted import Result, same_features
 from mochi.runtime.locks import locked
 from tests.evaluation.runs import evaluate, result_in
+from tests.processes import context
 from tests.tiny import TINY, changed
 
 TASKS = {
@@ -145,12 +145,11 @@ def test_evaluations_at_the_same_time_wait_for_each_other(
     experiment: Experiment, encoder_file: Path, tiny_data: Path
 ) -> None:
     """Two processes need the features while a third one holds their lock."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.evaluation.test_shared_features"])
+    forks = context()
     FILES.mkdir(parents=True)
     with locked(FILES):
         processes = [
-            context.Process(target=run, args=(task, experiment, encoder_file, tiny_data))
+            forks.Process(target=run, args=(task, experiment, encoder_file, tiny_data))
             for task in ("knn", "few")
         ]
         for process in processes:
@@ -170,15 +169,14 @@ def test_features_of_a_killed_evaluation_are_used_or_ignored(
     experiment: Experiment, encoder_file: Path, tiny_data: Path
 ) -> None:
     """SIGKILL while features are computed, written or read."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.evaluation.test_shared_features"])
+    forks = context()
     tasks = ["knn", "knn-1", "few", "linear"]
     for task in tasks:
         evaluate(experiment, task, encoder_file, tiny_data, Path("alone", task))
     moments = random.Random(0)
     for task in tasks:
         for _ in range(2):
-            process = context.Process(target=run, args=(task, experiment, encoder_file, tiny_data))
+            process = forks.Process(target=run, args=(task, experiment, encoder_file, tiny_data))
             process.start()
             process.join(moments.uniform(0.05, 0.6))
             process.kill()

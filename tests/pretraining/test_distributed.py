@@ -2,8 +2,6 @@
 
 import csv
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from mochi.config import Contrastive, Experiment, load_experiment, parse_experiment, pretrain_run
 from mochi.contrast.moco import MoCo
 from mochi.runtime import distributed
+from tests.commands import run
 from tests.pretraining.runs import rows, train
+from tests.processes import run_ranks
 from tests.tiny import changed, with_recipe
 
-ROOT = Path(__file__).parents[2]
 CONFIG = "tiny.yaml"
 
 
@@ -29,16 +28,11 @@ def project(folder: Path, experiment: Experiment, data: Path) -> Path:
     return folder
 
 
-def torchrun(folder: Path, *arguments: str, fails: bool = False) -> None:
-    command = ["timeout", "-s", "KILL", "120", sys.executable, "-m", "torch.distributed.run"]
-    command += ["--standalone", "--nproc-per-node=2", "-m", "--", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode != 0) is fails, done.stderr[-3000:]
-
-
-def pretrain_arguments(method: str) -> list[str]:
-    return ["pretrain", "--config", CONFIG, "--method", method, "--seed", "0"]
+def pretrain(folder: Path, method: str) -> None:
+    """What each rank runs below: the command."""
+    os.chdir(folder)
+    done = run("pretrain", "--config", CONFIG, "--method", method, "--seed", "0")
+    assert done.returncode == 0, done.stderr
 
 
 def queue_of_this_rank(config: str, out: str) -> None:
@@ -70,7 +64,7 @@ def test_one_process_needs_no_process_group() -> None:
 
 def test_the_queue_is_the_same_on_every_rank_and_in_one_process(tiny_data: Path, tmp_path: Path) -> None:
     folder = project(tmp_path / "two", with_recipe(precision="float32"), tiny_data)
-    torchrun(folder, "tests.pretraining.test_distributed", "queue", CONFIG, str(folder))
+    run_ranks(queue_of_this_rank, 2, str(folder / CONFIG), str(folder), join=False)
     first, second = (load_file(folder / f"rank{rank}.safetensors") for rank in (0, 1))
     queue_of_this_rank(str(folder / CONFIG), str(tmp_path))
     alone = load_file(tmp_path / "rank0.safetensors")
@@ -104,7 +98,7 @@ def test_two_processes_train_the_same_encoder_as_one(
     content["pretrain"] |= {"precision": "float32", "epochs": 1, "batch_size": 48, "matching_epochs": []}
     experiment = parse_experiment(content, "tiny")
     train(experiment, tiny_data, tmp_path / "one", "row")
-    torchrun(project(tmp_path / "two", experiment, tiny_data), "mochi", *pretrain_arguments("row"))
+    run_ranks(pretrain, 2, project(tmp_path / "two", experiment, tiny_data), "row", join=False)
     expected = load_file(tmp_path / "one/out/encoder.safetensors")
     found = load_file(encoder_of(tmp_path / "two", "row"))
     for name, value in expected.items():
@@ -113,8 +107,3 @@ def test_two_processes_train_the_same_encoder_as_one(
     assert one.keys() == two.keys()
     for name in one.keys() & {"loss", "accuracy", "accuracy_with_synthetics", "queue_fill"}:
         assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5), name
-
-
-if __name__ == "__main__":
-    work, *given = sys.argv[1:]
-    {"queue": queue_of_this_rank}[work](*given)

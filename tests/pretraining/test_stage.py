@@ -5,7 +5,6 @@ before any compute.
 import csv
 import itertools
 import math
-import multiprocessing
 import random
 import shutil
 import signal
@@ -33,6 +32,7 @@ from mochi.runtime.monitoring import NonFiniteError
 from mochi.storage import checkpoint
 from mochi.storage.checkpoint import CheckpointError
 from tests.pretraining.runs import encoder_bytes, record, result_in, rows, saved_in, steps_done, train
+from tests.processes import context
 from tests.tiny import MOCHI, changed, with_recipe
 
 EVERY_STEP = 1e-9
@@ -104,15 +104,14 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tiny_data: Path
 
     `.ci/test_random_kills.py` has more kills, and several processes.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.pretraining.test_stage"])
+    forks = context()
     expected = train(with_recipe(epochs=12), tiny_data, tmp_path / "whole")
     # A checkpoint after every step, so that kills happen while it is written as well as during computation.
     careful = with_recipe(epochs=12, checkpoint_minutes=EVERY_STEP)
     moments = random.Random(0)
     for attempt in range(4):
         folder = tmp_path / str(attempt)
-        process = context.Process(target=train, args=(careful, tiny_data, folder))
+        process = forks.Process(target=train, args=(careful, tiny_data, folder))
         process.start()
         # A random step of the 60, and a random moment in it.
         target = moments.randrange(55)

@@ -9,7 +9,7 @@ from torch import nn
 
 from mochi.runtime import distributed
 from mochi.runtime.distributed import AveragedGradients, exchange, gather, own_slice, rank, world_size
-from tests.detection.ranks import run_ranks
+from tests.processes import run_ranks
 
 
 def exchanged() -> None:

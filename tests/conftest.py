@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 from mochi.config import Experiment, load_experiment
@@ -21,6 +20,8 @@ settings.load_profile("mochi")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Small tensors are slow on many threads, and results depend on the number of threads."""
+    import torch  # here, because the process that only distributes tests does not need it
+
     torch.set_num_threads(1)
 
 

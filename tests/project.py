@@ -1,5 +1,6 @@
 """A copy of the project with the tiny experiment as its default, for tests that run and change it."""
 
+import atexit
 import hashlib
 import json
 import os
@@ -7,7 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import yaml
@@ -69,7 +74,7 @@ class Project:
 
     def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `snakemake` on two cores."""
-        return self.run("snakemake", "--cores", "2", *arguments)
+        return snakemake(self.folder, "--cores", "2", *arguments)
 
     def mochi(self, *arguments: str) -> str:
         """Run a `mochi` command that must succeed."""
@@ -104,6 +109,14 @@ class Project:
             project.succeed("dvc", "pull", "--quiet")
         return project
 
+    @contextmanager
+    def repository(self) -> Iterator[Any]:
+        """The project as `dvc` reads it."""
+        from dvc.repo import Repo  # type: ignore[import-untyped]
+
+        with chdir(self.folder), Repo() as repo:
+            yield repo
+
     def changed_stages(self) -> dict[str, Any]:
         """`dvc status`: stage -> what changed."""
         return dict(json.loads(self.run("dvc", "status", "--json").stdout))
@@ -130,6 +143,29 @@ class Project:
             for path in sorted(self.folder.rglob("*"))
             if path.is_file() and "__pycache__" not in path.parts
         }
+
+
+def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`snakemake` in a folder, killed after a time; as a fork, see tests/forks.py."""
+    forks = _forks()
+    assert forks.stdin is not None
+    assert forks.stdout is not None
+    with NamedTemporaryFile("r") as stdout, NamedTemporaryFile("r") as stderr:
+        asked = [str(folder), arguments, stdout.name, stderr.name]
+        forks.stdin.write(f"{json.dumps(asked)}\n")
+        forks.stdin.flush()
+        code = int(forks.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
+
+
+@cache
+def _forks() -> subprocess.Popen[str]:
+    forks = subprocess.Popen(
+        [sys.executable, "-P", ROOT / "tests/forks.py"], env=environment(), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    atexit.register(forks.communicate)  # the end of its input is its end
+    return forks
 
 
 def environment() -> dict[str, str]:

@@ -2,12 +2,14 @@
 reason why not, as every Python block is.
 """
 
+import argparse
 import contextlib
 import io
 import re
 import shlex
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +18,6 @@ import click
 import numpy as np
 import pytest
 import yaml
-from dvc.cli.parser import get_main_parser
-from snakemake.cli import get_argument_parser
 from typer.main import get_command
 
 from mochi.cli import app
@@ -181,8 +181,22 @@ def program(words: list[str]) -> list[str]:
 
 COMMANDS = sorted(set(commands()))
 MOCHI = get_command(app)
-DVC = get_main_parser()
-SNAKEMAKE = get_argument_parser()
+
+
+@cache
+def dvc_parser() -> argparse.ArgumentParser:
+    from dvc.cli.parser import get_main_parser  # a second, in the process that runs these tests alone
+
+    parser: argparse.ArgumentParser = get_main_parser()
+    return parser
+
+
+@cache
+def snakemake_parser() -> argparse.ArgumentParser:
+    from snakemake.cli import get_argument_parser
+
+    parser: argparse.ArgumentParser = get_argument_parser()
+    return parser
 
 
 def test_the_documents_have_commands() -> None:
@@ -297,7 +311,7 @@ def accept_mochi(arguments: list[str], *, is_mention: bool) -> None:
 def accept_snakemake(arguments: list[str]) -> None:
     if "kubernetes" in arguments:  # a plugin that is not in the lock
         return
-    found = SNAKEMAKE.parse_args([word for word in arguments if word != "..."])
+    found = snakemake_parser().parse_args([word for word in arguments if word != "..."])
     for file in found.configfile or []:
         assert str(file).endswith(".yaml"), f"{file}: taken for an experiment file"
     texts = [
@@ -313,7 +327,7 @@ def accept_dvc(arguments: list[str], *, is_mention: bool) -> None:
     if is_mention or "..." in arguments:
         arguments = [*arguments, "--help"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):  # --help ends so
-        found = DVC.parse_args([word for word in arguments if word != "..."])
+        found = dvc_parser().parse_args([word for word in arguments if word != "..."])
     if found is None:
         return
     for setting in getattr(found, "set_param", None) or []:

@@ -1,15 +1,13 @@
 """The documents compared with the project: links, results, the picture of the workflow."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.project import ROOT, snakemake
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -55,11 +53,8 @@ def test_the_readme_shows_results() -> None:
 
 
 def test_the_picture_of_the_workflow_is_up_to_date() -> None:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "snakemake", "--rulegraph", "dot", "--quiet"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=120
-    )
+    done = snakemake(ROOT, "--rulegraph", "dot", "--quiet")
+    assert done.returncode == 0, done.stderr
     names = dict(re.findall(r'(\d+)\[label = "(\w+)"', done.stdout))
     edges = {(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", done.stdout)}
     drawn = (ROOT / "docs/workflow.svg").read_text()

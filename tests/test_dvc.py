@@ -30,10 +30,15 @@ def recorded(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Pro
     return project
 
 
+@pytest.fixture(scope="module")
+def pulled(recorded: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """What another user has after `git clone` and `dvc pull`. Copy it before you change anything."""
+    return recorded.clone(tmp_path_factory.mktemp("pulled") / "a clone")
+
+
 @pytest.fixture
-def clone(recorded: Project, tmp_path: Path) -> Project:
-    """What another user has after `git clone` and `dvc pull`."""
-    return recorded.clone(tmp_path / "a clone")
+def clone(pulled: Project, tmp_path: Path) -> Project:
+    return pulled.copy(tmp_path / "a clone")
 
 
 @pytest.fixture
@@ -46,23 +51,16 @@ def embedded(tmp_path: Path) -> Project:
     return project
 
 
-RESOLVE = """
-import json, sys
-from dvc.repo import Repo
-stages = {
-    stage.addressing: {
-        "reads": [dep.def_path for dep in stage.deps],
-        "writes": {out.def_path: [out.use_cache, out.persist] for out in stage.outs},
-    }
-    for stage in Repo().index.stages
-}
-sys.stdout.write(json.dumps(stages))
-"""
-
-
 def resolved(project: Project) -> dict[str, Any]:
     """Stage -> its dependencies, and its outputs with (cached, persistent), as DVC resolves them."""
-    return dict(json.loads(project.run("python", "-c", RESOLVE).stdout))
+    with project.repository() as dvc:
+        return {
+            stage.addressing: {
+                "reads": [dep.def_path for dep in stage.deps],
+                "writes": {out.def_path: [out.use_cache, out.persist] for out in stage.outs},
+            }
+            for stage in dvc.index.stages
+        }
 
 
 def is_inside(path: str, folders: list[str]) -> bool:
@@ -219,7 +217,8 @@ def test_the_stages_that_a_change_makes_stale(clone: Project) -> None:
         path = clone.folder / file
         before = path.read_text()
         clone.edit(file, old, new)
-        assert {name.split("@")[0] for name in clone.changed_stages()} == expected, change
+        with clone.repository() as dvc:
+            assert {name.split("@")[0] for name in dvc.status()} == expected, change
         path.write_text(before)
 
 

@@ -18,9 +18,8 @@ from mochi.encoders.files import save_encoder
 from mochi.layout import Paths
 from tests.commands import refused, run
 from tests.detection.sets import tiny_with_detection
+from tests.project import ROOT, snakemake
 from tests.tiny import FILE, MOCHI
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -101,15 +100,9 @@ def test_the_jobs_that_snakemake_plans(folder: Path) -> None:
     for name in ("few-frozen", "shared"):
         sets[name]["training"] |= {"lr": [0.01, 0.02], "search_iterations": 2, "validation": 0.5}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(experiment))
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory",
-               str(folder), "--configfile", str(folder / "tiny.yaml"), "--cores", "2",
-               "--dry-run"]  # fmt: skip
-    scripts = Path(sys.executable).parent
-    environment = {
-        **os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)
-    }  # fmt: skip
     (folder / "workflow").symlink_to(ROOT / "workflow")
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    options = ("--snakefile", str(ROOT / "Snakefile"), "--configfile", "tiny.yaml", "--cores", "2")
+    done = snakemake(folder, *options, "--dry-run")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     output = done.stdout + done.stderr
     jobs = dict(re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE))

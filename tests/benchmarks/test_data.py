@@ -24,6 +24,14 @@ def names(lines: list[str]) -> list[str]:
     return [line.split("  ")[0] for line in lines[2:-1]]
 
 
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of a few images; the sizes of the views stay."""
+    monkeypatch.setattr(views, "_SMALL_BATCH", 16)
+    monkeypatch.setattr(views, "_LARGE_BATCH", 4)
+    monkeypatch.setattr(loaders, "_SIZES", {"small": (32, 16), "photos": (224, 4)})
+
+
 def test_views(folder: Path) -> None:
     small = views.small(1)
     assert names(small) == ["ours", "torchvision v2, 8-bit tensors", "torchvision v2, Pillow images"]
@@ -44,7 +52,7 @@ def few(folder: Path, name: str, count: int, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("name", "batch"), [("small", 256), ("photos", 64)])
+@pytest.mark.parametrize(("name", "batch"), [("small", 16), ("photos", 4)])
 def test_loaders(folder: Path, tmp_path: Path, name: str, batch: int) -> None:
     lines = loaders.epochs(name, few(folder, name, batch, tmp_path / "few"), 1, cores=1)
     assert names(lines)[:2] == ["ours", "a DataLoader with torchvision"]

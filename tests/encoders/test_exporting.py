@@ -21,7 +21,7 @@ from mochi.encoders.exporting import Format, export_encoder
 from mochi.encoders.files import EncoderError, EncoderInfo, digest, read_encoder, save_encoder
 from mochi.encoders.importing import Choices, import_checkpoint
 
-IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 FORMATS: tuple[Format, ...] = ("torchvision", "timm", "detectron2", "moco")
 
 

@@ -104,6 +104,15 @@ def test_blur_equals_torchvision(images: Tensor) -> None:
         assert (ours[row] - expected).abs().max() < LEVEL / 4
 
 
+@pytest.mark.parametrize("size", [(4, 20), (20, 4)])
+def test_of_a_small_image_the_blur_has_fewer_taps(images: Tensor, size: tuple[int, int]) -> None:
+    """A border can be reflected by less than the side: seven taps for four pixels."""
+    small = images[4:6, :, : size[0], : size[1]].contiguous()
+    ours = small.clone()
+    augment.blur_(ours, plan(ours, sigma=np.full(2, 2.0)))
+    torch.testing.assert_close(ours, F.gaussian_blur(small, [7, 7], [2.0, 2.0]))
+
+
 def test_blur_on_an_accelerator_is_the_same(images: Tensor) -> None:
     sigma = np.linspace(0.1, 2.0, COUNT)
     ours, kernels = images.clone(), plan(images, sigma=sigma).kernels

@@ -1,4 +1,4 @@
-"""Disks without space, as far as a process without rights can have them."""
+"""Disks without space, as far as a process without special rights can simulate them."""
 
 import resource
 import shutil
@@ -24,8 +24,8 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def asked(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[Path, int]:
-    """Folder -> bytes that the module asks for with `require_space`; there is always enough."""
+def required_space(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[Path, int]:
+    """Folder -> bytes that the module requests with `require_space`; there is always enough."""
     found: dict[Path, int] = {}
     monkeypatch.setattr(module, "require_space", found.update)
     return found

@@ -137,7 +137,7 @@ def reworded(copy: Project) -> Project:
     return copy
 
 
-def test_what_decides_no_number_reruns_nothing(reworded: Project) -> None:
+def test_changes_that_affect_no_number_re_run_nothing(reworded: Project) -> None:
     assert reworded.jobs() == {}
 
 

@@ -115,16 +115,16 @@ def test_old_scenes_are_replaced_completely(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["photo-scenes"]
 
 
-def test_their_disk_space_is_known_before(
+def test_the_estimated_disk_space_covers_the_scenes(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = full_disk.asked(scenes, monkeypatch)
+    wanted = full_disk.required_space(scenes, monkeypatch)
     scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=30, num_test=12, seed=0)), tmp_path / "x")
     written = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
     assert written < wanted[tmp_path / "x"] < 2 * written
 
 
-def test_a_disk_that_fills_leaves_the_earlier_scenes(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_previous_scenes(tmp_path: Path) -> None:
     root = tmp_path / "photo-scenes"
     scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=2, num_test=1, seed=0)), root)
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}

@@ -117,7 +117,7 @@ def test_the_optimizer_is_sgd_with_momentum_without_weight_decay_of_norms(
 
 
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])
-def test_the_size_of_a_checkpoint_is_known_before(
+def test_checkpoint_bytes_is_the_size_of_a_checkpoint(
     voc_set: Path, encoder_file: Path, tmp_path: Path, mode: str
 ) -> None:
     run = tuning(small_set(voc_set, training={"mode": mode}), encoder_file, tmp_path / "x")

@@ -26,11 +26,11 @@ MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
 class Handler(http.server.BaseHTTPRequestHandler):
     """/good supports ranges; /plain does not; /cut stops halfway; /wrong is another file."""
 
-    asked: ClassVar[list[tuple[str, str | None]]] = []
+    requests: ClassVar[list[tuple[str, str | None]]] = []
 
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
-        self.asked.append((self.path, wanted))
+        self.requests.append((self.path, wanted))
         if self.path == "/refused":
             self.send_error(403)
             return
@@ -53,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    Handler.asked = []
+    Handler.requests = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         thread = threading.Thread(target=httpd.serve_forever)
         thread.start()
@@ -74,14 +74,14 @@ def test_the_next_url_is_used_if_the_first_fails(server: str, tmp_path: Path) ->
     candidates = archive(f"{server}/refused", f"{server}/wrong", f"{server}/good")
     path = fetch(candidates, options(), tmp_path)
     assert path.read_bytes() == CONTENT
-    assert [where for where, _ in Handler.asked] == ["/refused", "/wrong", "/good"]
+    assert [where for where, _ in Handler.requests] == ["/refused", "/wrong", "/good"]
     assert fetch(candidates, options(), tmp_path) == path
-    assert len(Handler.asked) == 3  # kept: nothing was requested again
+    assert len(Handler.requests) == 3  # kept: nothing was requested again
 
 
 def test_mirrors_of_the_user_are_tried_first(server: str, tmp_path: Path) -> None:
     fetch(archive(f"{server}/refused"), options(mirrors=[f"{server}/good"]), tmp_path)
-    assert [where for where, _ in Handler.asked] == ["/good"]
+    assert [where for where, _ in Handler.requests] == ["/good"]
 
 
 def test_an_interrupted_download_resumes(server: str, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_an_interrupted_download_resumes(server: str, tmp_path: Path) -> None:
         fetch(archive(f"{server}/cut"), options(), tmp_path)
     path = fetch(archive(f"{server}/good"), options(), tmp_path)
     assert path.read_bytes() == CONTENT
-    assert Handler.asked[-1] == ("/good", "bytes=640000-")
+    assert Handler.requests[-1] == ("/good", "bytes=640000-")
 
 
 def test_without_ranges_a_download_starts_again(server: str, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_an_archive_that_the_user_downloaded_is_used(tmp_path: Path) -> None:
     assert fetch(archive(), options(archive=str(path)), tmp_path) == path
 
 
-def test_a_download_that_does_not_fit_is_refused(
+def test_a_download_larger_than_the_free_space_is_refused(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full_disk.free(2_000_000, monkeypatch)
@@ -141,12 +141,12 @@ def test_a_download_that_does_not_fit_is_refused(
         StorageError, match=r"downloads: found 2.0 MB of free disk space; this run writes 2.3 MB"
     ):
         fetch(archive(f"{server}/good", f"{server}/plain"), options(), tmp_path)
-    assert [where for where, _ in Handler.asked] == ["/good"]
+    assert [where for where, _ in Handler.requests] == ["/good"]
     full_disk.free(2_400_000, monkeypatch)
     assert fetch(archive(f"{server}/good"), options(), tmp_path).read_bytes() == CONTENT
 
 
-def test_a_disk_that_fills_during_a_download_is_told_and_the_part_is_kept(
+def test_a_full_disk_during_a_download_is_reported_and_the_part_is_kept(
     server: str, tmp_path: Path
 ) -> None:
     with (
@@ -154,14 +154,12 @@ def test_a_disk_that_fills_during_a_download_is_told_and_the_part_is_kept(
         pytest.raises(StorageError, match=r"downloads/file.bin.part: cannot be written: File too large"),
     ):
         fetch(archive(f"{server}/good", f"{server}/plain"), options(), tmp_path)
-    assert [where for where, _ in Handler.asked] == ["/good"]
+    assert [where for where, _ in Handler.requests] == ["/good"]
     assert fetch(archive(f"{server}/good"), options(), tmp_path).read_bytes() == CONTENT
-    assert Handler.asked[-1] == ("/good", "bytes=500000-")
+    assert Handler.requests[-1] == ("/good", "bytes=500000-")
 
 
-def test_a_disk_that_fills_during_unpacking_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_during_unpacking_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_tar(tmp_path / "x.tgz", "a", "b")
     full_disk.free(1 << 20, monkeypatch)  # and 10 bytes are too much
     with pytest.raises(StorageError, match=r"x.tgz: found 1.0 MB of free disk space"):

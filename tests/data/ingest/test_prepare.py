@@ -449,7 +449,7 @@ def test_images_much_larger_than_needed_are_named(tree: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("max_side", [None, 100])
 @pytest.mark.parametrize("small", [False, True])
-def test_the_disk_space_is_known_before(
+def test_the_estimated_disk_space_covers_what_is_written(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_side: int | None, *, small: bool
 ) -> None:
     """Small images of one size are on disk as files and as pixels for a moment."""
@@ -457,7 +457,7 @@ def test_the_disk_space_is_known_before(
         Image.open(path).resize((40, 50) if small else (200 + 3 * number, 150)).save(path, quality=95)
     out, wanted = (
         tmp_path / "data" / "photos",
-        full_disk.asked(importlib.import_module(PREPARE), monkeypatch),
+        full_disk.required_space(importlib.import_module(PREPARE), monkeypatch),
     )
     peak, real = [0], write.finish
 
@@ -475,7 +475,7 @@ def test_the_disk_space_is_known_before(
     assert 0.9 * peak[0] < wanted[out] < most * peak[0], (wanted, peak)
 
 
-def test_too_little_space_leaves_the_earlier_preparation(
+def test_too_little_space_keeps_the_previous_data(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "data" / "photos"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from mochi.errors import UserError
 from mochi.runtime import launch
 from mochi.runtime.distributed import pick_device
+from tests.commands import refused
+from tests.processes import run_ranks
+from tests.tiny import FILE
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a host without a usable GPU")
 
@@ -33,25 +37,17 @@ def test_the_cpu_is_used_when_it_or_no_gpu_is_requested(monkeypatch: pytest.Monk
     assert pick_device().type == "cpu"
 
 
+def pretrain_on_one_gpu(folder: Path) -> None:
+    os.chdir(folder)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "0"}
+    tempfile.tempdir = str(folder)  # of the locks of GPUs
+    options = ("--config", str(FILE), "--method", "random-init", "--seed", "0", "--gpus", "1")
+    assert "error: GPUs: 1 were requested" in refused("pretrain", *options)
+
+
 @NO_GPU
 def test_the_command_line_stops_before_any_compute(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "mochi",
-        "pretrain",
-        "--config",
-        str(Path("tests/tiny.yaml").resolve()),
-    ]
-    command += ["--method", "random-init", "--seed", "0", "--gpus", "1"]
-    environment = {
-        **os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(Path.cwd()), "TMPDIR": str(tmp_path)
-    }  # fmt: skip
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "error: GPUs: 1 were requested" in done.stderr
+    run_ranks(pretrain_on_one_gpu, 1, tmp_path, join=False)
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").rglob("*.safetensors"))
 
 

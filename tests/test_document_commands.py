@@ -98,6 +98,7 @@ NOT_RUN = {
     "export *": "a shell command",
     "cp *": "a shell command",
     "cd *": "a shell command",
+    "make mutants*": "hours; by hand",
     "git push": "needs a remote",
     "git rm *": "git only",
     "git tag *": "git only",
@@ -270,8 +271,11 @@ def accept(words: list[str], *, is_mention: bool = False) -> None:
         case ["snakemake", *arguments]:
             accept_snakemake(arguments)
         case ["make", *targets]:
-            rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            assert set(targets) <= set(rules)
+            makefile = (ROOT / "Makefile").read_text()
+            rules = re.findall(r"^([\w-]+):", makefile, re.MULTILINE)
+            variables = re.findall(r"\$\((\w+)\)", makefile)
+            known = {*rules, *variables}
+            assert {target.partition("=")[0] for target in targets} <= known
         case ["dvc", *arguments]:
             accept_dvc(arguments, is_mention=is_mention)
         case ["docker", "compose", *arguments]:

@@ -233,3 +233,18 @@ def test_the_seed_decides_the_shuffles_too() -> None:
     other = copy.deepcopy(moco)
     other.seed = 1
     assert not torch.allclose(moco._encode_keys(images(1), 3), other._encode_keys(images(1), 3), atol=1e-4)
+
+
+def test_weights_and_initial_queue_depend_on_the_seed_alone() -> None:
+    """Whatever torch's own generator did before; the momentum encoder starts as a copy."""
+    states = []
+    for before, seed in ((1, 0), (2, 0), (1, 1)):
+        torch.manual_seed(before)
+        states.append(MoCo(ENCODER, recipe(), seed=seed).state_dict())
+    one, again, other = states
+    assert all(torch.equal(value, again[name]) for name, value in one.items())
+    for name in ("query_encoder.backbone.conv1.weight", "query_encoder.head.0.weight", "queue.keys"):
+        assert not torch.equal(one[name], other[name]), name
+    for name, value in one.items():
+        if name.startswith("momentum_encoder."):
+            assert torch.equal(value, one[name.replace("momentum_", "query_")]), name

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mochi.config import Augmentation
 from mochi.data.views import augment
+from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 LEVEL = 1 / 255
 COUNT = 16
@@ -157,6 +158,16 @@ def test_a_view_equals_the_official_sequence(images: Tensor, version: str) -> No
             image = F.gaussian_blur(image[None], [13, 13], [float(parameters.sigma[row])] * 2)[0]
         expected = F.normalize(image, list(augment.IMAGENET_MEAN), list(augment.IMAGENET_STD))
         assert (ours[row] - expected).abs().max() < LEVEL / 0.2
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_normalize_equals_torchvision_with_and_without_an_output(images: Tensor, eight_bits: bool) -> None:
+    given = (images * 255).round().to(torch.uint8) if eight_bits else images.clone()
+    expected = F.normalize(given / 255 if eight_bits else images, [*IMAGENET_MEAN], [*IMAGENET_STD])
+    output = torch.empty(images.shape)
+    assert augment.normalize(given.clone(), output) is output
+    for found in (output, augment.normalize(given)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_parameters_have_the_published_distributions() -> None:

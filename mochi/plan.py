@@ -1,7 +1,6 @@
 """Estimate the work and time of an experiment on this machine from a few timed steps of each kind."""
 
 import resource
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ import torch
 
 from mochi import layout
 from mochi.config import (
+    Contrastive,
     DetectionRun,
     Encoder,
     Experiment,
@@ -35,6 +35,7 @@ from mochi.encoders import build_untrained
 from mochi.encoders.files import save_encoder
 from mochi.errors import DataError, UserError
 from mochi.evaluation.features import encode
+from mochi.layout import Paths
 from mochi.pretraining.loop import TrainState, train
 from mochi.pretraining.objectives import make_objective
 from mochi.pretraining.optimizers import make_optimizer
@@ -42,9 +43,12 @@ from mochi.provenance.wanted import prepared
 from mochi.runtime import gpus
 from mochi.runtime.distributed import pick_device
 from mochi.runtime.shares import runs_at_once, threads_per_run, workers_of
+from mochi.storage.atomic import disk_space, readable_size
 
 MEASURING_SECONDS = 60.0
 _STEPS = 12
+_PICTURE_BYTES = 2 << 20
+"""Of the detections of an encoder on a set."""
 _SIDE_BY_SIDE = 1.25
 """Concurrent runs share caches and memory: the upper end of the range allows for this factor."""
 
@@ -136,7 +140,9 @@ def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SE
     torch.set_num_threads(machine.threads)
     num_trained = sum(isinstance(run.recipe, Training) for run in first_runs(experiment))
     sets = list(experiment.evaluation.detection)
-    budget = _Budget(seconds, num_trained + bool(probes(experiment)) + len(sets))
+    first = all_runs(experiment)[0]
+    encodings = {probe_run(experiment, *first, task).images for task in probes(experiment)}
+    budget = _Budget(seconds, num_trained + len(encodings) + len(sets))
     if measure:
         yield f"measured on {machine}"
     jobs: list[Seconds] = []
@@ -145,7 +151,7 @@ def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SE
         yield from _probes(experiment, dataset, machine, budget, jobs, measure=measure)
     for name in sets:
         yield from _detection(experiment, name, machine, budget, jobs, measure=measure)
-    yield from _totals(experiment, dataset, machine, jobs, measure=measure)
+    yield from _totals(experiment, machine, jobs, measure=measure)
 
 
 def _training(
@@ -161,12 +167,12 @@ def _training(
     for run in first_runs(experiment):
         num_seeds = len(method_seeds(experiment, run.method))
         if not isinstance(run.recipe, Training):
-            yield f"{run.method}: {num_seeds} runs, nothing to train"
+            yield f"{run.method}: {_count(num_seeds, 'run')}, nothing to train"
             continue
         steps = run.recipe.epochs * steps_per_epoch(
             make_objective(run, dataset).num_images, run.recipe.batch_size
         )
-        text = f"{run.method}: {num_seeds} runs of {steps} steps"
+        text = f"{run.method}: {_count(num_seeds, 'run')} of {steps} steps"
         if measure:
             step = seconds_per_step(run, dataset, machine.threads, budget.share())
             jobs += [step.times(steps).plus(_START)] * num_seeds
@@ -185,28 +191,33 @@ def _probes(
 ) -> Iterator[str]:
     """One line for each evaluation on frozen features."""
     runs = all_runs(experiment)
-    image: Seconds | None = None
+    images_of = dict[tuple[str, int, int], Seconds]()  # seconds of an image of a data set and size
     shared = set[tuple[str, int, int]]()
     for task in probes(experiment):
         run = probe_run(experiment, *runs[0], task)
         images = dataset if run.dataset == experiment.dataset else _prepared(run)
         if images is None:
-            yield f"{task}: {len(runs)} evaluations; data set {run.dataset.name} is not prepared yet"
+            yield (
+                f"{task}: {_count(len(runs), 'evaluation')}; their hours are not included: data set "
+                f"{run.dataset.name} is not prepared yet; `mochi prepare {run.dataset.name} --config FILE`"
+            )
             continue
         encoded = _encoded_images(run, images)
         if run.protocol.encodings_of_train == 1:
             encoded = 0 if run.images in shared else encoded
             shared.add(run.images)
         does = (
-            f"that encode {encoded} images each"
+            f"of {encoded} encoded images each"
             if encoded
             else "on features that another evaluation computes"
         )
-        text = f"{task}: {len(runs)} evaluations {does}"
+        text = f"{task}: {_count(len(runs), 'evaluation')} {does}"
         if measure:
-            image = image or _seconds_per_image(run, images, machine, budget.share())
-            jobs += [image.times(encoded).plus(_START)] * len(runs)
-            text += f", {image.times(encoded)} each"
+            if run.images not in images_of:
+                images_of[run.images] = _seconds_per_image(run, images, machine, budget.share())
+            each = images_of[run.images].times(encoded)
+            jobs += [each.plus(_START)] * len(runs)
+            text += f", {each} each"
         yield text
 
 
@@ -242,7 +253,7 @@ def _detection(
     if len(training.lr) > 1:
         iterations += len(training.lr) * (training.search_iterations or 0)
     steps = round(iterations * training.lr_batch_size / training.batch_size)
-    text = f"detection {name}: {len(runs)} encoders, {steps} iterations each"
+    text = f"detection {name}: {_count(len(runs), 'encoder')}, {steps} iterations each"
     if measure:
         share = budget.share()
         try:
@@ -260,26 +271,25 @@ def _detection(
 
 def _totals(
     experiment: Experiment,
-    dataset: StoredDataset,
     machine: Machine,
     jobs: Sequence[Seconds],
     *,
     measure: bool,
 ) -> Iterator[str]:
-    num_runs = len(all_runs(experiment))
-    needed = disk_needed(num_runs, encoder_bytes(experiment.encoder), machine.at_once)
-    free = shutil.disk_usage(dataset.folder).free
-    yield (
-        f"{num_runs} runs; about {_size(needed)} of disk for encoders and resume checkpoints; "
-        f"{_size(free)} are free under {dataset.folder}"
-    )
+    needed = disk_needed(experiment, machine.at_once)
+    what = ("encoders, pictures of detections", "resume checkpoints, while it runs")
+    for (folder, size), files in zip(needed.items(), what, strict=True):
+        yield f"disk: about {readable_size(size)} more in {folder}/ ({files})"
+    for space in disk_space(needed):
+        folders = ", ".join(f"{folder}/" for folder in space.folders)
+        yield f"disk: {readable_size(space.free)} are free in {folders}"
     if not measure:
         return
     if machine.device.type == "cuda":
-        peak = f"{_size(torch.cuda.max_memory_allocated())} of GPU memory a run"
+        peak = f"{readable_size(torch.cuda.max_memory_allocated())} of GPU memory a run"
     else:
         peak = (
-            f"{_size(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)} a run, "
+            f"{readable_size(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)} a run, "
             f"{machine.at_once} at once"
         )
     yield f"peak memory: {peak}"
@@ -288,13 +298,31 @@ def _totals(
     yield f"{machine.at_once} at once: {makespan(jobs, machine.at_once)}"
 
 
-def disk_needed(num_runs: int, bytes_a_run: int, at_once: int) -> int:
-    """Bytes of the encoders, and of the resume checkpoints of concurrent runs.
+def disk_needed(experiment: Experiment, at_once: int) -> dict[Path, int]:
+    """Bytes that an experiment will add: encoders and pictures of detections, and resume checkpoints.
 
-    A checkpoint has two encoders and the momentum of one, and is written before the previous one is
-    removed.
+    A checkpoint of pretraining has two encoders, the momentum of one, and the queue; that of a detector is
+    of about this size. While one is saved, there are three.
     """
-    return num_runs * bytes_a_run + at_once * 2 * 3 * bytes_a_run
+    paths, encoder = Paths(experiment.name), encoder_bytes(experiment.encoder)
+    missing = sum(not paths.encoder(*run).exists() for run in all_runs(experiment))
+    sets = experiment.evaluation.detection
+    detections = sum(len(detection_runs(experiment, name)) for name in sets)
+    recipes = [run.recipe for run in first_runs(experiment)]
+    queue = max((_queue_bytes(recipe) for recipe in recipes if isinstance(recipe, Contrastive)), default=0)
+    trains = bool(sets) or any(isinstance(recipe, Training) for recipe in recipes)
+    return {
+        paths.results: missing * encoder + detections * _PICTURE_BYTES,
+        Path("work", experiment.name): at_once * 3 * (3 * encoder + queue) * trains,
+    }
+
+
+def _queue_bytes(recipe: Contrastive) -> int:
+    return 4 * recipe.queue_size * recipe.embedding_dim
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def makespan(jobs: Sequence[Seconds], at_once: int) -> Seconds:
@@ -436,7 +464,3 @@ def encoder_bytes(encoder: Encoder) -> int:
     """Bytes of an encoder file."""
     tensors = build_untrained(encoder, 0).state_dict().values()
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 1):.0f} MB"

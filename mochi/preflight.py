@@ -47,7 +47,7 @@ from mochi.provenance.wanted import prepared
 from mochi.runtime.distributed import check_gpus, driver, pick_device
 from mochi.runtime.gpus import visible
 from mochi.runtime.progress import counter
-from mochi.storage.atomic import nearest_existing
+from mochi.storage.atomic import disk_space, nearest_existing
 
 _MOST_DECODED = 20_000  # images; of larger sets, a sample
 _SMALL_SHARED_MEMORY = 1 << 30
@@ -94,22 +94,16 @@ def _machine(experiment: Experiment) -> Iterator[Finding]:
     for package in _packages(experiment):
         if find_spec(package) is None:
             yield Finding("error", not_installed(package))
-    bytes_a_run = encoder_bytes(experiment.encoder)
-    needed = disk_needed(len(all_runs(experiment)), bytes_a_run, Machine.here().at_once)
     for folder in (Paths(experiment.name).results, Path("work"), layout.dataset(experiment.dataset.name)):
         existing = nearest_existing(folder)
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             text = f"{folder}: cannot be written: expected a folder that this user may write"
             yield Finding("error", text)
-        elif (free := shutil.disk_usage(existing).free) < needed:
-            text = (
-                f"{folder}: {free / 1e9:.1f} GB of disk are free; encoders and checkpoints take about "
-                f"{needed / 1e9:.1f} GB; free some, or link the folder to another disk"
-            )
-            yield Finding("error", text)
-            break
+    for space in disk_space(disk_needed(experiment, Machine.here().at_once)):
+        if (shortage := space.shortage()) is not None:
+            yield Finding("error", f"{shortage} (encoders, detections and resume checkpoints)")
     if device.type == "cuda":
-        yield from _gpu_memory(experiment, bytes_a_run)
+        yield from _gpu_memory(experiment, encoder_bytes(experiment.encoder))
 
 
 def _gpus() -> Iterator[Finding]:

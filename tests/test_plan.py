@@ -1,10 +1,16 @@
 """The arithmetic of a plan compared with cases worked out by hand."""
 
 import itertools
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from mochi.plan import Seconds, makespan
+from mochi import plan as planning
+from mochi.config import Experiment, ProbeRun, parse_experiment
+from mochi.plan import Seconds, disk_needed, encoder_bytes, makespan
+from tests.tiny import TINY, changed
 
 
 def test_a_range_is_shown_in_a_suitable_unit() -> None:
@@ -32,3 +38,50 @@ def test_no_schedule_is_shorter_than_the_lower_bound(lengths: tuple[int, ...]) -
         for workers in itertools.product(range(2), repeat=len(lengths))
     )
     assert makespan([Seconds(length, length) for length in lengths], 2).low <= best
+
+
+def test_each_data_set_and_image_size_is_measured(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of 32 px take longer than those of 16 px, and another data set has images of its own."""
+    for name in (tiny_data.name, "other"):
+        shutil.copytree(tiny_data, tmp_path / "data" / name)
+    monkeypatch.chdir(tmp_path)
+    knn = TINY["evaluation"]["knn"] | {"task": "knn"}
+    other = {**TINY["dataset"], "name": "other"}
+    large = {**knn, "image_size": 32, "resize": 32}
+    missing = {**knn, "dataset": {**other, "name": "missing"}}
+    more = {"large": large, "large-2": large, "moved": {**knn, "dataset": other}, "missing": missing}
+    experiment = parse_experiment(changed("evaluation", {**TINY["evaluation"], **more}), "tiny")
+    measured = []
+
+    def seconds(run: ProbeRun, *_: object) -> Seconds:
+        measured.append((run.dataset.name, run.image_size))
+        return Seconds(run.image_size, run.image_size)
+
+    monkeypatch.setattr(planning, "_seconds_per_image", seconds)
+    monkeypatch.setattr(planning, "prepared", lambda *_: SimpleNamespace(why_stale=lambda: None))
+    monkeypatch.setattr(planning, "seconds_per_step", lambda *_: Seconds(1, 1))
+    lines = dict(line.split(": ", 1) for line in planning.plan(experiment, measure=True) if ": " in line)
+    assert measured == [(tiny_data.name, 16), (tiny_data.name, 32), ("other", 16)]
+    assert lines["linear"] == f"3 evaluations of 224 encoded images each, {Seconds(16, 16).times(224)} each"
+    assert lines["knn"] == "3 evaluations on features that another evaluation computes, 0 s each"
+    assert lines["large"] == f"3 evaluations of 224 encoded images each, {Seconds(32, 32).times(224)} each"
+    assert lines["large-2"].startswith("3 evaluations on features")
+    assert lines["moved"] == lines["linear"]
+    assert lines["missing"].startswith(
+        "3 evaluations; their hours are not included: data set missing is not"
+    )
+
+
+def test_disk_is_for_encoders_that_are_missing_and_checkpoints_of_runs_at_once(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    size, queue = encoder_bytes(tiny.encoder), 4 * 100 * 16
+    results, work = Path("results/tiny"), Path("work/tiny")
+    assert disk_needed(tiny, 2) == {results: 3 * size, work: 2 * 3 * (3 * size + queue)}
+    done = results / "encoders/mochi-16-24-8/seed1/encoder.safetensors"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    assert disk_needed(tiny, 1) == {results: 2 * size, work: 3 * (3 * size + queue)}

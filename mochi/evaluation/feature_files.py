@@ -19,7 +19,7 @@ from mochi.provenance.fingerprint import digest, file_digest
 from mochi.provenance.wanted import Result
 from mochi.runtime import distributed
 from mochi.runtime.locks import locked
-from mochi.storage.atomic import replacing
+from mochi.storage.atomic import replacing, require_space
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ class FeatureFile:
         for old in set(self.path.parent.glob("*.npy")) - set(self._siblings()):
             old.unlink(missing_ok=True)
         try:
+            require_space({self.path.parent: values.nbytes})
             with replacing(self.path) as temporary, temporary.open("wb") as file:
                 np.save(file, values.cpu().numpy(), allow_pickle=False)
         except OSError as error:

@@ -36,6 +36,10 @@ class ResumePoint:
         self._watch = watch
         self._last_save = time.monotonic()
 
+    def additional_bytes(self, size: int) -> int:
+        """Disk space for checkpoints of `size` bytes, beside the existing ones."""
+        return checkpoint.additional_bytes(self._path, size)
+
     def load(self) -> tuple[dict[str, Tensor], int] | None:
         """The last saved tensors and progress; None at the beginning.
 

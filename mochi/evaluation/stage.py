@@ -4,7 +4,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mochi.config import ProbeRun
 from mochi.data.format import open_dataset
@@ -21,7 +23,7 @@ from mochi.provenance.wanted import Result
 from mochi.runtime import distributed
 from mochi.runtime.precision import make_deterministic
 from mochi.stages import STAGES
-from mochi.storage.atomic import publishing, write_json
+from mochi.storage.atomic import publishing, require_space, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ def run(
         DataError, EncoderError: the data or the encoder do not fit.
         CheckpointError: the checkpoint in `work` is of another result, or the disk is full.
         NonFiniteError: the protocol's learning rate is too large for these features.
+        StorageError: `work` or the result's folder cannot be written, or has too little space.
     """
     watch = Stopwatch()
     device = distributed.pick_device()
@@ -57,6 +60,9 @@ def run(
         frozen = Frozen(run, encoder, dataset, device, workers, resume_point, files)
         # A missing split fails here, before hours are spent on the other.
         train, val = (split.labels[split.labelled] for split in map(frozen.split, ("train", "val")))
+        saved = run.protocol.checkpoint_bytes(encoder.num_features, frozen.num_classes)
+        tables = _confusion_bytes(dataset.classes, val)
+        require_space({work: resume_point.additional_bytes(saved), result.folder: tables})
         metrics = run.protocol.evaluate(frozen)
         assert digest(encoder.state_dict()) == before, "the evaluation changed the encoder"
         distributed.barrier()  # for ranks that read the checkpoint
@@ -84,6 +90,11 @@ def run(
         resume_point.discard()
         if files is not None:
             files.discard_unless_needed()  # again: the last two evaluations may have ended at the same time
+
+
+def _confusion_bytes(classes: Sequence[str], labels: NDArray[np.int64]) -> int:
+    """At most: one line for each image, or for each pair of classes."""
+    return min(len(labels), len(classes) ** 2) * (2 * max(map(len, classes)) + 8)
 
 
 def _files(

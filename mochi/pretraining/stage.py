@@ -186,9 +186,8 @@ class _Session:
         weights = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
         moments = len(self._optimizer.defaults.get("betas", (0,)))  # AdamW keeps two for each weight
         size = moments * weights + _size(module)
-        saved = [path for path in (self._saved, checkpoint.previous_of(self._saved)) if path.exists()]
         return {
-            self._saved.parent: 3 * size - sum(path.stat().st_size for path in saved),
+            self._saved.parent: checkpoint.additional_bytes(self._saved, size),
             self._result_folder: _size(self._objective.backbone),
         }
 

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -70,8 +70,12 @@ class _Reporter:
             status = JobStatus(**{"state": "running", **itself, **self._facts})
             # Not flushed to disk: the file is only for display, and may be lost if the machine crashes.
             temporary = self._path.with_name(f".{_NAME}.{os.getpid()}")
-            temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
-            temporary.replace(self._path)
+            try:
+                temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
+                temporary.replace(self._path)
+            except OSError:  # a full disk: what cannot do without its files says so
+                with suppress(OSError):
+                    temporary.unlink()
 
 
 _reporter: _Reporter | None = None

@@ -1,7 +1,8 @@
 """TensorBoard events of a training, if tensorboard is installed: curves by epoch and by step, images."""
 
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,35 +13,50 @@ logger = logging.getLogger(__name__)
 def write_events(folder: Path | None, row: Mapping[str, Any]) -> None:
     """Add the numbers of a row to the events in `folder`.
 
-    Without tensorboard, log one line about it.
+    Without tensorboard, or if they cannot be written, log one line about it.
 
     Args:
         folder: of the training's events; None: write nothing.
         row: name -> value; `epoch` is the position on the horizontal axis, text is skipped.
     """
-    if folder is None or (writer := _writer(folder.resolve())) is None:
-        return
-    for name, value in row.items():
-        if isinstance(value, int | float):
-            writer.add_scalar(name, value, row["epoch"])
-    writer.flush()
+
+    def add(writer: Any) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(name, value, row["epoch"])
+
+    _write(folder, add)
 
 
 def write_step(folder: Path | None, step: int, values: Mapping[str, float]) -> None:
     """Add points within an epoch, as `step/<name>` at the step since the beginning of the training."""
-    if folder is None or (writer := _writer(folder.resolve())) is None:
-        return
-    for name, value in values.items():
-        writer.add_scalar(f"step/{name}", value, step)
-    writer.flush()
+
+    def add(writer: Any) -> None:
+        for name, value in values.items():
+            writer.add_scalar(f"step/{name}", value, step)
+
+    _write(folder, add)
 
 
 def write_picture(folder: Path | None, name: str, picture: Any) -> None:
     """Add a picture (H, W, 3) uint8, such as a grid of views."""
-    if folder is None or (writer := _writer(folder.resolve())) is None:
+    _write(folder, lambda writer: writer.add_image(name, picture, 0, dataformats="HWC"))
+
+
+_given_up: set[Path] = set()
+
+
+def _write(folder: Path | None, add: Callable[[Any], None]) -> None:
+    """Write with the folder's writer. A full disk ends the events, not the training."""
+    if folder is None or folder in _given_up:
         return
-    writer.add_image(name, picture, 0, dataformats="HWC")
-    writer.flush()
+    try:
+        if (writer := _writer(folder.resolve())) is not None:
+            add(writer)
+            writer.flush()
+    except OSError as error:
+        _given_up.add(folder)
+        logger.warning("%s: no more TensorBoard events are written: %s", folder, error.strerror)
 
 
 @cache
@@ -61,4 +77,7 @@ def _writer_class() -> Any:
             error,
         )
         return None
+    # Its thread keeps an error for the next call, and would show a traceback too.
+    show = threading.excepthook
+    threading.excepthook = lambda error: None if isinstance(error.exc_value, OSError) else show(error)
     return SummaryWriter

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -169,26 +169,60 @@ def require_writable(folder: Path) -> None:
         ) from None
 
 
-def require_space(needed: Mapping[Path, int]) -> None:
-    """Check that there is enough disk space, before hours of computing.
+class Space(NamedTuple):
+    """Bytes that are needed in folders of one file system, and those that are free there."""
+
+    folders: list[Path]
+    needed: int
+    free: int
+
+    def shortage(self) -> str | None:
+        """A message if too little is free."""
+        if self.free >= self.needed:
+            return None
+        return (
+            f"{', '.join(map(str, self.folders))}: found {readable_size(self.free)} of free disk space; "
+            f"expected {readable_size(self.needed)}; free some, or link the folder to another disk, then "
+            "run the same command again"
+        )
+
+
+def disk_space(needed: Mapping[Path, int]) -> list[Space]:
+    """Group folders by file system: those of one share its space.
 
     Args:
-        needed: folder, which need not exist -> bytes. Folders of one file system share its space.
-
-    Raises:
-        StorageError: less is free.
+        needed: folder, which need not exist -> bytes; some are added for tables and records.
     """
     disks: dict[int, list[Path]] = {}
     for folder in needed:
         disks.setdefault(nearest_existing(folder).stat().st_dev, []).append(folder)
-    for folders in disks.values():
-        free = shutil.disk_usage(nearest_existing(folders[0])).free
-        wanted = sum(needed[folder] for folder in folders) + _MARGIN
-        if free < wanted:
-            raise StorageError(
-                f"{', '.join(map(str, folders))}: found {free / 1e6:.1f} MB of free disk space; this run "
-                f"writes {wanted / 1e6:.1f} MB there; free some, then run the same command again"
-            )
+    return [
+        Space(
+            folders,
+            sum(needed[folder] for folder in folders) + _MARGIN,
+            shutil.disk_usage(nearest_existing(folders[0])).free,
+        )
+        for folders in disks.values()
+    ]
+
+
+def require_space(needed: Mapping[Path, int]) -> None:
+    """Check that there is enough disk space, before hours of computing.
+
+    Args:
+        needed: as in `disk_space`.
+
+    Raises:
+        StorageError: less is free.
+    """
+    for space in disk_space(needed):
+        if (text := space.shortage()) is not None:
+            raise StorageError(text)
+
+
+def readable_size(count: float) -> str:
+    """Bytes in MB or GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def nearest_existing(folder: Path) -> Path:

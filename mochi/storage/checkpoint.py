@@ -83,6 +83,12 @@ def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
     return None
 
 
+def additional_bytes(path: Path, size: int) -> int:
+    """Disk space that checkpoints of `size` bytes need, beside the existing ones: three during a save."""
+    existing = [file.stat().st_size for file in (path, previous_of(path)) if file.exists()]
+    return max(3 * size - sum(existing), 0)
+
+
 def previous_of(path: Path) -> Path:
     """Path of the checkpoint before the newest one."""
     return path.with_name(f"previous-{path.name}")

@@ -3,7 +3,9 @@ that the learning rate is not chosen on test images.
 """
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +23,13 @@ from mochi.detection.sets import read_splits
 from mochi.detection.training import FineTuning
 from mochi.encoders.files import save_encoder
 from mochi.errors import UserError
-from mochi.provenance.wanted import Result
+from mochi.provenance.wanted import RECORD, Result
 from mochi.runtime.monitoring import NonFiniteError
 from mochi.runtime.seeding import numpy_generator
+from mochi.storage import atomic
+from mochi.storage.atomic import StorageError
 from mochi.storage.checkpoint import CheckpointError
+from tests import full_disk
 from tests.detection.sets import detection, small_set
 from tests.processes import run_ranks
 
@@ -204,6 +209,41 @@ def test_checkpoints_of_another_encoder_are_not_used(
     save_encoder(weights, encoders.build(tiny.encoder, seed=1))
     with pytest.raises(CheckpointError, match="encoder_sha256"):
         stage.run(*asked, tmp_path / "work")
+
+
+def test_too_little_disk_space_is_told_before_training(
+    stage_arguments: Callable[..., StageArguments], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "FineTuning", None)
+    full_disk.free(2 << 20, monkeypatch)
+    with pytest.raises(StorageError, match=r"out, .*work: found 2.1 MB of free disk space; expected"):
+        stage.run(*stage_arguments(), tmp_path / "work")
+
+
+@pytest.mark.parametrize("name", ["detections.png", "seed0-", RECORD])
+def test_a_disk_that_fills_leaves_the_earlier_result(
+    stage_arguments: Callable[..., StageArguments],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.json").write_text("earlier")
+    real = atomic._complete
+
+    def fill(path: Path) -> None:
+        if name in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path)
+
+    monkeypatch.setattr(atomic, "_complete", fill)
+    with pytest.raises(StorageError, match=r"cannot be written: No space left on device; free disk space"):
+        stage.run(*stage_arguments(), tmp_path / "work")
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"metrics.json": "earlier"}
+    monkeypatch.undo()
+    stage.run(*stage_arguments(), tmp_path / "work")
+    assert metrics(out)["num_fine_tunings"] == 1
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

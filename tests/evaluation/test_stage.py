@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mochi.config import Experiment
+from mochi.config import Experiment, probe_run
 from mochi.config.datasets import Folder
 from mochi.data.ingest.prepare import prepare
 from mochi.encoders import build_untrained
@@ -16,7 +16,11 @@ from mochi.encoders.resnet import ResNet
 from mochi.errors import DataError
 from mochi.evaluation.features import Frozen
 from mochi.evaluation.tasks.knn import NearestNeighbours
+from mochi.evaluation.tasks.linear import LinearProbe, training
 from mochi.provenance.wanted import RECORD
+from mochi.storage import checkpoint
+from mochi.storage.atomic import StorageError
+from tests import full_disk
 from tests.evaluation.runs import evaluate, result_in, write_images
 from tests.tiny import with_protocol
 
@@ -165,3 +169,21 @@ def test_data_without_labels_is_refused(
     prepare(Folder(source="folder", name="x", path=str(tmp_path / "images")), tmp_path / "data", jobs=1)
     with pytest.raises(DataError, match=message):
         evaluate(tiny, task, encoder_file, tmp_path / "data", tmp_path / "out")
+
+
+def test_too_little_disk_space_is_told_before_images_are_encoded(
+    tiny: Experiment, encoder_file: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Frozen, "features", None)
+    full_disk.free(1 << 20, monkeypatch)
+    with pytest.raises(StorageError, match=r"out/work, .*out: found 1.0 MB of free disk space; expected"):
+        evaluate(tiny, "linear", encoder_file, tiny_data, tmp_path / "out")
+
+
+def test_the_size_of_the_checkpoint_of_a_probe_is_known_before(tiny: Experiment) -> None:
+    protocol = probe_run(tiny, "random-init", 0, "linear").protocol
+    assert isinstance(protocol, LinearProbe)
+    probe = training.Probes(protocol, 12, 5, seed=0)
+    probe.step(torch.ones(3, 12), torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, False]))
+    tensors = checkpoint.pack(probe, probe.optimizer)
+    assert protocol.checkpoint_bytes(12, 5) == sum(tensor.nbytes for tensor in tensors.values())

@@ -41,6 +41,21 @@ def test_without_tensorboard_there_is_one_warning(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_ends_the_events_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    code = (
+        "import logging, resource, sys; logging.basicConfig(format='%(message)s')\n"
+        "from pathlib import Path; from mochi.runtime.tensorboard import write_events, write_step\n"
+        "events = Path(sys.argv[1]) / 'events'\n"
+        "write_events(events, {'epoch': 0, 'loss': 1.0})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "for step in range(3): write_step(events, step, {'loss': 1.0}); write_step(events / 'x', step, {})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == f"{tmp_path}/events: no more TensorBoard events are written: File too large\n"
+
+
 def test_a_training_logs_points_within_epochs_and_its_views_once(
     tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

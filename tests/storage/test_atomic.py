@@ -276,7 +276,7 @@ def test_other_errors_are_not_replaced(tmp_path: Path) -> None:
 def test_too_little_space_is_reported_before_anything_is_written(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     require_space({tmp_path / "not" / "there": 1000, tmp_path: 1000})
-    with pytest.raises(UserError, match=r"not/there, .*MB of free disk space; expected"):
+    with pytest.raises(UserError, match=r"not/there, .*B of free disk space; expected"):
         require_space({tmp_path / "not" / "there": free // 3 * 2, tmp_path: free // 3 * 2})
     assert not names(tmp_path)
 

@@ -140,3 +140,9 @@ def test_resampling_rows_sum_to_one_and_stay_in_the_window() -> None:
     assert torch.allclose(weights.sum(2), torch.ones(2, 7))
     assert (weights[0, :, :3] == 0).all()
     assert (weights[0, :, 8:] == 0).all()
+
+
+def test_the_middle_is_cut_along_either_axis() -> None:
+    image = torch.arange(7 * 12).view(1, 7, 12)
+    assert torch.equal(crops._middle(image, 6), image[:, :6, 3:9])
+    assert torch.equal(crops._middle(image.mT, 6), image.mT[:, 3:9, :6])

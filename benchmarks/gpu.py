@@ -7,6 +7,7 @@ small sizes on a CPU to test the script; its numbers mean nothing.
 import json
 import os
 import re
+import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,16 +38,21 @@ class Sizes:
 
     num_images: int = 1024
     image_size: int = 224
+    """Side of a view in pixels."""
     batch: int = 256
     bn_groups: int = 8
     queue: int = 65536
     mixing: tuple[int, int, int] = (1024, 512, 256)
+    """N, s, s'."""
     width: int = 64
-    features: int = 2048
-    classes: int = 1000
+    num_features: int = 2048
+    num_classes: int = 1000
     detection_images: int = 16
-    detection_side: tuple[int, int] = (800, 1216)
-    regions: tuple[int, int] = (12000, 2000)
+    """Images in a batch of the detector."""
+    detection_size: tuple[int, int] = (800, 1216)
+    """Height and width in pixels."""
+    proposals: tuple[int, int] = (12000, 2000)
+    """Per image, before and after non-maximum suppression."""
 
 
 SMALL = Sizes(
@@ -57,11 +63,11 @@ SMALL = Sizes(
     queue=64,
     mixing=(16, 8, 4),
     width=8,
-    features=32,
-    classes=10,
+    num_features=32,
+    num_classes=10,
     detection_images=2,
-    detection_side=(64, 96),
-    regions=(50, 10),
+    detection_size=(64, 96),
+    proposals=(50, 10),
 )
 
 
@@ -103,25 +109,40 @@ def run(device: torch.device, sizes: Sizes, *, rounds: int, workers: int) -> dic
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_pictures(folder, sizes.num_images)
-        photos, small = (_dataset(folder, each) for each in ("photos", "small"))
-        rows = _training(_resnet50(sizes), photos, device, rounds)
+        jpegs, pixels = _dataset(folder, "photos"), _dataset(folder, "small")
+        rows = _training(_resnet50(sizes), jpegs, device, rounds)
         show(f"ResNet-50 step, {sizes.image_size} px", rows, sizes.batch, "images")
-        share = 4 / 3 * rows[-1].ratios[len(rows[-1].ratios) // 2]
-        print(f"MoCo-v2 reaches {share:.0%} of its upper bound: three quarters of the supervised rate")
-        show(
-            "ResNet-18 step, 32 px", _training(_cifar(sizes), small, device, rounds), sizes.batch, "images"
-        )
-        show(
-            "Loss and gradient",
-            negatives.run(sizes.batch, sizes.queue, 128, *sizes.mixing, rounds=rounds, device=device),
-            sizes.batch,
-            "queries",
-        )
+        print(_compared_with_bound(rows))
+        rows = _training(_cifar(sizes), pixels, device, rounds)
+        show("ResNet-18 step, 32 px", rows, sizes.batch, "images")
+        rows = negatives.run(_loss_sizes(sizes), rounds=rounds, device=device)
+        show("Loss and gradient", rows, sizes.batch, "queries")
         count = sizes.num_images // sizes.batch * sizes.batch
-        show("Loading from JPEG", _loading(photos, sizes, device, rounds, workers), count, "images")
+        show("Loading from JPEG", _loading(jpegs, sizes, device, rounds, workers), count, "images")
     show("Linear probe step", [_probe(sizes, device, rounds)], sizes.batch, "images")
     show("Detection step", [_detection(sizes, device, rounds)], sizes.detection_images, "images")
     return found
+
+
+def _compared_with_bound(rows: list[Measurement]) -> str:
+    """MoCo-v2's rate as a fraction of its upper bound, 3/4 of the rate of a supervised step.
+
+    MoCo-v2 has one more forward pass, of the momentum encoder, and a backward pass takes as long as two.
+    """
+    supervised = rows[-1]
+    fraction = statistics.median(supervised.ratios) / (3 / 4)
+    return f"MoCo-v2 reaches {fraction:.0%} of its upper bound: three quarters of the supervised rate"
+
+
+def _loss_sizes(sizes: Sizes) -> negatives.Sizes:
+    num_hardest, num_pairs, num_query = sizes.mixing
+    return negatives.Sizes(
+        batch=sizes.batch,
+        queue=sizes.queue,
+        num_hardest=num_hardest,
+        num_pair_synthetics=num_pairs,
+        num_query_synthetics=num_query,
+    )
 
 
 def _dataset(folder: Path, name: str) -> StoredDataset:
@@ -131,22 +152,16 @@ def _dataset(folder: Path, name: str) -> StoredDataset:
 
 def _resnet50(sizes: Sizes) -> Experiment:
     """MoCo-v2 and MoCHi with the settings of the paper's ImageNet experiment."""
-    return _changed("config/imagenet1k.yaml", sizes, sizes.image_size)
+    return _resized_experiment("config/imagenet1k.yaml", sizes, sizes.image_size)
 
 
 def _cifar(sizes: Sizes) -> Experiment:
-    return _changed("config/cifar10.yaml", sizes, 32)
+    return _resized_experiment("config/cifar10.yaml", sizes, 32)
 
 
-def _changed(config: str, sizes: Sizes, image_size: int) -> Experiment:
+def _resized_experiment(config: str, sizes: Sizes, image_size: int) -> Experiment:
     experiment = load_experiment(Path(config))
-    num_hardest, num_pairs, num_query = sizes.mixing
-    mixing = {
-        "rule": "mochi",
-        "num_hardest": num_hardest,
-        "num_pair_synthetics": num_pairs,
-        "num_query_synthetics": num_query,
-    }
+    mixing = {"rule": "mochi", **_loss_sizes(sizes).mixing()}
     shared = {"batch_size": sizes.batch, "queue_size": sizes.queue, "bn_groups": sizes.bn_groups}
     return experiment.model_copy(
         update={
@@ -207,8 +222,8 @@ def _probe(sizes: Sizes, device: torch.device, rounds: int) -> Measurement:
     experiment = load_experiment(Path("config/imagenet1k.yaml"))
     protocol = experiment.evaluation.tasks["linear"]
     assert isinstance(protocol, LinearProbe)
-    probes = Probes(protocol, sizes.features, sizes.classes, 0).to(device)
-    features = torch.randn(sizes.batch, sizes.features, device=device)
+    probes = Probes(protocol, sizes.num_features, sizes.num_classes, 0).to(device)
+    features = torch.randn(sizes.batch, sizes.num_features, device=device)
     labels = torch.zeros(sizes.batch, dtype=torch.long, device=device)
     held_out = torch.arange(sizes.batch, device=device) % 10 == 0
     probes.start_epoch(0)
@@ -222,15 +237,15 @@ def _detection(sizes: Sizes, device: torch.device, rounds: int) -> Measurement:
     experiment = load_experiment(Path("config/imagenet1k.yaml"))
     settings = experiment.evaluation.detection["voc0712"].model.model_copy(
         update={
-            "proposals_train": list(sizes.regions),
+            "proposals_train": list(sizes.proposals),
             "rpn_batch": 256,
-            "roi_batch": min(512, sizes.regions[1]),
+            "roi_batch": min(512, sizes.proposals[1]),
         }
     )
     encoder = experiment.encoder.model_copy(update={"width": sizes.width})
     detector = build_detector(encoder, 20, settings).to(device).to(memory_format=torch.channels_last)
     detector.train()
-    height, width = sizes.detection_side
+    height, width = sizes.detection_size
     count = sizes.detection_images
     images = torch.randn(count, 3, height, width, device=device).to(memory_format=torch.channels_last)
     corner = torch.rand(8, 2, device=device) * torch.tensor([width / 2, height / 2], device=device)

@@ -18,15 +18,17 @@ from mochi.data.photographs import PHOTOGRAPHS, load
 from mochi.data.views import augment, crops
 from mochi.data.views.loading import Loading, two_views
 
-_SMALL_BATCH, _LARGE_BATCH = 256, 64
+_BATCH_AT_32_PX, _BATCH_AT_224_PX = 256, 64
 
 
 def small(rounds: int) -> list[str]:
     """256 images of 32 pixels, version 2 without blur."""
     photos = [load(photograph) for photograph in PHOTOGRAPHS]
-    windows = [photos[n % 16][7 * n % 200 :, 5 * n % 200 :][:32, :32] for n in range(_SMALL_BATCH)]
+    windows = [
+        photos[n % len(photos)][7 * n % 200 :, 5 * n % 200 :][:32, :32] for n in range(_BATCH_AT_32_PX)
+    ]
     tensor = torch.from_numpy(np.stack(windows))
-    rows, side = np.arange(_SMALL_BATCH), np.full(_SMALL_BATCH, 32)
+    rows, side = np.arange(_BATCH_AT_32_PX), np.full(_BATCH_AT_32_PX, 32)
     config = Augmentation(version="v2", image_size=32, min_scale=0.2, blur=False)
     epochs = count()
 
@@ -49,15 +51,15 @@ def small(rounds: int) -> list[str]:
         "torchvision v2, Pillow images": partial(theirs, [Image.fromarray(window) for window in windows]),
     }
     title = "Two views of 32 px, one thread"
-    return _compared(title, alternatives, rounds, 2 * _SMALL_BATCH)
+    return _table(title, alternatives, rounds, 2 * _BATCH_AT_32_PX)
 
 
 def large(folder: Path, rounds: int) -> list[str]:
     """64 JPEGs to normalised views of 224 pixels."""
     split = prepared(folder, "photos")
     config = Augmentation(version="v2", image_size=224, min_scale=0.2)
-    loading, epochs = Loading(_LARGE_BATCH, torch.device("cpu")), count()
-    paths = sorted((folder / "photos").rglob("*.jpg"))[:_LARGE_BATCH]
+    loading, epochs = Loading(_BATCH_AT_224_PX, torch.device("cpu")), count()
+    paths = sorted((folder / "photos").rglob("*.jpg"))[:_BATCH_AT_224_PX]
     encoded = [path.read_bytes() for path in paths]
 
     def ours() -> None:
@@ -71,7 +73,8 @@ def large(folder: Path, rounds: int) -> list[str]:
     def one_decode() -> None:
         images = map(decode, encoded)
         queries, keys = zip(*((transform(image), transform(image)) for image in images), strict=True)
-        torch.stack(queries), torch.stack(keys)
+        torch.stack(queries)
+        torch.stack(keys)
 
     def two_decodes() -> None:
         for _ in (0, 1):
@@ -83,10 +86,10 @@ def large(folder: Path, rounds: int) -> list[str]:
         "Pillow and torchvision, one decode per view": two_decodes,
     }
     title = "Two views of 224 px from JPEG bytes, one thread"
-    return _compared(title, alternatives, rounds, 2 * _LARGE_BATCH)
+    return _table(title, alternatives, rounds, 2 * _BATCH_AT_224_PX)
 
 
-def _compared(
+def _table(
     title: str, alternatives: dict[str, Callable[[], None]], rounds: int, num_views: int
 ) -> list[str]:
     with threads(1):

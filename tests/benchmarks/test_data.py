@@ -27,8 +27,8 @@ def names(lines: list[str]) -> list[str]:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of a few images; the sizes of the views stay."""
-    monkeypatch.setattr(views, "_SMALL_BATCH", 16)
-    monkeypatch.setattr(views, "_LARGE_BATCH", 4)
+    monkeypatch.setattr(views, "_BATCH_AT_32_PX", 16)
+    monkeypatch.setattr(views, "_BATCH_AT_224_PX", 4)
     monkeypatch.setattr(loaders, "_SIZES", {"small": (32, 16), "photos": (224, 4)})
 
 
@@ -38,8 +38,8 @@ def test_views(folder: Path) -> None:
     assert "views/s" in small[1]
     large = views.large(folder, 1)
     assert names(large)[1:] == [
-        "Pillow and torchvision, one decode an image",
-        "Pillow and torchvision, a decode for each view",
+        "Pillow and torchvision, one decode per image",
+        "Pillow and torchvision, one decode per view",
     ]
 
 

@@ -7,6 +7,10 @@ from benchmarks import negatives
 from mochi.contrast import rules
 from mochi.contrast.loss import contrastive_loss
 
+SIZES = negatives.Sizes(
+    batch=4, queue=32, num_hardest=4, num_pair_synthetics=6, num_query_synthetics=5, dim=8
+)
+
 
 def test_the_baseline_is_the_same_loss() -> None:
     generator = torch.Generator().manual_seed(0)
@@ -35,11 +39,11 @@ def test_materialised_synthetics_make_the_loss_larger() -> None:
         F.normalize(torch.randn(rows, 8, generator=generator), dim=-1) for rows in (4, 4, 32)
     )
     plain = negatives.plain_loss(query, key, queue, [])
-    assert negatives.materialised_loss(query, key, queue, 4, 6, 5) > plain
+    assert negatives.materialised_loss(query, key, queue, **SIZES.mixing()) > plain
 
 
 def test_every_alternative_is_measured() -> None:
-    rows = negatives.run(8, 256, 16, 16, 8, 4, rounds=1, device=torch.device("cpu"))
+    rows = negatives.run(SIZES, rounds=1, device=torch.device("cpu"))
     assert [row.name for row in rows] == [
         "MoCo-v2, autograd",
         "MoCHi, materialised",

@@ -269,10 +269,10 @@ def neighbors(
     """Draw queries and their most similar images of a folder as one picture."""
     _take_gpus(gpus)
     from mochi.inference.encoder import Overrides
-    from mochi.inference.neighbors import PICTURES, sheet
+    from mochi.inference.neighbors import PICTURE_SUFFIXES, sheet
     from mochi.inference.write import require_kind
 
-    require_kind(out, PICTURES)
+    require_kind(out, PICTURE_SUFFIXES)
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
     loaded, encoded = _load_and_encode(encoder, overrides, images, batch_size, jobs)
     sheet(loaded, images, encoded, query or [], out, k=k, num_queries=num_queries, hardest=hardest)

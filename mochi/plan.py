@@ -141,7 +141,7 @@ def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SE
     num_trained = sum(isinstance(run.recipe, Training) for run in first_runs(experiment))
     sets = list(experiment.evaluation.detection)
     first = all_runs(experiment)[0]
-    encodings = {probe_run(experiment, *first, task).images for task in probes(experiment)}
+    encodings = {probe_run(experiment, *first, task).feature_key for task in probes(experiment)}
     budget = _Budget(seconds, num_trained + len(encodings) + len(sets))
     if measure:
         yield f"measured on {machine}"
@@ -204,8 +204,8 @@ def _probes(
             continue
         encoded = _encoded_images(run, images)
         if run.protocol.encodings_of_train == 1:
-            encoded = 0 if run.images in shared else encoded
-            shared.add(run.images)
+            encoded = 0 if run.feature_key in shared else encoded
+            shared.add(run.feature_key)
         does = (
             f"of {encoded} encoded images each"
             if encoded
@@ -213,9 +213,9 @@ def _probes(
         )
         text = f"{task}: {_count(len(runs), 'evaluation')} {does}"
         if measure:
-            if run.images not in images_of:
-                images_of[run.images] = _seconds_per_image(run, images, machine, budget.share())
-            each = images_of[run.images].times(encoded)
+            if run.feature_key not in images_of:
+                images_of[run.feature_key] = _seconds_per_image(run, images, machine, budget.share())
+            each = images_of[run.feature_key].times(encoded)
             jobs += [each.plus(_START)] * len(runs)
             text += f", {each} each"
         yield text

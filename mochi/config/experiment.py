@@ -58,11 +58,14 @@ DETECTION_COLUMNS = {
     name: Column(name) for name in ("AP50", "AP", "AP75", "mask_AP50", "mask_AP", "mask_AP75")
 }
 _METHOD_ONLY = {"seeds", "augmentation"}
-_MOCHI_NAME = re.compile(r"^mochi-(\d+)-(\d+)-(\d+)(?:-.*)?$")
+_OBJECTIVES: dict[str, type[Section]] = {"none": Untrained, "file": FromFile, "supervised": Supervised}
+"""All others are contrastive."""
+_MIXING = re.compile(r"mochi-(\d+)-(\d+)-(\d+)")
+_MIXING_OR_VARIANT = re.compile(rf"{_MIXING.pattern}(-.*)?")
 
 
 def load_experiment(path: Path) -> Experiment:
-    """Read and check an experiment file, every method resolved once.
+    """Read an experiment file and check every method, seed, data set and detection set in it.
 
     Raises:
         ConfigError: with one line per mistake: file, key path, what was found, what is allowed.
@@ -74,25 +77,11 @@ def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
     """Check a mapping that came from `origin`; see `load_experiment`."""
     experiment: Experiment = validate(Experiment, data, origin)
     _check_shared_recipe(experiment, origin)
-    for method in experiment.methods:
-        for seed in method_seeds(experiment, method, origin):
-            pretrain_run(experiment, method, seed, origin)
-    datasets(experiment, origin)
-    if experiment.baseline is not None and experiment.baseline not in experiment.methods:
-        known = list(experiment.methods)
-        raise ConfigError(f"{origin}: baseline: {unknown_key(experiment.baseline, known)}")
-    for name, chosen in experiment.evaluation.detection.items():
-        where = f"{origin}: evaluation.detection.{name}"
-        if not experiment.encoder.is_resnet:
-            raise ConfigError(
-                f"{where}: found with encoder.architecture {experiment.encoder.architecture}; a detector "
-                "needs the stages of a ResNet; remove the set or choose a ResNet"
-            )
-        for method in chosen.methods or []:
-            if method not in experiment.methods:
-                raise ConfigError(f"{where}.methods: {unknown_key(method, list(experiment.methods))}")
-        if not detection_runs(experiment, name):
-            raise ConfigError(f"{where}.pretrain_seeds: found {chosen.pretrain_seeds}; no method has them")
+    _check_methods(experiment, origin)
+    _check_dataset_names(experiment, origin)
+    _check_baseline(experiment, origin)
+    for name in experiment.evaluation.detection:
+        _check_detection_set(experiment, name, origin)
     return experiment
 
 
@@ -160,33 +149,24 @@ def with_oracle(experiment: Experiment) -> list[str]:
 
 def mixing_grid(experiment: Experiment) -> dict[str, tuple[int, int, int]]:
     """MoCHi row -> (N, s, s'), from its name; variants, which have longer names, are omitted."""
-    matches = {method: _MOCHI_NAME.match(method) for method in experiment.methods}
+    matches = {method: _MIXING.fullmatch(method) for method in experiment.methods}
     return {
         method: (int(match[1]), int(match[2]), int(match[3]))
         for method, match in matches.items()
-        if match and match.end(3) == len(method)
+        if match is not None
     }
 
 
 def probes(experiment: Experiment) -> list[str]:
-    """The names of the evaluations on frozen features, in the order of the file."""
+    """The names of the probes, which are the evaluations on frozen features, in the order of the file."""
     return list(experiment.evaluation.tasks)
 
 
-def datasets(experiment: Experiment, origin: str = "experiment") -> dict[str, Dataset]:
-    """Name -> prepared data set: the experiment's, then those of evaluations.
-
-    Raises:
-        ConfigError: two of them have the same name, which is a folder's.
-    """
-    by_name = {experiment.dataset.name: experiment.dataset}
-    for name, task in experiment.evaluation.tasks.items():
-        if task.dataset is not None and by_name.setdefault(task.dataset.name, task.dataset) != task.dataset:
-            raise ConfigError(
-                f"{origin}: evaluation.{name}.dataset.name: found {task.dataset.name!r}, the name of "
-                "another data set; a name is a folder in data/: make them equal, or choose another name"
-            )
-    return by_name
+def datasets(experiment: Experiment) -> dict[str, Dataset]:
+    """Name -> prepared data set: the experiment's, then those of evaluations."""
+    tasks = experiment.evaluation.tasks.values()
+    own = [task.dataset for task in tasks if task.dataset is not None]
+    return {dataset.name: dataset for dataset in (experiment.dataset, *own)}
 
 
 def columns(experiment: Experiment, evaluation: str) -> dict[str, Column]:
@@ -221,24 +201,8 @@ def pretrain_run(experiment: Experiment, method: str, seed: int, origin: str = "
         ConfigError: no such method or seed, or the merged recipe is not valid.
     """
     _require_seed(experiment, method, seed, origin)
-    own = {key: value for key, value in experiment.methods[method].items() if key not in _METHOD_ONLY}
-    objective = own.get("objective", "contrastive")
-    models: dict[str, type[Section]] = {"none": Untrained, "file": FromFile, "supervised": Supervised}
-    model = models.get(str(objective), Contrastive)
-    for key, value in own.items():
-        if key in FORMER_KEYS:
-            raise ConfigError(f"{origin}: methods.{method}.{key}: {former_key(key, value)}")
-        if key not in (known := {*Contrastive.model_fields, *model.model_fields}):
-            allowed = sorted({*known, *_METHOD_ONLY})
-            raise ConfigError(f"{origin}: methods.{method}.{key}: {unknown_key(key, allowed)}")
-    merged = {**experiment.pretrain, **own, "objective": objective}
-    recipe = {key: value for key, value in merged.items() if key in model.model_fields or key in own}
+    _check_method_keys(experiment, method, origin)
     views = experiment.methods[method].get("augmentation", {})
-    if not isinstance(views, Mapping):
-        raise ConfigError(
-            f"{origin}: methods.{method}.augmentation: found {views!r}; expected the keys of "
-            "`augmentation` that differ, for example {version: v1}"
-        )
     run: PretrainRun = validate(
         PretrainRun,
         {
@@ -248,7 +212,7 @@ def pretrain_run(experiment: Experiment, method: str, seed: int, origin: str = "
             "encoder": experiment.encoder,
             "dataset": experiment.dataset,
             "augmentation": {**experiment.augmentation.model_dump(exclude_unset=True), **views},
-            "recipe": recipe,
+            "recipe": _merged_recipe(experiment, method),
         },
         origin,
         rename={"recipe": f"methods.{method}", "augmentation": f"methods.{method}.augmentation"},
@@ -331,6 +295,79 @@ def _require_seed(experiment: Experiment, method: str, seed: int, origin: str = 
         raise ConfigError(f"seed: found {seed}; {method} has: {', '.join(map(str, known))}")
 
 
+def _recipe_keys(experiment: Experiment, method: str) -> dict[str, Any]:
+    """The keys of the recipe that the method sets itself."""
+    return {key: value for key, value in experiment.methods[method].items() if key not in _METHOD_ONLY}
+
+
+def _merged_recipe(experiment: Experiment, method: str) -> dict[str, Any]:
+    """The shared recipe and the method's keys, without shared keys that its objective does not have."""
+    own = _recipe_keys(experiment, method)
+    objective = own.get("objective", "contrastive")
+    fields = _OBJECTIVES.get(str(objective), Contrastive).model_fields
+    merged = {**experiment.pretrain, **own, "objective": objective}
+    return {key: value for key, value in merged.items() if key in fields or key in own}
+
+
+def _check_methods(experiment: Experiment, origin: str) -> None:
+    """Every run of every method must be valid."""
+    for method in experiment.methods:
+        for seed in method_seeds(experiment, method, origin):
+            pretrain_run(experiment, method, seed, origin)
+
+
+def _check_method_keys(experiment: Experiment, method: str, origin: str) -> None:
+    """A method has only keys of a recipe, and `augmentation` is a mapping."""
+    own = _recipe_keys(experiment, method)
+    model = _OBJECTIVES.get(str(own.get("objective")), Contrastive)
+    known = {*Contrastive.model_fields, *model.model_fields}
+    for key, value in own.items():
+        if key in FORMER_KEYS:
+            raise ConfigError(f"{origin}: methods.{method}.{key}: {former_key(key, value)}")
+        if key not in known:
+            allowed = sorted({*known, *_METHOD_ONLY})
+            raise ConfigError(f"{origin}: methods.{method}.{key}: {unknown_key(key, allowed)}")
+    views = experiment.methods[method].get("augmentation", {})
+    if not isinstance(views, Mapping):
+        raise ConfigError(
+            f"{origin}: methods.{method}.augmentation: found {views!r}; expected the keys of "
+            "`augmentation` that differ, for example {version: v1}"
+        )
+
+
+def _check_dataset_names(experiment: Experiment, origin: str) -> None:
+    """A name is a folder, so different data sets have different names."""
+    known = {experiment.dataset.name: experiment.dataset}
+    for name, task in experiment.evaluation.tasks.items():
+        if task.dataset is not None and known.setdefault(task.dataset.name, task.dataset) != task.dataset:
+            raise ConfigError(
+                f"{origin}: evaluation.{name}.dataset.name: found {task.dataset.name!r}, the name of "
+                "another data set; a name is a folder in data/: make them equal, or choose another name"
+            )
+
+
+def _check_baseline(experiment: Experiment, origin: str) -> None:
+    if experiment.baseline is not None and experiment.baseline not in experiment.methods:
+        known = list(experiment.methods)
+        raise ConfigError(f"{origin}: baseline: {unknown_key(experiment.baseline, known)}")
+
+
+def _check_detection_set(experiment: Experiment, name: str, origin: str) -> None:
+    """A detection set needs a ResNet, and methods and seeds that exist."""
+    chosen = experiment.evaluation.detection[name]
+    where = f"{origin}: evaluation.detection.{name}"
+    if not experiment.encoder.is_resnet:
+        raise ConfigError(
+            f"{where}: found with encoder.architecture {experiment.encoder.architecture}; a detector "
+            "needs the stages of a ResNet; remove the set or choose a ResNet"
+        )
+    for method in chosen.methods or []:
+        if method not in experiment.methods:
+            raise ConfigError(f"{where}.methods: {unknown_key(method, list(experiment.methods))}")
+    if not detection_runs(experiment, name):
+        raise ConfigError(f"{where}.pretrain_seeds: found {chosen.pretrain_seeds}; no method has them")
+
+
 def _check_shared_recipe(experiment: Experiment, origin: str) -> None:
     """Validate every key, whether or not a method uses it."""
     shared = experiment.pretrain
@@ -346,7 +383,7 @@ def _check_shared_recipe(experiment: Experiment, origin: str) -> None:
 
 def _check_name(run: PretrainRun, origin: str) -> None:
     """The numbers in a name mochi-N-s-s' must match the row's settings."""
-    match = _MOCHI_NAME.match(run.method)
+    match = _MIXING_OR_VARIANT.fullmatch(run.method)
     if run.method.startswith("mochi") and not match:
         raise ConfigError(
             f"{origin}: methods.{run.method}: found a name that starts with mochi; expected "
@@ -354,20 +391,22 @@ def _check_name(run: PretrainRun, origin: str) -> None:
         )
     if not match:
         return
-    numbers = zip(
-        ("num_hardest", "num_pair_synthetics", "num_query_synthetics"), match.groups(), strict=True
-    )
-    promised = {"rule": "mochi"} | {name: int(number) for name, number in numbers}
+    expected = {
+        "rule": "mochi",
+        "num_hardest": int(match[1]),
+        "num_pair_synthetics": int(match[2]),
+        "num_query_synthetics": int(match[3]),
+    }
     negatives = run.recipe.negatives.model_dump() if isinstance(run.recipe, Contrastive) else {}
-    carried = {key: negatives.get(key) for key in promised}
-    if carried != promised:
+    found = {key: negatives.get(key) for key in expected}
+    if found != expected:
         raise ConfigError(
-            f"{origin}: methods.{run.method}.negatives: found {_written(carried)}; the name of the row "
-            f"means {_written(promised)}; change one of the two"
+            f"{origin}: methods.{run.method}.negatives: found {_as_yaml(found)}; the name of the row "
+            f"means {_as_yaml(expected)}; change one of the two"
         )
 
 
-def _written(values: Mapping[str, Any]) -> str:
+def _as_yaml(values: Mapping[str, Any]) -> str:
     """As in the file, without missing values."""
-    there = ", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)
-    return f"{{{there}}}"
+    entries = ", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)
+    return f"{{{entries}}}"

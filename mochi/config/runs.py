@@ -67,9 +67,11 @@ class ProbeRun(Run):
     dataset: Dataset
     image_size: Count
     resize: Count
+    """Short side in pixels, before the centre crop of `image_size` pixels."""
     batch_size: Count
     features_on: Literal["auto", "device", "host"]
     protocol: SerializeAsAny[Task]
+    """The task and its settings; stored results name them by this key."""
 
     _ignored: ClassVar[dict[str, Any]] = {
         "name": True,
@@ -80,8 +82,8 @@ class ProbeRun(Run):
     }
 
     @property
-    def images(self) -> tuple[str, int, int]:
-        """Data set, size and resize: evaluations of one encoder that agree in them can share features."""
+    def feature_key(self) -> tuple[str, int, int]:
+        """Data set, image size and resize. Evaluations of one encoder with equal keys share features."""
         return self.dataset.name, self.image_size, self.resize
 
     def settings(self) -> dict[str, Any]:

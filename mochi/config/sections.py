@@ -31,7 +31,10 @@ class Section(BaseModel):
 
     @classmethod
     def section_of(cls, key: str, value: object) -> "type[Section] | None":
-        """The section of an entry whose key is a user's name, for messages; None: no section."""
+        """The section that describes the value of a key that is not a field, such as a name the user chose.
+
+        Messages list its keys. None if the value has no keys of its own.
+        """
         del key, value
         return None
 
@@ -40,7 +43,7 @@ def distinct_seeds(seeds: list[int]) -> list[int]:
     """The seeds, which must be distinct.
 
     Raises:
-        ValueError: some seed is.
+        ValueError: a seed occurs twice.
     """
     if len(set(seeds)) != len(seeds):
         raise ValueError(

@@ -21,7 +21,7 @@ from mochi.inference.encoder import LoadedEncoder
 from mochi.inference.folder import FolderFeatures, encode_files
 from mochi.storage.atomic import replacing
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _SIDE, _GAP, _CAPTION = 112, 8, 26  # pixels
 _FRAME = 3
 _SAME, _OTHER, _PLAIN = "#2a7f3f", "#b3261e", "#555555"

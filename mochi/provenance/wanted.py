@@ -230,7 +230,9 @@ def evaluated(experiment: Experiment, method: str, seed: int, task: str) -> Resu
 def same_features(experiment: Experiment, method: str, seed: int, task: str) -> list[Result]:
     """The other evaluations of an encoder on the same images at the same size."""
     runs = {name: probe_run(experiment, method, seed, name) for name in probes(experiment)}
-    others = [name for name, run in runs.items() if name != task and run.images == runs[task].images]
+    others = [
+        name for name, run in runs.items() if name != task and run.feature_key == runs[task].feature_key
+    ]
     return [evaluated(experiment, method, seed, name) for name in others]
 
 

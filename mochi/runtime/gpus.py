@@ -80,8 +80,8 @@ def _ask_nvidia_smi() -> tuple[str, str]:
     except subprocess.TimeoutExpired:
         return "", f"nvidia-smi gave no answer in {_ANSWER_SECONDS} s"
     except OSError as error:
-        there = any(_DEVICES.glob("nvidia[0-9]*"))
-        return "", f"nvidia-smi cannot be started ({error.strerror})" if there else ""
+        has_gpus = any(_DEVICES.glob("nvidia[0-9]*"))
+        return "", f"nvidia-smi cannot be started ({error.strerror})" if has_gpus else ""
     if done.returncode:
         lines = (done.stdout.strip() or done.stderr.strip()).splitlines() or ["no message"]
         return "", f"nvidia-smi failed: {lines[0]}"

@@ -69,8 +69,8 @@ def pretrained(wildcards):
 
 
 def evaluated(wildcards):
-    named = wildcards.get("task") or f"{wanted.DETECTION}{wildcards.job}"
-    return wanted.evaluated(EXPERIMENT, wildcards.method, int(wildcards.seed), named)
+    task = wildcards.get("task") or f"{wanted.DETECTION}{wildcards.job}"
+    return wanted.evaluated(EXPERIMENT, wildcards.method, int(wildcards.seed), task)
 
 
 def analyzed(wildcards):
@@ -80,7 +80,7 @@ def analyzed(wildcards):
 def results_of(folder, stage, **labels):
     """The files of a result. Snakemake keeps the old ones while a job runs; the job replaces them at its end."""
     names = (*wanted.STAGES[stage].outputs, wanted.RECORD)
-    return update([marked(f"{folder}/{name}", **labels) for name in names])
+    return update([result_file(f"{folder}/{name}", **labels) for name in names])
 
 
 def logged(command):

@@ -13,9 +13,9 @@ GPUS_PER_RUN = 1 if GPUS else 0
 
 def threads_of(rule):
     """Threads of a job: a share of the cores for each of its GPUs (--set-resources may change their number)."""
-    changed = workflow.resource_settings.overwrite_resources.get(rule, {})
-    asked = changed["gpu"] if "gpu" in changed else GPUS_PER_RUN
-    return threads_of_job(len(GPUS), int(getattr(asked, "value", asked)))
+    overrides = workflow.resource_settings.overwrite_resources.get(rule, {})
+    number = overrides["gpu"] if "gpu" in overrides else GPUS_PER_RUN
+    return threads_of_job(len(GPUS), int(getattr(number, "value", number)))
 
 
 def share_of_a_gpu(nodes="1"):

@@ -7,25 +7,25 @@ PICTURES = {
 }
 
 
-def in_report(path, category, caption, **labels):
-    """The path, marked for `snakemake --report`; the caption is a file of workflow/report."""
+def report_item(path, category, caption, **labels):
+    """A path that `snakemake --report` includes; the caption is a file of workflow/report."""
     caption = f"../report/{caption}.rst"
     return report(path, caption=caption, category=category, labels=labels)
 
 
-def marked(path, **labels):
-    """A file of a result; its pictures are marked for `snakemake --report`."""
-    name, kind = Path(path).name, Path(path).stem
+def result_file(path, **labels):
+    """A file of a result; `snakemake --report` includes it if it is one of `PICTURES`."""
+    name, stem = Path(path).name, Path(path).stem
     if name not in PICTURES:
         return path
-    return in_report(path, PICTURES[name], kind, **labels, picture=kind)
+    return report_item(path, PICTURES[name], stem, **labels, picture=stem)
 
 
-def shown(folder, name):
-    """A file of the report; figures and main tables are marked for `snakemake --report`."""
+def report_file(folder, name):
+    """A file of the report; `snakemake --report` includes figures and main tables."""
     path = str(folder / name)
     if name.endswith(".svg"):
-        return in_report(path, "Figures", "figure", figure=Path(name).stem)
+        return report_item(path, "Figures", "figure", figure=Path(name).stem)
     if name in ("summary.csv", "report.html"):
-        return in_report(path, "Tables", name, file=name)
+        return report_item(path, "Tables", name, file=name)
     return path

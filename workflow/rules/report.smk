@@ -7,7 +7,10 @@ rule report:
         list(REPORT.inputs.values()),
     output:
         update(
-            [shown(REPORT.folder, name) for name in (*REPORT.outputs, wanted.RECORD)]
+            [
+                report_file(REPORT.folder, name)
+                for name in (*REPORT.outputs, wanted.RECORD)
+            ]
         ),
     log:
         f"logs/{NAME}/report.log",

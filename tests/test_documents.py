@@ -57,7 +57,7 @@ def test_the_picture_of_the_workflow_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
     names = dict(re.findall(r'(\d+)\[label = "(\w+)"', done.stdout))
     edges = {(names[a], names[b]) for a, b in re.findall(r"(\d+) -> (\d+)", done.stdout)}
-    drawn = (ROOT / "docs/workflow.svg").read_text()
-    labels = dict(re.findall(r"<!-- (\d+) -->.*?<text[^>]*>(\w+)</text>", drawn, re.DOTALL))
-    arrows = re.findall(r"<!-- (\d+)&#45;&gt;(\d+) -->", drawn)
+    svg = (ROOT / "docs/workflow.svg").read_text()
+    labels = dict(re.findall(r"<!-- (\d+) -->.*?<text[^>]*>(\w+)</text>", svg, re.DOTALL))
+    arrows = re.findall(r"<!-- (\d+)&#45;&gt;(\d+) -->", svg)
     assert {(labels[a], labels[b]) for a, b in arrows} == edges

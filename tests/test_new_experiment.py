@@ -30,7 +30,7 @@ def images(folder: Path, count: int, width: int = 40, height: int = 36) -> None:
         Image.new("RGB", (width, height), (number % 256, count % 256, 0)).save(folder / f"{number}.png")
 
 
-def made(folder: Path) -> dict[str, Any]:
+def new_experiment(folder: Path) -> dict[str, Any]:
     """The experiment of a folder; it must pass `mochi check`."""
     done = run("init", str(folder), "--out", "config/mine.yaml", "--force")
     assert done.returncode == 0, done.stderr
@@ -47,7 +47,7 @@ def test_classes_with_a_val_folder(tmp_path: Path) -> None:
     for split, count in (("train", 20), ("val", 4)):
         for label in ("cat", "dog"):
             images(tmp_path / "pets" / split / label, count)
-    content = made(tmp_path / "pets")
+    content = new_experiment(tmp_path / "pets")
     assert "val_share" not in content["dataset"]
     assert content["evaluation"]["knn"]["k"] == 20
     assert content["evaluation"]["linear"]["batch_size"] <= 40
@@ -60,7 +60,7 @@ def test_classes_with_a_val_folder(tmp_path: Path) -> None:
 def test_classes_without_a_val_folder_give_a_share_of_each(tmp_path: Path, splits: bool) -> None:
     for label in "abcdefgh":
         images(tmp_path / "few" / ("train" if splits else "") / label, 3)
-    content = made(tmp_path / "few")
+    content = new_experiment(tmp_path / "few")
     assert content["dataset"].get("class_folders", False) is not splits
     assert content["dataset"]["val_share"] == 0.2
     assert content["evaluation"]["knn"]["k"] == 2, "of three images one is for validation"
@@ -69,18 +69,18 @@ def test_classes_without_a_val_folder_give_a_share_of_each(tmp_path: Path, split
 def test_without_labels_or_with_one_class_there_is_no_classification(tmp_path: Path) -> None:
     images(tmp_path / "photos/2021", 20)
     images(tmp_path / "photos/2022-06", 20)
-    content = made(tmp_path / "photos")
+    content = new_experiment(tmp_path / "photos")
     assert set(content["evaluation"]) == {"image_size", "resize"}
     assert "supervised" not in content["methods"]
     images(tmp_path / "one/train/cat", 30)
-    assert set(made(tmp_path / "one")["evaluation"]) == {"image_size", "resize"}
+    assert set(new_experiment(tmp_path / "one")["evaluation"]) == {"image_size", "resize"}
 
 
 def test_unusual_folder_names(tmp_path: Path) -> None:
     root = tmp_path / 'a "b"\n<script>alert(1)<\\script> é # no: {comment}'
     for label in ("my cat", "it's", "new\nline", "#hash: x", "ключ"):
         images(root / label, 8)
-    content = made(root)
+    content = new_experiment(root)
     assert content["dataset"]["path"] == str(root)
     assert "\n" not in content["title"]
 
@@ -90,7 +90,7 @@ def test_images_on_a_read_only_disk(tmp_path: Path) -> None:
     images(tmp_path / "disk/train/b", 20)
     before = sorted(tmp_path.joinpath("disk").rglob("*"))
     (tmp_path / "disk").chmod(0o555)
-    made(tmp_path / "disk")
+    new_experiment(tmp_path / "disk")
     assert sorted(tmp_path.joinpath("disk").rglob("*")) == before
 
 
@@ -139,7 +139,7 @@ def voc(root: Path, train: int, val: int) -> None:
 def test_a_voc_tree_with_boxes_of_one_size_given_from_inside_or_above(tmp_path: Path) -> None:
     voc(tmp_path / "set/things", 18, 6)
     for folder in ("set", "set/things"):
-        content = made(Path(folder))
+        content = new_experiment(Path(folder))
         (detection,) = content["evaluation"]["detection"].values()
         assert detection["data"]["path"] == "set"
         assert detection["data"]["train"] == ["things/train"]
@@ -173,4 +173,4 @@ def test_anchors_are_distinct_quantiles_of_the_boxes() -> None:
 def test_real_folders(tmp_path: Path, archive: str, folder: str, evaluations: set[str]) -> None:
     with tarfile.open(Path(REAL or "", archive)) as content:
         content.extractall(tmp_path, filter="data")
-    assert set(made(Path(folder))["evaluation"]) == evaluations
+    assert set(new_experiment(Path(folder))["evaluation"]) == evaluations

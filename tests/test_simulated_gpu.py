@@ -152,15 +152,15 @@ def test_a_resumed_training_ends_with_the_same_bytes(
 def test_the_same_workers_load_all_epochs(
     gpu: SimulatedGpu, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str
 ) -> None:
-    made, real = [], loading.DataLoader
+    workers_of_loaders, real = [], loading.DataLoader
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        made.append(options["num_workers"])
+        workers_of_loaders.append(options["num_workers"])
         return real(*arguments, **options)
 
     monkeypatch.setattr(loading, "DataLoader", counted)
     pretrain(experiment("jpegs", row), data["jpegs"], tmp_path, workers=1)
-    assert made == [1]
+    assert workers_of_loaders == [1]
 
 
 @pytest.mark.parametrize("storage", ["pixels", "jpegs"])
@@ -274,44 +274,44 @@ def test_a_detection_step_waits_only_for_the_sampling_of_anchors_and_regions(
 def test_the_simulated_gpu_refuses_what_a_gpu_refuses(gpu: SimulatedGpu) -> None:
     """It also counts waits: otherwise the tests above could not fail."""
     device = torch.device("cuda", 0)
-    there, here = torch.ones(3, device=device), torch.ones(3)
+    on_gpu, on_cpu = torch.ones(3, device=device), torch.ones(3)
     generator = torch.Generator(device)
     refused: list[Callable[[], object]] = [
-        lambda: there + here,
-        lambda: torch.mm(there[None], here[:, None]),
-        lambda: here[there.long()],
+        lambda: on_gpu + on_cpu,
+        lambda: torch.mm(on_gpu[None], on_cpu[:, None]),
+        lambda: on_cpu[on_gpu.long()],
         lambda: torch.rand(3, generator=generator),
         lambda: torch.rand(3, generator=torch.Generator(), device=device),
-        there.numpy,
-        lambda: torch.cat((there, torch.from_numpy(np.ones(3, np.float32)))),
-        lambda: here.add_(there),
+        on_gpu.numpy,
+        lambda: torch.cat((on_gpu, torch.from_numpy(np.ones(3, np.float32)))),
+        lambda: on_cpu.add_(on_gpu),
     ]
     for call in refused:
         with pytest.raises((DeviceError, TypeError)):
             call()
     assert not gpu.waits
     legal: list[Callable[[], object]] = [
-        lambda: there + torch.tensor(2.0),
+        lambda: on_gpu + torch.tensor(2.0),
         lambda: torch.rand(3, generator=generator, device=device),
-        lambda: here.pin_memory().to(device, non_blocking=True) + there,
+        lambda: on_cpu.pin_memory().to(device, non_blocking=True) + on_gpu,
     ]
     for call in legal:
         call()
     assert not gpu.waits
     waits: list[Callable[[], object]] = [
-        lambda: there.sum().item(),
-        lambda: bool(there[0] > 0),
-        lambda: there[here > 0],
-        lambda: here.to(device),
-        lambda: here.to(device, non_blocking=True),  # not pinned
-        there.cpu,
+        lambda: on_gpu.sum().item(),
+        lambda: bool(on_gpu[0] > 0),
+        lambda: on_gpu[on_cpu > 0],
+        lambda: on_cpu.to(device),
+        lambda: on_cpu.to(device, non_blocking=True),  # not pinned
+        on_gpu.cpu,
         lambda: torch.tensor([1.0], device=device),
-        there.nonzero,
+        on_gpu.nonzero,
     ]
     for number, call in enumerate(waits, start=1):
         call()
         assert gpu.waits.total() == number
-    weight = there.clone().requires_grad_()
+    weight = on_gpu.clone().requires_grad_()
     (weight * 2).sum().backward()
     assert weight.grad is not None
     assert weight.grad.device == device

@@ -354,7 +354,9 @@ def _unused(checkpoint: Checkpoint, found: Found) -> list[str]:
             parts = inside.split(".")
             depth = next((n for n, part in enumerate(parts) if part not in _CONTAINERS), 0) + 1
             groups[below + ".".join(parts[:depth])] += 1
-    return [f"  not used: {name} ({count} tensors)" for name, count in groups.items()]
+    return [
+        f"  not used: {name} ({count} tensor{'s' if count > 1 else ''})" for name, count in groups.items()
+    ]
 
 
 _CONTAINERS = {"state_dict", "model", "module", "classy_state_dict", "base_model"}

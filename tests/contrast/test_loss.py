@@ -41,7 +41,9 @@ def draws() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
-def drawn(rule: Rule, query: Tensor, queue: Tensor, excluded: Tensor | None = None) -> list[Synthetics]:
+def draw_synthetics(
+    rule: Rule, query: Tensor, queue: Tensor, excluded: Tensor | None = None
+) -> list[Synthetics]:
     """Synthetics that the rule makes for these queries with `draws`."""
     similarity = query.detach() @ queue.T
     if excluded is not None:
@@ -59,7 +61,7 @@ def fused_and_reference(raw, key, queue, temperature, rule, excluded=None):
 
     slow_raw = raw.clone().requires_grad_()
     query = F.normalize(slow_raw, dim=-1)
-    synthetics = drawn(rule or MoCo(), query, queue, excluded)
+    synthetics = draw_synthetics(rule or MoCo(), query, queue, excluded)
     vectors = [synthetic_vectors(query.detach(), queue, each) for each in synthetics]
     slow = mochi_loss(query, key, queue, temperature, vectors, excluded)
     slow.backward()
@@ -114,7 +116,7 @@ def test_excluded_negatives_are_in_neither_the_loss_nor_the_synthetics() -> None
     assert math.isfinite(fast.item())
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-11, atol=1e-13)
-    for synthetic in drawn(rule, F.normalize(raw, dim=-1), queue, excluded):
+    for synthetic in draw_synthetics(rule, F.normalize(raw, dim=-1), queue, excluded):
         assert not excluded[0][synthetic.parents[0]].any()
 
 
@@ -136,7 +138,7 @@ def test_gradient_by_finite_differences(through_query: bool) -> None:
     raw, key, queue = batch(2, 4, 9, seed=3)
     start = F.normalize(raw, dim=-1)
     rule = mochi_rule(4, 0, 6, through_query=through_query)
-    (fixed,) = drawn(rule, start, queue)
+    (fixed,) = draw_synthetics(rule, start, queue)
     assert isinstance(fixed, SparseSynthetics)
     share = fixed.query_weight / (fixed.query_weight + fixed.weights[..., 0])
     negatives = queue[fixed.parents[..., 0]]
@@ -164,7 +166,7 @@ def test_gradient_by_finite_differences(through_query: bool) -> None:
 def test_gradcheck_where_nothing_is_detached() -> None:
     """Synthetics from pairs do not contain the query, so gradcheck applies once the draws are fixed."""
     raw, key, queue = batch(2, 4, 9, seed=4)
-    fixed = drawn(mochi_rule(4, 6, 0), F.normalize(raw, dim=-1), queue)
+    fixed = draw_synthetics(mochi_rule(4, 6, 0), F.normalize(raw, dim=-1), queue)
 
     def loss(free: Tensor) -> Tensor:
         return contrastive_loss(
@@ -234,7 +236,7 @@ def test_groups_of_queries_equal_the_whole_batch() -> None:
     excluded = torch.rand(150, 40, generator=torch.Generator().manual_seed(0)) < 0.2
     query = F.normalize(raw, dim=-1)
     similarity = (query @ queue.T).masked_fill(excluded, -torch.inf)
-    synthetics = drawn(mochi_rule(8, 12, 12), query, queue, excluded)
+    synthetics = draw_synthetics(mochi_rule(8, 12, 12), query, queue, excluded)
     calls: list[int] = []
 
     def mixed_of(rows: Tensor) -> list[Synthetics]:
@@ -311,6 +313,6 @@ UNIT = torch.eye(4)
     ],
 )
 def test_invalid_inputs_are_refused(changed: dict[str, object], message: str) -> None:
-    given = {"query": UNIT, "key": UNIT, "queue": UNIT, "temperature": 0.2} | changed
+    arguments = {"query": UNIT, "key": UNIT, "queue": UNIT, "temperature": 0.2} | changed
     with pytest.raises(UserError, match=message):
-        contrastive_loss(**given)
+        contrastive_loss(**arguments)

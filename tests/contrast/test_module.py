@@ -550,7 +550,7 @@ def test_invalid_rules_are_refused(arguments: dict[str, Any], message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         ({}, "images: missing; a mask in .* needs them"),
         ({"images": torch.arange(3)}, r"images: found torch.int64 of shape \(3,\); expected integers"),
@@ -558,10 +558,10 @@ def test_invalid_rules_are_refused(arguments: dict[str, Any], message: str) -> N
         ({"images": [0, 1, 2, 3]}, r"images: found list; expected integers of shape \(4,\) as a tensor"),
     ],
 )
-def test_invalid_image_indices_are_refused(given: dict[str, Tensor], message: str) -> None:
+def test_invalid_image_indices_are_refused(arguments: dict[str, Tensor], message: str) -> None:
     loss = by_name("moco", masks=["same_image"])
     with pytest.raises(ValueError, match=message):
-        loss(embeddings(0), embeddings(1), **given)
+        loss(embeddings(0), embeddings(1), **arguments)
     assert int(loss.queue.num_enqueued) == 0
 
 

@@ -280,8 +280,8 @@ def test_chance_is_the_loss_of_equal_similarities(rule: Rule) -> None:
 def test_num_synthetics_is_the_number_of_synthetics(rule: Rule) -> None:
     raw, _, queue = batch(3, 12)
     query = F.normalize(raw, dim=-1)
-    made = rule.synthetics(Candidates(query, query @ queue.T, queue, False, None))
-    assert sum(each.parents.shape[1] for each in made) == rule.num_synthetics
+    synthetics = rule.synthetics(Candidates(query, query @ queue.T, queue, False, None))
+    assert sum(each.parents.shape[1] for each in synthetics) == rule.num_synthetics
 
 
 def test_warmup() -> None:
@@ -305,10 +305,10 @@ def synco_types(**changes: Any) -> tuple[Tensor, Tensor, list[Synthetics]]:
 
 def test_synco_sums_of_query_and_negative() -> None:
     """Types 1, 2 and 5: the share of q covers its range, and vectors have length 1."""
-    query, queue, made = synco_types(perturbation=0.3)
+    query, queue, synthetics = synco_types(perturbation=0.3)
     ranges = {0: (0.0, 0.5), 1: (-0.5, 0.0), 4: (0.3 / 1.3, 0.3 / 1.3)}
     for kind, (low, high) in ranges.items():
-        each = made[kind]
+        each = synthetics[kind]
         assert isinstance(each, SparseSynthetics)
         assert each.query_weight is not None
         weight = each.weights[..., 0]
@@ -330,8 +330,10 @@ def test_synco_mixes_are_constants_for_the_gradient() -> None:
     free = raw.clone().requires_grad_()
     query = F.normalize(free, dim=-1)
     start, draws = query.detach(), torch.Generator().manual_seed(7)
-    made = rule.synthetics(Candidates(start, start @ queue.T, queue, False, draws))
-    expected = mochi_loss(query, key, queue, 0.2, [synthetic_vectors(start, queue, each) for each in made])
+    synthetics = rule.synthetics(Candidates(start, start @ queue.T, queue, False, draws))
+    expected = mochi_loss(
+        query, key, queue, 0.2, [synthetic_vectors(start, queue, each) for each in synthetics]
+    )
     expected.backward()
     loss, gradient = loss_and_gradient(rule, raw, key, queue, 0.2)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
@@ -339,15 +341,15 @@ def test_synco_mixes_are_constants_for_the_gradient() -> None:
 
 
 def test_synco_pairs_equal_mochis() -> None:
-    _, _, made = synco_types()
-    assert made[2].parents.shape == (2, 200, 2)
-    assert (made[2].parents[..., 0] != made[2].parents[..., 1]).all()
+    _, _, synthetics = synco_types()
+    assert synthetics[2].parents.shape == (2, 200, 2)
+    assert (synthetics[2].parents[..., 0] != synthetics[2].parents[..., 1]).all()
 
 
 def test_synco_vectors() -> None:
     """Type 4: normal noise of the given size on each coordinate. Type 6: a step along the sign of q."""
-    query, queue, made = synco_types(noise=0.01, adversarial_step=0.1, num_noisy=5000)
-    noisy, adversarial = made[3], made[5]
+    query, queue, synthetics = synco_types(noise=0.01, adversarial_step=0.1, num_noisy=5000)
+    noisy, adversarial = synthetics[3], synthetics[5]
     assert isinstance(noisy, VectorSynthetics)
     assert isinstance(adversarial, VectorSynthetics)
     parents = queue[adversarial.parents[..., 0]]
@@ -368,10 +370,10 @@ def test_each_count_of_synco_is_of_its_type() -> None:
     candidates = Candidates(query, query @ queue.T, queue, False, None)
     for number, name in enumerate(SYNCO):
         rule = SynCo(num_hardest=4, **{**dict.fromkeys(SYNCO, 0), name: 3})
-        (made,) = rule.synthetics(candidates)
-        assert made.parents.shape == (2, 3, 2 if number == 2 else 1)
-        assert isinstance(made, VectorSynthetics) == (name in {"num_noisy", "num_adversarial"})
-        assert rule.makes_vectors == isinstance(made, VectorSynthetics)
+        (synthetics,) = rule.synthetics(candidates)
+        assert synthetics.parents.shape == (2, 3, 2 if number == 2 else 1)
+        assert isinstance(synthetics, VectorSynthetics) == (name in {"num_noisy", "num_adversarial"})
+        assert rule.makes_vectors == isinstance(synthetics, VectorSynthetics)
 
 
 # ---------------------------------------------------------------- masks

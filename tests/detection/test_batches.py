@@ -179,9 +179,9 @@ def test_a_batch_depends_on_its_number_only(many: Images) -> None:
             assert torch.equal(batch.pixels, expected.pixels)
         # The default generator samples anchors and regions.
         assert torch.equal(torch.get_rng_state(), before)
-    drawn = {(item.image.shape[0], item.flipped) for batch in straight for item in batch}
-    assert {flipped for _, flipped in drawn} == {False, True}
-    assert {side for side, _ in drawn} >= {20, 24}
+    sides_and_flips = {(item.image.shape[0], item.flipped) for batch in straight for item in batch}
+    assert {flipped for _, flipped in sides_and_flips} == {False, True}
+    assert {side for side, _ in sides_and_flips} >= {20, 24}
 
 
 def test_half_of_the_images_are_mirrored_and_sizes_are_equally_frequent(

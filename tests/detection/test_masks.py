@@ -151,8 +151,8 @@ def polygon_target(polygons: list[list[float]], box: list[float]) -> Tensor:
     for polygon in polygons:
         points = np.array(polygon).reshape(-1, 2) - [x0, y0]
         scaled.append((points * SIDE / [max(x1 - x0, 0.1), max(y1 - y0, 0.1)]).ravel().tolist())
-    drawn = coco.decode_masks([coco.run_lengths(scaled, SIDE, SIDE)], SIDE, SIDE)
-    return torch.from_numpy(drawn[0]).float()
+    masks = coco.decode_masks([coco.run_lengths(scaled, SIDE, SIDE)], SIDE, SIDE)
+    return torch.from_numpy(masks[0]).float()
 
 
 @pytest.mark.parametrize("flipped", [False, True])

@@ -147,15 +147,15 @@ def test_proposal_losses_are_l1_over_the_samples_asked_for() -> None:
 
 
 def targets(*numbers: int, masks: bool = False) -> list[dict[str, Tensor]]:
-    made = []
+    images = []
     for number in numbers:
         boxes = torch.tensor([[4.0 + i, 5.0, 20.0 + i, 24.0] for i in range(number)]).reshape(-1, 4)
         target = {"boxes": boxes, "labels": 1 + torch.arange(number) % 2}
         if masks:
             target["masks"] = torch.zeros(number, 32, 48, dtype=torch.uint8)
             target["masks"][:, 5:24, 4:20] = 1
-        made.append(target)
-    return made
+        images.append(target)
+    return images
 
 
 def train_step(model: Detector, wanted: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -28,16 +28,16 @@ def data(**changes: object) -> DetectionData:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "photo-scenes"
     scenes.run(data(), root)
     return root
 
 
 @pytest.mark.parametrize(("split", "number"), [("train", 30), ("test", 12)])
-def test_voc_and_coco_annotations_are_the_same(made: Path, split: str, number: int) -> None:
-    in_voc = voc.read(made / "VOC", split, CLASSES, "fail")
-    in_coco = coco.read(made, split, "fail", masks=True)
+def test_voc_and_coco_annotations_are_the_same(generated: Path, split: str, number: int) -> None:
+    in_voc = voc.read(generated / "VOC", split, CLASSES, "fail")
+    in_coco = coco.read(generated, split, "fail", masks=True)
     assert len(in_voc.images) == len(in_coco.images) == number
     for one, other in zip(in_voc.images, in_coco.images, strict=True):
         assert one.path.suffix == ".jpg"
@@ -49,9 +49,9 @@ def test_voc_and_coco_annotations_are_the_same(made: Path, split: str, number: i
         assert np.abs(difference).mean() < 4
 
 
-def test_boxes_enclose_the_masks(made: Path) -> None:
+def test_boxes_enclose_the_masks(generated: Path) -> None:
     kinds = set()
-    for image in coco.read(made, "train", "fail", masks=True).images:
+    for image in coco.read(generated, "train", "fail", masks=True).images:
         assert image.masks is not None
         masks = coco.decode_masks(image.masks, image.height, image.width)
         assert masks.sum(axis=0).max(initial=0) <= 1  # objects do not overlap
@@ -90,7 +90,7 @@ def test_the_parts_of_the_splits_are_disjoint() -> None:
         assert (taken == 1).all()
 
 
-def test_the_same_seed_makes_the_same_files(made: Path, tmp_path: Path) -> None:
+def test_the_same_seed_makes_the_same_files(generated: Path, tmp_path: Path) -> None:
     scenes.run(data(), tmp_path / "photo-scenes")
     for name in (
         "annotations/instances_test.json",
@@ -99,10 +99,10 @@ def test_the_same_seed_makes_the_same_files(made: Path, tmp_path: Path) -> None:
         "VOC/JPEGImages/train_00007.jpg",
         "scenes.json",
     ):
-        assert (tmp_path / "photo-scenes" / name).read_bytes() == (made / name).read_bytes(), name
+        assert (tmp_path / "photo-scenes" / name).read_bytes() == (generated / name).read_bytes(), name
     scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=2, num_test=2, seed=1)), tmp_path / "other")
     assert (tmp_path / "other" / "train" / "train_00000.png").read_bytes() != (
-        made / "train" / "train_00000.png"
+        generated / "train" / "train_00000.png"
     ).read_bytes()
 
 
@@ -116,11 +116,11 @@ def test_old_scenes_are_replaced_completely(tmp_path: Path) -> None:
 
 
 def test_the_estimated_disk_space_covers_the_scenes(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = full_disk.required_space(scenes, monkeypatch)
     scenes.run(data(scenes=PhotoScenes(image_size=64, num_train=30, num_test=12, seed=0)), tmp_path / "x")
-    written = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+    written = sum(path.stat().st_size for path in generated.rglob("*") if path.is_file())
     assert written < wanted[tmp_path / "x"] < 2 * written
 
 

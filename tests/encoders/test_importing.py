@@ -37,16 +37,16 @@ def weights(config: Encoder = CONFIG, seed: int = 0) -> Tensors:
     return tensors
 
 
-WEIGHTS = weights()
-OTHERS = weights(seed=1)
-VALUES = digest(WEIGHTS)
+QUERY_WEIGHTS = weights()
+MOMENTUM_WEIGHTS = weights(seed=1)
+QUERY_DIGEST = digest(QUERY_WEIGHTS)
 
 
-def below(prefix: str, tensors: Tensors = WEIGHTS) -> Tensors:
+def below(prefix: str, tensors: Tensors = QUERY_WEIGHTS) -> Tensors:
     return {prefix + name: value for name, value in tensors.items()}
 
 
-def renamed(change: Callable[[str], str], tensors: Tensors = WEIGHTS) -> Tensors:
+def renamed(change: Callable[[str], str], tensors: Tensors = QUERY_WEIGHTS) -> Tensors:
     return {change(name): value for name, value in tensors.items()}
 
 
@@ -61,7 +61,7 @@ def numbered(first: int) -> Callable[[str], str]:
     return change
 
 
-def detectron2(tensors: Tensors = WEIGHTS) -> dict[str, Any]:
+def detectron2(tensors: Tensors = QUERY_WEIGHTS) -> dict[str, Any]:
     """moco detection/convert-pretrain-to-detectron2.py, line by line."""
     model = {}
     for name, value in tensors.items():
@@ -77,29 +77,56 @@ def detectron2(tensors: Tensors = WEIGHTS) -> dict[str, Any]:
     return {"model": model, "__author__": "MOCO", "matching_heuristics": True}
 
 
-HEAD = torch.zeros(3, 2)
-MOCO = {**below("module.encoder_q."), **below("module.encoder_k.", OTHERS), "module.queue": HEAD}
+def stem_weights(stem: str) -> Tensors:
+    return weights(Encoder.model_validate({"architecture": "resnet18", "stem": stem, "width": 8}))
+
+
+def without(part: str) -> Tensors:
+    return {name: value for name, value in QUERY_WEIGHTS.items() if part not in name}
+
+
+UNRELATED = torch.zeros(3, 2)  # part of no encoder
+MOCO = {
+    **below("module.encoder_q."),
+    **below("module.encoder_k.", MOMENTUM_WEIGHTS),
+    "module.queue": UNRELATED,
+}
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
-    "torchvision": ({**WEIGHTS, "fc.weight": HEAD}, "torchvision"),
+    "torchvision": ({**QUERY_WEIGHTS, "fc.weight": UNRELATED}, "torchvision"),
     "module twice": ({"state_dict": below("module.module.")}, "a ResNet's backbone"),
-    "moco": ({"arch": "resnet18", "state_dict": {**MOCO, "module.encoder_q.fc.0.weight": HEAD}}, "MoCo"),
+    "moco": (
+        {"arch": "resnet18", "state_dict": {**MOCO, "module.encoder_q.fc.0.weight": UNRELATED}},
+        "MoCo",
+    ),
     "moco-v3": (
-        {"state_dict": {**below("module.base_encoder."), **below("module.momentum_encoder.", OTHERS)}},
+        {
+            "state_dict": {
+                **below("module.base_encoder."),
+                **below("module.momentum_encoder.", MOMENTUM_WEIGHTS),
+            }
+        },
         "MoCo-v3",
     ),
     "lightly": (
-        {"state_dict": below("backbone.", renamed(numbered(4))) | below("backbone_momentum.", OTHERS)},
+        {
+            "state_dict": below("backbone.", renamed(numbered(4)))
+            | below("backbone_momentum.", MOMENTUM_WEIGHTS)
+        },
         "lightly",
     ),
     "lightly's benchmarks": (
-        {"state_dict": below("backbone.", OTHERS) | below("query_backbone.") | {"projection_head.0": HEAD}},
+        {
+            "state_dict": below("backbone.", MOMENTUM_WEIGHTS)
+            | below("query_backbone.")
+            | {"projection_head.0": UNRELATED}
+        },
         "lightly",
     ),
     "solo-learn": (
         {
             "state_dict": below("backbone.")
-            | below("momentum_backbone.", OTHERS)
-            | {"projector.0.bias": HEAD}
+            | below("momentum_backbone.", MOMENTUM_WEIGHTS)
+            | {"projector.0.bias": UNRELATED}
         },
         "solo-learn",
     ),
@@ -107,14 +134,20 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
         {
             "classy_state_dict": {
                 "base_model": {
-                    "model": {"trunk": below("_feature_blocks."), "heads": {"0.clf.weight": HEAD}}
+                    "model": {"trunk": below("_feature_blocks."), "heads": {"0.clf.weight": UNRELATED}}
                 }
             }
         },
         "VISSL",
     ),
-    "mmpretrain": ({"meta": {}, "state_dict": below("backbone.") | {"neck.fc.weight": HEAD}}, "mmpretrain"),
-    "mmselfsup": ({"state_dict": below("encoder_q.0.") | below("encoder_k.0.", OTHERS)}, "mmselfsup"),
+    "mmpretrain": (
+        {"meta": {}, "state_dict": below("backbone.") | {"neck.fc.weight": UNRELATED}},
+        "mmpretrain",
+    ),
+    "mmselfsup": (
+        {"state_dict": below("encoder_q.0.") | below("encoder_k.0.", MOMENTUM_WEIGHTS)},
+        "mmselfsup",
+    ),
 }
 
 
@@ -125,13 +158,20 @@ def imported(file: Path, **choices: Any) -> Tensors:
     return read_encoder(out).tensors
 
 
+def features(tensors: Tensors, pixels: Tensor) -> Tensor:
+    encoder = build(CONFIG).double().eval()
+    encoder.load_state_dict(tensors)
+    with torch.no_grad():
+        return encoder(pixels)
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_is_recognised(name: str, zipped: bool, tmp_path: Path) -> None:
     content, origin = LAYOUTS[name]
     file = tmp_path / "x.pth"
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
-    assert digest(imported(file)) == VALUES
+    assert digest(imported(file)) == QUERY_DIGEST
     info = read_info(tmp_path / "out.safetensors")
     assert info is not None
     assert (info.architecture, info.stem, info.width, info.method) == ("resnet18", "imagenet", 8, origin)
@@ -141,17 +181,13 @@ def test_every_layout_is_recognised(name: str, zipped: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_detectron2s_pickles_are_recognised(protocol: int, tmp_path: Path) -> None:
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(detectron2(), protocol))
-    assert digest(imported(tmp_path / "x.pkl")) == VALUES
+    assert digest(imported(tmp_path / "x.pkl")) == QUERY_DIGEST
 
 
 def test_lightlys_own_resnets_are_recognised(tmp_path: Path) -> None:
     own = renamed(lambda name: numbered(2)(name).replace("downsample", "shortcut"), stem_weights("full"))
     torch.save({"state_dict": below("backbone.", own)}, tmp_path / "x.ckpt")
     assert digest(imported(tmp_path / "x.ckpt")) == digest(stem_weights("full"))
-
-
-def stem_weights(stem: str) -> Tensors:
-    return weights(Encoder.model_validate({"architecture": "resnet18", "stem": stem, "width": 8}))
 
 
 def test_the_last_stage_of_a_c4_detector_is_read_from_its_region_heads(tmp_path: Path) -> None:
@@ -162,7 +198,7 @@ def test_the_last_stage_of_a_c4_detector_is_read_from_its_region_heads(tmp_path:
     content |= {"pixel_mean": torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)}
     content |= {"pixel_std": torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)}
     torch.save({"model": {k: torch.as_tensor(v) for k, v in content.items()}}, tmp_path / "x.pth")
-    assert digest(imported(tmp_path / "x.pth")) == VALUES
+    assert digest(imported(tmp_path / "x.pth")) == QUERY_DIGEST
 
 
 @pytest.mark.parametrize("architecture", ["resnet10", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
@@ -176,14 +212,14 @@ def test_the_architecture_follows_from_the_shapes(architecture: str, tmp_path: P
 def test_the_momentum_encoder_can_be_imported(tmp_path: Path) -> None:
     for name in ("moco", "moco-v3", "lightly's benchmarks", "solo-learn", "mmselfsup"):
         torch.save(LAYOUTS[name][0], tmp_path / "x.pth")
-        assert digest(imported(tmp_path / "x.pth", which="momentum")) == digest(OTHERS), name
+        assert digest(imported(tmp_path / "x.pth", which="momentum")) == digest(MOMENTUM_WEIGHTS), name
 
 
 def test_one_of_several_encoders_is_chosen_by_its_prefix(tmp_path: Path) -> None:
-    torch.save({"left": WEIGHTS, "right": OTHERS}, tmp_path / "x.pth")
+    torch.save({"left": QUERY_WEIGHTS, "right": MOMENTUM_WEIGHTS}, tmp_path / "x.pth")
     with pytest.raises(EncoderError, match=r"2 encoders for --which query; .* --which left, right"):
         imported(tmp_path / "x.pth")
-    assert digest(imported(tmp_path / "x.pth", which="right")) == digest(OTHERS)
+    assert digest(imported(tmp_path / "x.pth", which="right")) == digest(MOMENTUM_WEIGHTS)
 
 
 def test_used_and_unused_tensors_are_listed(tmp_path: Path) -> None:
@@ -192,50 +228,51 @@ def test_used_and_unused_tensors_are_listed(tmp_path: Path) -> None:
     assert lines[0].endswith("torch zip, MoCo: 120 of 242 tensors, those below state_dict.module.encoder_q")
     assert lines[1:4] == [
         "  not used: state_dict.module.encoder_k (120 tensors)",
-        "  not used: state_dict.module.queue (1 tensors)",
-        "  not used: state_dict.module.encoder_q.fc (1 tensors)",
+        "  not used: state_dict.module.queue (1 tensor)",
+        "  not used: state_dict.module.encoder_q.fc (1 tensor)",
     ]
-    assert lines[-1].endswith(f"120 tensors, sha256 of their values {VALUES[:16]}")
+    assert lines[-1].endswith(f"120 tensors, sha256 of their values {QUERY_DIGEST[:16]}")
 
 
 def test_tensors_are_read_from_a_pickled_model(tmp_path: Path) -> None:
     model = build(CONFIG)
-    model.load_state_dict(WEIGHTS)
+    model.load_state_dict(QUERY_WEIGHTS)
     torch.save({"model": model, "args": argparse.Namespace(lr=1.0)}, tmp_path / "x.pth")
-    assert digest(imported(tmp_path / "x.pth")) == VALUES
+    assert digest(imported(tmp_path / "x.pth")) == QUERY_DIGEST
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     content = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in WEIGHTS.items()
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in QUERY_WEIGHTS.items()
     }
     torch.save(content, tmp_path / "x.pth")
     lines = import_checkpoint(str(tmp_path / "x.pth"), tmp_path / "out.safetensors")
     assert f"note: converted to float32 from {str(dtype)[6:]}" in lines
-    expected = {name: value.to(WEIGHTS[name].dtype) for name, value in content.items()}
+    expected = {name: value.to(QUERY_WEIGHTS[name].dtype) for name, value in content.items()}
     assert digest(read_encoder(tmp_path / "out.safetensors").tensors) == digest(expected)
 
 
 def test_files_with_other_heads_give_the_same_encoder(tmp_path: Path) -> None:
-    torch.save({**WEIGHTS, "fc.weight": torch.zeros(5, 64)}, tmp_path / "x.pth")
-    without_counters = {k: v for k, v in WEIGHTS.items() if "num_batches" not in k}
-    torch.save({"model": without_counters, "head.bias": HEAD}, tmp_path / "y.pth")
+    torch.save({**QUERY_WEIGHTS, "fc.weight": torch.zeros(5, 64)}, tmp_path / "x.pth")
+    without_counters = {k: v for k, v in QUERY_WEIGHTS.items() if "num_batches" not in k}
+    torch.save({"model": without_counters, "head.bias": UNRELATED}, tmp_path / "y.pth")
     first, second = imported(tmp_path / "x.pth"), imported(tmp_path / "y.pth")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in without_counters)
 
 
-def without(part: str) -> Tensors:
-    return {name: value for name, value in WEIGHTS.items() if part not in name}
-
-
 @pytest.mark.parametrize(
     ("content", "choices", "message"),
     [
-        (WEIGHTS, {"architecture": "resnet50"}, r"not a resnet50 (.|\n)*shapes fit a resnet18 with stem"),
         (
-            dict(list(WEIGHTS.items())[::2]),
+            QUERY_WEIGHTS,
+            {"architecture": "resnet50"},
+            r"not a resnet50 (.|\n)*shapes fit a resnet18 with stem",
+        ),
+        (
+            dict(list(QUERY_WEIGHTS.items())[::2]),
             {},
             r"not a resnet18 .*; 6\d of 120 tensors do not fit:\n  .*found no",
         ),
@@ -249,24 +286,32 @@ def without(part: str) -> Tensors:
             {},
             r"1 of 120 tensors do not fit:\n  layer3.1.conv2.weight: expected \[32",
         ),
-        ({**WEIGHTS, "layer1.0.conv4.weight": HEAD}, {}, "layer1.0.conv4.weight: expected no such tensor"),
-        ({**WEIGHTS, "bn1.bias": torch.full((8,), torch.inf)}, {}, "bn1.bias: found NaN or Inf"),
-        ({"a": HEAD}, {}, r"contains no known encoder: found a \(1\); expected the names of a ResNet"),
-        ({"x": 1}, {}, "contains no known encoder: found no tensors"),
-        ({**WEIGHTS, "conv1.weight": torch.zeros(8, 3, 5, 5)}, {}, r"conv1.weight: found \[8, 3, 5, 5\]"),
-        (WEIGHTS, {"stem": "half"}, "is not the first convolution of the stem half"),
-        (WEIGHTS, {"architecture": "resnet51"}, "--architecture: architecture: found 'resnet51'"),
-        (WEIGHTS, {"which": "momentum"}, "contains 0 encoders for --which momentum"),
-        (WEIGHTS, {"which": "student"}, "--which: found 'student'"),
         (
-            {k: v.to(torch.int8) for k, v in WEIGHTS.items()},
+            {**QUERY_WEIGHTS, "layer1.0.conv4.weight": UNRELATED},
+            {},
+            "layer1.0.conv4.weight: expected no such tensor",
+        ),
+        ({**QUERY_WEIGHTS, "bn1.bias": torch.full((8,), torch.inf)}, {}, "bn1.bias: found NaN or Inf"),
+        ({"a": UNRELATED}, {}, r"contains no known encoder: found a \(1\); expected the names of a ResNet"),
+        ({"x": 1}, {}, "contains no known encoder: found no tensors"),
+        (
+            {**QUERY_WEIGHTS, "conv1.weight": torch.zeros(8, 3, 5, 5)},
+            {},
+            r"conv1.weight: found \[8, 3, 5, 5\]",
+        ),
+        (QUERY_WEIGHTS, {"stem": "half"}, "is not the first convolution of the stem half"),
+        (QUERY_WEIGHTS, {"architecture": "resnet51"}, "--architecture: architecture: found 'resnet51'"),
+        (QUERY_WEIGHTS, {"which": "momentum"}, "contains 0 encoders for --which momentum"),
+        (QUERY_WEIGHTS, {"which": "student"}, "--which: found 'student'"),
+        (
+            {k: v.to(torch.int8) for k, v in QUERY_WEIGHTS.items()},
             {},
             "found torch.int8; expected floating-point",
         ),
-        (WEIGHTS, {"mean": [0.5, 0.5, 0.5]}, r"RGB mean \[0.5, 0.5, 0.5\], here .* zeros are padded"),
-        (WEIGHTS, {"std": [1.0]}, r"--std: found \[1.0\]; expected three finite numbers"),
+        (QUERY_WEIGHTS, {"mean": [0.5, 0.5, 0.5]}, r"RGB mean \[0.5, 0.5, 0.5\], here .* zeros are padded"),
+        (QUERY_WEIGHTS, {"std": [1.0]}, r"--std: found \[1.0\]; expected three finite numbers"),
         (
-            {"backbone": stem_weights("full"), "projector.0": HEAD},
+            {"backbone": stem_weights("full"), "projector.0": UNRELATED},
             {},
             "solo-learn's 3x3 stem pads images by 2",
         ),
@@ -284,8 +329,11 @@ def test_a_checkpoint_that_does_not_match_is_refused(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (HEAD, r"found a single tensor of shape \[3, 2\], without a name; expected the names of a ResNet"),
-        ([HEAD, HEAD], r"found 0 \(1\), 1 \(1\); expected the names of a ResNet"),
+        (
+            UNRELATED,
+            r"found a single tensor of shape \[3, 2\], without a name; expected the names of a ResNet",
+        ),
+        ([UNRELATED, UNRELATED], r"found 0 \(1\), 1 \(1\); expected the names of a ResNet"),
     ],
 )
 def test_tensors_without_names_are_refused(content: Any, message: str, tmp_path: Path) -> None:
@@ -295,7 +343,7 @@ def test_tensors_without_names_are_refused(content: Any, message: str, tmp_path:
 
 
 def test_an_output_with_the_suffix_of_another_format_is_refused(tmp_path: Path) -> None:
-    torch.save(WEIGHTS, tmp_path / "x.pth")
+    torch.save(QUERY_WEIGHTS, tmp_path / "x.pth")
     with pytest.raises(
         EncoderError, match=r"--out: found .*u\.pth; expected a name that ends in \.safetens"
     ):
@@ -316,18 +364,9 @@ def test_the_stride_of_a_small_stem_must_be_given(tmp_path: Path) -> None:
     assert load_encoder(tmp_path / "out.safetensors").config.stem == "half"
 
 
-def features(tensors: Tensors, pixels: Tensor) -> Tensor:
-    encoder = build(CONFIG).double().eval()
-    encoder.load_state_dict(tensors)
-    with torch.no_grad():
-        return encoder(pixels)
-
-
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
 def test_another_normalisation_is_folded_into_the_first_convolution(order: str, tmp_path: Path) -> None:
-    """detectron2's own models: bytes minus ImageNet's mean, not divided. Equal at the border of the
-    image too.
-    """
+    """As in detectron2's own models: bytes minus ImageNet's mean, not divided. The border is equal too."""
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({**detectron2(), "__author__": "Model Zoo"}))
     numbers = [103.53, 116.28, 123.675] if order == "BGR" else [123.675, 116.28, 103.53]
     with pytest.raises(EncoderError, match="does not say whether it was trained on RGB or BGR"):
@@ -339,7 +378,7 @@ def test_another_normalisation_is_folded_into_the_first_convolution(order: str, 
     channels = images.flip(1) if order == "BGR" else images
     theirs = channels - torch.tensor(numbers).double()[:, None, None]
     mean, std = (torch.tensor(value).double()[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
-    expected = features(WEIGHTS, theirs)
+    expected = features(QUERY_WEIGHTS, theirs)
     torch.testing.assert_close(
         features(converted, (images / 255 - mean) / std), expected, rtol=1e-5, atol=1e-6
     )
@@ -347,14 +386,14 @@ def test_another_normalisation_is_folded_into_the_first_convolution(order: str, 
 
 def test_an_encoder_file_is_converted_by_the_normalisation_in_its_metadata(tmp_path: Path) -> None:
     encoder = build(CONFIG)
-    encoder.load_state_dict(WEIGHTS | {"conv1.weight": WEIGHTS["conv1.weight"].flip(1)})
+    encoder.load_state_dict(QUERY_WEIGHTS | {"conv1.weight": QUERY_WEIGHTS["conv1.weight"].flip(1)})
     info = EncoderInfo.of(
         CONFIG, channel_order="BGR", mean=IMAGENET_MEAN[::-1], std=IMAGENET_STD[::-1], method="m", seed=3
     )
     save_encoder(tmp_path / "x.safetensors", encoder, info)
     with pytest.raises(EncoderError, match="trained on BGR"):
         load_encoder(tmp_path / "x.safetensors")
-    assert digest(imported(tmp_path / "x.safetensors")) == VALUES
+    assert digest(imported(tmp_path / "x.safetensors")) == QUERY_DIGEST
     converted = read_info(tmp_path / "out.safetensors")
     assert converted is not None
     assert (converted.channel_order, converted.mean, converted.method, converted.seed) == (
@@ -363,59 +402,62 @@ def test_an_encoder_file_is_converted_by_the_normalisation_in_its_metadata(tmp_p
 
 
 def test_detectron2s_names_are_those_of_its_converter() -> None:
-    assert {_detectron2_name(name) for name in WEIGHTS} == detectron2()["model"].keys()
+    assert {_detectron2_name(name) for name in QUERY_WEIGHTS} == detectron2()["model"].keys()
 
 
-def test_import_and_export_commands(tmp_path: Path) -> None:
-    """A file of MoCo is imported and exported to detectron2; mistakes give one message."""
-    torch.save(LAYOUTS["moco"][0], tmp_path / "x.pth")
-    here = {name: str(tmp_path / name) for name in ("x.pth", "X.safetensors", "x.pkl", "none")}
-    given = (
-        "--which",
-        "momentum",
-        "--image-size",
-        "224",
-        "--channel-order",
-        "RGB",
-        "--std",
-        "58.395,57.12,57.375",
-    )
-    done = run(
-        "import", here["x.pth"], "--out", here["X.safetensors"], *given, "--mean", "123.675,116.28,103.53"
-    )
+def test_import_and_export_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of MoCo is imported and exported to detectron2."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(LAYOUTS["moco"][0], "x.pth")
+    pixels = ("--channel-order", "RGB", "--mean", "123.675,116.28,103.53", "--std", "58.395,57.12,57.375")
+    choices = ("--which", "momentum", "--image-size", "224")
+    done = run("import", "x.pth", "--out", "X.safetensors", *choices, *pixels)
     assert done.returncode == 0, done.stderr
-    assert "not used: state_dict.module.queue (1 tensors)" in done.stdout
-    assert "the file does not say what pixels" not in done.stdout
-    info = read_info(tmp_path / "X.safetensors")
+    assert "not used: state_dict.module.queue (1 tensor)" in done.stdout
+    assert "the file does not say how its pixels" not in done.stdout
+    info = read_info(Path("X.safetensors"))
     assert info is not None
     assert info.image_size == 224
-    done = run("export", here["X.safetensors"], "--format", "detectron2", "--out", here["x.pkl"])
+    done = run("export", "X.safetensors", "--format", "detectron2", "--out", "x.pkl")
     assert done.returncode == 0, done.stderr
     assert "MODEL.RESNETS.STRIDE_IN_1X1: False" in done.stdout
-    assert digest(imported(tmp_path / "x.pkl")) == digest(OTHERS)
-    out = ("--out", here["none"])
-    assert "only local files are read" in refused("import", "https://example.org/x.pth", *out)
-    assert "--mean: found 'grey'" in refused("import", here["x.pth"], *out, "--mean", "grey")
-    assert "64 wide" in refused("export", here["X.safetensors"], "--format", "timm", *out)
-    assert "cannot be read as safetensors" in refused("export", here["x.pth"], "--format", "timm", *out)
-    assert not Path(here["none"]).exists()
+    assert digest(imported(tmp_path / "x.pkl")) == digest(MOMENTUM_WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("import https://example.org/x.pth", "only local files are read"),
+        ("import x.pth --mean grey", "--mean: found 'grey'"),
+        ("export X.safetensors --format timm", "64 wide"),
+        ("export x.pth --format timm", "cannot be read as safetensors"),
+    ],
+)
+def test_import_and_export_refuse(
+    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(QUERY_WEIGHTS, "x.pth")
+    import_checkpoint("x.pth", Path("X.safetensors"))
+    assert message in refused(*command.split(), "--out", "none")
+    assert not Path("none").exists()
 
 
 @pytest.mark.parametrize("std", [(0.2, 0.0, 0.2), (0.2, float("nan"), 0.2), (float("inf"), 0.2, 0.2)])
 def test_a_standard_deviation_must_be_finite_and_positive(std: tuple[float, ...], tmp_path: Path) -> None:
-    torch.save(WEIGHTS, tmp_path / "c.pth")
+    torch.save(QUERY_WEIGHTS, tmp_path / "c.pth")
     with pytest.raises(EncoderError, match="expected three finite numbers above 0"):
         import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "e.safetensors", Choices(std=std))
 
 
 def test_a_negative_variance_is_refused(tmp_path: Path) -> None:
-    torch.save({**WEIGHTS, "bn1.running_var": -WEIGHTS["bn1.running_var"]}, tmp_path / "c.pth")
+    torch.save({**QUERY_WEIGHTS, "bn1.running_var": -QUERY_WEIGHTS["bn1.running_var"]}, tmp_path / "c.pth")
     with pytest.raises(EncoderError, match=r"bn1\.running_var: found a variance below 0"):
         import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "e.safetensors")
 
 
 def test_the_input_file_is_never_overwritten(tmp_path: Path) -> None:
-    torch.save(WEIGHTS, tmp_path / "c.pth")
+    torch.save(QUERY_WEIGHTS, tmp_path / "c.pth")
     before = (tmp_path / "c.pth").read_bytes()
     with pytest.raises(EncoderError, match="the file that is read"):
         import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "c.pth")

@@ -16,9 +16,9 @@ def test_equals_torchvision(architecture: str) -> None:
     with torch.device("meta"):  # no initial weights, as they are replaced
         ours = build(Encoder(architecture=architecture, stem="imagenet", width=64)).eval()
         theirs = getattr(torchvision.models, architecture)().eval()
-    drawn = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     weights = {
-        name: torch.rand(value.shape, generator=drawn) * 0.02 + (0.5 if value.ndim == 1 else -0.01)
+        name: torch.rand(value.shape, generator=generator) * 0.02 + (0.5 if value.ndim == 1 else -0.01)
         if value.is_floating_point()
         else torch.tensor(0)
         for name, value in theirs.state_dict().items()
@@ -105,15 +105,16 @@ def test_a_shortcut_is_a_strided_convolution(channels: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnext50_32x4d"])
-def test_initial_weights_are_those_of_he_by_fan_out(architecture: str) -> None:
+def test_initial_weights_are_those_of_kaiming_normal_fan_out(architecture: str) -> None:
     """Standard deviation (2 / (out channels * kernel))^0.5."""
     torch.manual_seed(0)
     encoder = ResNet(Encoder(architecture=architecture, stem="half", width=32))
     for name, module in encoder.named_modules():
         if isinstance(module, torch.nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
-            found = float(module.weight.detach().std()) * (fan_out / 2) ** 0.5
-            assert found == pytest.approx(1, abs=4 / (2 * module.weight.numel()) ** 0.5), name
+            ratio = float(module.weight.detach().std()) * (fan_out / 2) ** 0.5
+            # The standard error of a standard deviation of n normal numbers is 1 / (2n)^0.5 of it.
+            assert ratio == pytest.approx(1, abs=4 / (2 * module.weight.numel()) ** 0.5), name
         elif isinstance(module, torch.nn.BatchNorm2d):
             assert (module.weight == 1).all(), name
             assert (module.bias == 0).all(), name

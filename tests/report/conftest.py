@@ -68,7 +68,7 @@ def reported_results(_report: Report, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def drawn() -> Iterator[dict[str, Figure]]:
+def saved_figures() -> Iterator[dict[str, Figure]]:
     """Name -> figure, for all figures that are saved from here on."""
     with drawing() as figures:
         yield figures

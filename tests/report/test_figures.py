@@ -107,7 +107,7 @@ def test_a_row_has_the_same_colour_and_marker_in_every_figure(report: Report) ->
 
 
 def test_gain_and_class_oracle(
-    tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, saved_figures: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The grid of (N, s, s') minus the baseline, paired over seeds; and the class oracle."""
     monkeypatch.chdir(tmp_path)
@@ -132,7 +132,7 @@ def test_gain_and_class_oracle(
         experiment, lambda method, seed, task: {"top1": values[method][seed], "k": 5}, with_records=False
     )
     stage.run(experiment, reported(experiment))
-    (gain,) = drawn["gain"].axes
+    (gain,) = saved_figures["gain"].axes
     assert gain.get_title() == "N = 16"
     assert [text.get_text() for text in gain.get_yticklabels()] == ["24, 0", "24, 8"]
     assert sorted(means(gain)) == [[-1.0, 0.0], [2.0, 1.0]]
@@ -141,7 +141,7 @@ def test_gain_and_class_oracle(
         "2.0 ± 12.7",
     ]  # t(1) = 12.7, s = sqrt 2
     assert gain.get_xlabel() == "gain over moco-v2 (%)"
-    (oracle,) = drawn["class-oracle"].axes
+    (oracle,) = saved_figures["class-oracle"].axes
     assert [text.get_text() for text in oracle.get_yticklabels()] == ["moco-v2", "moco-v2-oracle"]
     assert means(oracle) == [[41.0, 0.0], [50.0, 1.0]]
     content = json.loads(Path("results/tiny/figures/gain.json").read_text())
@@ -203,7 +203,7 @@ def test_many_points_have_few_markers() -> None:
 
 
 def test_empty_figures_are_not_written(
-    tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, saved_figures: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     untrained = TINY | {"methods": {"random-init": {"objective": "none"}}}
@@ -213,15 +213,15 @@ def test_empty_figures_are_not_written(
     ):
         experiment = parse_experiment(content | {"name": name}, "x.yaml")
         make_up(experiment, top1_of({("random-init", 0): 10.0}))
-        drawn.clear()
+        saved_figures.clear()
         stage.run(experiment, reported(experiment))
-        assert set(drawn) == expected
+        assert set(saved_figures) == expected
         pictures = {path.stem for path in Path("results", name, "figures").glob("*.svg")}
         assert pictures == expected
 
 
 def test_rows_without_a_detection_set_stay_empty(
-    tiny: Experiment, tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
+    tiny: Experiment, tmp_path: Path, saved_figures: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a set of a single row, the other row has a label but no point. Each fine-tuning is a point."""
     monkeypatch.chdir(tmp_path)
@@ -231,19 +231,19 @@ def test_rows_without_a_detection_set_stay_empty(
     experiment = tiny.model_copy(update={"evaluation": evaluation})
     make_up(experiment, lambda method, seed, task: fine_tunings(40.0 + seed, 42.0 + seed))
     stage.run(experiment, reported(experiment))
-    few_axes, many_axes = drawn["accuracy"].axes
+    few_axes, many_axes = saved_figures["accuracy"].axes
     assert few_axes.get_xlabel() == "detection-few AP50 (%)"
     assert many_axes.get_xlabel() == "detection-many AP50 (%)"
     assert [text.get_text() for text in few_axes.get_yticklabels()] == ["random-init", MOCHI]
     assert means(few_axes) == [[41.0, 0.0]]
     assert [text.get_text() for text in few_axes.texts] == ["41.0 ± 1.4"]
     assert means(many_axes) == [[41.0, 0.0], [41.5, 1.0]]
-    (precision,) = drawn["precision-recall-few"].axes
+    (precision,) = saved_figures["precision-recall-few"].axes
     assert [curve(line) for line in precision.lines] == [{0.0: 0.75, 1.0: 0.25}], "the mean over classes"
 
 
 def test_the_accuracy_figure_shows_probes_rather_than_detection(
-    tiny: Experiment, tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
+    tiny: Experiment, tmp_path: Path, saved_figures: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Top-1 and AP50 have no common axis; detection has its own tables and pictures."""
     monkeypatch.chdir(tmp_path)
@@ -254,4 +254,7 @@ def test_the_accuracy_figure_shows_probes_rather_than_detection(
         lambda method, seed, task: fine_tunings(40.0) if is_detection(task) else {"top1": 1.0 + seed},
     )
     stage.run(experiment, reported(experiment))
-    assert [axes.get_xlabel() for axes in drawn["accuracy"].axes] == ["linear top-1 (%)", "knn top-1 (%)"]
+    assert [axes.get_xlabel() for axes in saved_figures["accuracy"].axes] == [
+        "linear top-1 (%)",
+        "knn top-1 (%)",
+    ]

@@ -31,7 +31,7 @@ class Numbers:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_report_is_complete(
-    name: str, tmp_path: Path, drawn: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, saved_figures: dict[str, Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     experiment = load_experiment(SHIPPED[name])
@@ -40,16 +40,16 @@ def test_the_report_is_complete(
     stage.run(experiment, result, ROOT / "workflow/published.csv")
     assert all((result.folder / name).stat().st_size for name in result.outputs)
     assert result.record.exists()
-    assert set(drawn) == set(figures(experiment)) > {"accuracy", "loss", "proxy-task"}
+    assert set(saved_figures) == set(figures(experiment)) > {"accuracy", "loss", "proxy-task"}
     assert not [
         name
-        for name, figure in drawn.items()
+        for name, figure in saved_figures.items()
         for axes in figure.axes
         if axes.texts and "nothing" in axes.texts[0].get_text()
     ]
 
     evaluated = probes(experiment)
-    panels = {axes.get_xlabel(): axes for axes in drawn["accuracy"].axes if axes.axison}
+    panels = {axes.get_xlabel(): axes for axes in saved_figures["accuracy"].axes if axes.axison}
     expected = {f"{task} top-1 (%)": task for task in evaluated} or {
         f"detection-{task} AP50 (%)": f"detection-{task}" for task in experiment.evaluation.detection
     }

@@ -61,15 +61,15 @@ time.sleep(3)
 """
 
 
-@pytest.mark.parametrize(("given", "shared"), [("0,1", True), ("1", False)])
+@pytest.mark.parametrize(("visible", "shared"), [("0,1", True), ("1", False)])
 def test_runs_inside_one_slurm_allocation_take_different_gpus(
-    tmp_path: Path, given: str, shared: bool
+    tmp_path: Path, visible: str, shared: bool
 ) -> None:
     """A job with exactly the GPUs that it requests takes them; several runs in one allocation share its
     GPUs.
     """
     environment = {
-        **os.environ, "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": given, "TMPDIR": str(tmp_path)
+        **os.environ, "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": visible, "TMPDIR": str(tmp_path)
     }  # fmt: skip
     command = [sys.executable, "-c", CLAIM]
     started = [

@@ -21,11 +21,11 @@ ARRAYS: list[NDArray[Any]] = [
 
 def test_arrays_are_transferred_in_one_copy_without_a_wait() -> None:
     with simulated_gpu() as gpu:
-        there = arrays_to(GPU, *ARRAYS)
+        moved = arrays_to(GPU, *ARRAYS)
         assert gpu.copies.total() == 1
         assert not gpu.waits
-        assert {tensor.device for tensor in there} == {GPU}
-        back = [tensor.cpu() for tensor in there]
+        assert {tensor.device for tensor in moved} == {GPU}
+        back = [tensor.cpu() for tensor in moved]
     for array, tensor, here in zip(ARRAYS, back, arrays_to(torch.device("cpu"), *ARRAYS), strict=True):
         for each in (tensor, here):
             assert each.dtype == torch.from_numpy(array).dtype
@@ -37,7 +37,7 @@ def test_a_tensor_is_transferred_without_a_wait() -> None:
     here = torch.arange(3)
     assert to_device(here, torch.device("cpu")) is here
     with simulated_gpu() as gpu:
-        there = to_device(here, GPU)
-        assert there.device == GPU
+        moved = to_device(here, GPU)
+        assert moved.device == GPU
         assert not gpu.waits
-        assert there.tolist() == [0, 1, 2]
+        assert moved.tolist() == [0, 1, 2]

@@ -206,15 +206,15 @@ def test_parameters_have_the_published_distributions() -> None:
 def test_parameters_are_independent() -> None:
     """No two share a random number: jitter, greyscale, blur, its width, factors and order."""
     config = Augmentation(version="v2", image_size=32, min_scale=0.2)
-    drawn = augment.draw(config, np.arange(20_000), seed=0, epoch=0, view=0)
-    blurred = drawn.sigma > 0
-    places = drawn.order.argsort(axis=1)[:, :3]  # the fourth follows from them
-    columns = np.column_stack([drawn.jitter, drawn.grey, blurred, drawn.factors, places])
+    draws = augment.draw(config, np.arange(20_000), seed=0, epoch=0, view=0)
+    blurred = draws.sigma > 0
+    places = draws.order.argsort(axis=1)[:, :3]  # the fourth follows from them
+    columns = np.column_stack([draws.jitter, draws.grey, blurred, draws.factors, places])
     # The places of the operations exclude each other: -1 / 3.
     expected = np.eye(columns.shape[1])
     expected[-3:, -3:] = np.where(np.eye(3), 1, -1 / 3)
     assert np.abs(np.corrcoef(columns.T) - expected).max() < 0.04
-    with_width = np.column_stack([drawn.sigma, np.delete(columns, 2, axis=1)])[blurred]
+    with_width = np.column_stack([draws.sigma, np.delete(columns, 2, axis=1)])[blurred]
     assert np.abs(np.corrcoef(with_width.T)[0, 1:]).max() < 0.04
 
 
@@ -233,6 +233,6 @@ def test_an_accelerator_gives_the_same_views(images: Tensor) -> None:
     for version in ("v1", "v2"):
         config = Augmentation(version=version, image_size=24, min_scale=0.2)
         parameters = augment.draw(config, np.arange(COUNT), seed=0, epoch=0, view=0)
-        here = augment.photometric(images.clone(), parameters, version)
-        there = augment.photometric(images.cuda(), parameters, version).cpu()
-        assert (here - there).abs().max() < LEVEL / 0.2
+        on_cpu = augment.photometric(images.clone(), parameters, version)
+        on_gpu = augment.photometric(images.cuda(), parameters, version).cpu()
+        assert (on_cpu - on_gpu).abs().max() < LEVEL / 0.2

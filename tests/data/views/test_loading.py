@@ -114,17 +114,17 @@ def test_little_shared_memory_means_fewer_workers(
     batch_bytes = 2 * 4 * 3 * 16 * 16 * 4
     monkeypatch.setattr(shared_memory, "_free", lambda: batches * batch_bytes + 1)
     shared_memory._warn_once.cache_clear()
-    given = {}
+    loader_options = {}
     real = loading.DataLoader
 
     def recorded(*arguments: object, **options: object) -> object:
-        given.update(options)
+        loader_options.update(options)
         return real(*arguments, **options)
 
     monkeypatch.setattr(loading, "DataLoader", recorded)
     assert fingerprint(views(encoded, workers=2)) == fingerprint(views(encoded))
     views(encoded, workers=2)
-    assert (given["num_workers"], given["prefetch_factor"]) == (fitting, ahead)
+    assert (loader_options["num_workers"], loader_options["prefetch_factor"]) == (fitting, ahead)
     assert caplog.text.count("--shm-size") == (batches < 10)
 
 

@@ -31,8 +31,8 @@ def make_pictures(folder: Path, count: int) -> None:
         target.mkdir(parents=True)
         for number in range(number_of):
             photo = photos[number % len(photos)]
-            share = 0.6 + 0.4 * (number * 0.618 % 1)
-            width, height = int(photo.width * share), int(photo.height * share)
+            scale = 0.6 + 0.4 * (number * 0.618 % 1)
+            width, height = int(photo.width * scale), int(photo.height * scale)
             left = (photo.width - width) * (number % 7) // 7
             top = (photo.height - height) * (number % 5) // 5
             window = photo.crop((left, top, left + width, top + height))

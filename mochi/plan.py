@@ -94,7 +94,7 @@ class Machine:
 
     def __str__(self) -> str:
         return (
-            f"{self.device}; {self.at_once} runs at once, each {self.threads} threads and "
+            f"{self.device}; {self.at_once} runs at once, each with {_count(self.threads, 'thread')} and "
             f"{workers_of(self.threads)} loading workers"
         )
 

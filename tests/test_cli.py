@@ -142,8 +142,8 @@ def test_plan_counts_runs_steps_and_evaluations_of_the_experiments_own_data(tmp_
     assert done.returncode == 0, done.stderr
     assert f"{MOCHI}: 2 runs of 10 steps" in done.stdout
     for line in (
-        "linear: 3 evaluations that encode 224 images each",
-        "3 runs;",
+        "linear: 3 evaluations of 224 encoded images each",
+        "disk: about ",
         "peak memory: ",
         "at once: ",
     ):

@@ -107,6 +107,7 @@ NOT_RUN = {
     "snakemake * pretrain:gpu=4": "needs four GPUs",
     "snakemake --set-resources evaluate:gpu=4": "needs four GPUs",
     "snakemake --cores all data --configfile config/imagenet*": "needs ImageNet",
+    "snakemake --cores 2 --configfile config/cifar10-small.yaml": "needs CIFAR-10 as JPEG files, and hours",
     "snakemake --profile profiles/slurm --configfile config/imagenet*": "needs ImageNet, a cluster",
     "snakemake --executor kubernetes *": "needs a Kubernetes cluster",
     "snakemake --sdm apptainer *": "needs Apptainer",

@@ -239,6 +239,8 @@ def test_results_that_git_checked_out_are_not_mistaken_for_newer_ones(copy: Proj
 
 def start(project: Project, file: str) -> subprocess.Popen[bytes]:
     """`snakemake FILE` in a process group of its own."""
+    # What a shell starts in the background ignores Ctrl-C, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         ["snakemake", "--cores", "2", file], cwd=project.folder, env=environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

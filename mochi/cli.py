@@ -5,9 +5,10 @@ Only this module prints or exits. Imports of heavy modules are inside the comman
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -450,7 +451,7 @@ def pretrain(
     experiment = load_experiment(config)
     run = pretrain_run(experiment, method, seed, str(config))
     result = pretrained(experiment, method, seed)
-    if _is_current(result):
+    if _is_done(experiment.name, method, seed, "pretrain", result):
         return
     _take_gpus(gpus, nodes)
     from mochi.pretraining import stage as pretraining
@@ -480,7 +481,7 @@ def evaluate(
     run = probe_run(experiment, method, seed, task)
     wanted = evaluated(experiment, method, seed, task)
     result = _with_options(wanted, encoder, out)
-    if _is_current(result):
+    if _is_done(experiment.name, method, seed, task, result):
         return
     _take_gpus(gpus)
     from mochi.evaluation import stage as evaluation
@@ -524,7 +525,7 @@ def detect(
             "for one result of them all"
         )
     result = _with_options(evaluated(experiment, method, seed, task), encoder, out)
-    if _is_current(result):
+    if _is_done(experiment.name, method, seed, task, result):
         return
     _take_gpus(gpus)
     from mochi.detection import stage as detection
@@ -553,7 +554,8 @@ def analyze(
 
     experiment = load_experiment(config)
     run = analysis_run(experiment, method, seed)
-    if _is_current(result := analyzed(experiment, method, seed)):
+    result = analyzed(experiment, method, seed)
+    if _is_done(experiment.name, method, seed, ANALYSIS, result):
         return
     _take_gpus(gpus)
     from mochi.analysis import stage as analysis
@@ -592,6 +594,18 @@ def _is_current(result: Result) -> bool:
                 err=True,
             )
     return reason is None
+
+
+def _is_done(experiment: str, method: str, seed: int, task: str, result: Result) -> bool:
+    """Whether the result is current; if so, remove what a kill after the last write leaves of its job."""
+    from mochi.layout import Paths
+
+    done = _is_current(result)
+    if done and Paths(experiment).work(method, seed, task).exists():
+        # Another process at work, or a read-only folder: both leave the result as it is.
+        with suppress(UserError), _work(experiment, method, seed, task, result) as (work, _):
+            shutil.rmtree(work)
+    return done
 
 
 def _with_options(result: Result, encoder: Path | None, out: Path | None) -> Result:
@@ -666,6 +680,8 @@ def _work(
     for folder in (work, job_folder, *job_folder.parents):
         try:
             folder.rmdir()
+        except FileNotFoundError:
+            continue
         except OSError:  # not empty: files of another job, or checkpoints of other settings
             break
 

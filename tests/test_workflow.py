@@ -13,6 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from mochi.config import load_experiment
+from mochi.provenance.fingerprint import digest, file_digest
+from mochi.provenance.wanted import pretrained
 from tests.commands import run
 from tests.project import CONFIG, Project, environment
 
@@ -293,6 +296,27 @@ def test_an_interrupted_probe_keeps_the_finished_result(copy: Project) -> None:
     assert (copy.folder / file).read_bytes() == before
     copy.edit(CONFIG, "epochs: 500000", "epochs: 5")
     expect_no_computation(copy, file, before)
+
+
+def test_a_job_killed_after_its_last_write_leaves_no_checkpoint(
+    copy: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result exists, its checkpoints were not removed yet: the next run computes nothing and removes them."""
+    monkeypatch.chdir(copy.folder)
+    result = pretrained(load_experiment(Path(CONFIG)), MOCHI, 0)
+    inputs = {name: file_digest(path) for name, path in result.inputs.items()}
+    job = Path(f"work/tiny/{MOCHI}/seed0/pretrain")
+    leave(job / digest([result.settings, inputs]) / "previous-checkpoint.safetensors")
+    leave(job / "status.json")
+    of_other_settings = leave(job / "abcdef0123456789" / "checkpoint.safetensors")
+    copy.mochi("pretrain", "--method", MOCHI, "--seed", "0")
+    assert [path for path in job.rglob("*") if path.is_file()] == [of_other_settings]
+
+
+def leave(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    return path
 
 
 def test_the_log_of_a_resumed_job_is_appended_to(copy: Project) -> None:

@@ -29,7 +29,7 @@ reproduce: $(VENV)/.ready
 	snakemake --cores all
 
 test: $(VENV)/.ready
-	python -m pytest --numprocesses 2 --dist loadfile
+	python -m pytest --numprocesses 3 --dist loadfile
 
 test-slow: $(VENV)/.ready
 	python -m pytest -o pythonpath=". .ci" -o timeout=2900 --durations=15 .ci

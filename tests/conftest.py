@@ -57,3 +57,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
             done = project.snakemake()
             assert done.returncode == 0, done.stderr[-4000:]
     return Project(folder)
+
+
+@pytest.fixture(scope="module")
+def project(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A copy of the finished project for the tests of one file. They may run it but change no setting."""
+    return finished.copy(tmp_path_factory.mktemp("project") / "mochi é")
+
+
+@pytest.fixture
+def copy(project: Project, tmp_path: Path) -> Project:
+    """A copy that one test may change."""
+    return project.copy(tmp_path / "copy")

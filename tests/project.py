@@ -23,6 +23,8 @@ COPIED = (
 )  # fmt: skip
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
 CONFIG = "config/config.yaml"
+MOCHI = "mochi-16-24-8"
+ENCODER = f"results/tiny/encoders/{MOCHI}/seed0/encoder.safetensors"
 
 
 class Project:

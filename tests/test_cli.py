@@ -18,10 +18,10 @@ from mochi import cli
 from mochi.config.datasets import Folder
 from mochi.data.ingest.prepare import prepare
 from tests.commands import refused, run
+from tests.project import MOCHI
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests/tiny.yaml")
-MOCHI = "mochi-16-24-8"
 
 
 @pytest.fixture(autouse=True)

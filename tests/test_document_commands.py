@@ -30,8 +30,8 @@ TOOLS = (
 )  # fmt: skip
 
 RUN = {
-    "mochi adopt": "tests/test_workflow.py",
-    "mochi adopt --accept-code": "tests/test_workflow.py",
+    "mochi adopt": "tests/test_reruns.py",
+    "mochi adopt --accept-code": "tests/test_reruns.py",
     "mochi adopt --restore": "tests/test_dvc.py",
     "mochi analyze": "tests/test_workflow.py",
     "mochi check*": "tests/test_cli.py",

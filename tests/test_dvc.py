@@ -13,10 +13,8 @@ import pytest
 import yaml
 
 from mochi.stages import STAGES
-from tests.project import CONFIG, ROOT, Project
+from tests.project import CONFIG, ENCODER, MOCHI, ROOT, Project
 
-MOCHI = "mochi-16-24-8"
-ENCODER = f"results/tiny/encoders/{MOCHI}/seed0/encoder.safetensors"
 COMPUTED = "results/tiny/e*/**/*"
 """Encoders and evaluations."""
 
@@ -212,7 +210,7 @@ CHANGES = {
 
 
 def test_the_stages_that_a_change_makes_stale(clone: Project) -> None:
-    """tests/test_workflow.py tests the jobs. DVC notices later stages once the earlier ones have run."""
+    """tests/test_reruns.py tests the jobs. DVC notices later stages once the earlier ones have run."""
     for change, (file, old, new, expected) in CHANGES.items():
         path = clone.folder / file
         before = path.read_text()

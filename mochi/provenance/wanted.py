@@ -120,19 +120,34 @@ class Result:
         return None
 
 
+_SHOWN_ITEMS = 8
+"""Longer lists are compared item by item in a message."""
+
 CODE_CHANGED = "its code changed"
 """The reason that `mochi adopt --accept-code` may overrule."""
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """`key: old -> new` for every leaf that differs between two JSON values."""
+    """`key old -> new` for every leaf that differs between two JSON values; for lists, their items."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return [
             line
             for name in sorted(old.keys() | new.keys())
             for line in differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
         ]
-    return [] if old == new else [f"{key} {_shown(old)} -> {_shown(new)}"]
+    if old == new:
+        return []
+    if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > _SHOWN_ITEMS:
+        parts = (_items("added", new, old), _items("removed", old, new))
+        return [f"{key}: {', '.join(filter(None, parts)) or 'in another order'}"]
+    return [f"{key} {_shown(old)} -> {_shown(new)}"]
+
+
+def _items(action: str, items: list[Any], others: list[Any]) -> str:
+    """`added A, B and 3 more`: items that the other list lacks; empty if there are none."""
+    only = [_shown(item) for item in items if item not in others]
+    more = f" and {len(only) - 3} more" if len(only) > 3 else ""
+    return f"{action} {', '.join(only[:3])}{more}" if only else ""
 
 
 def _shown(value: Any) -> str:

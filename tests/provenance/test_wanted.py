@@ -15,7 +15,7 @@ from mochi.config.datasets import Folder
 from mochi.provenance import wanted
 from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.record import Stopwatch, write_record
-from mochi.provenance.wanted import Result
+from mochi.provenance.wanted import Result, differences
 from tests.detection.sets import small_set
 from tests.tiny import MOCHI, with_protocol
 
@@ -289,3 +289,14 @@ def test_only_figures_with_data_are_wanted(tiny: Experiment) -> None:
     assert figures(supervised, **none) == ["loss", labelled]
     assert figures({"moco-v2": {}}, **none) == ["loss", "proxy-task", "matching"]
     assert figures({"moco-v2": {"matching_epochs": []}}, **none) == ["loss", "proxy-task"]
+
+
+def test_differences_name_leaves_and_items_of_long_lists() -> None:
+    runs = [["moco-v2", seed] for seed in range(6)]
+    changed = [*runs[1:], *(["mochi", seed] for seed in range(5))]
+    assert differences({"runs": runs, "a": {"b": 1, "c": 2}}, {"runs": changed, "a": {"b": 3, "c": 2}}) == [
+        "a.b 1 -> 3",
+        'runs: added ["mochi", 0], ["mochi", 1], ["mochi", 2] and 2 more, removed ["moco-v2", 0]',
+    ]
+    assert differences(runs, runs[::-1], "runs") == ["runs: in another order"]
+    assert differences({"seeds": [0, 1]}, {"seeds": [0]}) == ["seeds [0, 1] -> [0]"]

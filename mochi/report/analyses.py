@@ -318,7 +318,7 @@ def gain(experiment: Experiment, collected: Collected) -> Chart:
         "Gain over the baseline by N, s and s' (figure 4)",
         f"{task} {column.name} minus that of {baseline}, paired over seeds. Error bars: 95% "
         "confidence interval (Student's t); a single seed has none.",
-        f"gain over {baseline} ({column.unit})",
+        f"gain over {baseline} ({'points' if column.unit == '%' else column.unit})",
         "s, s'",
         sorted(series, key=lambda each: int(each.panel.removeprefix("N = "))),
         categories=tags,

@@ -65,7 +65,7 @@ def _all(values: Iterable[float]) -> str:
 def _mean(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}, a single score"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} over {len(values)}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} over {len(values)} scores"
 
 
 def _link(result: Result, record: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from tests.tiny import MOCHI, with_protocol
 def test_every_file_is_named_and_its_digest_checked(tiny: Experiment, reported_results: Path) -> None:
     lines = explain(tiny, MOCHI, "linear")
     text = "\n".join(lines)
-    assert lines[0] == f"{MOCHI}, linear top1: 51.50 ± 2.12 over 2"
+    assert lines[0] == f"{MOCHI}, linear top1: 51.50 ± 2.12 over 2 scores"
     assert "seed 0: top1 50.00" in lines
     assert "seed 1: top1 53.00" in lines
     for seed in (0, 1):
@@ -111,7 +111,7 @@ def test_a_detection_set_shows_each_fine_tuning(
     record.write_text(json.dumps(content))
     stage.run(experiment, reported(experiment))
     lines = explain(experiment, "moco-v2", "detection-few")
-    assert lines[0] == "moco-v2, detection-few AP50: 41.00 ± 1.41 over 2"
+    assert lines[0] == "moco-v2, detection-few AP50: 41.00 ± 1.41 over 2 scores"
     assert "seed 0: AP50 40.00 and 42.00, AP 20.00 and 20.00" in lines
     assert "  moco-v2 seed 0 detection-few: mochi detect few" in lines
     text = "\n".join(lines)

@@ -252,8 +252,8 @@ _NUMBERS = ("mean", "std", "published", "to_published", "difference", "low", "hi
 
 
 def signed(value: float) -> str:
-    """With sign and one decimal; zero has no sign."""
-    return f"{value:+.1f}" if round(value, 1) else "0.0"
+    """One decimal and the sign, also of what rounds to zero: an interval from +0.0 excludes zero."""
+    return f"{value:+.1f}" if value else "0.0"
 
 
 def notes(experiment: Experiment, grids: Iterable[Grid]) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from mochi.config import ConfigError, Experiment, baseline_of, load_experiment, parse_experiment
 from mochi.provenance.wanted import reported
 from mochi.report import stage
-from mochi.report.tables import _escaped, layouts, markdown, read_published, summarize
+from mochi.report.tables import _escaped, layouts, markdown, read_published, signed, summarize
 from tests.report.made_up import make_up, published_in
 from tests.tiny import MOCHI, TINY
 
@@ -174,3 +174,7 @@ def test_every_published_number_belongs_to_a_row_of_a_shipped_experiment() -> No
     for name, rows in published.groupby("experiment"):
         methods = load_experiment(ROOT / "config" / f"{name}.yaml").methods
         assert set(rows["method"]) <= set(methods)
+
+
+def test_a_limit_that_rounds_to_zero_keeps_its_sign() -> None:
+    assert [signed(value) for value in (0.04, -0.04, 0.0, 1.25)] == ["+0.0", "-0.0", "0.0", "+1.2"]

@@ -13,6 +13,8 @@ from mochi.provenance.fingerprint import digest, file_digest
 from mochi.provenance.wanted import pretrained
 from tests.project import CONFIG, ENCODER, MOCHI, Project, environment
 
+METRICS = f"results/tiny/evaluations/{MOCHI}/seed0/linear/metrics.json"
+
 
 def start(project: Project, file: str) -> subprocess.Popen[bytes]:
     """`snakemake FILE` in a process group of its own."""
@@ -29,47 +31,34 @@ def end(started: subprocess.Popen[bytes], by: signal.Signals) -> None:
     started.wait(timeout=60)
 
 
-def expect_no_computation(project: Project, file: str, before: bytes) -> None:
-    done = project.snakemake()
+def test_an_interrupted_job_keeps_the_finished_result(copy: Project) -> None:
+    """Change `epochs`, start, Ctrl-C, start, SIGKILL, change it back: nothing is lost or computed again."""
+    before = {file: (copy.folder / file).read_bytes() for file in (ENCODER, METRICS)}
+    for file, setting, changed, pattern in (
+        (ENCODER, "  epochs: 2", "  epochs: 2000", "pretrain/*/checkpoint.safetensors"),
+        (METRICS, "epochs: 5", "epochs: 500000", "linear/*"),
+    ):
+        copy.edit(CONFIG, setting, changed)
+        for by in (signal.SIGINT, signal.SIGKILL) if file == ENCODER else (signal.SIGKILL,):
+            earlier = written(copy, pattern)
+            started = start(copy, file)
+            wait_for(lambda pattern=pattern, earlier=earlier: written(copy, pattern) != earlier)
+            end(started, by)
+        copy.edit(CONFIG, changed, setting)
+    assert {file: (copy.folder / file).read_bytes() for file in before} == before
+    done = copy.snakemake()
     assert done.returncode == 0, done.stderr
     output = done.stdout + done.stderr
     # Jobs that Snakemake starts anyway return at once.
     assert output.count(": up to date") >= 2
     assert "epoch 0" not in output
-    assert (project.folder / file).read_bytes() == before
-    assert project.jobs() == {}
+    assert {file: (copy.folder / file).read_bytes() for file in before} == before
+    assert copy.jobs() == {}
 
 
-def test_an_interrupted_pretraining_keeps_the_finished_encoder(copy: Project) -> None:
-    """Change `epochs`, start, Ctrl-C, start, SIGKILL, change it back: the encoder is kept."""
-    result = copy.folder / ENCODER
-    before = result.read_bytes()
-    checkpoints = copy.folder / f"work/tiny/{MOCHI}/seed0/pretrain"
-
-    def written() -> list[int]:
-        return [path.stat().st_mtime_ns for path in checkpoints.glob("*/checkpoint.safetensors")]
-
-    copy.edit(CONFIG, "  epochs: 2", "  epochs: 2000")
-    for by in (signal.SIGINT, signal.SIGKILL):
-        earlier = written()
-        started = start(copy, ENCODER)
-        wait_for(lambda earlier=earlier: written() != earlier)
-        end(started, by)
-        assert result.read_bytes() == before
-    copy.edit(CONFIG, "  epochs: 2000", "  epochs: 2")
-    expect_no_computation(copy, ENCODER, before)
-
-
-def test_an_interrupted_probe_keeps_the_finished_result(copy: Project) -> None:
-    file = f"results/tiny/evaluations/{MOCHI}/seed0/linear/metrics.json"
-    before = (copy.folder / file).read_bytes()
-    copy.edit(CONFIG, "epochs: 5", "epochs: 500000")
-    started = start(copy, file)
-    wait_for(lambda: any((copy.folder / f"work/tiny/{MOCHI}/seed0/linear").glob("*")))
-    end(started, signal.SIGKILL)
-    assert (copy.folder / file).read_bytes() == before
-    copy.edit(CONFIG, "epochs: 500000", "epochs: 5")
-    expect_no_computation(copy, file, before)
+def written(project: Project, pattern: str) -> list[int]:
+    """Modification times of files that match a pattern in the work folder of one run."""
+    return [path.stat().st_mtime_ns for path in (project.folder / f"work/tiny/{MOCHI}/seed0").glob(pattern)]
 
 
 def test_a_job_killed_after_its_last_write_leaves_no_checkpoint(

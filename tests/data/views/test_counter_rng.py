@@ -10,6 +10,7 @@ import pytest
 from mochi.data.views import counter_rng as draws
 
 MASK = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix(z: int) -> int:
@@ -21,21 +22,28 @@ def mix(z: int) -> int:
 
 def test_splitmix64_gives_its_published_sequence() -> None:
     """The first outputs of the generator for seed 1234567 (Vigna's splitmix64.c)."""
-    golden = 0x9E3779B97F4A7C15
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    states = np.array([(1234567 + k * golden) & MASK for k in (1, 2, 3)], dtype=np.uint64)
+    states = np.array([(1234567 + k * GOLDEN) & MASK for k in (1, 2, 3)], dtype=np.uint64)
     assert draws._mix(states).tolist() == expected
     assert [mix(int(state)) for state in states] == expected
 
 
+def test_bits_are_a_hash_of_the_number_of_keys_purpose_key_and_index() -> None:
+    state = 2
+    for part in (*b"crop", 3, 7):
+        state = mix(((state ^ part) + GOLDEN) & MASK)
+    indices = np.array([0, 5, 123456789])
+    expected = [mix(((index ^ state) + GOLDEN) & MASK) for index in indices.tolist()]
+    assert draws.bits("crop", 3, 7, indices=indices).tolist() == expected
+
+
 def test_uniforms_are_a_stream_of_each_row() -> None:
-    golden = 0x9E3779B97F4A7C15
     rows = np.array([5, 0, 123456789])
     key = draws.bits("crop", 3, 7, indices=rows)
     uniforms = draws.uniforms("crop", 3, 7, indices=rows, columns=4)
     for row, start in enumerate(key.tolist()):
         for column in range(4):
-            expected = (mix((start + (column + 1) * golden) & MASK) >> 11) * 2.0**-53
+            expected = (mix((start + (column + 1) * GOLDEN) & MASK) >> 11) * 2.0**-53
             assert uniforms[row, column] == expected
 
 

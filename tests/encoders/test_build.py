@@ -6,6 +6,7 @@ from torch import nn
 from mochi import encoders
 from mochi.config import Encoder
 from mochi.encoders.files import digest
+from mochi.encoders.heads import projection_head
 from mochi.encoders.resnet import ResNet
 
 CONFIG = Encoder(architecture="resnet10", stem="half", width=4)
@@ -32,3 +33,10 @@ def test_the_norm_layer_is_the_one_given() -> None:
     encoder = encoders.build(CONFIG, norm_layer=nn.InstanceNorm2d)
     kinds = {type(module) for module in encoder.modules() if "Norm" in type(module).__name__}
     assert kinds == {nn.InstanceNorm2d}
+
+
+def test_a_linear_head_has_one_layer_and_an_mlp_head_two() -> None:
+    layers = {
+        kind: [type(layer).__name__ for layer in projection_head(8, 4, kind)] for kind in ("linear", "mlp")
+    }
+    assert layers == {"linear": ["Linear"], "mlp": ["Linear", "ReLU", "Linear"]}

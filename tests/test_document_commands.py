@@ -33,7 +33,7 @@ RUN = {
     "mochi adopt": "tests/test_reruns.py",
     "mochi adopt --accept-code": "tests/test_reruns.py",
     "mochi adopt --restore": "tests/test_dvc.py",
-    "mochi analyze": "tests/test_workflow.py",
+    "mochi analyze": "tests/test_reruns.py",
     "mochi check*": "tests/test_cli.py",
     "mochi detect *": "tests/detection/test_workflow.py",
     "mochi explain*": "tests/test_dvc.py",

@@ -85,6 +85,15 @@ def test_a_stage_that_is_up_to_date_imports_no_torch(project: Project) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_report_that_is_up_to_date_is_not_written_again(project: Project) -> None:
+    report = project.folder / "results/tiny/report.html"
+    before = report.stat().st_mtime_ns
+    done = project.run("python", "-m", "mochi", "report", "--config", CONFIG)
+    assert done.returncode == 0
+    assert "up to date" in done.stderr
+    assert report.stat().st_mtime_ns == before
+
+
 def test_an_experiment_file_may_be_renamed_and_share_its_data(copy: Project) -> None:
     (copy.folder / CONFIG).rename(copy.folder / "config/renamed.yaml")
     shutil.copy(copy.folder / "config/renamed.yaml", copy.folder / "config/other.yaml")

@@ -140,7 +140,7 @@ def test_gain_and_class_oracle(
         "-1.0 ± 12.7",
         "2.0 ± 12.7",
     ]  # t(1) = 12.7, s = sqrt 2
-    assert gain.get_xlabel() == "gain over moco-v2 (%)"
+    assert gain.get_xlabel() == "gain over moco-v2 (points)"
     (oracle,) = saved_figures["class-oracle"].axes
     assert [text.get_text() for text in oracle.get_yticklabels()] == ["moco-v2", "moco-v2-oracle"]
     assert means(oracle) == [[41.0, 0.0], [50.0, 1.0]]

@@ -14,6 +14,7 @@ from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.views.loading import Loading
 from mochi.encoders.batch_norm import GroupedBatchNorm2d
 from mochi.pretraining.objectives import ContrastiveObjective
+from mochi.runtime.cpu_memory import keep_freed_memory
 from mochi.runtime.distributed import pick_device
 from mochi.runtime.precision import autocast
 
@@ -26,6 +27,7 @@ def main(
 ) -> None:
     """Compare a training step of each contrastive method, the encoders alone and the data alone."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     device = pick_device()
     experiment = load_experiment(config)
     dataset = open_dataset(data_root / experiment.dataset.name)

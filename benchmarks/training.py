@@ -27,6 +27,7 @@ from mochi.data.views.loading import Loading
 from mochi.encoders.heads import projection_head
 from mochi.pretraining.objectives import ContrastiveObjective
 from mochi.pretraining.optimizers import make_optimizer
+from mochi.runtime.cpu_memory import keep_freed_memory
 from mochi.runtime.precision import autocast
 
 _BATCH, _QUEUE, _DIM, _SIZE = 256, 4096, 128, 32
@@ -42,6 +43,7 @@ def main(
 ) -> None:
     """Compare an epoch of MoCo-v2 with lightly's and with the encoders alone."""
     torch.set_num_threads(cores)
+    keep_freed_memory()
     print(conditions())
     if importlib.util.find_spec("lightly") is None:
         print("lightly is not installed and is left out")

@@ -456,7 +456,7 @@ def pretrain(
     _take_gpus(gpus, nodes)
     from mochi.pretraining import stage as pretraining
 
-    _use_threads(threads)
+    _set_up_cpu(threads)
     with _work(experiment.name, method, seed, "pretrain", result) as (work, events):
         pretraining.run(run, result, work, workers=workers, events=events)
 
@@ -486,7 +486,7 @@ def evaluate(
     _take_gpus(gpus)
     from mochi.evaluation import stage as evaluation
 
-    _use_threads(threads)
+    _set_up_cpu(threads)
     others = same_features(experiment, method, seed, task) if result == wanted else []
     with _work(experiment.name, method, seed, task, result) as (work, _):
         evaluation.run(run, result, work, workers=workers, others=others)
@@ -530,7 +530,7 @@ def detect(
     _take_gpus(gpus)
     from mochi.detection import stage as detection
 
-    _use_threads(threads)
+    _set_up_cpu(threads)
     num_workers = run.detection.training.workers if workers is None else workers
     with _work(experiment.name, method, seed, task, result) as (work, events):
         detection.run(run, result, work, workers=num_workers, events=events)
@@ -560,7 +560,7 @@ def analyze(
     _take_gpus(gpus)
     from mochi.analysis import stage as analysis
 
-    _use_threads(threads)
+    _set_up_cpu(threads)
     with _work(experiment.name, method, seed, ANALYSIS, result):
         analysis.run(run, result, workers=workers)
 
@@ -621,9 +621,11 @@ def _load_and_encode(
     """The encoder, and its features of a folder."""
     from mochi.inference.encoder import load
     from mochi.inference.folder import encode_folder
+    from mochi.runtime.cpu_memory import keep_freed_memory
     from mochi.runtime.distributed import pick_device
     from mochi.runtime.progress import counter
 
+    keep_freed_memory()
     loaded = load(encoder, overrides, pick_device())
     threads = threads or os.cpu_count() or 1
     return loaded, encode_folder(
@@ -641,10 +643,13 @@ def _take_gpus(count: int | None, nodes: int = 1) -> None:
         on_gpus(count, nodes)
 
 
-def _use_threads(threads: int) -> None:
+def _set_up_cpu(threads: int) -> None:
     import torch
 
+    from mochi.runtime.cpu_memory import keep_freed_memory
+
     torch.set_num_threads(threads)
+    keep_freed_memory()
 
 
 @contextmanager

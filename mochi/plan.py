@@ -41,6 +41,7 @@ from mochi.pretraining.objectives import make_objective
 from mochi.pretraining.optimizers import make_optimizer
 from mochi.provenance.wanted import prepared
 from mochi.runtime import gpus
+from mochi.runtime.cpu_memory import keep_freed_memory
 from mochi.runtime.distributed import pick_device
 from mochi.runtime.shares import runs_at_once, threads_per_run, workers_of
 from mochi.storage.atomic import disk_space, readable_size
@@ -138,6 +139,7 @@ def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SE
         )
     machine = Machine.here()
     torch.set_num_threads(machine.threads)
+    keep_freed_memory()
     num_trained = sum(isinstance(run.recipe, Training) for run in first_runs(experiment))
     sets = list(experiment.evaluation.detection)
     first = all_runs(experiment)[0]

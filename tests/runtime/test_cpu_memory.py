@@ -1,0 +1,48 @@
+"""Freed memory is kept for the next tensor; whoever sets malloc's variables keeps the choice."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
+
+FAULTS = """
+import resource, torch
+from mochi.runtime.cpu_memory import keep_freed_memory
+kept = keep_freed_memory()
+def allocate():
+    for size in (1 << 24, 1 << 26, 1 << 22):  # 16, 64 and 4 MiB
+        torch.zeros(size, dtype=torch.uint8)
+for _ in range(5):  # until the heap has room between smaller blocks
+    allocate()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    allocate()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(**environment: str) -> tuple[str, int]:
+    """(whether memory is kept, page faults of ten rounds of allocations) in a process of its own."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    output = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        env=clean | {"CUDA_VISIBLE_DEVICES": ""} | environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    return output[0], int(output[1])
+
+
+def test_tensors_reuse_memory_instead_of_getting_it_cleared_by_the_kernel() -> None:
+    kept, own = faults()
+    assert kept == "True"
+    assert own < 1000  # 84 MiB in ten rounds are 215,000 pages
+
+    kept, usual = faults(MALLOC_MMAP_MAX_="65536")  # malloc's default
+    assert kept == "False"
+    assert usual > 100_000

@@ -23,8 +23,9 @@ def inputs(mean: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def _normalise(part: slice, mean: float) -> dict[str, torch.Tensor]:
+def _normalise(part: slice, mean: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     x, weights = inputs(mean)
+    x = x.to(dtype)
     layer = SharedBatchNorm2d(3)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
@@ -42,8 +43,10 @@ def _normalise(part: slice, mean: float) -> dict[str, torch.Tensor]:
     }
 
 
-def _rank(folder: Path, mean: float) -> None:
-    save_file(_normalise(PARTS[distributed.rank()], mean), folder / f"{distributed.rank()}.safetensors")
+def _rank(folder: Path, mean: float, dtype: torch.dtype) -> None:
+    save_file(
+        _normalise(PARTS[distributed.rank()], mean, dtype), folder / f"{distributed.rank()}.safetensors"
+    )
 
 
 def test_gpus_use_torchs_sync_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,16 +70,19 @@ def test_gpus_use_torchs_sync_batch_norm(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(called) == 1
 
 
-@pytest.mark.parametrize("mean", [1.0, 300.0])
-def test_two_processes_normalise_as_one(tmp_path: Path, mean: float) -> None:
-    """Also if the standard deviation is a hundredth of the mean."""
-    run_ranks(_rank, 2, tmp_path, mean)
+@pytest.mark.parametrize(
+    ("mean", "dtype"), [(1.0, torch.float32), (300.0, torch.float32), (1.0, torch.bfloat16)]
+)
+def test_two_processes_normalise_as_one(tmp_path: Path, mean: float, dtype: torch.dtype) -> None:
+    """Also if the standard deviation is a hundredth of the mean; bfloat16 has float32 statistics."""
+    run_ranks(_rank, 2, tmp_path, mean, dtype)
     parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
-    whole = _normalise(slice(0, 4), mean)
+    whole = _normalise(slice(0, 4), mean, dtype)
+    rounding = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-4
     for name in ("output", "gradient"):
-        torch.testing.assert_close(
-            torch.cat([part[name] for part in parts]), whole[name], rtol=1e-4, atol=5e-5
-        )
+        joined = torch.cat([part[name] for part in parts])
+        assert joined.dtype == dtype
+        torch.testing.assert_close(joined, whole[name], rtol=rounding, atol=rounding / 2)
     for part in parts:
         torch.testing.assert_close(part["mean"], whole["mean"])
         torch.testing.assert_close(part["var"], whole["var"])

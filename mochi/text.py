@@ -9,6 +9,7 @@ import json
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,24 @@ def read_json(path: Path, expected: str) -> Any:
     """The value of a JSON file.
 
     Raises:
-        DataError: as `read_text`, or not JSON.
+        DataError: as `read_text`, or not JSON, or an object has a key twice, of which JSON's readers
+            silently keep the last.
     """
     text = read_text(path, expected)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise DataError(f"{path}: is not valid JSON: nested too deeply; expected {expected}") from None
     except ValueError as error:
         raise DataError(f"{path}: is not valid JSON: {error}; expected {expected}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key {shown(twice)} twice")
+    return values
 
 
 def read_xml(path: Path, expected: str) -> ET.Element:
@@ -101,13 +111,15 @@ def read_xml(path: Path, expected: str) -> ET.Element:
 
 def _read(path: Path, expected: str) -> bytes:
     try:
-        return path.read_bytes()
+        if not path.is_fifo() or path.is_relative_to("/dev/fd"):  # the latter is `<(...)` of a shell
+            return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected {expected}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; expected {expected}") from None
     except ValueError as error:  # a name that no file can have
         raise DataError(f"{str(path)!r}: cannot be read: {error}; expected {expected}") from None
+    raise DataError(f"{path}: is a pipe, which may never end; expected {expected} in a regular file")
 
 
 def _decode(data: bytes, path: Path) -> str:
@@ -127,9 +139,10 @@ def _decode(data: bytes, path: Path) -> str:
                 raise DataError(f"{path}: found {kind} data; expected text: unpack it") from None
         line = data[: error.start].count(b"\n") + 1
         found = data[error.start : error.start + 4].hex(" ")
+        said = "though the file says so" if declared else "and the file does not say which encoding it has"
     raise DataError(
-        f"{path}: line {line}: found the bytes {found}, which are not UTF-8, and the file does not say "
-        "which encoding it has (GBK? Latin-1?); save it as UTF-8"
+        f"{path}: line {line}: found the bytes {found}, which are not UTF-8, {said} (GBK? Latin-1?); save "
+        "it as UTF-8"
     )
 
 

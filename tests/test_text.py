@@ -1,6 +1,7 @@
 """Text, JSON and XML in any encoding are read, or one message names file, place, found and expected."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         read_text(tmp_path / "a\0b", "a list")
 
 
+def test_a_pipe_is_named_not_waited_for(file: Path) -> None:
+    os.mkfifo(file)
+    with pytest.raises(DataError, match=r"file: is a pipe, .*; expected a list in a regular file"):
+        read_text(file, "a list")
+
+
+def test_latin_1_that_is_declared_as_utf_8_is_named(file: Path) -> None:
+    file.write_bytes("<?xml version='1.0' encoding='utf-8'?><a>é</a>".encode("latin-1"))
+    with pytest.raises(DataError, match=r"bytes e9 3c 2f 61, which are not UTF-8, though the file says so"):
+        read_xml(file, "a note")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -84,6 +97,13 @@ def test_invalid_xml_is_named(file: Path, text: str) -> None:
 def test_invalid_json_is_named(file: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(DataError, match=r"file: is not valid JSON: .*; expected a set"):
+        read_json(file, "a set")
+
+
+def test_a_key_that_is_written_twice_is_named(file: Path) -> None:
+    """JSON's readers silently keep the last one."""
+    file.write_text('{"images": [{"id": 1, "bbox": [1], "bbox": [2]}]}')
+    with pytest.raises(DataError, match=r"an object has the key 'bbox' twice; expected a set"):
         read_json(file, "a set")
 
 

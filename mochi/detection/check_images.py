@@ -3,6 +3,7 @@
 Otherwise a corrupt file would end training when it is first read, possibly after hours.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,18 +22,23 @@ def check_images(splits: Sequence[Annotations], jobs: int) -> None:
     """Decode every image completely, divided over ranks.
 
     Raises:
-        AnnotationError: images that do not decode or are not of the annotated size; the message lists the
-            first.
+        AnnotationError: images that are missing, do not decode or are not of the annotated size; the
+            message lists the first.
     """
-    distinct = {image.path: image for split in splits for image in split.images}
+    distinct = {(each.path, each.height, each.width): each for split in splits for each in split.images}
     images = list(distinct.values())[distributed.rank() :: distributed.world_size()]
-    paths = [str(image.path) for image in images]
+    present, wrong = list[AnnotatedImage](), list[str]()
+    for image in images:
+        if os.path.isfile(image.path):  # noqa: PTH113 (a Path raises where it may not look)
+            present.append(image)
+        else:  # also pipes and devices, whose data may never end
+            wrong.append(f"{image.path}: found no regular file; it is image {image.image_id!r} of its set")
+    paths = [str(image.path) for image in present]
     files = FileSplit([ByteRange(path) for path in paths], paths, np.full(len(paths), UNLABELLED))
     report = counter("check images")
-    wrong = []
     with Validator(jobs) as validator:
-        for image, file in zip(images, validator.validate(files, keep_reencoded=False), strict=True):
-            report(file.row + 1, len(images))
+        for image, file in zip(present, validator.validate(files, keep_reencoded=False), strict=True):
+            report(file.row + 1, len(present))
             if file.result.reason:
                 wrong.append(f"{image.path} ({file.size} bytes): {file.result.reason}")
             elif reason := misfit(image, file.result.height, file.result.width):

@@ -258,8 +258,8 @@ def _objects(annotations: Names, name: str) -> tuple[Path, ET.Element, list[ET.E
     path = annotations.find(f"{name}.xml")
     if path is None:
         raise AnnotationError(
-            f"{annotations.folder / name}.xml: no such file{annotations.alike(name)}, though an image set "
-            f"lists {name}"
+            f"{annotations.folder}: found no {shown(f'{name}.xml')}{annotations.alike(name)}; an image set "
+            f"lists {shown(name)}; expected the name of an image, without suffix, on each of its lines"
         )
     tree = read_xml(path, "the objects of an image")
     if tree.tag != "annotation":

@@ -1,5 +1,7 @@
 """Corrupt and swapped images of a detection set are reported together, before the first step."""
 
+import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -50,7 +52,24 @@ def test_sizes_that_differ_and_missing_files_are_reported_too(root: Path) -> Non
     with pytest.raises(AnnotationError) as error:
         check_images(annotated, jobs=1)
     assert f"{first}: the image is 7 x 9 pixels upright, its annotation says" in str(error.value)
-    assert f"{second} (-1 bytes): cannot be read: No such file or directory" in str(error.value)
+    assert f"{second}: found no regular file; it is image {second.stem!r} of its set" in str(error.value)
+
+
+def test_a_pipe_in_place_of_an_image_is_named_not_waited_for(root: Path) -> None:
+    annotated = splits(root)
+    path = annotated[0].images[0].path
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(AnnotationError, match=rf"{path.name}: found no regular file"):
+        check_images(annotated, jobs=1)
+
+
+def test_an_image_of_both_splits_has_the_size_that_each_says(root: Path) -> None:
+    image = splits(root)[0].images[0]
+    turned = dataclasses.replace(image, height=image.width, width=image.height)
+    for images in ((image, turned), (turned, image)):
+        with pytest.raises(AnnotationError, match=r"1 of 2 images .*\n.*its annotation says 40 x 48"):
+            check_images([Annotations(("square", "bar"), (each,)) for each in images], jobs=1)
 
 
 @pytest.mark.parametrize("tag", [0, 1, 6, 8, 9, 77])

@@ -17,6 +17,7 @@ from mochi.detection import coco, voc
 from mochi.detection.annotations import Annotations
 from mochi.detection.sets import inspect, read_splits, render
 from mochi.errors import DataError
+from mochi.text import shown
 from tests.commands import run
 from tests.detection.sets import small_set, voc_object
 from tests.tiny import FILE
@@ -161,6 +162,16 @@ def test_lists_in_every_encoding_and_with_blanks(voc_image: Writer) -> None:
         voc.read(root, "train", ["square", "bar"], "fail")
 
 
+@pytest.mark.parametrize("line", ["one.jpg", "/data/one", "# one", "one,1", "one\x85two", "x" * 5000])
+def test_a_line_that_is_no_name_is_shown_in_one_short_line(voc_image: Writer, line: str) -> None:
+    root = voc_image(voc_object())
+    (root / "ImageSets" / "Main" / "train.txt").write_text(line, encoding="utf-8")
+    with pytest.raises(DataError, match="expected the name of an image, without suffix") as error:
+        voc.read(root, "train", ["square"], "fail")
+    assert f"lists {shown(line)};" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_names_of_another_case_are_named_and_of_another_unicode_form_found(voc_image: Writer) -> None:
     root = voc_image(voc_object("café"), name="cafe\u0301")
     listing = root / "ImageSets" / "Main" / "train.txt"
@@ -171,7 +182,7 @@ def test_names_of_another_case_are_named_and_of_another_unicode_form_found(voc_i
     ):
         voc.read(root, "train", ["Café"], "fail")
     listing.write_text("CAFÉ\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"CAFÉ.xml: no such file; found '.*.xml', which differs in case"):
+    with pytest.raises(DataError, match=r"no 'CAFÉ.xml'; found '.*.xml', which differs in case"):
         voc.read(root, "train", ["café"], "fail")
 
 

@@ -151,7 +151,7 @@ def test_an_unknown_class_is_named_with_the_allowed_ones(voc_image: Writer) -> N
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("Annotations/one.xml", "image set lists one"),
+        ("Annotations/one.xml", "image set lists 'one'"),
         ("JPEGImages/one.jpg", "no image of that name"),
         ("ImageSets/Main/train.txt", "no such file"),
     ],

@@ -125,6 +125,7 @@ def test_an_encoder_without_metadata_needs_flags(images: Path, tmp_path: Path) -
     flags = ["--architecture", "resnet10", "--stem", "half", "--width", "8"]
     assert "give --image-size" in refused(*command, *flags)
     assert run(*command, *flags, "--image-size", "64").returncode == 0
+    assert "--resize: found 1142857143" in refused(*command, *flags, "--image-size", "1000000000")
     assert "--resize: found 10" in refused(*command, *flags, "--image-size", "64", "--resize", "10")
     config = tmp_path / "tiny.yaml"
     shutil.copy(Path(__file__).parent / "tiny.yaml", config)

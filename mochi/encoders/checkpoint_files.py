@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mochi.encoders import inert_pickle
-from mochi.encoders.files import EncoderError
+from mochi.encoders.files import EncoderError, require_content
 from mochi.encoders.inert_pickle import Name, PickleError, Placeholder, Storage, StoredTensor
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -70,21 +70,14 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
     Raises:
         EncoderError: not a file, or of an unknown format, which the message describes.
     """
-    _require_file(path)
+    if not path.exists():
+        raise EncoderError(f"{path}: no such file; {_EXPECTED}")
+    require_content(path, _EXPECTED)
     try:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as file:
             yield _opened(path, file)
     except (PickleError, zipfile.BadZipFile, tarfile.TarError, struct.error, SafetensorError) as error:
         raise EncoderError(f"{path}: cannot be read, corrupt or truncated: {error}; {_EXPECTED}") from None
-
-
-def _require_file(path: Path) -> None:
-    if path.is_dir():
-        raise EncoderError(f"{path}: is a folder; {_EXPECTED}")
-    if not path.exists():
-        raise EncoderError(f"{path}: no such file; {_EXPECTED}")
-    if not path.stat().st_size:
-        raise EncoderError(f"{path}: is empty (0 bytes); download or copy it again")
 
 
 def _opened(path: Path, file: mmap.mmap) -> Checkpoint:
@@ -97,8 +90,6 @@ def _opened(path: Path, file: mmap.mmap) -> Checkpoint:
         return _tar(path)
     if start[:1] == b"\x80":
         return _pickles(file)
-    if start.startswith(b"version https://git-lfs"):
-        raise EncoderError(f"{path}: is a pointer of Git LFS, not the file; run `git lfs pull`")
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         raise EncoderError(f"{path}: is compressed; unpack it first")
     if start.startswith(b"\x89HDF"):

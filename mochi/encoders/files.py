@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,6 +34,8 @@ There is one key because safetensors writes several in an order that differs bet
 """
 
 _MAX_LISTED = 10
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_LFS = b"version https://git-lfs"
 
 
 class EncoderError(UserError):
@@ -48,11 +50,11 @@ class EncoderInfo(BaseModel):
     architecture: str
     stem: str | None
     width: int | None
-    image_size: int | None = None
+    image_size: PositiveInt | None = None
     """Side of the images in training, pixels; None: unknown."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each channel, in `channel_order`, for pixels in [0, 1]."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     channel_order: Literal["RGB", "BGR"] = "RGB"
     method: str | None = None
     """Row of the experiment, or the kind of checkpoint it was imported from."""
@@ -131,6 +133,7 @@ def read_encoder(path: Path) -> EncoderFile:
 def _read(path: Path, *, tensors: bool) -> EncoderFile:
     if not path.exists():
         raise EncoderError(f"{path}: no such encoder; run the pretraining first, or `mochi import`")
+    require_content(path, "expected an encoder that pretraining wrote")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -141,6 +144,23 @@ def _read(path: Path, *, tensors: bool) -> EncoderFile:
             "`mochi import` converts other checkpoints"
         ) from None
     return EncoderFile(_info(path, metadata), found)
+
+
+def require_content(path: Path, expected: str) -> None:
+    """Refuse what is not a file of tensors, or only stands for it.
+
+    Raises:
+        EncoderError: a folder, a pipe, an empty file or a pointer of Git LFS; `expected` ends the message.
+    """
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device, not a regular file"
+        raise EncoderError(f"{path}: is {kind}; {expected}")
+    with path.open("rb") as file:
+        start = file.read(len(_LFS))
+    if not start:
+        raise EncoderError(f"{path}: is empty (0 bytes); download or copy it again")
+    if start == _LFS:
+        raise EncoderError(f"{path}: is a pointer of Git LFS, not the file; run `git lfs pull`")
 
 
 def _info(path: Path, metadata: Mapping[str, str]) -> EncoderInfo | None:
@@ -228,8 +248,8 @@ def check_fit(
     """Compare the tensors of a file with those of an encoder of `config`; `advice` ends the message.
 
     Raises:
-        EncoderError: a tensor is missing, unknown, of another shape, or has NaN, Inf or a negative
-            variance; the message lists them.
+        EncoderError: a tensor is missing, unknown, of another shape or type, or has NaN, Inf or a
+            negative variance; the message lists them.
     """
     lines = [
         _mismatch(name, found.get(name), expected.get(name)) for name in sorted(found.keys() | expected)
@@ -249,7 +269,9 @@ def _mismatch(name: str, found: Tensor | None, expected: Tensor | None) -> str:
     """One line of the table; none if the tensor fits."""
     if found is None or expected is None or found.shape != expected.shape:
         return f"  {name}: expected {_shape(expected)}, found {_shape(found)}"
-    if found.is_floating_point() and not torch.isfinite(found).all():
+    if expected.is_floating_point() and found.dtype not in _FLOATS:
+        return f"  {name}: expected floating-point numbers, found {found.dtype}"
+    if found.dtype in _FLOATS and not torch.isfinite(found).all():
         return f"  {name}: found NaN or Inf"
     if name.endswith("running_var") and (found < 0).any():
         return f"  {name}: found a variance below 0"

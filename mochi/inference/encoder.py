@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mochi.config import Encoder, load_experiment
 from mochi.config.reading import validate
+from mochi.data.ingest.decode import MAX_PIXELS
 from mochi.data.views.crops import centre_image
 from mochi.encoders import build
 from mochi.encoders.backbone import Backbone
@@ -80,6 +81,8 @@ def load(path: Path, overrides: Overrides, device: torch.device) -> LoadedEncode
     config, size, resize = _described(path, file.info, overrides)
     if resize < size:
         raise UserError(f"--resize: found {resize}; must be at least the image size, {size}")
+    if resize**2 > MAX_PIXELS:
+        raise UserError(f"--resize: found {resize}; its square must be at most {MAX_PIXELS} pixels")
     backbone = build(config)
     check_fit(path, file.tensors, backbone.state_dict(), config)
     backbone.load_state_dict(file.tensors)

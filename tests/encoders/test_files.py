@@ -66,8 +66,10 @@ def test_equal_encoders_give_equal_files(path: Path, tmp_path: Path) -> None:
         (lambda w: {**w, "conv1.weight": torch.zeros(4, 3, 7, 7)},
          r"conv1.weight: expected \[4, 3, 3, 3\], found \[4, 3, 7, 7\]"),
         (lambda w: {**w, "bn1.bias": torch.full((4,), torch.nan)}, "bn1.bias: found NaN or Inf"),
+        (lambda w: {**w, "bn1.bias": torch.ones(4, dtype=torch.int8)}, r"numbers, found torch.int8"),
+        (lambda w: {**w, "bn1.bias": torch.ones(4).to(torch.float8_e4m3fn)}, r"found torch.float8_e4m3fn"),
     ],
-    ids=["misspelt", "prefixed", "no layer4", "classifier", "another stem", "nan"],
+    ids=["misspelt", "prefixed", "no layer4", "classifier", "another stem", "nan", "int8", "float8"],
 )  # fmt: skip
 def test_tensors_that_do_not_match_are_named(
     path: Path, change: Callable[[Tensors], Tensors], message: str
@@ -85,6 +87,14 @@ def test_a_missing_file_and_one_of_another_format_are_refused(tmp_path: Path) ->
     (tmp_path / "x.safetensors").write_bytes(b"pickle")
     with pytest.raises(EncoderError, match="cannot be read as safetensors"):
         read_encoder(tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(EncoderError, match="is a pointer of Git LFS, not the file; run `git lfs pull`"):
+        read_encoder(tmp_path / "x.safetensors")
+    with pytest.raises(EncoderError, match=f"{tmp_path}: is a folder; expected an encoder"):
+        read_encoder(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(EncoderError, match="pipe: is a pipe or a device, not a regular file; expected"):
+        read_encoder(tmp_path / "pipe")
 
 
 def test_the_digest_depends_on_names_and_bytes_only(path: Path) -> None:
@@ -158,6 +168,8 @@ def test_another_normalisation_or_architecture_is_refused(
         ("{", "its metadata cannot be read: the whole: Invalid JSON"),
         ("{}", "architecture: Field required"),
         ('{"architecture": 5, "stem": "half", "width": 4}', "architecture: Input should be a valid string"),
+        ('{"architecture": "resnet10", "stem": "half", "width": 4, "image_size": 0}', "image_size: Input"),
+        ('{"architecture": "resnet10", "stem": "half", "width": 4, "std": [1, 0, 1]}', "std.1: Input"),
     ],
 )
 def test_metadata_that_cannot_be_read_is_refused(path: Path, text: str, message: str) -> None:

@@ -208,6 +208,15 @@ def test_older_keys_of_the_querys_own_image_are_excluded_by_their_index() -> Non
     torch.testing.assert_close(step.loss.hardest_negative, masked.amax(1))
 
 
+def test_keys_of_unknown_images_are_kept() -> None:
+    """An index that stands for "unknown" equals that of no image, wherever it was left out."""
+    moco = MoCo(ENCODER, recipe(masks=["same_image"]), seed=0)
+    for known in (None, torch.arange(8), None):
+        step = moco.training_step(images(0), images(1), LABELS, step=0, synthesize=False, images=known)
+        assert not step.excluded.any()
+        moco.enqueue(step.key, LABELS, known)
+
+
 def test_the_class_oracle_keeps_negatives_without_a_label() -> None:
     """A new queue has no labels, and neither has an unlabelled image."""
     moco = MoCo(ENCODER, recipe(masks=["class_oracle"]), seed=0)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mochi.config import ConfigError, Contrastive, Encoder
-from mochi.contrast.moco import MoCo, Step
+from mochi.contrast.moco import MoCo, Step, unit
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
 from mochi.contrast.rules import Candidates
 from mochi.runtime.seeding import generator
@@ -150,6 +150,11 @@ def test_processes_must_divide_the_batch_norm_groups(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("mochi.contrast.moco.world_size", lambda processes=processes: processes)
         with pytest.raises(ConfigError, match=rf"found 6; {processes} processes .* out of 1, 2, 3, 6"):
             MoCo(ENCODER, recipe(bn_groups=6, batch_size=12), seed=0)
+
+
+def test_features_of_lower_precision_are_normalised_in_float32() -> None:
+    features = torch.randn(4, 6).bfloat16()
+    torch.testing.assert_close(unit(features), F.normalize(features.double(), dim=1).float())
 
 
 def test_the_momentum_update_changes_parameters_only() -> None:

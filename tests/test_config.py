@@ -26,6 +26,7 @@ from mochi.config import (
     detection_run,
     load_experiment,
     negatives,
+    parse_dataset,
     parse_experiment,
     pretrain_run,
     probe_run,
@@ -180,12 +181,56 @@ def test_1e_4_is_a_number_and_a_key_written_twice_is_refused(tmp_path: Path) -> 
         load_experiment(file)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00"])
-def test_files_that_are_not_experiments_are_refused(tmp_path: Path, text: str) -> None:
+def test_keys_may_be_merged_from_an_anchor(tmp_path: Path) -> None:
+    """A row with its own values besides those of an anchor, and another that merges that row."""
+    file = tmp_path / "experiment.yaml"
+    rows = """methods:
+  first: &first {lr: 0.1, momentum: 0.5}
+  second: &second {<<: *first, lr: 0.2}
+  third: {<<: [*second], momentum: 0.7}
+"""
+    start, _, rest = FILE.read_text().partition("methods:\n")
+    file.write_text(start + rows + rest[rest.index("\nevaluation") :])
+    experiment = load_experiment(file)
+    recipes = [pretrain_run(experiment, name, 0).recipe for name in ("first", "second", "third")]
+    assert [(each.lr, each.momentum) for each in recipes if isinstance(each, Contrastive)] == [
+        (0.1, 0.5), (0.2, 0.5), (0.2, 0.7),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "found nothing; expected keys and values"),
+        ("[1, 2]", "found list; expected keys and values"),
+        ("a: [", "is not valid YAML"),
+        ("\x00", "found zero bytes"),
+        ("a: " + "[" * 2000, "is not valid YAML: nested too deeply"),
+        ("a: 2001-99-99", "is not valid YAML: a date, a number or a tag: month must be in 1"),
+        ("a: !!int x", "is not valid YAML: a date, a number or a tag: invalid literal"),
+        ("a: !!bool x", "is not valid YAML: a date"),
+        ("a: !!timestamp x", "is not valid YAML: a date"),
+        ("a: " + "9" * 5000, "is not valid YAML: a date, a number or a tag: Exceeds"),
+        ("a: 1\nb: 2\na: 3", "is not valid YAML: the key 'a' is written twice, line 3, column 1"),
+    ],
+)
+def test_files_that_are_not_experiments_are_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "experiment.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=str(file)):
+    with pytest.raises(ConfigError, match=f"{file}: {message}"):
         load_experiment(file)
+
+
+def test_a_key_that_is_no_text_is_shown() -> None:
+    with pytest.raises(ConfigError, match=r"x.yaml: methods: found the key True; allowed: text; write"):
+        parse_experiment(changed("methods", {True: {"objective": "none"}}), "x.yaml")
+    with pytest.raises(ConfigError, match=r"x.yaml: \(top level\): found the key 5; allowed: text"):
+        parse_experiment(TINY | {5: 1}, "x.yaml")  # type: ignore[operator]
+
+
+def test_an_option_that_is_not_yaml_is_named() -> None:
+    with pytest.raises(ConfigError, match="--option: val_share: is not valid YAML"):
+        parse_dataset("folder", "x", "images", ["val_share=["])
 
 
 def test_the_papers_settings_are_allowed() -> None:

@@ -102,7 +102,7 @@ def parse_dataset(source: str, name: str, path: str | None, options: list[str]) 
         key, separator, value = option.partition("=")
         if not separator:
             raise ConfigError(f"--option: found {option!r}; expected key=value")
-        data[key] = read_value(value)
+        data[key] = read_value(value, f"--option: {key}")
     dataset: Dataset = validate(Dataset, data, "--source")
     return dataset
 

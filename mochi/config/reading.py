@@ -20,19 +20,32 @@ class ConfigError(UserError):
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys, of which plain YAML silently keeps the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is written twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                text = f"the key {key.value!r} is written twice"
+                raise yaml.composer.ComposerError(None, None, text, key.start_mark)
+            seen.add(str(key.value))
+        return node
 
 
-def read_value(text: str) -> Any:
-    """A value as written in a file: a number, a list, a word."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+def read_value(text: str, origin: str) -> Any:
+    """A value as written in a file: a number, a list, a word.
+
+    Raises:
+        ConfigError: it is not YAML; the message names `origin`.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split()).replace(' in "<unicode string>"', "")
+    except RecursionError:
+        reason = "nested too deeply"
+    except (ValueError, LookupError, AttributeError) as error:
+        reason = f"a date, a number or a tag: {error}"  # PyYAML's constructors of 2001-99-99, !!int x
+    raise ConfigError(f"{origin}: is not valid YAML: {reason}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -42,13 +55,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: it does not exist, is not readable, is not YAML, or is not a mapping.
     """
     try:
-        data = yaml.load(read_text(path, "a YAML file"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        text = read_text(path, "a YAML file")
     except DataError as error:
         raise ConfigError(str(error)) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    data = read_value(text, str(path))
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: found {type(data).__name__}; expected keys and values")
+        found = "nothing" if data is None else type(data).__name__
+        raise ConfigError(f"{path}: found {found}; expected keys and values")
     return data
 
 
@@ -99,6 +112,9 @@ def _explain(mistake: dict[str, Any], roots: list[type[Section]], data: object) 
             # Cross-field rules name the key and the values themselves.
             return keys, text
         case _:
+            if mistake["type"] == "invalid_key" or keys[-1:] == ["[key]"]:
+                above = keys[: -2 if keys[-1] == "[key]" else -1]
+                return above, f"found the key {found!r}; allowed: text; write it in quotes"
             shown = repr(found) if len(repr(found)) < 80 else type(found).__name__
             return keys, f"found {shown}; allowed: {text.removeprefix('Input should be ')}"
 

@@ -691,10 +691,19 @@ def _work(
             break
 
 
+def _require_current_folder() -> None:
+    """Libraries crash in a folder that was removed."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current folder was removed; change to another, or to the new one") from None
+
+
 def main() -> NoReturn:
     """Run a command; a user's mistake ends with its message and exit code 1, without a traceback."""
     configure_logging()
     try:
+        _require_current_folder()
         app()
     except (UserError, OSError) as error:
         text = str(error)

@@ -111,7 +111,7 @@ def read_xml(path: Path, expected: str) -> ET.Element:
 
 def _read(path: Path, expected: str) -> bytes:
     try:
-        if not path.is_fifo() or path.is_relative_to("/dev/fd"):  # the latter is `<(...)` of a shell
+        if not path.is_fifo() or path.is_relative_to("/dev"):  # the latter: `<(...)` of a shell, stdin
             return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected {expected}") from None

@@ -3,8 +3,11 @@ file is lost.
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +255,20 @@ def test_inspect_reports_on_a_folder_of_images(tmp_path: Path) -> None:
     assert "train: 4 images, 4 labelled" in done.stdout
     assert json.loads((tmp_path / "report.json").read_text())["splits"]["train"]["images"] == 4
     assert "nowhere" in refused("inspect", "nowhere")
+
+
+def test_a_terminal_without_some_letters_and_a_removed_folder(tmp_path: Path) -> None:
+    """A console of Latin-1 ended in a traceback, a removed folder in the crash of a library."""
+    for name in ("\U0001f436", "é"):
+        (tmp_path / "images/train" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "images/train" / name / "0.png")
+    command = [sys.executable, "-m", "mochi", "inspect", "images"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert b"images: 2 files that may be images" in done.stdout
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    shell = ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", *command]
+    done = subprocess.run(shell, cwd=gone, env=environment, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: the current folder was removed")

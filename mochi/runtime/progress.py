@@ -1,5 +1,6 @@
 """Log lines and progress on stderr, from the first rank only."""
 
+import io
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ def _open_standard_streams() -> None:
     """Open /dev/null where the caller has closed stdin, stdout or stderr, as cron jobs do.
 
     Otherwise the next opened files get their descriptors, and output of libraries would go there.
+    Characters that the terminal's encoding lacks are escaped, on stdout as on stderr.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -31,6 +33,8 @@ def _open_standard_streams() -> None:
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a class may have a name that Latin-1 lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Progress:

@@ -163,7 +163,7 @@ def _stacked(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
 
 
 def _not_found(path: Path) -> MissingResultError:
-    return MissingResultError(f"{path}: not found; run `snakemake {path}` first")
+    return MissingResultError(f"{path}: not found; run `snakemake {path} --configfile FILE` first")
 
 
 def _unreadable(path: Path, error: object) -> MissingResultError:

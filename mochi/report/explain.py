@@ -1,7 +1,6 @@
 """Trace one number of the table from its seeds back to the data, and check each digest."""
 
 import shlex
-import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mochi.layout import Paths
 from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.wanted import Result, evaluated, evaluations, pretrained, searches
 from mochi.report.collect import MissingResultError, read_json
+from mochi.report.tables import mean_and_std
 from mochi.stages import column_of
 
 
@@ -33,11 +33,10 @@ def explain(experiment: Experiment, method: str, task: str) -> list[str]:
             raise UserError(f"{name}: found {found!r}; {experiment.name} has: {', '.join(allowed)}")
     folder = Paths(experiment.name).results
     records = read_json(folder / "records.json")
-    table = pd.read_csv(folder / "scores.csv")
+    table = pd.read_csv(folder / "scores.csv", dtype={"fine_tuning": str}).fillna({"fine_tuning": ""})
     table = table[(table["method"] == method) & (table["task"] == task)]
     lines = [
-        f"{method}, {task} {metric}: {_mean(values.tolist())}"
-        for metric, values in table.groupby("metric", sort=False)["value"]
+        f"{method}, {task} {metric}: {_mean(rows)}" for metric, rows in table.groupby("metric", sort=False)
     ]
     jobs = [
         (seed, job)
@@ -62,10 +61,12 @@ def _all(values: Iterable[float]) -> str:
     return " and ".join(f"{value:.2f}" for value in values)
 
 
-def _mean(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2f}, a single score"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} over {len(values)} scores"
+def _mean(rows: pd.DataFrame) -> str:
+    """The number in the table, with one more digit."""
+    cell = mean_and_std(rows)
+    if cell["n"] == 1:
+        return f"{cell['mean']:.2f}, one {cell['over'].removesuffix('s')}"
+    return f"{cell['mean']:.2f} ± {cell['std']:.2f} over {cell['n']} {cell['over']}"
 
 
 def _link(result: Result, record: Mapping[str, Any]) -> list[str]:
@@ -78,12 +79,15 @@ def _link(result: Result, record: Mapping[str, Any]) -> list[str]:
         code += f"; resumed after a code change: {', '.join(earlier[:-1])}"
     settings = "unchanged" if record["settings_digest"] == result.settings_digest else "CHANGED"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    devices = ", ".join(machine.get("gpus", [])) or f"{machine['cpu']}, {machine.get('threads', 1)} threads"
+    threads = machine.get("threads", 1)
+    devices = ", ".join(machine.get("gpus", [])) or (
+        f"{machine['cpu']}, {threads} {'thread' if threads == 1 else 'threads'}"
+    )
     return [
         f"{record['result']}: {shlex.join(record['command'])}",
         f"  settings {record['settings_digest']} ({settings})",
         f"  code {record['code_digest']} ({code}), commit {_commit(record['git'])}",
-        *(f"  read {name}: {_file(entry)}" for name, entry in record["inputs"].items()),
+        *(f"  read {_name(name, entry)}{_file(entry)}" for name, entry in record["inputs"].items()),
         f"  on {devices}; {versions}",
         f"  took {record['wall_seconds']:.1f} s",
     ]
@@ -93,6 +97,11 @@ def _commit(git: Mapping[str, Any] | None) -> str:
     if git is None:
         return "none (no repository)"
     return f"{git['commit'][:12]}{' with uncommitted changes' if git['dirty'] else ''}"
+
+
+def _name(name: str, entry: Mapping[str, str]) -> str:
+    """What the file is; nothing if that is its path."""
+    return "" if name == entry["path"] else f"{name}: "
 
 
 def _file(entry: Mapping[str, str]) -> str:

@@ -42,7 +42,7 @@ def summarize(scores: pd.DataFrame, published: pd.DataFrame, baseline: str | Non
         published, published_std, to_published, source, table: the paper's number, and ours minus it.
     """
     own = [
-        {"method": method, "task": task, "metric": metric, **_mean_and_std(rows)}
+        {"method": method, "task": task, "metric": metric, **mean_and_std(rows)}
         for (method, task, metric), rows in scores.groupby(_KEYS, sort=False)
     ]
     columns = [*_KEYS, "mean", "std", "n", "over", "std_encoder", "std_fine_tuning"]
@@ -62,8 +62,8 @@ def _in_order(summary: pd.DataFrame, scores: pd.DataFrame, published: pd.DataFra
     return keys.merge(summary, on=_KEYS, how="left", sort=False)
 
 
-def _mean_and_std(rows: pd.DataFrame) -> dict[str, Any]:
-    """Mean and standard deviation of one cell, and what they are over."""
+def mean_and_std(rows: pd.DataFrame) -> dict[str, Any]:
+    """Mean and standard deviation of one cell, and what they are over. `rows` of scores.csv."""
     encoders = rows.groupby("seed", sort=False)["value"]
     if not _is_fine_tuned(rows):
         values, over, parts = rows["value"], "seeds", {}

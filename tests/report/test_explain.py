@@ -24,7 +24,7 @@ from tests.tiny import MOCHI, with_protocol
 def test_every_file_is_named_and_its_digest_checked(tiny: Experiment, reported_results: Path) -> None:
     lines = explain(tiny, MOCHI, "linear")
     text = "\n".join(lines)
-    assert lines[0] == f"{MOCHI}, linear top1: 51.50 ± 2.12 over 2 scores"
+    assert lines[0] == f"{MOCHI}, linear top1: 51.50 ± 2.12 over 2 seeds"
     assert "seed 0: top1 50.00" in lines
     assert "seed 1: top1 53.00" in lines
     for seed in (0, 1):
@@ -45,7 +45,7 @@ def test_every_file_is_named_and_its_digest_checked(tiny: Experiment, reported_r
 
 
 def test_a_single_run_has_no_standard_deviation(tiny: Experiment, report: Report) -> None:
-    assert explain(tiny, "random-init", "knn")[0] == "random-init, knn top1: 10.00, a single score"
+    assert explain(tiny, "random-init", "knn")[0] == "random-init, knn top1: 10.00, one seed"
 
 
 def test_settings_changed_since_the_result_are_shown(report: Report) -> None:
@@ -85,21 +85,36 @@ def test_an_unknown_method_or_task_is_refused(
 
 
 def test_a_missing_report_is_refused(tiny: Experiment, results: Path) -> None:
-    with pytest.raises(MissingResultError, match=r"records\.json: not found; run `snakemake"):
+    with pytest.raises(
+        MissingResultError,
+        match=r"records\.json: not found; run `snakemake .*records\.json --configfile FILE` first",
+    ):
         explain(tiny, MOCHI, "knn")
+
+
+def with_detection(tiny: Experiment, seeds: list[int]) -> Experiment:
+    """One row with a detection set, and nothing else."""
+    sets = {"detection": {"few": small_set(Path("few/VOC"))}, "linear": None, "knn": None}
+    evaluation = tiny.evaluation.model_copy(update=sets)
+    return tiny.model_copy(update={"methods": {"moco-v2": {}}, "evaluation": evaluation, "seeds": seeds})
+
+
+def test_the_deviation_of_several_encoders_is_that_of_the_table(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = with_detection(tiny, [0, 1])
+    make_up(experiment, lambda method, seed, task: fine_tunings(40.0 + seed, 44.0 + seed))
+    stage.run(experiment, reported(experiment))
+    assert explain(experiment, "moco-v2", "detection-few")[0].endswith("42.50 ± 0.71 over 2 encoders")
+    assert "42.5 ± 0.7" in (Paths("tiny").results / "summary.md").read_text()
 
 
 def test_a_detection_set_shows_each_fine_tuning(
     tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sets = {"detection": {"few": small_set(Path("few/VOC"))}, "linear": None, "knn": None}
-    experiment = tiny.model_copy(
-        update={
-            "methods": {"moco-v2": {}},
-            "evaluation": tiny.evaluation.model_copy(update=sets),
-        }
-    )
+    experiment = with_detection(tiny, [0])
     make_up(experiment, lambda method, seed, task: fine_tunings(40.0, 42.0))
     record = Paths("tiny").evaluation("moco-v2", 0, "detection-few") / RECORD
     content = json.loads(record.read_text()) | {
@@ -111,7 +126,7 @@ def test_a_detection_set_shows_each_fine_tuning(
     record.write_text(json.dumps(content))
     stage.run(experiment, reported(experiment))
     lines = explain(experiment, "moco-v2", "detection-few")
-    assert lines[0] == "moco-v2, detection-few AP50: 41.00 ± 1.41 over 2 scores"
+    assert lines[0] == "moco-v2, detection-few AP50: 41.00 ± 1.41 over 2 fine-tunings"
     assert "seed 0: AP50 40.00 and 42.00, AP 20.00 and 20.00" in lines
     assert "  moco-v2 seed 0 detection-few: mochi detect few" in lines
     text = "\n".join(lines)

@@ -95,7 +95,7 @@ def test_missing_results_are_named_and_left_out(
     page = Path("report/report.html").read_text()
     assert counted in page
     for path in missing:
-        expected = f"{path}: not found; run `snakemake {path}` first"
+        expected = f"{path}: not found; run `snakemake {path} --configfile FILE` first"
         assert f"missing: {expected}" in caplog.text
         assert html.escape(expected, quote=False) in html.unescape(page)
     assert not result.record.exists(), "so that it is written again"

@@ -37,7 +37,8 @@ class ContrastiveLoss(nn.Module):
         temperature: tau.
         rule: how much each negative counts: a name (`moco`, `mochi`, `debiased`, `hard_weighting`,
             `decoupled`, `synco`, or a file of your own in mochi/contrast/rules/), or a `Rule`.
-        masks: negatives to exclude: `class_oracle` needs labels in each call, `same_image` images.
+        masks: negatives to exclude, names or `Mask` objects: `class_oracle` needs labels in each call,
+            `same_image` images.
         seed: makes the random numbers a function of (seed, step, rank), and the initial queue a function
             of the seed; None: they come from torch's global generator of the queries' device.
         **settings: of the rule, if it is given by name.
@@ -55,17 +56,18 @@ class ContrastiveLoss(nn.Module):
         temperature: float,
         rule: str | Rule = "moco",
         *,
-        masks: Sequence[str] = (),
+        masks: Sequence[str | Mask] = (),
         seed: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
         if settings and isinstance(rule, Rule):
             raise UserError(
-                f"{', '.join(settings)}: found with a rule that is already built; expected the rule's name"
+                f"{', '.join(settings)}: found with a Rule object; set it in the object, or give the "
+                "rule's name"
             )
-        if isinstance(masks, str):
-            raise UserError(f"masks: found the text {masks!r}; expected a list of names, as in [{masks!r}]")
+        if isinstance(masks, str) or not isinstance(masks, Sequence):
+            raise UserError(f"masks: found {masks!r}; expected a list of names, as in ['same_image']")
         try:
             check_type("queue_size", queue_size, int)
             check_type("dim", dim, int)
@@ -78,7 +80,7 @@ class ContrastiveLoss(nn.Module):
             self.rule.check(queue_size)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self.masks = [_build("masks", mask, Mask, {}) for mask in masks]
+        self.masks = [mask if isinstance(mask, Mask) else _build("masks", mask, Mask, {}) for mask in masks]
         self.temperature = temperature
         self.seed = seed
         self.steps = 0
@@ -247,9 +249,10 @@ class ContrastiveLoss(nn.Module):
         """
         batch, size = len(key) * world_size(), len(self.queue.keys)
         if batch > size:
+            ranks = f" ({len(key)} on each of {world_size()} ranks)" if world_size() > 1 else ""
             raise UserError(
-                f"queue_size: found {size}, and {batch} keys a step ({len(key)} on each of {world_size()} "
-                f"ranks); expected a queue of at least one batch; raise `queue_size` or use smaller batches"
+                f"queue_size: found {size}, but a step has {batch} keys{ranks}; expected a queue of at "
+                "least one batch; raise `queue_size` or use smaller batches"
             )
 
 
@@ -273,8 +276,8 @@ def _build(key: str, name: str, kind: type[_Part], settings: Mapping[str, Any]) 
     """
     if not isinstance(name, str):
         raise UserError(
-            f"{key}: found {name!r}; expected a name, one of {', '.join(rules.names_of(kind))}, or a built "
-            f"{kind.__name__}"
+            f"{key}: found {name!r}; expected a name, one of {', '.join(rules.names_of(kind))}, or a "
+            f"{kind.__name__} object"
         )
     found = rules.find(name) if name in rules.names() else None
     if found is None or not issubclass(found, kind):
@@ -325,7 +328,7 @@ class MoCHiLoss(ContrastiveLoss):
         num_query_synthetics: int,
         *,
         through_query: bool = False,
-        masks: Sequence[str] = (),
+        masks: Sequence[str | Mask] = (),
         seed: int | None = None,
     ) -> None:
         settings: dict[str, Any] = {}

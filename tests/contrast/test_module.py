@@ -21,6 +21,7 @@ from mochi.config import Contrastive, Encoder
 from mochi.contrast.moco import MoCo
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
 from mochi.contrast.rules.hard_weighting import HardWeighting
+from mochi.contrast.rules.same_image import SameImage
 from mochi.errors import UserError
 from mochi.runtime.distributed import own_slice, rank
 from mochi.runtime.seeding import generator
@@ -403,7 +404,8 @@ def test_compiled_equals_eager() -> None:
         ({"num_pair_synthetics": None}, r"num_pair_synthetics: found None \(NoneType\); expected a whole"),
         ({"num_query_synthetics": "4"}, r"num_query_synthetics: found '4' \(str\); expected a whole"),
         ({"through_query": 1}, r"through_query: found 1 \(int\); expected True or False"),
-        ({"masks": "same_image"}, r"masks: found the text 'same_image'; expected a list of names"),
+        ({"masks": "same_image"}, r"masks: found 'same_image'; expected a list of names"),
+        ({"masks": None}, r"masks: found None; expected a list of names"),
         ({"masks": [3]}, r"masks: found 3; expected a name, one of class_oracle, same_image"),
     ],
 )
@@ -432,7 +434,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
         (embeddings(0), embeddings(1)[0], r"key: found shape \(5,\); expected \(batch, 5\)"),
         (embeddings(0, 0), embeddings(1, 0), r"query: found shape \(0, 5\); .* batch of at least 1"),
         (embeddings(0), embeddings(1, 3), r"found shapes \(4, 5\) and \(3, 5\); expected one shape"),
-        (embeddings(0, 30), embeddings(1, 30), "queue_size: found 24, and 30 keys a step"),
+        (embeddings(0, 30), embeddings(1, 30), "queue_size: found 24, but a step has 30 keys; expected"),
         (embeddings(0).to("meta"), embeddings(1), "query: found on meta; the queue is on cpu"),
     ],
 )  # fmt: skip
@@ -503,12 +505,13 @@ def test_mochi_by_name_is_mochi_loss() -> None:
     assert torch.equal(by_name("mochi")(query, key), criterion()(query, key))
 
 
-def test_a_rule_can_be_given_as_an_object() -> None:
+def test_rules_and_masks_can_be_given_as_objects() -> None:
     query, key = embeddings(0), embeddings(1)
     rule = HardWeighting(positive_prior=0.01, concentration=0.5)
     assert torch.equal(
         ContrastiveLoss(24, 5, 0.2, rule, seed=3)(query, key), by_name("hard_weighting")(query, key)
     )
+    assert by_name("moco", masks=[SameImage()]).masks == by_name("moco", masks=["same_image"]).masks
 
 
 def test_masks_leave_out_older_keys_of_the_same_image_and_class() -> None:
@@ -539,7 +542,7 @@ def test_masks_leave_out_older_keys_of_the_same_image_and_class() -> None:
         ({"rule": "debiased", "positive_prior": 1}, "positive_prior: found 1; expected 0 or more"),
         ({"rule": "mochi"}, "num_hardest, num_pair_.*: missing; the rule mochi"),
         ({"rule": "synco"}, r"num_hardest: found 1024; expected 2 to 24 \(queue_size\)"),
-        ({"rule": HardWeighting(), "concentration": 2.0}, "concentration: found with a rule that is"),
+        ({"rule": HardWeighting(), "concentration": 2.0}, "concentration: found with a Rule object"),
         ({"rule": HardWeighting}, "rule: found <class .*; expected a name, one of debiased, "),
         ({"rule": "debiased", "positive_prior": "0.1"}, r"positive_prior: found '0\.1' \(str\); expected"),
     ],

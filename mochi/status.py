@@ -8,10 +8,10 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mochi.config import Experiment, all_runs
+from mochi.config import Experiment, all_runs, columns
 from mochi.data.ingest.sources.folder import current_listing
 from mochi.layout import Paths, dataset
 from mochi.provenance import wanted
@@ -34,6 +34,8 @@ class _Job:
     """Why it is stale, or the error."""
     status: JobStatus | None
     log: Path | None
+    columns: tuple[str, ...] = ()
+    """The numbers of an evaluation in the tables; the first is the main one."""
 
 
 def status(experiment: Experiment) -> Iterator[str]:
@@ -47,7 +49,7 @@ def status(experiment: Experiment) -> Iterator[str]:
         longest = max((job.status.seconds_left or 0 for job in running if job.status), default=0)
         yield f"the running jobs end in {clock(longest)}"
     yield ""
-    yield from _table([("run", "stage", "progress", "speed", "left", "accuracy", "health"), *rows])
+    yield from _table([("run", "stage", "progress", "speed", "left", "accuracy", "health, scores"), *rows])
     for job in jobs:
         if job.state in {"failed", "interrupted"}:
             yield ""
@@ -83,7 +85,7 @@ def _jobs(experiment: Experiment) -> tuple[list[_Job], list[tuple[str, ...]]]:
         for task, result in results.items():
             job_status = read(paths.work(method, seed, task))
             job = _job(result, job_status, paths.log(method, seed, f"{task}.log"))
-            of_run[method, seed].append(job)
+            of_run[method, seed].append(replace(job, columns=tuple(columns(experiment, task))))
     configs = wanted.datasets(experiment)
     listings = {name: current_listing(config, dataset(name)) for name, config in configs.items()}
     per_run = {job.result.label for jobs in of_run.values() for job in jobs}
@@ -141,12 +143,12 @@ def _trained(result: Result) -> tuple[str, str]:
 
 
 def _score(job: _Job) -> str:
-    """The first number of a finished evaluation, such as `linear 78.6`."""
+    """The main number of a finished evaluation, such as `linear 78.6`."""
     if job.state != "done":
         return ""
     try:
         metrics = json.loads((job.result.folder / "metrics.json").read_text(encoding="utf-8"))
-        values = [metrics[name] for name in ("top1", "AP50", "AP") if metrics.get(name) is not None]
+        values = [metrics[name] for name in job.columns if metrics.get(name) is not None]
         return f"{job.result.folder.name} {float(values[0]):.1f}"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from mochi.config import Column, Experiment
 from mochi.layout import Paths
 from mochi.runtime import job_status
 from mochi.runtime.progress import Progress
+from mochi.status import status
 from tests.commands import refused, run
+from tests.report.made_up import make_up
 
 TINY = str(Path(__file__).parents[1] / "tests/tiny.yaml")
 RUN = ["--config", TINY, "--method", "random-init", "--seed", "0"]
@@ -52,6 +55,16 @@ def test_a_running_job_shows_its_progress(tmp_path: Path) -> None:
         assert "1 running" in run("status", TINY).stdout
     assert row("mochi-16-24-8 seed 1")[0] == "not started"
     assert list(job_folder.iterdir()) == [], "a job that succeeds leaves no file"
+
+
+def test_a_finished_run_shows_the_main_number_of_each_evaluation(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any task, also one whose first column is no top-1."""
+    make_up(tiny, lambda *job: {"top1": 8.0, "recall": 31.25})
+    monkeypatch.setattr("mochi.status.columns", lambda experiment, task: {"recall": Column("R@1")})
+    (line,) = (line for line in status(tiny) if line.startswith("random-init seed 0 "))
+    assert line.endswith("linear 31.2, knn 31.2")
 
 
 def test_a_failed_job_names_its_error_and_the_last_line_of_its_log(tiny_data: Path, tmp_path: Path) -> None:

@@ -139,8 +139,9 @@ def loss(experiment: Experiment, collected: Collected) -> Chart:
     return Chart(
         "loss",
         "Training loss",
-        "Mean loss of each epoch. Dotted: the loss at chance, ln(1 + number of negatives) or ln(number of "
-        "classes). A contrastive loss rises while the queue fills with images, and when mixing begins.",
+        "Mean loss of each epoch. Dotted: the chance level, the loss if all similarities or class scores "
+        "are equal; ln(1 + number of negatives) for MoCo and MoCHi, ln(number of classes) for supervised "
+        "rows. A contrastive loss rises while keys of images fill the queue, and when mixing begins.",
         "epoch",
         "loss (nats)",
         lines,
@@ -161,9 +162,9 @@ def proxy_task(experiment: Experiment, collected: Collected) -> Chart:
     )  # fmt: skip
     return Chart(
         "proxy-task",
-        "Proxy task (figures 2b and 3)",
-        "Share of queries that are more similar to their key than to every negative in the queue. Dashed: "
-        "and than to every synthetic negative.",
+        "Proxy task",
+        "Share of queries that are more similar to their key than to any negative in the queue; dashed: "
+        "than to any negative, including synthetic ones. As in the paper's figures 2b and 3.",
         "epoch",
         "accuracy (%)",
         lines,
@@ -188,9 +189,9 @@ def matching(experiment: Experiment, collected: Collected) -> Chart:
             ]  # fmt: skip
     return Chart(
         "matching",
-        "Matching probability (figure 2a)",
+        "Matching probability",
         "Mean softmax probability, over the key and the queue, of each of a query's hardest negatives, "
-        "hardest first. Measured on the last batch of an epoch.",
+        "hardest first. Measured on the last batch of an epoch. As in the paper's figure 2a.",
         "rank of the negative",
         "matching probability",
         lines,
@@ -202,10 +203,10 @@ def false_negatives(experiment: Experiment, collected: Collected) -> Chart:
     """Share of the hardest negatives that have the query's class."""
     return Chart(
         "false-negatives",
-        "False negatives among the hardest (figure 2c)",
-        "Share of the hardest sixteenth of the queue (at most 1024) that has the query's label. Measured "
-        "on the last batch of each epoch. The class oracle removes these from the loss, but not from this "
-        "count.",
+        "False negatives among the hardest",
+        "Share of the hardest sixteenth of the queue (at most 1024 negatives) that has the query's label. "
+        "Measured on the last batch of each epoch. The class oracle removes these from the loss, but not "
+        "from this count. As in the paper's figure 2c.",
         "epoch",
         "same class as the query (%)",
         [*_lines(experiment, collected.curves, "false_negatives", scale=100)],
@@ -220,9 +221,10 @@ def false_parents(experiment: Experiment, collected: Collected) -> Chart:
     )
     return Chart(
         "false-parents",
-        "False negatives among the parents (figure 3c)",
+        "False negatives among the parents",
         "Share of synthetic negatives that have a parent with the query's label: at least one parent "
-        "(solid), or all parents (dashed). Measured on the last batch of each epoch.",
+        "(solid), or all parents (dashed). Measured on the last batch of each epoch. As in the paper's "
+        "figure 3c.",
         "epoch",
         "same class as the query (%)",
         [*one, *every],
@@ -253,10 +255,11 @@ def alignment_uniformity(experiment: Experiment, collected: Collected) -> Chart:
                 )
     return Chart(
         "alignment-uniformity",
-        "Alignment and uniformity (figure 3)",
+        "Alignment and uniformity",
         "Wang & Isola 2020, on validation images. Alignment: mean squared distance between two images of a "
         "class. Uniformity: log of the mean Gaussian potential of two images. Lower is better for both. "
-        "Pooled: the features that the evaluations use; embedded: after the projection head.",
+        "Pooled: the features that the evaluations use; embedded: after the projection head. As in the "
+        "paper's figure 3.",
         "uniformity",
         "alignment",
         series,

@@ -130,9 +130,12 @@ def inspect(
 @app.command(rich_help_panel=_INSPECT)
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, a VOC or a COCO tree.")],
-    out: Annotated[Path, typer.Option(help="Experiment file to write; the experiment gets its name.")],
+    out: Annotated[Path, typer.Option(help="Experiment file to write; its name becomes the experiment's.")],
     hours: Annotated[
-        float | None, typer.Option(help="Choose epochs and image size for this many hours on this machine.")
+        float | None,
+        typer.Option(
+            help="Choose epochs and image size so that the experiment takes about this long here."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
@@ -190,8 +193,8 @@ def adopt(
 
 @app.command(rich_help_panel=_INSPECT)
 def explain(
-    method: Annotated[str, typer.Argument(help="A row of the table.")],
-    task: Annotated[str, typer.Argument(help="An evaluation, such as linear.")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A row of the table.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="An evaluation, such as linear.")],
     config: ConfigFile = DEFAULT_CONFIG,
 ) -> None:
     """Trace one number to its commands, settings, code, data and machine."""
@@ -253,7 +256,7 @@ def neighbors(
         ),
     ] = None,
     num_queries: Annotated[int, typer.Option(min=1, help="Queries taken from DIR without --query.")] = 8,
-    k: Annotated[int, typer.Option(min=1, help="Neighbors of each query.")] = 8,
+    k: Annotated[int, typer.Option(min=1, help="Neighbours of each query.")] = 8,
     hardest: Annotated[
         bool, typer.Option("--hardest", help="Only images of other classes: the hardest negatives.")
     ] = False,
@@ -291,7 +294,7 @@ def import_(
         str | None, typer.Option(help="Such as resnet50. Default: from the shapes of the tensors.")
     ] = None,
     stem: Annotated[
-        str | None, typer.Option(help="half or full: shapes do not show the stride of a 3x3 stem.")
+        str | None, typer.Option(help="half or full: the shapes do not show the stride of a 3x3 stem.")
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the training images, pixels.")
@@ -330,7 +333,7 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="X.safetensors", help="An encoder file of this project.")],
     format: Annotated[
         Literal["torchvision", "timm", "detectron2", "moco"],
-        typer.Option(help="The library to write it for."),
+        typer.Option(help="Library to write it for."),
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
@@ -345,14 +348,17 @@ def export(
 def prepare(
     data: Annotated[
         str | None,
-        typer.Argument(metavar="[DATASET]", help="A data set of the experiment. Default: the main one."),
+        typer.Argument(metavar="DATASET", help="A data set of the experiment. Default: the main one."),
     ] = None,
     config: ConfigFile = DEFAULT_CONFIG,
     source: Annotated[
         str | None, typer.Option(help="Source of the images, instead of an experiment file.")
     ] = None,
     path: Annotated[str | None, typer.Option(help="Location of the images, with --source.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to prepare, with --source: data/NAME.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write. Default: data/NAME; required with --source."),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Further options of the source, as key=value.")
     ] = None,
@@ -463,7 +469,10 @@ def pretrain(
 
 @app.command(rich_help_panel=_STAGE)
 def evaluate(
-    task: Annotated[str, typer.Argument(help="Name of an evaluation of the experiment, such as linear.")],
+    task: Annotated[
+        str,
+        typer.Argument(metavar="TASK", help="Name of an evaluation of the experiment, such as linear."),
+    ],
     method: Method,
     seed: Seed,
     config: ConfigFile = DEFAULT_CONFIG,
@@ -704,7 +713,7 @@ def main() -> NoReturn:
     configure_logging()
     try:
         _require_current_folder()
-        app()
+        app(prog_name="mochi")
     except (UserError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError) and not isinstance(error, UserError) and error.filename:

@@ -229,7 +229,7 @@ class _Draft:
         evaluated = num_test / (2 * training["batch_size"])
         fitting = int(seconds * self._machine.at_once / (jobs * step.low) - evaluated)
         self._iterations = min(max(fitting, 10), training["iterations"])
-        lines.append(f"detection: {step.low:.2f} s an iteration; {self._iterations} iterations")
+        lines.append(f"detection: {step.low:.2f} s per iteration; {self._iterations} iterations")
         return float(jobs * step.low * (self._iterations + evaluated) / self._machine.at_once)
 
     # ------------------------------------------------------------ the content
@@ -265,7 +265,7 @@ class _Draft:
                 "four times MoCo's 0.03 for a batch of 256, because there are few steps"
             )
         if self._epochs is not None:
-            comments["pretrain.epochs"] = f"{steps:,} steps, fitted to the hours that were given"
+            comments["pretrain.epochs"] = f"{steps:,} steps, chosen for the hours of --hours"
         content: dict[str, Any] = {
             "name": self._name,
             "title": f"{_plain(self._folder.resolve().name) or 'Images'}, {size} px, {epochs} epochs",
@@ -304,7 +304,7 @@ class _Draft:
             else "add 1, 2 for a standard deviation",
             "encoder.architecture": ""
             if self._on_gpu
-            else "one basic block a stage: no GPU here; else resnet18",
+            else "one basic block per stage, for a CPU; on a GPU resnet18",
             "encoder.stem": STEM,
             "encoder.width": "64 in the paper" if self._shape.width != 64 else "",
             "augmentation.image_size": f"the median short side is {self._short} px"

@@ -256,7 +256,10 @@ def _contents(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[
         if path is not None and not Path(path).exists():
             text = f"dataset.path: {path}: not found, and nothing is prepared in {folder}"
             return None, [Finding("error", text)]
-        findings.append(Finding("note", f"data not prepared yet ({error})"))
+        if (folder / "manifest.json").exists():
+            findings.append(Finding("warning", str(error)))
+        else:
+            findings.append(Finding("note", f"{folder}: not prepared yet; the workflow prepares it first"))
     else:
         if stale in {None, "missing"}:
             contents = _of_manifest(dataset)
@@ -337,7 +340,7 @@ def _unreadable(raw: RawDataset, labels: dict[str, NDArray[np.int64]], *, verify
     if bad:
         text = f"dataset: {len(bad)} of {done} images are unreadable; the first: {bad[0]}"
         if len(bad) > raw.max_unreadable * done:
-            text += f"; more than max_unreadable = {raw.max_unreadable}; remove them, or raise it"
+            text += f"; dataset.max_unreadable is {raw.max_unreadable}: remove them, or raise it"
             findings.append(Finding("error", text))
         else:
             findings.append(Finding("warning", f"{text}; they will be skipped"))

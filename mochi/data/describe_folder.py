@@ -69,6 +69,24 @@ def detection_data(folder: Path) -> dict[str, Any]:
     return {} if description is None else description.detection
 
 
+def list_folder(folder: Path) -> tuple[dict[str, Any], RawDataset]:
+    """The images of a folder, and the keys of `dataset` with which they are read: what `mochi init` writes.
+
+    The images of a VOC or COCO tree are one split without labels.
+
+    Raises:
+        DataError: no such folder, or no image in it.
+    """
+    options: dict[str, Any] = {"path": str(folder)}
+    top = subfolders(folder) if folder.is_dir() and not _has_boxes(folder) else []
+    if top and not any(name.lower() in SPLITS for name in top) and _are_classes(folder, top):
+        options["class_folders"] = True
+    raw = _listed(options)
+    if "val" not in raw.splits and (raw.splits["train"].labels >= 0).any():
+        raw = _listed(options := {**options, "val_share": VAL_SHARE})
+    return options, raw
+
+
 def sides(files: Sequence[str]) -> NDArray[np.int64]:
     """(n, 2) height and width, upright, of evenly spaced files, without unreadable ones."""
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, _SAMPLE).astype(int))]
@@ -88,14 +106,7 @@ def sides(files: Sequence[str]) -> NDArray[np.int64]:
 
 def _images(folder: Path) -> Description:
     """Classes below train and val, classes without splits, or photos without labels."""
-    top = subfolders(folder)
-    has_splits = any(name.lower() in SPLITS for name in top)
-    options: dict[str, Any] = {"path": str(folder)}
-    if not has_splits and _are_classes(folder, top):
-        options["class_folders"] = True
-    raw = _listed(options)
-    if "val" not in raw.splits and (raw.splits["train"].labels >= 0).any():
-        raw = _listed(options := {**options, "val_share": VAL_SHARE})
+    options, raw = list_folder(folder)
     train = _files(raw)
     counts = {
         name: {label: count for label, count in class_counts(split.labels, raw.classes).items() if count}
@@ -141,8 +152,7 @@ def _coco(folder: Path) -> Description | None:
 
 def _voc(folder: Path) -> Description | None:
     """`Annotations/` and `JPEGImages/`, in the folder itself or one below."""
-    below = [folder / name for name in subfolders(folder)]
-    homes = [home for home in (folder, *below) if _is_voc(home)]
+    homes = _voc_homes(folder)
     if not homes:
         return None
     train: list[str] = []
@@ -165,6 +175,15 @@ def _voc(folder: Path) -> Description | None:
     options: dict[str, Any] = {"path": str(largest / "JPEGImages"), "only_listed": lists}
     detection = {"format": "voc", "path": str(root), "train": train, "test": test}
     return Description("voc", options, _files(_listed(options)), detection=detection)
+
+
+def _has_boxes(folder: Path) -> bool:
+    return bool(_voc_homes(folder)) or any(folder.glob("annotations/instances_*.json"))
+
+
+def _voc_homes(folder: Path) -> list[Path]:
+    """The VOC trees: the folder itself, or folders in it."""
+    return [home for home in (folder, *(folder / name for name in subfolders(folder))) if _is_voc(home)]
 
 
 def _is_voc(home: Path) -> bool:

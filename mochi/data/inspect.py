@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mochi.config.datasets import Folder
+from mochi.data.describe_folder import list_folder
 from mochi.data.format import oversized
 from mochi.data.ingest import classes, duplicates
 from mochi.data.ingest.raw import FileSplit, Progress, as_text, class_counts
-from mochi.data.ingest.sources.folder import list_images
 from mochi.data.ingest.validate import Validator
 from mochi.data.recommend import FEWEST, Facts, advise
 
@@ -22,14 +21,14 @@ def inspect(folder: Path, *, jobs: int, progress: Progress | None = None) -> dic
     """Decode every image below `folder` and report, in JSON's types.
 
     Args:
-        folder: as `source: folder` expects it.
+        folder: classes with or without splits, or images without labels, as `mochi init` reads them.
         jobs: processes that decode.
         progress: called with the number of files done and the total.
 
     Raises:
         DataError: no such folder, or no image in it.
     """
-    raw = list_images(Folder(source="folder", name="report", path=str(folder)))
+    options, raw = list_folder(folder)
     splits = {name: split for name, split in raw.splits.items() if isinstance(split, FileSplit)}
     total = sum(len(split.paths) for split in splits.values())
     summary = _Summary()
@@ -46,6 +45,7 @@ def inspect(folder: Path, *, jobs: int, progress: Progress | None = None) -> dic
     )
     return {
         "folder": as_text(str(folder)),
+        "dataset": {key: value for key, value in options.items() if key != "path"},
         "files": total,
         "splits": {
             name: {
@@ -169,6 +169,8 @@ def render(report: dict[str, Any]) -> str:
     for name, split in report["splits"].items():
         labelled = split["images"] - split["unlabelled"]
         lines.append(f"  {name}: {split['images']} images, {labelled} labelled")
+    if report["dataset"]:
+        lines.append(f"  read with {_yaml('dataset', report['dataset'])}, as `mochi init` writes it")
     lines += _section("formats", [f"{count} {kind}" for kind, count in report["formats"].items()])
     if report["reencoded"]:
         lines.append(
@@ -191,7 +193,10 @@ def render(report: dict[str, Any]) -> str:
     lines += _section("ignored", [f"{count} {reason}" for reason, count in report["ignored"].items()])
     lines += [f"warning: {text}" for text in (*report["class_faults"], *report["oversized"])]
     bad = [f"{row['path']} ({row['bytes']} bytes): {row['reason']}" for row in report["unreadable"]]
-    lines += _section(f"unreadable, will be quarantined: {len(bad)}", bad)
+    lines += _section(
+        f"{_count(len(bad), 'unreadable file')}; preparation skips up to `max_unreadable` (1%) of all",
+        bad,
+    )
     lines += _duplicates(report["duplicates"])
     if report["too_few"]:
         count = report["splits"].get("train", {"images": 0})["images"]
@@ -206,7 +211,8 @@ def render(report: dict[str, Any]) -> str:
 
 def _yaml(key: str, value: object) -> str:
     """One line that an experiment file accepts."""
-    return yaml.safe_dump({key: value}, default_flow_style=None, sort_keys=False, width=1000).rstrip()
+    flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+    return f"{key}: {flow.splitlines()[0]}"  # without the document's end, `...`
 
 
 def _duplicates(duplicates: dict[str, Any]) -> list[str]:
@@ -215,10 +221,14 @@ def _duplicates(duplicates: dict[str, Any]) -> list[str]:
         for group in duplicates["rows"]
     ]
     title = (
-        f"identical images: {duplicates['groups']} groups, {duplicates['across_splits']} across splits, "
-        f"{duplicates['with_two_labels']} with two labels"
+        f"identical images: {_count(duplicates['groups'], 'group')}, {duplicates['across_splits']} across "
+        f"splits, {duplicates['with_two_labels']} with two labels"
     )
     return _section(title, groups)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _section(title: str, items: list[str], limit: int | None = _SHOWN) -> list[str]:

@@ -49,7 +49,7 @@ def advise(facts: Facts, fewest: int = FEWEST) -> list[Advice]:
         Advice(
             "augmentation.blur",
             size >= 64,
-            "version 2 blurs half of the views with sigma up to 2 px, too much for small images",
+            "version 2 blurs half of the views with sigma up to 2 px; too much below 64 px",
         ),
         Advice("encoder.stem", stem(size), STEM),
         *_recipe(facts.num_train, batch, steps),
@@ -91,6 +91,8 @@ def _batch_size(num_train: int) -> int:
 
 def _recipe(num_train: int, batch: int, steps: int) -> list[Advice]:
     queue = _power_of_two(num_train / 6, 8, 65536)
+    old = round(queue / batch)
+    steps_old = f"{old} step" if old == 1 else f"{old} steps"
     momentum = 0.999 if steps >= 400 else 0.99
     epochs = min(800, max(200, -(-40_000 // max(steps, 1) // 100) * 100))
     hardest = _power_of_two(queue / 16, 4, 1024)
@@ -101,7 +103,7 @@ def _recipe(num_train: int, batch: int, steps: int) -> list[Advice]:
             "pretrain.queue_size",
             queue,
             f"the queue has a query's own image with probability K / images = {queue / num_train:.0%}; the "
-            f"oldest key is {queue / batch:.0f} steps old; the paper uses 16384 for 127 thousand images, "
+            f"oldest key is {steps_old} old; the paper uses 16384 for 127 thousand images, "
             "65536 for 1.28 million",
         ),
         Advice(
@@ -131,7 +133,9 @@ def _evaluation(facts: Facts, size: int) -> list[Advice]:
         return [Advice("evaluation", crop, f"no linear probe and no kNN without {missing}")]
     return [
         Advice("evaluation.image_size", size, "the centre crop has the size of the training views"),
-        Advice("evaluation.resize", resize, "8/7 of the crop as on ImageNet, without enlarging the images"),
+        Advice(
+            "evaluation.resize", resize, "8/7 of the crop as on ImageNet, unless images would be enlarged"
+        ),
         Advice(
             "evaluation.knn.k",
             min(200, *filled),

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from mochi.config import parse_experiment
+from mochi.data.describe_folder import describe
 from mochi.data.inspect import inspect, render
 from mochi.data.recommend import Facts, advise
 from mochi.errors import DataError
@@ -41,6 +42,7 @@ def test_the_report_lists_the_content(tree: Path, tmp_path: Path) -> None:
         "groups": 1, "across_splits": 1, "with_two_labels": 1,
     }  # fmt: skip
     json.dumps(report, allow_nan=False)
+    assert report["dataset"] == {}
     text = render(report)
     for part in (
         "train: 18 images, 18 labelled", "28 JPEG RGB", "1 will be re-encoded as PNG", "median 46",
@@ -49,6 +51,18 @@ def test_the_report_lists_the_content(tree: Path, tmp_path: Path) -> None:
         "evaluation.linear.standardize: true",
     ):  # fmt: skip
         assert part in text, text
+
+
+def test_classes_without_splits_are_read_as_init_reads_them(tree: Path, tmp_path: Path) -> None:
+    """They were once reported as images without labels, for which no probe is recommended."""
+    shutil.rmtree(tree / "train/dog", ignore_errors=True)
+    report = inspect(tree / "train", jobs=1)
+    assert {"path": str(tree / "train"), **report["dataset"]} == describe(tree / "train").dataset
+    text = render(report)
+    assert "train: 15 images, 15 labelled" in text
+    assert "val: 3 images, 3 labelled" in text
+    assert "dataset: {class_folders: true, val_share: 0.2}, as `mochi init` writes it" in text
+    assert "\n  evaluation.knn.k: 5\n" in text
 
 
 def test_unlabelled_folders_get_no_probe(tree: Path, tmp_path: Path) -> None:
@@ -65,7 +79,7 @@ def test_a_folder_of_corrupt_files_is_still_reported(tmp_path: Path) -> None:
     for number in range(7):
         (tmp_path / "x" / f"{number}.jpg").write_text("no")
     text = render(inspect(tmp_path / "x", jobs=1))
-    assert "unreadable, will be quarantined: 7" in text
+    assert "7 unreadable files; preparation skips up to `max_unreadable`" in text
     assert "... and 2 more" in text
     with pytest.raises(DataError, match="no such folder"):
         inspect(tmp_path / "y", jobs=1)

@@ -60,7 +60,8 @@ def test_every_link_has_a_target(page: str) -> None:
 def test_the_page_has_every_section(page: str) -> None:
     for expected in (
         "51.5 ± 2.1", "Most confused", "Training runs", "Provenance of each number",
-        "A pair is of two different negatives (why).", "pooled features (64 dimensions): alignment 0.500, uniformity -1.000",
+        "A pair is of two different negatives (why).",
+        "pooled features (64 dimensions): alignment 0.500, uniformity -1.000",
         f"{MOCHI} seed 0 knn", "settings <code>", "random-init seed 0 pretrain",
         "prefers-color-scheme: dark",
     ):  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mochi.config import Experiment, datasets
@@ -35,12 +36,14 @@ def adopt(
         Lines to print: what will be computed and why, what other versions computed, and a summary.
 
     Raises:
-        UserError: Snakemake is not installed or fails, or results cannot be written.
+        UserError: Snakemake is not installed or fails, a file that no stage computes is missing, or results
+            cannot be written.
     """
     if importlib.util.find_spec("snakemake") is None:
         raise UserError('snakemake: not installed; run `pip install "mochi-pipeline[workflow]"`')
     listings = {name: current_listing(each, dataset(name)) for name, each in datasets(experiment).items()}
     all_results = results(experiment, listings)
+    _require_sources(all_results)
     cached = dvc_cache.versions() if restore else {}
     lines, stale = [], set[Path]()
     for result in all_results:
@@ -65,6 +68,17 @@ def adopt(
     return [*lines, f"{experiment.name}: {current} results are current, {len(stale)} will be computed"]
 
 
+def _require_sources(all_results: Sequence[Result]) -> None:
+    """Snakemake stops without saying why if a file is missing that no rule writes."""
+    folders = {result.folder for result in all_results}
+    for result in all_results:
+        for path in result.inputs.values():
+            if not path.exists() and folders.isdisjoint(path.parents):
+                raise UserError(
+                    f"{path}: not found; {result.label} needs it; put it there, then adopt again"
+                )
+
+
 def _accept_code(result: Result) -> None:
     record = json.loads(result.record.read_text(encoding="utf-8"))
     record["accepted_code"] = [*record.get("accepted_code", []), result.code_digest]
@@ -72,7 +86,7 @@ def _accept_code(result: Result) -> None:
 
 
 def _touch(config: Path) -> None:
-    command = ["snakemake", "--touch", "--forceall", "--quiet", "all", "--cores", "1"]
+    command = ["snakemake", "--touch", "--forceall", "--cores", "1"]
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-m", *command, "--configfile", str(config)],
         env={**os.environ, ADOPTING: "1"},

@@ -268,7 +268,7 @@ class _Draft:
             comments["pretrain.epochs"] = f"{steps:,} steps, chosen for the hours of --hours"
         content: dict[str, Any] = {
             "name": self._name,
-            "title": f"{_plain(self._folder.resolve().name) or 'Images'}, {size} px, {epochs} epochs",
+            "title": f"{_plain(self._folder.resolve().name) or 'Images'}, {size} px",
             "dataset": {"source": "folder", "name": self._name, **description.dataset},
             "seeds": self._seeds,
             "encoder": {

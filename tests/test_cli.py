@@ -244,6 +244,13 @@ def test_own_images_from_the_command_line(tmp_path: Path) -> None:
     assert "0 images" in refused("prepare", "--source", "folder", "--path", "empty", "--out", "data/mine")
 
 
+def test_adopt_names_a_missing_file_that_no_stage_computes() -> None:
+    """Snakemake would stop without a message."""
+    message = refused("adopt", str(ROOT / "config/bccd.yaml"))
+    assert "data/bccd/BCCD/ImageSets/Main/train.txt: not found; " in message
+    assert "put it there" in message
+
+
 def test_inspect_reports_on_a_folder_of_images(tmp_path: Path) -> None:
     """As text and as JSON; a mistake is named."""
     folder = tmp_path / "images/train/cat"

@@ -24,7 +24,7 @@ from mochi.storage.atomic import replacing
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _SIDE, _GAP, _CAPTION = 112, 8, 26  # pixels
 _FRAME = 3
-_SAME, _OTHER, _PLAIN = "#2a7f3f", "#b3261e", "#555555"
+_SAME, _OTHER, _PLAIN = "#0072B2", "#D55E00", "#555555"  # blue and orange, as in the report
 _ROWS_AT_ONCE = 256
 
 
@@ -152,7 +152,7 @@ def draw(
     rows: Sequence[Sequence[Neighbor]],
     classes: Mapping[str, str],
 ) -> None:
-    """The sheet: a row for each query, the query first. Frames: green the query's class, red another.
+    """The sheet: a row for each query, the query first. Frames: blue the query's class, orange another.
 
     Args:
         out: a picture of any type that Pillow writes.

@@ -259,8 +259,9 @@ def test_inspect_reports_on_a_folder_of_images(tmp_path: Path) -> None:
         Image.new("RGB", (40, 30 + index), (index, 0, 0)).save(folder / f"{index}.png")
     done = run("inspect", "images", "--report", "report.json")
     assert done.returncode == 0, done.stderr
-    assert "train: 4 images, 4 labelled" in done.stdout
-    assert json.loads((tmp_path / "report.json").read_text())["splits"]["train"]["images"] == 4
+    assert "train: 3 images, 3 labelled" in done.stdout
+    assert "val: 1 image, 1 labelled" in done.stdout
+    assert json.loads((tmp_path / "report.json").read_text())["splits"]["train"]["images"] == 3
     assert "nowhere" in refused("inspect", "nowhere")
 
 

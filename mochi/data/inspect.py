@@ -168,7 +168,7 @@ def render(report: dict[str, Any]) -> str:
     lines = [f"{report['folder']}: {report['files']} files that may be images"]
     for name, split in report["splits"].items():
         labelled = split["images"] - split["unlabelled"]
-        lines.append(f"  {name}: {split['images']} images, {labelled} labelled")
+        lines.append(f"  {name}: {_count(split['images'], 'image')}, {labelled} labelled")
     if report["dataset"]:
         lines.append(f"  read with {_yaml('dataset', report['dataset'])}, as `mochi init` writes it")
     lines += _section("formats", [f"{count} {kind}" for kind, count in report["formats"].items()])

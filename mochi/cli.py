@@ -113,8 +113,10 @@ def inspect(
     from mochi.data import inspect as inspection
     from mochi.data.describe_folder import detection_data
     from mochi.runtime.progress import counter
-    from mochi.storage.atomic import write_json
+    from mochi.storage.atomic import require_writable_file, write_json
 
+    if report is not None:
+        require_writable_file(report)
     summary = inspection.inspect(folder, jobs=jobs, progress=counter("inspect"))
     typer.echo(inspection.render(summary))
     if data := detection_data(folder):
@@ -233,9 +235,9 @@ def features(
     """Write the features of every image in a folder: paths and vectors."""
     _take_gpus(gpus)
     from mochi.inference.encoder import Overrides
-    from mochi.inference.write import FEATURES, require_kind, write_features
+    from mochi.inference.write import FEATURES, require_output, write_features
 
-    require_kind(out, FEATURES)
+    require_output(out, FEATURES)
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
     _, encoded = _load_and_encode(encoder, overrides, images, batch_size, jobs)
     listed = write_features(out, encoded)
@@ -273,10 +275,11 @@ def neighbors(
     """Draw queries and their most similar images of a folder as one picture."""
     _take_gpus(gpus)
     from mochi.inference.encoder import Overrides
-    from mochi.inference.neighbors import PICTURE_SUFFIXES, sheet
-    from mochi.inference.write import require_kind
+    from mochi.inference.neighbors import PICTURE_SUFFIXES, require_images, sheet
+    from mochi.inference.write import require_output
 
-    require_kind(out, PICTURE_SUFFIXES)
+    require_output(out, PICTURE_SUFFIXES)
+    require_images(query or [])
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
     loaded, encoded = _load_and_encode(encoder, overrides, images, batch_size, jobs)
     sheet(loaded, images, encoded, query or [], out, k=k, num_queries=num_queries, hardest=hardest)

@@ -139,6 +139,13 @@ def test_mistakes_are_named_before_anything_is_encoded(encoder: Path, images: Pa
     assert "no such encoder" in refused(
         "features", "--encoder", "x.safetensors", "--images", "images", "--out", "f.npz"
     )
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").touch()
+    for out in ("folder.npz", "file/f.npz", f"{'x' * 300}.npz", "/proc/f.npz"):
+        message = refused("features", *of, "--out", out)
+        assert f"{out}: cannot be written: " in message
+        assert "encode" not in message
+    assert "folder.npz: cannot be written" in refused("inspect", "images", "--report", "folder.npz")
     (tmp_path / "empty").mkdir()
     for folder, message in (
         ("nowhere", "no such folder"),
@@ -148,6 +155,10 @@ def test_mistakes_are_named_before_anything_is_encoded(encoder: Path, images: Pa
         assert message in refused(
             "features", "--encoder", str(encoder), "--images", folder, "--out", "f.npz"
         )
+    (tmp_path / "text.png").write_text("no image")
+    message = refused("neighbors", *of, "--out", "s.png", "--query", "text.png")
+    assert "--query: text.png: text, not an image; give an image" in message
+    assert "encode" not in message
     missing = run("neighbors", *of, "--out", "s.png", "--query", "cat.txt")
     assert missing.returncode == 2
     assert "cat.txt" in missing.stderr

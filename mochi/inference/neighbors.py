@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from mochi.analysis.neighbours import evenly_spaced
 from mochi.config.datasets import Folder
 from mochi.data.describe_folder import describe
-from mochi.data.ingest.decode import open_image, to_rgb
+from mochi.data.ingest.decode import UnreadableError, image_size, open_image, to_rgb
 from mochi.data.ingest.raw import FileSplit, as_text
 from mochi.data.ingest.sources.folder import list_images
 from mochi.errors import DataError
@@ -93,6 +93,19 @@ def nearest(
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
+
+
+def require_images(queries: Sequence[Path]) -> None:
+    """Read the headers of queries before a folder is encoded.
+
+    Raises:
+        DataError: one is not an image.
+    """
+    for file in queries:
+        try:
+            image_size(file)
+        except UnreadableError as error:
+            raise DataError(f"--query: {as_text(str(file))}: {error}; give an image") from None
 
 
 def sheet(

@@ -10,19 +10,21 @@ import pyarrow.parquet as pq
 from mochi.data.ingest.raw import as_text
 from mochi.errors import UserError
 from mochi.inference.folder import FolderFeatures
-from mochi.storage.atomic import replacing, write_rows
+from mochi.storage.atomic import replacing, require_writable_file, write_rows
 
 FEATURES = (".npz", ".parquet")
 
 
-def require_kind(out: Path, kinds: Sequence[str]) -> None:
-    """Refuse a file of another kind before anything is computed.
+def require_output(out: Path, kinds: Sequence[str]) -> None:
+    """Refuse a file of another kind, or one that cannot be written, before anything is computed.
 
     Raises:
         UserError: the name has another suffix.
+        StorageError: see `require_writable_file`.
     """
     if out.suffix.lower() not in kinds:
         raise UserError(f"--out: found {out}; expected a name that ends in {' or '.join(kinds)}")
+    require_writable_file(out)
 
 
 def write_features(out: Path, features: FolderFeatures) -> Path | None:

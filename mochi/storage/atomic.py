@@ -169,6 +169,21 @@ def require_writable(folder: Path) -> None:
         ) from None
 
 
+def require_writable_file(path: Path) -> None:
+    """Create the folder of `path` and check that a file of this name can be written, before computing.
+
+    Raises:
+        StorageError: it cannot; an existing file is unchanged.
+    """
+    with explaining(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(path)
+        probe.touch()
+        probe.unlink()
+
+
 class Space(NamedTuple):
     """Bytes that are needed in folders of one file system, and those that are free there."""
 

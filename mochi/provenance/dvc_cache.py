@@ -3,7 +3,7 @@
 DVC itself restores only outputs without `persist`, and those it deletes before it runs a command.
 """
 
-import json
+import logging
 import shutil
 import subprocess
 import tempfile
@@ -12,8 +12,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from mochi.errors import DataError
 from mochi.provenance.wanted import RECORD, Result
 from mochi.storage.atomic import publishing
+from mochi.text import read_json
+
+logger = logging.getLogger(__name__)
 
 _PREPARED = ("prepare", "scenes")
 """Not restored: their folders contain more than the files in provenance.json. Preparing them again
@@ -36,8 +40,13 @@ def versions(cache: Path | None = None) -> Versions:
         return found
     for listing in cache.glob("files/md5/??/*.dir"):
         by_folder: dict[Path, Version] = defaultdict(dict)
-        for entry in json.loads(listing.read_text(encoding="utf-8")):
-            path, md5 = Path(entry["relpath"]), entry["md5"]
+        try:
+            entries = read_json(listing, "DVC's list of a folder")
+            files = [(Path(entry["relpath"]), str(entry["md5"])) for entry in entries]
+        except (DataError, LookupError, TypeError) as error:  # of a killed DVC
+            logger.warning("%s: skipped: %s", listing, error)
+            continue
+        for path, md5 in files:
             by_folder[path.parent][path.name] = cache / "files/md5" / md5[:2] / md5[2:]
         for path, version in by_folder.items():
             if RECORD in version:

@@ -89,7 +89,7 @@ class Result:
             codes = {record["code_digest"], *record.get("accepted_code", [])}
         except FileNotFoundError:
             return "missing"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return f"{self.record} cannot be read ({type(error).__name__}: {error})"
         if digest(settings) != self.settings_digest:
             return f"settings: {'; '.join(differences(settings, self.settings))}"

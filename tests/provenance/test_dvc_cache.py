@@ -121,6 +121,13 @@ def test_a_version_with_a_lost_object_is_skipped(store: Store, damage: str) -> N
     assert metrics(store.result(4)) == {"top1": 4.0}
 
 
+@pytest.mark.parametrize("content", [b"", b"[{", b"{}x", b"[1]", b'[{"md5": "00"}]', b"null", b"\xff\xff"])
+def test_a_damaged_list_of_another_folder_is_skipped(store: Store, content: bytes) -> None:
+    (store.cache / "files/md5/00").mkdir(exist_ok=True)
+    (store.cache / "files/md5/00/0.dir").write_bytes(content)
+    assert restore(store.result(5), versions(store.cache))
+
+
 def test_without_dvc_nothing_is_restored(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_result_that_was_never_computed_is_missing(result: Result) -> None:
         lambda text: json.dumps(json.loads(text) | {"outputs": 3}),
         lambda text: json.dumps(json.loads(text) | {"accepted_code": [[]]}),
         lambda text: "\udcff",
+        lambda text: "[" * 100_000,
     ],
 )
 def test_a_damaged_record_is_named(result: Result, damage: Callable[[str], str]) -> None:

@@ -95,8 +95,8 @@ class Machine:
 
     def __str__(self) -> str:
         return (
-            f"{self.device}; {self.at_once} runs at once, each with {_count(self.threads, 'thread')} and "
-            f"{workers_of(self.threads)} loading workers"
+            f"{self.device}; {_count(self.at_once, 'run')} at a time, each with "
+            f"{_count(self.threads, 'thread')} and {workers_of(self.threads)} loading workers"
         )
 
 
@@ -267,7 +267,7 @@ def _detection(
         evaluated = len(training.seeds) * num_test / (2 * training.batch_size)
         each = step.times(steps + evaluated)
         jobs += [each.plus(_START)] * len(runs)
-        text += f", {step.low:.2f} to {step.high:.2f} s an iteration, {each} each with its evaluation"
+        text += f", {step.low:.2f} to {step.high:.2f} s per iteration, {each} each with its evaluation"
     yield text
 
 
@@ -288,16 +288,16 @@ def _totals(
     if not measure:
         return
     if machine.device.type == "cuda":
-        peak = f"{readable_size(torch.cuda.max_memory_allocated())} of GPU memory a run"
+        peak = f"{readable_size(torch.cuda.max_memory_allocated())} of GPU memory per run"
     else:
         peak = (
-            f"{readable_size(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)} a run, "
-            f"{machine.at_once} at once"
+            f"{readable_size(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)} per run, "
+            f"{_count(machine.at_once, 'run')} at a time"
         )
     yield f"peak memory: {peak}"
     total = Seconds(sum(job.low for job in jobs), sum(job.high for job in jobs))
-    yield f"all of it, one after another: {total}"
-    yield f"{machine.at_once} at once: {makespan(jobs, machine.at_once)}"
+    yield f"total, one job at a time: {total}"
+    yield f"total, {_count(machine.at_once, 'job')} at a time: {makespan(jobs, machine.at_once)}"
 
 
 def disk_needed(experiment: Experiment, at_once: int) -> dict[Path, int]:

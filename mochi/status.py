@@ -47,7 +47,7 @@ def status(experiment: Experiment) -> Iterator[str]:
     running = [job for job in jobs if job.state == "running"]
     if running:
         longest = max((job.status.seconds_left or 0 for job in running if job.status), default=0)
-        yield f"the running jobs end in {clock(longest)}"
+        yield f"the running jobs finish in about {clock(longest)}"
     yield ""
     yield from _table([("run", "stage", "progress", "speed", "left", "accuracy", "health, scores"), *rows])
     for job in jobs:

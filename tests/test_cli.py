@@ -148,7 +148,7 @@ def test_plan_counts_runs_steps_and_evaluations_of_the_experiments_own_data(tmp_
         "linear: 3 evaluations of 224 encoded images each",
         "disk: about ",
         "peak memory: ",
-        "at once: ",
+        "total, one job at a time: ",
     ):
         assert line in done.stdout
     content = yaml.safe_load(Path(TINY).read_text())

@@ -26,6 +26,7 @@ from mochi.encoders.files import (
     require_new_file,
     require_suffix,
 )
+from mochi.encoders.resnet import LAYOUTS
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mochi.storage.atomic import replacing
 
@@ -73,7 +74,9 @@ def export_encoder(path: Path, format: Format, out: Path) -> list[str]:
         "yaml": json.dumps(place, ensure_ascii=False),
         "shell": shlex.quote(place),
     }
-    usage = writer.usage.format(**places, **_names(config))
+    usage = writer.usage.format(**places, **_names(config), architecture=config.architecture)
+    if format == "detectron2":
+        usage += "".join(f", MODEL.RESNETS.{key}: {value}" for key, value in _detectron2_settings(config))
     lines = [f"{out}: {config}, for {format}", f"  load: {usage}"]
     if config.stem != "imagenet" and config.is_resnet:
         stride = 2 if config.stem == "half" else 1
@@ -81,7 +84,10 @@ def export_encoder(path: Path, format: Format, out: Path) -> list[str]:
             f"  before: model.conv1 = nn.Conv2d(3, 64, 3, {stride}, 1, bias=False); "
             "model.maxpool = nn.Identity()"
         )
-    return [*lines, f"  images: RGB in [0, 1], less {list(IMAGENET_MEAN)}, divided by {list(IMAGENET_STD)}"]
+    return [
+        *lines,
+        f"  images: RGB in [0, 1], minus {list(IMAGENET_MEAN)}, divided by {list(IMAGENET_STD)}",
+    ]
 
 
 def _names(config: Encoder) -> dict[str, str]:
@@ -93,6 +99,20 @@ def _names(config: Encoder) -> dict[str, str]:
             "timm": "timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=0)",
         }
     return {"torchvision": f"models.{name}()", "timm": f"timm.create_model('{name}', num_classes=0)"}
+
+
+def _detectron2_settings(config: Encoder) -> list[tuple[str, int]]:
+    """Keys of MODEL.RESNETS that differ from detectron2's defaults (detectron2/config/defaults.py)."""
+    layout = LAYOUTS[config.architecture]
+    (depth, *_) = re.findall(r"\d+", config.architecture)
+    settings = {
+        "DEPTH": (int(depth), 50),
+        "NUM_GROUPS": (layout.groups, 1),
+        "WIDTH_PER_GROUP": (layout.base_width * config.width // 64, 64),
+        "STEM_OUT_CHANNELS": (config.width, 64),
+        "RES2_OUT_CHANNELS": (config.width * layout.block.expansion, 256),
+    }
+    return [(key, value) for key, (value, default) in settings.items() if value != default]
 
 
 def _impossible(config: Encoder, format: Format) -> str | None:
@@ -160,5 +180,5 @@ _WRITERS: dict[Format, _Writer] = {
         "MODEL.WEIGHTS: {yaml}, INPUT.FORMAT: RGB, MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53], "
         "MODEL.PIXEL_STD: [58.395, 57.12, 57.375], MODEL.RESNETS.STRIDE_IN_1X1: False",
     ),
-    "moco": _Writer(_write_moco, _TORCH, "main_lincls.py --pretrained {shell}"),
+    "moco": _Writer(_write_moco, _TORCH, "main_lincls.py --arch {architecture} --pretrained {shell}"),
 }

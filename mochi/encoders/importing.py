@@ -159,8 +159,12 @@ def _chosen(path: Path, checkpoint: Checkpoint, which: str) -> Found:
             fits = found
     if len(fits) != 1:
         raise EncoderError(
-            f"{path}: contains {len(fits)} encoders for --which {which}; choose one by its prefix: "
-            f"--which {_prefixes(fits or found)}"
+            f"{path}: contains {len(fits)} encoders for --which {which}; "
+            + (
+                "omit --which"
+                if len(found) == 1
+                else f"choose one by its prefix: --which {_prefixes(fits or found)}"
+            )
         )
     return fits[0]
 

@@ -89,9 +89,29 @@ def test_the_line_to_load_a_file_quotes_its_path(tmp_path: Path, monkeypatch: py
         file_name = f'it\'s: a "test", é #1.{suffix}'
         line = export_encoder(path, program, Path(file_name))[1].removeprefix("  load: ")
         if program == "moco":
-            assert shlex.split(line) == ["main_lincls.py", "--pretrained", file_name]
+            assert shlex.split(line) == ["main_lincls.py", "--arch", "resnet18", "--pretrained", file_name]
         else:
             assert yaml.safe_load(f"{{{line}}}")["MODEL.WEIGHTS"] == file_name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("resnet18", {"DEPTH": 18, "RES2_OUT_CHANNELS": 64}),
+        ("resnet50", {}),
+        ("resnet101", {"DEPTH": 101}),
+        ("resnext50_32x4d", {"NUM_GROUPS": 32, "WIDTH_PER_GROUP": 4}),
+        ("wide_resnet50_2", {"WIDTH_PER_GROUP": 128}),
+    ],
+)
+def test_detectron2_is_told_what_differs_from_its_defaults(
+    architecture: str, expected: dict[str, int], tmp_path: Path
+) -> None:
+    line = export_encoder(saved(tmp_path, architecture), "detectron2", tmp_path / "x.pkl")[1]
+    settings = yaml.safe_load("{" + line.removeprefix("  load: ") + "}")
+    start = "MODEL.RESNETS."
+    found = {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
+    assert found == {"STRIDE_IN_1X1": False, **expected}
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def _names(config: Encoder) -> dict[str, str]:
 
 def _detectron2_settings(config: Encoder) -> list[tuple[str, int]]:
     """Keys of MODEL.RESNETS that differ from detectron2's defaults (detectron2/config/defaults.py)."""
+    assert config.width is not None  # only encoders of timm have none
     layout = LAYOUTS[config.architecture]
     (depth, *_) = re.findall(r"\d+", config.architecture)
     settings = {

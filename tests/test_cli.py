@@ -244,6 +244,11 @@ def test_own_images_from_the_command_line(tmp_path: Path) -> None:
     assert "0 images" in refused("prepare", "--source", "folder", "--path", "empty", "--out", "data/mine")
 
 
+def test_a_missing_experiment_says_where_to_run_the_command() -> None:
+    message = refused("check")
+    assert "config/config.yaml: no such file; name an experiment file, or run the command in the" in message
+
+
 def test_adopt_names_a_missing_file_that_no_stage_computes() -> None:
     """Snakemake would stop without a message."""
     message = refused("adopt", str(ROOT / "config/bccd.yaml"))

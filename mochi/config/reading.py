@@ -1,5 +1,6 @@
 """Read YAML files strictly and explain mistakes: file, key path, what was found, what is allowed."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it does not exist, is not readable, is not YAML, or is not a mapping.
     """
+    if not os.path.lexists(path):
+        raise ConfigError(
+            f"{path}: no such file; name an experiment file, or run the command in the project's folder"
+        )
     try:
         text = read_text(path, "a YAML file")
     except DataError as error:

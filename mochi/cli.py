@@ -35,28 +35,35 @@ app = typer.Typer(
 _INSPECT, _USE, _STAGE = "Check and explain", "Use an encoder", "Stages (run by the workflow)"
 
 DEFAULT_CONFIG = Path("config/config.yaml")
+# readable=False: not checked by typer, whose usage errors have another form, but where a file is read.
 ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", envvar="MOCHI_CONFIG", help="Experiment file.")
+    Path,
+    typer.Argument(metavar="CONFIG", envvar="MOCHI_CONFIG", help="Experiment file.", readable=False),
 ]
-ConfigFile = Annotated[Path, typer.Option("--config", envvar="MOCHI_CONFIG", help="Experiment file.")]
+ConfigFile = Annotated[
+    Path, typer.Option("--config", envvar="MOCHI_CONFIG", help="Experiment file.", readable=False)
+]
 Method = Annotated[str, typer.Option(help="A row of the experiment, such as moco-v2.")]
 Seed = Annotated[int, typer.Option(min=0, help="A seed of that row.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes that decode images.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads for computing, per GPU.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, per GPU.")]
 EncoderFile = Annotated[
-    Path | None, typer.Option("--encoder", help="Encoder file. Default: the one trained by this run.")
+    Path | None,
+    typer.Option("--encoder", help="Encoder file. Default: the one trained by this run.", readable=False),
 ]
 OneGpu = Annotated[
     int | None,
     typer.Option("--gpus", min=0, max=1, help="0 or 1. Default: the first visible, without claiming it."),
 ]
-EncoderPath = Annotated[Path, typer.Option("--encoder", help="Encoder file.")]
+EncoderPath = Annotated[Path, typer.Option("--encoder", help="Encoder file.", readable=False)]
 EncoderConfig = Annotated[
     Path | None,
-    typer.Option("--config", help="Experiment file with the encoder and its image size."),
+    typer.Option("--config", help="Experiment file with the encoder and its image size.", readable=False),
 ]
-ImageFolder = Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of images.")]
+ImageFolder = Annotated[
+    Path, typer.Option("--images", metavar="DIR", help="Folder of images.", readable=False)
+]
 Architecture = Annotated[str | None, typer.Option(help="For an encoder without metadata: resnet18, ...")]
 Stem = Annotated[str | None, typer.Option(help="For an encoder without metadata: imagenet, half or full.")]
 Width = Annotated[int | None, typer.Option(min=1, help="For an encoder without metadata: 64, ...")]
@@ -105,7 +112,9 @@ def check(
 
 @app.command(rich_help_panel=_INSPECT)
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, a VOC or a COCO tree.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of images, a VOC or a COCO tree.", readable=False)
+    ],
     report: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
     jobs: Jobs = 1,
 ) -> None:
@@ -131,7 +140,9 @@ def inspect(
 
 @app.command(rich_help_panel=_INSPECT)
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, a VOC or a COCO tree.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of images, a VOC or a COCO tree.", readable=False)
+    ],
     out: Annotated[Path, typer.Option(help="Experiment file to write; its name becomes the experiment's.")],
     hours: Annotated[
         float | None,
@@ -333,7 +344,10 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
 
 @app.command(rich_help_panel=_USE)
 def export(
-    file: Annotated[Path, typer.Argument(metavar="X.safetensors", help="An encoder file of this project.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="X.safetensors", help="An encoder file of this project.", readable=False),
+    ],
     format: Annotated[
         Literal["torchvision", "timm", "detectron2", "moco"],
         typer.Option(help="Library to write it for."),

@@ -270,6 +270,27 @@ def test_inspect_reports_on_a_folder_of_images(tmp_path: Path) -> None:
     assert "nowhere" in refused("inspect", "nowhere")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("check", "x.yaml"),
+        ("pretrain", "--config", "x.yaml", "--method", MOCHI, "--seed", "0"),
+        ("export", "x.safetensors", "--format", "timm", "--out", "y.safetensors"),
+        ("features", "--encoder", "x.safetensors", "--images", "images", "--out", "f.npz"),
+        ("inspect", "images"),
+    ],
+)
+def test_inputs_that_may_not_be_read_end_as_other_mistakes_do(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """typer would check them first, and end with code 2 and a frame."""
+    for name in ("x.yaml", "x.safetensors"):
+        Path(name).write_text("nothing")
+    Path("images").mkdir()
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    refused(*command)
+
+
 def test_a_terminal_without_some_letters_and_a_removed_folder(tmp_path: Path) -> None:
     """A console of Latin-1 ended in a traceback, a removed folder in the crash of a library."""
     for name in ("\U0001f436", "é"):

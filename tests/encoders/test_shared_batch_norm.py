@@ -17,10 +17,11 @@ PARTS = (slice(0, 1), slice(1, 4))
 
 
 def inputs(mean: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and weights of their outputs; in the third channel epsilon is as large as the variance."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(4, 3, 5, 6, generator=generator) * 3 + mean, torch.randn(
-        4, 3, 5, 6, generator=generator
-    )
+    images, weights = torch.randn(2, 4, 3, 5, 6, generator=generator)
+    scale, shift = torch.tensor([3.0, 3.0, 0.003]), torch.tensor([mean, mean, 0.0])
+    return images * scale[:, None, None] + shift[:, None, None], weights
 
 
 def _normalise(part: slice, mean: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -29,12 +30,14 @@ def _normalise(part: slice, mean: float, dtype: torch.dtype) -> dict[str, torch.
     layer = SharedBatchNorm2d(3)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        layer.bias.copy_(torch.tensor([0.5, -1.0, 2.0]))
     own = x[part].clone().requires_grad_()
     output = layer(own)
     (output * weights[part]).sum().backward()
     assert own.grad is not None
     assert layer.running_mean is not None
     assert layer.running_var is not None
+    assert layer.num_batches_tracked == 1
     return {
         "output": output.detach(),
         "gradient": own.grad,

@@ -1,6 +1,5 @@
 """Collect the results of an experiment from its folders into a few files for git."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from mochi import text
 from mochi.config import Experiment, all_runs, columns
-from mochi.errors import UserError
+from mochi.errors import DataError, UserError
 from mochi.provenance.wanted import (
     RECORD,
     Result,
@@ -20,6 +20,7 @@ from mochi.provenance.wanted import (
     searches,
 )
 from mochi.stages import column_of
+from mochi.text import Fields
 
 
 class MissingResultError(UserError):
@@ -66,9 +67,8 @@ def collect(experiment: Experiment) -> Collected:
         reader.record(result)
     for method, seed, task in evaluations(experiment):
         result, column = evaluated(experiment, method, seed, task), column_of(task)
-        if (metrics := reader.json(result.folder / "metrics.json")) is not None:
-            numbers = _scores(metrics, columns(experiment, task))
-            scores += [(method, seed, column, *number) for number in numbers]
+        numbers = reader.scores(result.folder / "metrics.json", columns(experiment, task))
+        scores += [(method, seed, column, *number) for number in numbers]
         for name, file in (("confusion", "confusion.csv"), ("precision", "precision_recall.csv")):
             if file in result.outputs:
                 frames[name] += reader.table(result.folder / file, method=method, seed=seed, task=column)
@@ -97,24 +97,48 @@ def read_json(path: Path) -> dict[str, Any]:
     """A result file.
 
     Raises:
-        MissingResultError: it does not exist, or is not JSON.
+        MissingResultError: it does not exist, or is not a JSON object.
     """
+    if not path.exists():
+        raise _not_found(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(Fields.of(text.read_json(path, "a result"), str(path)).values)
+    except DataError as error:
+        raise MissingResultError(f"{error}; compute it again") from None
+
+
+def read_table(path: Path, texts: Iterable[str]) -> pd.DataFrame:
+    """A table of numbers; the columns `texts` are text. Only curves may have empty cells.
+
+    Raises:
+        MissingResultError: it does not exist, is not CSV, or has text in another column.
+    """
+    has_gaps = path.name == "metrics.csv"
+    try:
+        # Elsewhere "NA" is the name of a class, and "01" too.
+        table = pd.read_csv(path, dtype=dict.fromkeys(texts, str), na_filter=has_gaps)
     except FileNotFoundError:
         raise _not_found(path) from None
+    except pd.errors.EmptyDataError:  # a set without this table
+        return pd.DataFrame()
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
-    if not isinstance(content, dict):
-        raise _unreadable(path, f"found {type(content).__name__}, expected an object")
-    return content
+    if not has_gaps and len(table):
+        for name, column in table.drop(columns=[*texts], errors="ignore").items():
+            if not pd.api.types.is_numeric_dtype(column):
+                raise _unreadable(path, f"column {name}: found {text.shown(column.iloc[0])}, not a number")
+    return table
 
 
-def _scores(metrics: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str, float]]:
+def _scores(path: Path, metrics: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str, float]]:
     """(metric, fine-tuning, value) of each number of a metrics.json in the tables."""
     singles = metrics.get("fine_tunings", {"": metrics})
+    Fields.of(singles, f"{path}: fine_tunings")
+    numbers = {
+        repeat: Fields.of(single, f"{path}: {repeat}".rstrip(": ")) for repeat, single in singles.items()
+    }
     return [
-        (metric, repeat, single[metric])
+        (metric, repeat, numbers[repeat].number(metric))
         for repeat, single in singles.items()
         for metric in names
         if single.get(metric) is not None  # None: not measured
@@ -139,19 +163,20 @@ class _Reader:
         if (record := self.json(result.folder / RECORD)) is not None:
             self.records[result.folder.as_posix()] = record
 
+    def scores(self, path: Path, names: Iterable[str]) -> list[tuple[str, str, float]]:
+        metrics = self.json(path)
+        try:
+            return [] if metrics is None else _scores(path, metrics, names)
+        except DataError as error:
+            self.missing.append(f"{error}; compute it again")
+            return []
+
     def table(self, path: Path, **keys: Any) -> list[pd.DataFrame]:
         """The CSV with the keys as its first columns; no frame if it has no rows. Names stay text."""
         try:
-            # Only curves have empty cells; elsewhere "NA" is the name of a class.
-            names = {"class": str, "predicted": str}  # so that "01" stays text
-            frame = pd.read_csv(path, dtype=names, na_filter=path.name == "metrics.csv")
-        except FileNotFoundError:
-            self.missing.append(str(_not_found(path)))
-            return []
-        except pd.errors.EmptyDataError:  # a set without this table
-            return []
-        except (OSError, ValueError) as error:
-            self.missing.append(str(_unreadable(path, error)))
+            frame = read_table(path, ("class", "predicted"))
+        except MissingResultError as error:
+            self.missing.append(str(error))
             return []
         for position, (name, value) in enumerate(keys.items()):
             frame.insert(position, name, value)

@@ -12,7 +12,7 @@ from mochi.errors import UserError
 from mochi.layout import Paths
 from mochi.provenance.fingerprint import file_digest
 from mochi.provenance.wanted import Result, evaluated, evaluations, pretrained, searches
-from mochi.report.collect import MissingResultError, read_json
+from mochi.report.collect import MissingResultError, read_json, read_table
 from mochi.report.tables import mean_and_std
 from mochi.stages import column_of
 
@@ -33,7 +33,7 @@ def explain(experiment: Experiment, method: str, task: str) -> list[str]:
             raise UserError(f"{name}: found {found!r}; {experiment.name} has: {', '.join(allowed)}")
     folder = Paths(experiment.name).results
     records = read_json(folder / "records.json")
-    table = pd.read_csv(folder / "scores.csv", dtype={"fine_tuning": str}).fillna({"fine_tuning": ""})
+    table = _scores(folder / "scores.csv")
     table = table[(table["method"] == method) & (table["task"] == task)]
     lines = [
         f"{method}, {task} {metric}: {_mean(rows)}" for metric, rows in table.groupby("metric", sort=False)
@@ -55,6 +55,15 @@ def explain(experiment: Experiment, method: str, task: str) -> list[str]:
                 )
             lines += [f"  {line}" for line in _link(result, record)]
     return lines
+
+
+def _scores(path: Path) -> pd.DataFrame:
+    texts = ("method", "task", "metric", "fine_tuning")
+    table = read_table(path, texts)
+    for name in (*texts, "seed", "value"):
+        if name not in table:
+            raise MissingResultError(f"{path}: found no column {name}; compute it again: `mochi report`")
+    return table
 
 
 def _all(values: Iterable[float]) -> str:

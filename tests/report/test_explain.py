@@ -92,6 +92,28 @@ def test_a_missing_report_is_refused(tiny: Experiment, results: Path) -> None:
         explain(tiny, MOCHI, "knn")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("scores.csv", b"", "found no column method"),
+        ("scores.csv", b"a,b\n1,2\n", "found no column method"),
+        (
+            "scores.csv",
+            b"method,seed,task,metric,fine_tuning,value\nx,0,knn,top1,,y\n",
+            "column value: found 'y'",
+        ),
+        ("scores.csv", b"\xff\xfe\x00", "cannot be read"),
+        ("records.json", b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_damaged_report_is_refused(
+    tiny: Experiment, report: Report, name: str, content: bytes, reason: str
+) -> None:
+    (Paths("tiny").results / name).write_bytes(content)
+    with pytest.raises(MissingResultError, match=rf"{name}: .*{reason}.*compute it again"):
+        explain(tiny, MOCHI, "knn")
+
+
 def with_detection(tiny: Experiment, seeds: list[int]) -> Experiment:
     """One row with a detection set, and nothing else."""
     sets = {"detection": {"few": small_set(Path("few/VOC"))}, "linear": None, "knn": None}

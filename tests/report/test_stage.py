@@ -110,16 +110,32 @@ def test_without_results_there_is_a_report(tiny: Experiment, results: Path) -> N
     assert not list(Path("results/tiny/figures").glob("*.svg"))
 
 
+@pytest.mark.parametrize(
+    ("task", "file", "content", "reason"),
+    [
+        ("knn", "metrics.json", '{"top1": 5', "is not valid JSON: .*delimiter"),
+        ("knn", "metrics.json", "[1]", "found a list of 1; expected an object"),
+        ("knn", "metrics.json", '{"top1": NaN}', "top1: found .*nan.*; expected a number"),
+        ("knn", "metrics.json", '{"top1": "many"}', "top1: found 'many'; expected a number"),
+        ("knn", "metrics.json", '{"fine_tunings": [1]}', "fine_tunings: found a list of 1"),
+        ("knn", "metrics.json", "[" * 100_000, "nested too deeply"),
+        ("linear", "confusion.csv", "class,predicted,images\nant,bee,x\n", "column images: found 'x'"),
+    ],
+)
 def test_a_damaged_result_is_named(
-    tiny: Experiment, results: Path, caplog: pytest.LogCaptureFixture
+    tiny: Experiment,
+    results: Path,
+    caplog: pytest.LogCaptureFixture,
+    task: str,
+    file: str,
+    content: str,
+    reason: str,
 ) -> None:
-    damaged = [('{"top1": 5', "delimiter"), ("[1]", "found list, expected an object")]
-    files = [Paths("tiny").evaluation(MOCHI, seed, "knn") / "metrics.json" for seed in (0, 1)]
-    for file, (content, _) in zip(files, damaged, strict=True):
-        file.write_text(content)
+    path = Paths("tiny").evaluation(MOCHI, 0, task) / file
+    path.write_text(content)
     stage.run(tiny, reported(tiny))
-    for file, (_, reason) in zip(files, damaged, strict=True):
-        assert re.search(f"missing: {file}: cannot be read: .*{reason}.*; compute it again", caplog.text)
+    assert re.search(f"missing: {path}: .*{reason}.*; compute it again", caplog.text)
+    assert str(path) in Path("results/tiny/report.html").read_text()
 
 
 def files_of_report(result: Result) -> set[str]:

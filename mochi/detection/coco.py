@@ -208,10 +208,10 @@ class _Object:
     def usable(self, height: int, width: int, masks: bool) -> tuple[RunLengths | None, str]:
         """The mask, if requested, and the defect of an unusable object, if any."""
         box = self.fields.values.get("bbox")
-        numbers = [as_number(value) for value in box] if isinstance(box, list) and len(box) == 4 else []
+        numbers = [as_number(value) for value in box] if isinstance(box, list) else []
         self.box = [number for number in numbers if number is not None]
-        if len(self.box) != 4:
-            return None, "no bbox" if not numbers else "a bbox without four numbers"
+        if not len(self.box) == len(numbers) == 4:
+            return None, "a bbox that is not four numbers" if numbers else "no bbox"
         x, y, w, h = self.box
         if w <= 0 or h <= 0:
             return None, "a box without area"

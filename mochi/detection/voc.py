@@ -213,9 +213,7 @@ class _Reader:
         if 0 in stated:
             self._counts["files whose size is missing"] += 1
         elif stated != [width, height]:
-            turned = (
-                " (it is stored so, and its EXIF orientation turns it)" if stated == [height, width] else ""
-            )
+            turned = " (the sides swapped, as by an EXIF orientation)" if stated == [height, width] else ""
             raise AnnotationError(
                 f"{path}: size: found {stated[0]} x {stated[1]}{turned}; {image.name} is {width} x "
                 f"{height} pixels upright; its boxes would be misplaced: correct the size and the boxes, "
@@ -224,7 +222,7 @@ class _Reader:
 
     def _object(self, item: ET.Element, where: str) -> _Object | None:
         name = _name(item, where)
-        where = f"{where} ({name!r})"
+        where = f"{where} ({shown(name)})"
         label = self._labels.get(name)
         if label is None:
             alike = [known for known in self._labels if known.casefold() == name.casefold()]
@@ -232,6 +230,9 @@ class _Reader:
             raise AnnotationError(
                 f"{where}: unknown class{hint}; allowed: {', '.join(self._labels)}; add it to `classes`"
             )
+        for tag in ("name", "bndbox", "difficult"):
+            if len(item.findall(tag)) > 1:
+                raise AnnotationError(f"{where}: found <{tag}> twice; expected one: remove the wrong one")
         box, defect = _read_box(item)
         if defect or box is None:
             drop(where, defect, self._broken_objects, self._counts, self._dropped)
@@ -240,7 +241,7 @@ class _Reader:
             self._counts[f"objects without {tag}"] += int(item.find(tag) is None)
         difficult = (item.findtext("difficult") or "").strip().lower() or "0"
         number = {"true": 1.0, "false": 0.0}.get(difficult, as_number(difficult))
-        if number is None:
+        if number not in {0.0, 1.0}:
             raise AnnotationError(f"{where}: difficult: found {shown(difficult)}; expected 0 or 1")
         return _Object(where, label, box, number != 0)
 
@@ -287,6 +288,8 @@ def _read_box(item: ET.Element) -> tuple[list[float] | None, str]:
     if bounds is None:
         return None, "no bndbox"
     # VOC2012 itself has fractions: 45.70000076293945 in 2011_003353.
+    if any(len(bounds.findall(side)) > 1 for side in _SIDES):
+        return None, "a bndbox with a side twice"
     numbers = [as_number(bounds.findtext(side)) for side in _SIDES]
     box = [number for number in numbers if number is not None]
     if len(box) != len(_SIDES):

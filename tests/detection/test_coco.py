@@ -110,7 +110,10 @@ def test_crowds_are_evaluated_but_not_trained_on(tmp_path: Path) -> None:
     [
         ({"bbox": [2, 3, 0, 14]}, "a box without area"),
         ({"bbox": [2, 3, 5, -1]}, "a box without area"),
-        ({"bbox": [2, 3, 5]}, "no bbox"),
+        ({"bbox": []}, "no bbox"),
+        ({"bbox": [2, 3, 5]}, "a bbox that is not four numbers"),
+        ({"bbox": [2, 3, 5, 5, 1]}, "a bbox that is not four numbers"),
+        ({"bbox": [2, 3, 5, 5, None]}, "a bbox that is not four numbers"),
         ({"bbox": [40, 3, 5, 5]}, "a box outside the image"),
         ({"segmentation": []}, "no segmentation"),
         ({}, "no segmentation"),

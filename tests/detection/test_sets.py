@@ -90,7 +90,7 @@ def test_boxes_for_the_unrotated_photograph_are_refused(voc_set: Path, orientati
     with Image.open(path) as image:
         image.save(path, exif=exif)
     message = voc_refused(voc_set)
-    assert "a1.xml: size: found 48 x 40 (it is stored so, and its EXIF orientation turns it); a1" in message
+    assert "a1.xml: size: found 48 x 40 (the sides swapped, as by an EXIF orientation); a1" in message
 
 
 @pytest.mark.parametrize("size", ["abc", "-48", "48.5", "1e999"])
@@ -119,6 +119,37 @@ def test_a_box_outside_its_image_is_dropped_or_named(voc_image: Writer, box: tup
 def test_spellings_of_difficult(voc_image: Writer, difficult: str, ignored: bool) -> None:
     root = voc_image(voc_object().replace("<bndbox>", f"<difficult>{difficult}</difficult><bndbox>"))
     assert voc.read(root, "train", ["square"], "fail").images[0].ignored.tolist() == [ignored]
+
+
+@pytest.mark.parametrize("difficult", ["2", "0.5", "-1"])
+def test_difficult_is_0_or_1(voc_image: Writer, difficult: str) -> None:
+    root = voc_image(voc_object().replace("<bndbox>", f"<difficult>{difficult}</difficult><bndbox>"))
+    with pytest.raises(DataError, match=f"difficult: found '{difficult}'; expected 0 or 1"):
+        voc.read(root, "train", ["square"], "fail")
+
+
+@pytest.mark.parametrize(
+    ("tag", "text"),
+    [("name", "bar"), ("bndbox", "<xmin>1</xmin>"), ("difficult", "1</difficult><difficult>0")],
+)
+def test_an_object_that_contradicts_itself_is_named(voc_image: Writer, tag: str, text: str) -> None:
+    root = voc_image(voc_object().replace("</object>", f"<{tag}>{text}</{tag}></object>"))
+    with pytest.raises(DataError, match=rf"object 1 \('square'\): found <{tag}> twice; expected one"):
+        voc.read(root, "train", ["square", "bar"], "drop")
+
+
+def test_a_long_class_name_is_shortened(voc_image: Writer) -> None:
+    root = voc_image(voc_object().replace("square", "square\u2028" + "x" * 5000))
+    with pytest.raises(DataError, match="unknown class") as refused:
+        voc.read(root, "train", ["square"], "fail")
+    assert len(str(refused.value)) < 300
+    assert "\u2028" not in str(refused.value)
+
+
+def test_a_box_with_a_side_twice_is_broken(voc_image: Writer) -> None:
+    root = voc_image(voc_object().replace("<xmin>", "<xmin>9</xmin><xmin>"), voc_object())
+    annotations = voc.read(root, "train", ["square"], "drop")
+    assert annotations.report()["objects dropped: a bndbox with a side twice"] == 1
 
 
 def test_malformed_objects_are_named(voc_image: Writer) -> None:

@@ -4,6 +4,7 @@ Files of systems, editors and this program are ignored and counted; `decode` ide
 content.
 """
 
+import errno
 import json
 import os
 import re
@@ -90,6 +91,8 @@ def _walk(
         path = f"{below}/{entry.name}" if below else entry.name
         if reason := left_behind(entry.name):
             ignored[reason] += 1
+        elif _is_loop(entry):
+            ignored["broken link or not a regular file"] += 1
         elif entry.is_dir():
             yield from _walk(root, path, (*parents, identity), ignored)
         elif not entry.is_file():
@@ -98,6 +101,17 @@ def _walk(
             ignored["not an image by its suffix"] += 1
         else:
             yield path
+
+
+def _is_loop(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is one of links that end at each other, on which `is_dir` raises."""
+    try:
+        entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return True
+    return False
 
 
 def subfolders(folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ import os
 import pkgutil
 import shutil
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +24,7 @@ from PIL import Image
 
 from mochi.config.datasets import Dataset, Folder
 from mochi.data.format import open_dataset
-from mochi.data.ingest import decode, sources, validate, write
+from mochi.data.ingest import decode, files, sources, validate, write
 from mochi.data.ingest.prepare import prepare
 from mochi.data.ingest.raw import ByteRange
 from mochi.errors import DataError
@@ -262,6 +263,15 @@ def test_a_loop_of_links_is_not_followed_for_ever(tree: Path, tmp_path: Path) ->
     manifest = prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
     assert manifest["ignored"] == {"link back to a folder above": 1}
     assert manifest["splits"]["train"]["classes"] == {"ant": 6, "bee": 6, "cat": 6, "dog": 6}
+
+
+def test_links_that_end_at_each_other_are_ignored(tree: Path, tmp_path: Path) -> None:
+    folder = tree / "train" / next(each.name for each in (tree / "train").iterdir() if each.is_dir())
+    (folder / "one.jpg").symlink_to("two.jpg")
+    (folder / "two.jpg").symlink_to("one.jpg")
+    ignored: Counter[str] = Counter()
+    files.walk(tree, ignored)
+    assert ignored["broken link or not a regular file"] == 2
 
 
 def test_duplicates_are_reported(tree: Path, tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ class Chart:
     """Labels of the positions 0, 1, ... on the y axis, for charts that list methods there."""
     annotate: bool = False
     """Write each mean next to its point."""
+    reference: float | None = None
+    """Value marked by a vertical line; all panels then share the x axis."""
 
     def json(self) -> dict[str, Any]:
         """As JSON; numbers as drawn."""
@@ -326,6 +328,7 @@ def gain(experiment: Experiment, collected: Collected) -> Chart:
         sorted(series, key=lambda each: int(each.panel.removeprefix("N = "))),
         categories=tags,
         annotate=True,
+        reference=0.0,
     )
 
 

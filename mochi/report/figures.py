@@ -56,9 +56,8 @@ def draw(chart: Chart, methods: Sequence[str]) -> Figure:
     height = 3.4 if chart.categories is None else 0.45 * len(chart.categories) + 1.2
     width = 6.4 if len(panels) == 1 else 3.0 * columns + 1.2
     figure = Figure(figsize=(width, height * rows + 0.3), layout="constrained")
-    grid = figure.subplots(
-        rows, columns, squeeze=False, sharey=chart.categories is not None or chart.log, sharex=chart.log
-    ).flatten()
+    sharex, sharey = chart.reference is not None or chart.log, chart.categories is not None or chart.log
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flatten()
     order = list(dict.fromkeys([*methods, *(series.method for series in chart.series)]))
     if not any(series.method in methods for series in chart.series):
         order = order[len(methods) :]
@@ -78,6 +77,8 @@ def _draw_panel(axes: Axes, chart: Chart, panel: str, methods: list[str]) -> Non
     for series in chart.series:
         if series.panel == panel:
             _draw_series(axes, chart, series, methods.index(series.method))
+    if chart.reference is not None:
+        axes.axvline(chart.reference, color="0.4", linewidth=1, zorder=0)
     if panel and chart.x:
         axes.set_title(panel, fontsize=9)
     axes.set_xlabel(chart.x or panel)

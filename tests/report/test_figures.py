@@ -148,6 +148,20 @@ def test_gain_and_class_oracle(
     assert [series["method"] for series in content["series"]] == [MOCHI, "mochi-16-24-0"]
 
 
+def test_panels_with_a_reference_share_the_axis_that_it_is_on() -> None:
+    series = [
+        Series(f"N = {n}", [gain], [0.0], style="", panel=f"N = {n}")
+        for n, gain in ((64, -0.6), (256, 5.0))
+    ]
+    chart = Chart("gain", "", "", "gain", "s, s'", series, categories=["64, 64"], reference=0.0)
+    first, second = draw(chart, ["N = 64", "N = 256"]).axes
+    assert first.get_xlim() == second.get_xlim()
+    for axes in (first, second):
+        assert [0.0, 0.0] in [list(line.get_xdata()) for line in axes.lines]
+        low, high = axes.get_xlim()
+        assert low < -0.6 < 5 < high
+
+
 def labels(figure: Figure) -> list[list[tuple[str, float, float]]]:
     """Of each x axis, the labels in view: text, left and right end in pixels."""
     FigureCanvasAgg(figure).draw()

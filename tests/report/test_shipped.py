@@ -14,7 +14,7 @@ from tests.report.made_up import fine_tunings, is_detection, make_up
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {path.stem: path for path in sorted((ROOT / "config").glob("*.yaml"))}
-COMMITTED = {"config": "embedded", "cifar10-small": "cifar10-small"}
+COMMITTED = {"config": "embedded", "cifar10-small": "cifar10-small", "cifar10-grid": "cifar10-grid"}
 """Experiment file -> folder in results/."""
 
 

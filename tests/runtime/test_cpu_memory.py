@@ -43,6 +43,6 @@ def test_tensors_reuse_memory_instead_of_getting_it_cleared_by_the_kernel() -> N
     assert kept == "True"
     assert own < 1000  # 84 MiB in ten rounds are 215,000 pages
 
-    kept, usual = faults(MALLOC_MMAP_MAX_="65536")  # malloc's default
+    kept, usual = faults(MALLOC_MMAP_MAX_="65536")  # large blocks come from the kernel
     assert kept == "False"
     assert usual > 100_000

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mochi.config import Column, ConfigError, Experiment, columns
+from mochi.config import Column, ConfigError, Experiment, columns, probe_run
 from mochi.evaluation.tasks import knn
 from tests.evaluation.runs import evaluate
 from tests.tiny import with_protocol
@@ -117,6 +117,7 @@ def test_the_stage_classifies_val_by_train_at_the_runs_temperature(
     )  # features computed one by one and in batches differ in their last bits, which can change a vote
     assert metrics["top1"] == pytest.approx(top1(0.002), abs=1.01 * image)
     assert abs(top1(1.0) - top1(0.002)) > 3 * image
+    assert metrics["top1"] in {round(100 * number / 64, 4) for number in range(65)}
     assert (metrics["num_train"], metrics["num_val"], metrics["temperature"]) == (160, 64, 0.002)
 
 
@@ -126,9 +127,35 @@ def test_a_small_temperature_does_not_overflow() -> None:
     assert predicted.tolist() == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize("k", [500, [3, 500]])
 def test_k_is_clamped_with_a_warning(
+    tiny_data: Path,
+    encoder_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    k: int | list[int],
+) -> None:
+    metrics = evaluate(with_protocol("knn", k=k), "knn", encoder_file, tiny_data, tmp_path)
+    assert metrics["k"] == (160 if k == 500 else 3)
+    assert "k = 500 is larger than the 160 labelled training images" in caplog.text
+
+
+def test_all_training_images_may_vote(
     tiny_data: Path, encoder_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    metrics = evaluate(with_protocol("knn", k=500), "knn", encoder_file, tiny_data, tmp_path)
+    metrics = evaluate(with_protocol("knn", k=160), "knn", encoder_file, tiny_data, tmp_path)
     assert metrics["k"] == 160
-    assert "k = 500 is larger than the 160 labelled training images" in caplog.text
+    assert "larger than" not in caplog.text
+
+
+def test_a_list_of_one_number_is_that_number() -> None:
+    """So both spellings have the settings, and the digest, of one result."""
+
+    def settings(**values: object) -> dict[str, object]:
+        run = probe_run(with_protocol("knn", **values), "random-init", 0, "knn")
+        protocol = run.settings()["protocol"]
+        return {name: protocol[name] for name in ("k", "temperature")}
+
+    assert settings(k=[20], temperature=[0.1]) == {"k": 20, "temperature": 0.1}
+    assert settings(k=20, temperature=0.1) == {"k": 20, "temperature": 0.1}
+    assert settings(k=[20, 3], temperature=[0.1, 1.0]) == {"k": [20, 3], "temperature": [0.1, 1.0]}

@@ -20,7 +20,7 @@ from mochi.runtime.distributed import process_group
 import mochi.cli
 watchdog.START_SECONDS, watchdog.RANK_SECONDS, watchdog._BEAT_SECONDS = 3.0, 3.0, 0.3
 
-def work():
+def work(prog_name):
     event = sys.argv[1] if os.environ["RANK"] == "1" else ""
     if event == "never starts":
         time.sleep(100)

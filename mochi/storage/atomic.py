@@ -101,17 +101,18 @@ def publishing(folder: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on success its files replace those of the same names in `folder`.
 
     Until all files are complete on disk nothing in `folder` changes. They are moved by renames, and
-    provenance.json, which names the bytes of the others, is last: a kill between two renames leaves the
-    old one, which then does not fit. Other files in `folder` stay.
+    provenance.json, which names the bytes of the others, is last: a kill before leaves the old one, which
+    then does not fit; after it nothing is left to clean up. Other files in `folder` stay.
 
     Raises:
         StorageError: the disk is full or the folder read-only.
     """
     # Inside `folder`, which may be a link to another file system.
-    temporary = _temporary(folder / "publishing")
+    temporary, last = _temporary(folder / "publishing"), _temporary(folder / _LAST)
     with explaining(folder / _LAST):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder / "publishing")
+        _remove_abandoned(folder / _LAST)
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this id before
         temporary.mkdir()
         try:
@@ -121,12 +122,18 @@ def publishing(folder: Path) -> Iterator[Path]:
             for file in files:
                 _complete(temporary / file)
             for file in files:
-                target = folder / file
+                target = last if file == Path(_LAST) else folder / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (temporary / file).replace(target)
                 _flush_folder(target.parent)
+            shutil.rmtree(temporary)
+            if Path(_LAST) in files:
+                last.replace(folder / _LAST)
+                _flush_folder(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                last.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -176,19 +176,31 @@ def test_a_kill_while_writing_changes_no_file_and_the_next_writer_cleans_up(resu
     assert names(results) == before
 
 
-@pytest.mark.parametrize("moved", [0, 1, 2, 3])
-def test_provenance_is_replaced_last(results: Path, moved: int) -> None:
+@pytest.mark.parametrize("moved", [0, 1, 2, 3, 4, 5])
+def test_provenance_is_replaced_last_and_completes_the_result(results: Path, moved: int) -> None:
+    """A kill after each rename: with the new provenance.json there is nothing else to do.
+
+    The job is not run again then, so nobody would remove what the kill left.
+    """
+    before = names(results)
     killed(
         "rename = Path.replace; count = []\n"
         "def replace(self, target):\n"
         f"    if len(count) == {moved}: kill()\n"
-        "    count.append(1); return rename(self, target)\n"
+        "    count.append(rename(self, target))\n"
+        f"    if len(count) == {moved} == 5: kill()\n"
+        "    return count[-1]\n"
         "Path.replace = replace\n" + FILL,
         results,
     )
     found = contents(results)
-    assert found["provenance.json"] == "old"
-    assert list(found.values()).count("new") == moved
+    provenance = found.pop("provenance.json")
+    assert list(found.values()).count("new") == min(moved, 3)
+    assert provenance == ("new" if moved == 5 else "old")
+    assert (names(results) == before) == (moved == 5)
+    with publishing(results) as new:
+        fill(new)
+    assert names(results) == before
 
 
 def test_a_folder_can_be_a_link_to_another_file_system(tmp_path: Path) -> None:

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from mochi.contrast.negatives import MAX_QUERY_SHARE, hardest, mix_pairs, mix_with_query
+from mochi.contrast.negatives import (
+    MAX_QUERY_SHARE,
+    VectorSynthetics,
+    hardest,
+    mix_pairs,
+    mix_with_query,
+)
 from tests.reference import mixed_pair, mixed_with_query, synthetic_vectors
 
 
@@ -78,14 +84,15 @@ def test_query_mixes_equal_the_papers_vectors() -> None:
     assert ((shares > 0) & (shares < MAX_QUERY_SHARE)).all()
 
 
-def test_parents_are_from_the_querys_pool_and_pairs_are_distinct() -> None:
+@pytest.mark.parametrize("num_hardest", [2, 6])
+def test_parents_are_from_the_querys_pool_and_pairs_are_distinct(num_hardest: int) -> None:
     query, queue = unit(4, 8), unit(64, 8, seed=1)
     similarity = query @ queue.T
-    pool = hardest(similarity, 6)
+    pool = hardest(similarity, num_hardest)
     pairs = mix_pairs(queue, pool, num=200, generator=rng())
     mixes = mix_with_query(similarity, pool, num=200, generator=rng())
     for b in range(4):
-        own = set(similarity[b].topk(6).indices.tolist())
+        own = set(similarity[b].topk(num_hardest).indices.tolist())
         assert set(pairs.parents[b].flatten().tolist()) == own
         assert set(mixes.parents[b].flatten().tolist()) == own
     assert (pairs.parents[..., 0] != pairs.parents[..., 1]).all()
@@ -130,3 +137,15 @@ def test_equal_generators_give_equal_synthetics() -> None:
     assert torch.equal(once.parents, again.parents)
     assert torch.equal(once.weights, again.weights)
     assert not torch.equal(once.weights, other.weights)
+
+
+def test_a_vector_with_an_excluded_parent_is_excluded() -> None:
+    """As a weighted sum is: any similarity of -inf gives -inf."""
+    query, vectors = unit(2, 5), unit(2, 3, 5, seed=1)
+    similarity = torch.tensor([[0.1, -torch.inf, 0.2], [-torch.inf, 0.1, 0.2]], dtype=torch.float64)
+    parents = torch.tensor([[[0, 2], [2, 1], [1, 1]], [[1, 1], [2, 1], [0, 1]]])
+    expected = (vectors * query[:, None]).sum(-1)
+    expected[0, 1:] = -torch.inf
+    expected[1, 2] = -torch.inf
+    mixed = VectorSynthetics(parents, vectors).similarity(query, similarity)
+    torch.testing.assert_close(mixed, expected)

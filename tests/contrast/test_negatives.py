@@ -2,6 +2,8 @@
 sort, and properties that distinguish the paper's rule from common misreadings.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,8 @@ from mochi.contrast.negatives import (
     hardest,
     mix_pairs,
     mix_with_query,
+    sum_with_query,
+    uniform,
 )
 from tests.reference import mixed_pair, mixed_with_query, synthetic_vectors
 
@@ -137,6 +141,31 @@ def test_equal_generators_give_equal_synthetics() -> None:
     assert torch.equal(once.parents, again.parents)
     assert torch.equal(once.weights, again.weights)
     assert not torch.equal(once.weights, other.weights)
+
+
+@pytest.mark.parametrize("through_query", [False, True])
+def test_an_excluded_parent_and_rounding_leave_weights_finite(through_query: bool) -> None:
+    """A product of unit vectors may be below -1 by rounding, and is -inf for an excluded column."""
+    x = torch.tensor([[-torch.inf, -1 - 1e-7, -1.0]], dtype=torch.float64)
+    parents = torch.zeros(1, 3, dtype=torch.long)
+    mixes = sum_with_query(x, parents, 0.5 - 1e-5, 0.5 + 1e-5, through_query=through_query)
+    assert mixes.query_weight is not None
+    assert mixes.gradient_query_weight is not None
+    for each in (mixes.query_weight, mixes.weights, mixes.gradient_weights, mixes.gradient_query_weight):
+        assert each.isfinite().all()
+        assert (each == each[0, -1]).all()
+
+
+def test_shares_are_never_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.rand gives 0 once in 2^24 draws."""
+
+    def zeros(shape: torch.Size, *, generator: None, **kinds: Any) -> torch.Tensor:
+        assert generator is None
+        return torch.zeros(shape, **kinds)
+
+    monkeypatch.setattr(torch, "rand", zeros)
+    drawn = uniform(torch.Size((2, 3)), torch.zeros((), dtype=torch.float32), None)
+    assert (drawn > 0).all()
 
 
 def test_a_vector_with_an_excluded_parent_is_excluded() -> None:

@@ -284,6 +284,25 @@ def test_num_synthetics_is_the_number_of_synthetics(rule: Rule) -> None:
     assert sum(each.parents.shape[1] for each in synthetics) == rule.num_synthetics
 
 
+@every_rule
+def test_no_synthetic_has_an_excluded_parent(rule: Rule) -> None:
+    """Two negatives are left, fewer than the pool would have."""
+    raw, _, queue = batch(3, 12)
+    query = F.normalize(raw, dim=-1)
+    excluded = torch.ones(3, 12, dtype=torch.bool)
+    excluded[:, [4, 7]] = False
+    similarity = (query @ queue.T).masked_fill(excluded, -torch.inf)
+    for each in rule.synthetics(Candidates(query, similarity, queue, True, None)):
+        assert set(each.parents.flatten().tolist()) == {4, 7}
+
+
+def test_without_a_prior_the_debiased_loss_is_mocos() -> None:
+    raw, key, queue = batch(3, 12)
+    found = loss_and_gradient(Debiased(positive_prior=0), raw, key, queue, 0.2)
+    expected = loss_and_gradient(MoCo(), raw, key, queue, 0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_warmup() -> None:
     rule = HardWeighting(warmup_epochs=2)
     assert [rule.is_active(epoch) for epoch in range(4)] == [False, False, True, True]
@@ -483,11 +502,15 @@ def test_a_simple_rule_needs_memory_for_one_block_of_queries() -> None:
     ("make", "message"),
     [
         (lambda: MoCo(warmup_epochs=-1), "warmup_epochs: found -1; expected at least 0"),
+        (lambda: Debiased(warmup_epochs=-1), "warmup_epochs: found -1; expected at least 0"),
+        (lambda: Debiased(positive_prior=-0.1), "positive_prior: found -0.1; expected 0 or more"),
         (lambda: Debiased(positive_prior=1.0), "positive_prior: found 1.0; expected 0 or more and below 1"),
         (lambda: Debiased(positive_prior=math.nan), "positive_prior: found nan"),
         (lambda: HardWeighting(concentration=0), "concentration: found 0; expected more than 0"),
         (lambda: SynCo(**dict.fromkeys(SYNCO, 0)), "found all 0, which is plain MoCo"),
+        (lambda: SynCo(num_noisy=-1), "num_noisy: found -1; expected at least 0"),
         (lambda: SynCo(noise=0), "noise: found 0; expected a number above 0"),
+        (lambda: SynCo(noise=math.inf), "noise: found inf; expected a number above 0"),
         (lambda: SynCo(noise="0.1"), r"noise: found '0\.1' \(str\); expected a number"),
         (lambda: SynCo(num_noisy=8.0), r"num_noisy: found 8\.0 \(float\); expected a whole number"),
         (lambda: MoCo(warmup_epochs=True), r"warmup_epochs: found True \(bool\); expected a whole number"),

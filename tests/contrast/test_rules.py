@@ -240,8 +240,8 @@ def test_the_values_of_excluded_negatives_do_not_matter(rule: Rule) -> None:
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_inputs_stay_finite(rule: Rule, dtype: torch.dtype) -> None:
-    """Temperature 0.02; all vectors equal; key and negatives on opposite sides; a queue of fewer rows than
-    the batch."""
+    """Temperature 0.02; all vectors equal; key and negatives on opposite sides, or negatives on both; a
+    queue of fewer rows than the batch."""
     raw, key, queue = batch(7, 5, dtype=dtype)
     same = raw[:1].expand(7, 5)
     unit_same = F.normalize(same, dim=-1)
@@ -250,6 +250,7 @@ def test_extreme_inputs_stay_finite(rule: Rule, dtype: torch.dtype) -> None:
         (same, unit_same, unit_same[:5]),
         (same, unit_same, -unit_same[:5]),
         (same, -unit_same, unit_same[:5]),
+        (same, -unit_same, torch.cat((unit_same[:2], -unit_same[:3]))),
     ):
         for each in (rule, simple_form(rule)):
             loss, gradient = loss_and_gradient(each, *inputs, 0.02)

@@ -507,6 +507,8 @@ def test_a_simple_rule_needs_memory_for_one_block_of_queries() -> None:
         (lambda: Debiased(positive_prior=-0.1), "positive_prior: found -0.1; expected 0 or more"),
         (lambda: Debiased(positive_prior=1.0), "positive_prior: found 1.0; expected 0 or more and below 1"),
         (lambda: Debiased(positive_prior=math.nan), "positive_prior: found nan"),
+        (lambda: HardWeighting(warmup_epochs=-1), "warmup_epochs: found -1; expected at least 0"),
+        (lambda: HardWeighting(concentration=math.inf), "concentration: found inf"),
         (lambda: HardWeighting(concentration=0), "concentration: found 0; expected more than 0"),
         (lambda: SynCo(**dict.fromkeys(SYNCO, 0)), "found all 0, which is plain MoCo"),
         (lambda: SynCo(num_noisy=-1), "num_noisy: found -1; expected at least 0"),

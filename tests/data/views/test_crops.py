@@ -48,12 +48,13 @@ def test_windows_equal_torchvisions(min_scale: float) -> None:
     rng = np.random.default_rng(0)
     heights, widths = rng.integers(1, 60, 500), rng.integers(1, 60, 500)
     heights[:50], widths[50:100] = 3, 2  # panoramas, for which all attempts fail
+    heights[100:150], widths[100:150] = 1, 1  # attempts without a row or column
     rows = np.arange(500)
     windows, flips = crops.draw(rows, heights, widths, min_scale=min_scale, seed=1, epoch=2, view=0)
     u = draws.uniforms("crop", 1, 2, 0, indices=rows, columns=23)
     expected = [loop_window(u[row], int(heights[row]), int(widths[row]), min_scale) for row in range(500)]
     assert windows.tolist() == [list(window) for window in expected]
-    assert 0.4 < flips.mean() < 0.6
+    assert np.array_equal(flips, u[:, 22] < 0.5)
     assert (windows[:, 0] + windows[:, 2] <= heights).all()
     assert (windows[:, 1] + windows[:, 3] <= widths).all()
     assert windows[:, 2:].min() >= 1
@@ -124,14 +125,27 @@ def test_centre_crops_equal_torchvision(
 
 
 @pytest.mark.parametrize("tall", [False, True])
-def test_only_the_centre_of_a_strip_is_resized(tall: bool, picture: Callable[..., Image.Image]) -> None:
+def test_only_the_centre_of_a_strip_is_resized(
+    tall: bool, picture: Callable[..., Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of 3 x 12,000 pixels would become 32 x 128,000, of which 24 columns are used."""
+    resize, resized = crops._resize, []
+    monkeypatch.setattr(crops, "_resize", lambda *of: resized.append(of[0].shape) or resize(*of))
     strip = torch.from_numpy(np.array(picture(0, 3, 12_000))).permute(2, 0, 1)
     middle = strip[:, :, 5976:6024]
     if tall:
         strip, middle = strip.mT, middle.mT
     view = crops.centre_image(strip, 32, 24)
     assert torch.equal(view, v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(24)])(middle))
+    assert resized == [middle.shape]
+
+
+def test_a_large_image_is_a_chunk_of_its_own() -> None:
+    few = list(crops.chunks(5, 100_000, torch.device("cpu")))
+    assert few == [slice(0, 3), slice(3, 5)]
+    large = list(crops.chunks(2, 1_000_000, torch.device("cpu")))
+    assert large == [slice(0, 1), slice(1, 2)]
+    assert list(crops.chunks(5, 100_000, torch.device("meta"))) == [slice(0, 5)]
 
 
 def test_resampling_rows_sum_to_one_and_stay_in_the_window() -> None:

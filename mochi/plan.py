@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mochi import layout
 from mochi.config import (
+    AnalysisRun,
     Contrastive,
     DetectionRun,
     Encoder,
@@ -21,6 +24,7 @@ from mochi.config import (
     ProbeRun,
     Training,
     all_runs,
+    analysis_run,
     detection_run,
     detection_runs,
     first_runs,
@@ -35,6 +39,7 @@ from mochi.encoders import build_untrained
 from mochi.encoders.files import save_encoder
 from mochi.errors import DataError, UserError
 from mochi.evaluation.features import encode
+from mochi.extras import not_installed
 from mochi.layout import Paths
 from mochi.pretraining.loop import TrainState, train
 from mochi.pretraining.objectives import make_objective
@@ -43,6 +48,7 @@ from mochi.provenance.wanted import prepared
 from mochi.runtime import gpus
 from mochi.runtime.cpu_memory import keep_freed_memory
 from mochi.runtime.distributed import pick_device
+from mochi.runtime.precision import make_deterministic
 from mochi.runtime.shares import runs_at_once, threads_per_run, workers_of
 from mochi.storage.atomic import disk_space, readable_size
 
@@ -115,6 +121,27 @@ class _Budget:
 
 _START = Seconds(2.0, 8.0)
 """Time that a job needs to start: imports and reading earlier results."""
+_DRAWING = Seconds(1.0, 4.0)
+"""Time of an analysis after its images are encoded: the map and the pictures, of a fixed size."""
+
+
+class _Encoding:
+    """Time to load and encode an image, measured once for each data set and size."""
+
+    def __init__(self, machine: Machine, budget: _Budget) -> None:
+        self._machine, self._budget = machine, budget
+        self._known = dict[tuple[str, int, int], Seconds]()
+
+    def seconds(self, run: ProbeRun | AnalysisRun, images: StoredDataset) -> Seconds:
+        """Of one image."""
+        key = _encoded_as(run)
+        if key not in self._known:
+            self._known[key] = _seconds_per_image(run, images, self._machine, self._budget.share())
+        return self._known[key]
+
+
+def _encoded_as(run: ProbeRun | AnalysisRun) -> tuple[str, int, int]:
+    return run.dataset.name, run.resize, run.image_size
 
 
 def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SECONDS) -> Iterator[str]:
@@ -143,14 +170,20 @@ def plan(experiment: Experiment, *, measure: bool, seconds: float = MEASURING_SE
     num_trained = sum(isinstance(run.recipe, Training) for run in first_runs(experiment))
     sets = list(experiment.evaluation.detection)
     first = all_runs(experiment)[0]
-    encodings = {probe_run(experiment, *first, task).feature_key for task in probes(experiment)}
+    encoding_runs: list[ProbeRun | AnalysisRun] = [
+        analysis_run(experiment, *first),
+        *(probe_run(experiment, *first, task) for task in probes(experiment)),
+    ]
+    encodings = {_encoded_as(run) for run in encoding_runs}
     budget = _Budget(seconds, num_trained + len(encodings) + len(sets))
+    encoding = _Encoding(machine, budget)
     if measure:
         yield f"measured on {machine}"
     jobs: list[Seconds] = []
     yield from _training(experiment, dataset, machine, budget, jobs, measure=measure)
     if probes(experiment):
-        yield from _probes(experiment, dataset, machine, budget, jobs, measure=measure)
+        yield from _probes(experiment, dataset, encoding, jobs, measure=measure)
+    yield _analyses(experiment, dataset, encoding, jobs, measure=measure)
     for name in sets:
         yield from _detection(experiment, name, machine, budget, jobs, measure=measure)
     yield from _totals(experiment, machine, jobs, measure=measure)
@@ -185,15 +218,13 @@ def _training(
 def _probes(
     experiment: Experiment,
     dataset: StoredDataset,
-    machine: Machine,
-    budget: _Budget,
+    encoding: _Encoding,
     jobs: list[Seconds],
     *,
     measure: bool,
 ) -> Iterator[str]:
     """One line for each evaluation on frozen features."""
     runs = all_runs(experiment)
-    images_of = dict[tuple[str, int, int], Seconds]()  # seconds of an image of a data set and size
     shared = set[tuple[str, int, int]]()
     for task in probes(experiment):
         run = probe_run(experiment, *runs[0], task)
@@ -215,9 +246,7 @@ def _probes(
         )
         text = f"{task}: {_count(len(runs), 'evaluation')} {does}"
         if measure:
-            if run.feature_key not in images_of:
-                images_of[run.feature_key] = _seconds_per_image(run, images, machine, budget.share())
-            each = images_of[run.feature_key].times(encoded)
+            each = encoding.seconds(run, images).times(encoded)
             jobs += [each.plus(_START)] * len(runs)
             text += f", {each} each"
         yield text
@@ -236,6 +265,34 @@ def _encoded_images(run: ProbeRun, dataset: StoredDataset) -> int:
     splits = dataset.manifest["splits"]
     labelled = {name: int(entry["count"] - entry["unlabelled"]) for name, entry in splits.items()}
     return run.protocol.encodings_of_train * labelled.get("train", 0) + labelled.get("val", 0)
+
+
+def _analyses(
+    experiment: Experiment,
+    dataset: StoredDataset,
+    encoding: _Encoding,
+    jobs: list[Seconds],
+    *,
+    measure: bool,
+) -> str:
+    """The line for the analyses, one of each encoder."""
+    runs = all_runs(experiment)
+    if find_spec("sklearn") is None:
+        return (
+            f"analysis: {_count(len(runs), 'encoder')}; their hours are not included: "
+            f"{not_installed('sklearn')}"
+        )
+    from mochi.analysis.stage import MAX_IMAGES  # noqa: PLC0415 (an extra)
+
+    splits = dataset.manifest["splits"]
+    analysed = min(MAX_IMAGES, splits.get("val", {"count": 0})["count"] or splits["train"]["count"])
+    text = f"analysis: {_count(len(runs), 'encoder')}, {analysed} encoded images each"
+    if measure:
+        run = analysis_run(experiment, *runs[0])
+        each = encoding.seconds(run, dataset).times(analysed).plus(_DRAWING)
+        jobs += [each.plus(_START)] * len(runs)
+        text += f", {each} each"
+    return text
 
 
 def _detection(
@@ -341,29 +398,37 @@ class _EnoughError(Exception):
 
 
 class _Timer:
-    """An observer that times the steps of a training run and ends it."""
+    """Times the steps of a training run and ends it. As an observer, it times those of pretraining."""
 
     def __init__(self, seconds: float) -> None:
         self.times: list[float] = []
         self._last = time.monotonic()
         self._end = self._last + seconds
 
-    def step_done(self, state: TrainState) -> None:
-        """Record the time; stop after enough steps or seconds, but not before the second step."""
-        del state
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    def lap(self) -> None:
+        """Record the time of a step; stop after enough steps or seconds, but not before the second step."""
+        _wait_for_gpu()
         now = time.monotonic()
         self.times.append(now - self._last)
         self._last = now
         if len(self.times) > _STEPS or (len(self.times) > 1 and now > self._end):
             raise _EnoughError
 
+    def step_done(self, state: TrainState) -> None:
+        """Record its time."""
+        del state
+        self.lap()
+
     def check(self, state: TrainState, step: int, lr: float) -> None:
         """Do nothing: no check is needed for a few steps."""
 
     def epoch_done(self, state: TrainState) -> None:
         """Nothing."""
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def seconds_per_step(run: PretrainRun, dataset: StoredDataset, threads: int, seconds: float) -> Seconds:
@@ -378,6 +443,7 @@ def seconds_per_step(run: PretrainRun, dataset: StoredDataset, threads: int, sec
     recipe = run.recipe
     assert isinstance(recipe, Training)
     device = pick_device()
+    make_deterministic(recipe.deterministic)
     objective = make_objective(run, dataset)
     objective.module.to(device).to(memory_format=torch.channels_last)
     steps = steps_per_epoch(objective.num_images, recipe.batch_size)
@@ -397,19 +463,22 @@ def _range(times: Sequence[float]) -> Seconds:
     return Seconds(rest[0], max(rest[-1] if len(rest) < 4 else rest[-2], 1.1 * middle))
 
 
-def _seconds_per_image(run: ProbeRun, dataset: StoredDataset, machine: Machine, seconds: float) -> Seconds:
+def _seconds_per_image(
+    run: ProbeRun | AnalysisRun, dataset: StoredDataset, machine: Machine, seconds: float
+) -> Seconds:
     """Time to load and encode an image."""
+    make_deterministic()
     encoder = (
         build_untrained(run.encoder, 0).to(machine.device).to(memory_format=torch.channels_last).eval()
     )
     split = dataset.split("train")
     loading = Loading(run.batch_size, machine.device, workers_of(machine.threads))
-    batches = centre_crops(split, loading, resize=run.resize, image_size=run.image_size)
+    rows = np.arange(len(split))  # an analysis needs no labels
+    batches = centre_crops(split, loading, resize=run.resize, image_size=run.image_size, rows=rows)
     times, start, end = [], time.monotonic(), time.monotonic() + seconds
     for batch in batches:
         encode(encoder, batch.images)
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize()
+        _wait_for_gpu()
         now = time.monotonic()
         times.append((now - start) / len(batch.images))
         start = now
@@ -429,37 +498,36 @@ def seconds_per_iteration(run: DetectionRun, machine: Machine, seconds: float) -
     from mochi.detection.sets import read_splits  # noqa: PLC0415
     from mochi.detection.training import FineTuning, FrozenBackbone, Recipe  # noqa: PLC0415
 
+    class Timed(FineTuning):
+        """Times every step: its own log has a row for every 20th on a GPU."""
+
+        def _advance(self, batches: Any) -> dict[str, Any]:
+            losses = super()._advance(batches)
+            timer.lap()
+            return losses
+
+    # Detection does not choose deterministic kernels; an earlier measurement may have.
+    torch.use_deterministic_algorithms(mode=False)
     chosen = run.detection
     train_part, test = read_splits(chosen.data, masks=chosen.model.masks)
     images = Images(for_training(train_part, chosen.data.empty_images))
     # Statistics are computed once per fine-tuning: not part of an iteration.
     few = {"precise_bn_batches": min(chosen.training.precise_bn_batches, 1)}
     settings = chosen.model_copy(update={"training": chosen.training.model_copy(update=few)})
-    times: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "encoder.safetensors")
         save_encoder(weights, build_untrained(run.encoder, 0))
-        recipe = Recipe(settings, run.encoder, weights, len(train_part.classes), machine.device)
+        workers = workers_of(machine.threads)
+        recipe = Recipe(settings, run.encoder, weights, len(train_part.classes), machine.device, workers)
         frozen = FrozenBackbone(recipe, images) if settings.training.mode == "frozen" else None
-        tuning = FineTuning(
+        tuning = Timed(
             recipe, images, settings.training.lr[0], settings.training.iterations, 0,
             Path(folder, "checkpoint"), {}, frozen,
         )  # fmt: skip
-        last = time.monotonic()
-        end = last + seconds
-
-        def step_done(row: dict[str, Any]) -> None:
-            nonlocal last
-            del row
-            now = time.monotonic()
-            times.append(now - last)
-            last = now
-            if len(times) > _STEPS or (len(times) > 1 and now > end):
-                raise _EnoughError
-
+        timer = _Timer(seconds)
         with suppress(_EnoughError):
-            tuning.train("plan", step_done)
-    return _range(times), len(test.images)
+            tuning.train("plan")
+    return _range(timer.times), len(test.images)
 
 
 def encoder_bytes(encoder: Encoder) -> int:

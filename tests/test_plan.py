@@ -1,15 +1,24 @@
 """The arithmetic of a plan compared with cases worked out by hand."""
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from mochi import plan as planning
+from mochi.analysis import stage as analysis
 from mochi.config import Experiment, ProbeRun, parse_experiment
+from mochi.detection.training import FineTuning
 from mochi.plan import Seconds, disk_needed, encoder_bytes, makespan
+from mochi.runtime.precision import make_deterministic
+from tests.detection.conftest import voc_image, voc_set  # noqa: F401 - fixtures
+from tests.detection.sets import detection, small_set
+from tests.simulated_gpu import simulated_gpu
 from tests.tiny import TINY, changed
 
 
@@ -72,6 +81,67 @@ def test_each_data_set_and_image_size_is_measured(
     assert lines["missing"].startswith(
         "3 evaluations; their hours are not included: data set missing is not"
     )
+
+
+def test_analyses_are_counted(
+    tiny: Experiment, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 encoders: 64 validation images are encoded and drawn, or those of train if there is no val."""
+    shutil.copytree(tiny_data, tmp_path / "data" / tiny_data.name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "_seconds_per_image", lambda *_: Seconds(1000, 2000))
+    monkeypatch.setattr(planning, "prepared", lambda *_: SimpleNamespace(why_stale=lambda: None))
+    monkeypatch.setattr(planning, "seconds_per_step", lambda *_: Seconds(0, 0))
+    without = parse_experiment(changed("evaluation", {"image_size": 16, "resize": 16}), "tiny")
+    lines = list(planning.plan(without, measure=True))
+    one = Seconds(64 * 1000 + 1, 64 * 2000 + 4)
+    assert f"analysis: 3 encoders, 64 encoded images each, {one} each" in lines
+    # Three analyses and two trainings.
+    assert f"total, one job at a time: {one.times(3).plus(planning._START.times(5))}" in lines
+    assert "analysis: 3 encoders, 64 encoded images each" in list(planning.plan(tiny, measure=False))
+    monkeypatch.setattr(analysis, "MAX_IMAGES", 50)
+    assert "analysis: 3 encoders, 50 encoded images each" in list(planning.plan(tiny, measure=False))
+    manifest = tmp_path / "data" / tiny_data.name / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["splits"]["val"]["count"] = 0
+    manifest.write_text(json.dumps(content))
+    monkeypatch.setattr(analysis, "MAX_IMAGES", 10_000)
+    assert "analysis: 3 encoders, 160 encoded images each" in list(planning.plan(tiny, measure=False))
+
+
+def test_a_detection_iteration_is_one_step_on_a_gpu(
+    voc_set: Path,  # noqa: F811
+    tiny: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The log of a fine-tuning has a row for every 20th step on a GPU, because reading a loss waits."""
+    chosen = small_set(voc_set, training={"iterations": 100, "lr_drops": []})
+    run, _ = detection(tiny, chosen, tmp_path / "unused", tmp_path / "out")
+    looks, kinds = itertools.count(), set()
+    monkeypatch.setattr(planning, "time", SimpleNamespace(monotonic=lambda: float(next(looks))))
+    losses = FineTuning._losses
+
+    def watched(*arguments: Any) -> Any:
+        kinds.add(torch.are_deterministic_algorithms_enabled())
+        return losses(*arguments)
+
+    monkeypatch.setattr(FineTuning, "_losses", watched)
+    threads: list[int] = []
+
+    def no_workers(number: int) -> int:
+        threads.append(number)
+        return 0
+
+    monkeypatch.setattr(planning, "workers_of", no_workers)
+    with simulated_gpu():
+        make_deterministic()
+        machine = planning.Machine(torch.device("cuda", 0), threads=5, at_once=1)
+        measured, num_test = planning.seconds_per_iteration(run, machine, 3.0)
+    assert measured.low == 1
+    assert num_test == 5
+    assert threads == [5]
+    assert kinds == {False}  # a deterministic RoIAlign needs too much memory
 
 
 def test_disk_is_for_encoders_that_are_missing_and_checkpoints_of_runs_at_once(

@@ -110,13 +110,15 @@ def _gpus() -> Iterator[Finding]:
     """Whether torch can use every visible GPU, and whether its kernels run on each card."""
     if not (names := visible()):
         return
+    # CUDA shows a process a single MIG instance; a run takes one.
+    usable = 1 if any(name.startswith("MIG-") for name in names) else len(names)
     try:
-        check_gpus(len(names))
+        check_gpus(usable)
     except UserError as error:
         yield Finding("error", str(error))
         return
     compiled = [int(name.removeprefix("sm_")) for name in torch.cuda.get_arch_list() if name[3:].isdigit()]
-    for number in range(len(names)):
+    for number in range(usable):
         card, (major, minor) = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
         yield Finding(
             "note", f"GPU {number}: {card}, driver {driver()}, torch for CUDA {torch.version.cuda}"

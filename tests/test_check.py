@@ -311,9 +311,11 @@ def test_all_mistakes_are_reported_at_once(
         assert part in output
 
 
-def gpu_findings(monkeypatch: pytest.MonkeyPatch, usable: int, capability: tuple[int, int]) -> list[str]:
+def gpu_findings(
+    monkeypatch: pytest.MonkeyPatch, usable: int, capability: tuple[int, int], kind: str = "GPU"
+) -> list[str]:
     """Findings for two visible GPUs, of which torch can use some."""
-    monkeypatch.setattr("mochi.preflight.visible", lambda: ["GPU-a", "GPU-b"])
+    monkeypatch.setattr("mochi.preflight.visible", lambda: [f"{kind}-a", f"{kind}-b"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(usable))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: usable)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
@@ -326,6 +328,12 @@ def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch: pytest.MonkeyPatch
     (text,) = gpu_findings(monkeypatch, 1, (8, 0))
     assert "2 were requested" in text
     assert "driver" in text
+
+
+def test_a_process_sees_one_of_several_mig_instances(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_findings(monkeypatch, 1, (8, 0), "MIG") == []
+    (text,) = gpu_findings(monkeypatch, 0, (8, 0), "MIG")
+    assert "1 were requested" in text
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
 _NOTICE_SECONDS = 5.0
 _ANSWER_SECONDS = 30  # without persistence mode the driver must be loaded first
+_IN_USE = 0.1  # of the memory; less is a display, or what the driver reserves
 _DEVICES = Path("/dev")
 
 
@@ -50,7 +51,7 @@ def _listed() -> list[list[str]]:
 
     If nvidia-smi does not respond, the numbers of the GPUs' device files.
     """
-    output, trouble = _ask_nvidia_smi()
+    output, trouble = _ask_nvidia_smi("-L")
     if trouble:
         count = len(list(_DEVICES.glob("nvidia[0-9]*")))
         _warn_once(f"{trouble}; assuming {count} GPUs, as in /dev")
@@ -66,11 +67,11 @@ def _listed() -> list[list[str]]:
     return gpus
 
 
-def _ask_nvidia_smi() -> tuple[str, str]:
+def _ask_nvidia_smi(*options: str) -> tuple[str, str]:
     """The output of nvidia-smi, and its error; neither if there are no GPUs."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "-L"],  # noqa: S607
+        done = subprocess.run(  # noqa: S603
+            ["nvidia-smi", *options],  # noqa: S607
             capture_output=True,
             text=True,
             errors="replace",
@@ -86,6 +87,21 @@ def _ask_nvidia_smi() -> tuple[str, str]:
         lines = (done.stdout.strip() or done.stderr.strip()).splitlines() or ["no message"]
         return "", f"nvidia-smi failed: {lines[0]}"
     return done.stdout, ""
+
+
+def _memory_in_use() -> dict[str, str]:
+    """UUID -> used and total memory, of the GPUs that some process uses. MIG instances are unknown."""
+    output, _ = _ask_nvidia_smi(
+        "--query-gpu=uuid,memory.used,memory.total", "--format=csv,noheader,nounits"
+    )
+    found = {}
+    for line in output.splitlines():
+        # A number is missing if the user may not know it.
+        if matched := re.fullmatch(r"\s*(\S+), *(\d+), *(\d+)\s*", line):
+            uuid, used, total = matched.groups()
+            if int(used) > _IN_USE * int(total):
+                found[uuid] = f"{used} of {total} MiB"
+    return found
 
 
 @cache
@@ -111,7 +127,8 @@ def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[
     """Wait for `count` free GPUs of `names` and lock them for this process, also after exec.
 
     Claims are served in order of waiting time, including those for several GPUs. The locks end with the
-    process. A waiting claim is logged.
+    process. A waiting claim is logged. GPUs that processes without a lock use, of other users or programs,
+    are taken last, with a warning.
 
     Args:
         count: number of GPUs.
@@ -135,6 +152,8 @@ def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[
         # Only the holder of the gate takes GPUs, so it may keep those it has while it waits for more.
         gate = _open(folder / "gate.lock")
         fcntl.flock(gate, fcntl.LOCK_EX)
+        in_use = _memory_in_use() if any(name.startswith("GPU-") for name in names) else {}
+        names = sorted(names, key=lambda name: name in in_use)
         files = {name: _open(folder / f"{name.replace('/', '_')}.lock") for name in names}
         taken: list[str] = []
         while True:
@@ -142,7 +161,15 @@ def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[
             taken += free[: count - len(taken)]
             if len(taken) == count:
                 break
+            in_use = {}  # by runs that held the locks until now
             time.sleep(_POLL_SECONDS)
+    for name in taken:
+        if name in in_use:
+            logger.warning(
+                "GPU %s: other processes use %s of its memory; this run may be slow or find too little; to "
+                "avoid it, list other GPUs in CUDA_VISIBLE_DEVICES",
+                name, in_use[name],
+            )  # fmt: skip
     for name, file in files.items():
         if name in taken:
             os.set_inheritable(file, True)

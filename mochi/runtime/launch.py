@@ -25,7 +25,7 @@ def on_gpus(count: int, nodes: int = 1) -> None:
         nodes: hosts to spread them over, evenly; more than one needs Slurm.
 
     Raises:
-        UserError: the host has fewer GPUs, or they cannot be divided over the nodes.
+        UserError: the host has fewer GPUs, or they cannot be divided over the nodes, or are MIG instances.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return
@@ -34,10 +34,29 @@ def on_gpus(count: int, nodes: int = 1) -> None:
     os.environ[REQUESTED_GPUS] = str(local)
     if count == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif "SLURM_JOB_ID" not in os.environ or len(gpus.visible()) > local:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.claim(local, gpus.visible()))
+    else:
+        names = gpus.visible()
+        if local > 1:
+            names = _whole(names)
+        if "SLURM_JOB_ID" not in os.environ or len(names) > local:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.claim(local, names))
     if command:
         os.execvp(command[0], command)  # noqa: S606
+
+
+def _whole(names: Sequence[str]) -> list[str]:
+    """GPUs that the ranks of a run can use together: CUDA shows a process a single MIG instance.
+
+    Raises:
+        UserError: all are MIG instances.
+    """
+    whole = [name for name in names if not name.startswith("MIG-")]
+    if names and not whole:
+        raise UserError(
+            f"--gpus: found {len(names)} MIG instances; expected whole GPUs, because CUDA shows a process "
+            "a single instance; use --gpus 1, or switch MIG off"
+        )
+    return whole
 
 
 def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:

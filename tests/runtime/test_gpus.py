@@ -110,6 +110,26 @@ def test_waiting_for_a_gpu_is_logged_once(
     assert caplog.text.count("waiting for 1 of the GPUs 0: other runs use them") == 1
 
 
+def test_gpus_that_others_use_are_taken_last_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """nvidia-smi's numbers; `[N/A]` and less than a tenth of the memory are no use by others."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(
+        '#!/bin/sh\n[ "$1" = --query-gpu=uuid,memory.used,memory.total ] || exit 1\n'
+        "echo 'GPU-a, 70000, 81559'\necho 'GPU-b, 600, 81559'\necho 'GPU-c, [N/A], [N/A]'\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    locks = tmp_path / "locks"
+    assert gpus.claim(2, ["GPU-a", "GPU-b", "GPU-c"], locks) == ["GPU-b", "GPU-c"]
+    assert caplog.text == ""
+    assert gpus.claim(1, ["GPU-a"], locks) == ["GPU-a"]
+    assert "GPU GPU-a: other processes use 70000 of 81559 MiB of its memory" in caplog.text
+    fake.write_text("#!/bin/sh\necho broken; exit 9\n")
+    assert gpus.claim(1, ["GPU-d"], locks) == ["GPU-d"]
+
+
 LISTED = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa-1)
 GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-aaab-2)

@@ -1,6 +1,7 @@
 """The command for a request of GPUs, compared with the documentation of torchrun and srun."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,33 @@ def test_impossible_requests_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         launch.torchrun(count, nodes, ARGUMENTS, environment)
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "expected"),
+    [
+        (["MIG-a", "MIG-b"], 1, "MIG-a"),
+        (["MIG-a", "GPU-b", "GPU-c"], 2, "GPU-b,GPU-c"),
+        (["MIG-a", "MIG-b"], 2, "--gpus: found 2 MIG instances; expected whole GPUs"),
+        (["MIG-a", "GPU-b"], 2, "GPUs: found 1 on this host (GPU-b); 2 are requested"),
+    ],
+)
+def test_a_run_on_several_gpus_takes_no_mig_instances(
+    names: list[str], count: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "unchanged")
+    monkeypatch.setenv(launch.REQUESTED_GPUS, "0")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(launch.gpus, "visible", lambda: names)
+    monkeypatch.setattr(launch.os, "execvp", lambda *_: None)
+    if ":" in expected:
+        with pytest.raises(UserError, match=re.escape(expected)):
+            launch.on_gpus(count)
+    else:
+        launch.on_gpus(count)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
 SHOW = """

@@ -739,11 +739,11 @@ def main() -> NoReturn:
             typer.echo(f"error: {line}", err=True)
         sys.exit(1)
     except RuntimeError as error:
-        from mochi.runtime.watchdog import reason
+        from mochi.runtime import gpus, watchdog
 
-        if (watched := reason(error)) is None:
+        if (reason := watchdog.reason(error) or gpus.reason(error)) is None:
             raise
-        typer.echo(f"error: {watched}", err=True)
+        typer.echo(f"error: {reason}", err=True)
         sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:

@@ -123,6 +123,25 @@ def _name(spelled: str, listed: Sequence[Sequence[str]]) -> str | None:
     return matches[0] if len(matches) == 1 else None
 
 
+def reason(error: RuntimeError) -> str | None:
+    """Explain an error of torch about memory or an unusable GPU; None for any other error."""
+    text = str(error).partition(" Of the allocated memory")[0].strip()
+    text = text.splitlines()[0] if text else ""
+    if re.search(r"CUDA out of memory|CUDA error: out of memory|ALLOC_FAILED|can't allocate memory", text):
+        return (
+            f"{text.rstrip('.')}; expected room for the weights and one batch: end other programs that use "
+            "this memory (`nvidia-smi`), use a GPU with more, divide the batch over several (--gpus), or "
+            "lower the batch size in the experiment file; the same command continues"
+        )
+    if "no kernel image is available" in text:
+        return f"{text}: this torch has no kernels for this card; `mochi check` names the cards it supports"
+    if "busy or unavailable" in text:
+        return (
+            f"{text}: another process has this GPU for itself (`nvidia-smi`); wait for it, or use another"
+        )
+    return None
+
+
 def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[str]:
     """Wait for `count` free GPUs of `names` and lock them for this process, also after exec.
 

@@ -10,12 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from mochi.errors import UserError
 from mochi.runtime import gpus
+from tests.commands import refused
+from tests.tiny import FILE
 
 # Claims GPUs, records (names, start, end), and keeps the claim across an exec, as `on_gpus` does.
 JOB = """
@@ -128,6 +132,49 @@ def test_gpus_that_others_use_are_taken_last_with_a_warning(
     assert "GPU GPU-a: other processes use 70000 of 81559 MiB of its memory" in caplog.text
     fake.write_text("#!/bin/sh\necho broken; exit 9\n")
     assert gpus.claim(1, ["GPU-d"], locks) == ["GPU-d"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23 GiB of "
+                "which 1.10 GiB is free. Of the allocated memory 21 GiB is allocated by PyTorch."
+            ),
+            "of which 1.10 GiB is free; expected room",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            "lower the batch",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: can't allocate memory"),
+            "batch",
+        ),
+        (
+            RuntimeError(
+                "CUDA error: no kernel image is available for execution on the device\nSearch for"
+            ),
+            "on the device: this torch has no kernels for this card; `mochi check`",
+        ),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "another process"),
+    ],
+)
+def test_errors_of_a_gpu_are_explained_without_a_traceback(
+    error: RuntimeError, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mochi.pretraining.stage.run", fails)
+    monkeypatch.setattr("mochi.cli._work", lambda *_: nullcontext((Path("work"), Path("logs"))))
+    monkeypatch.setattr("mochi.cli._is_done", lambda *_: False)
+    text = refused("pretrain", "--config", str(FILE), "--method", "random-init", "--seed", "0")
+    assert message in text
+    assert "Of the allocated" not in text
+    assert gpus.reason(RuntimeError("CUDA error: device-side assert triggered")) is None
+    assert gpus.reason(RuntimeError()) is None
 
 
 LISTED = """\

@@ -34,10 +34,12 @@ def gradients(module: nn.Module, step: int) -> None:
             parameter.grad.zero_()
 
 
-def lars_reference(weight: Tensor, gradient: Tensor, velocity: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-    """One step with momentum 0.9 and weight decay 0.1, in plain numbers."""
+def lars_reference(
+    weight: Tensor, gradient: Tensor, velocity: Tensor, lr: float, decay: float
+) -> tuple[Tensor, Tensor]:
+    """One step with momentum 0.9, in plain numbers."""
     if weight.ndim > 1:
-        gradient = gradient + 0.1 * weight
+        gradient = gradient + decay * weight
         size = math.sqrt(sum(float(value) ** 2 for value in weight.flatten()))
         pull = math.sqrt(sum(float(value) ** 2 for value in gradient.flatten()))
         gradient = gradient * (0.001 * size / pull if size and pull else 1)
@@ -45,11 +47,14 @@ def lars_reference(weight: Tensor, gradient: Tensor, velocity: Tensor, lr: float
     return weight - lr * velocity, velocity
 
 
-def test_lars_equals_the_papers_update() -> None:
+@pytest.mark.parametrize("decay", [0.1, 0.0])
+def test_lars_equals_the_papers_update(decay: float) -> None:
+    """Without decay the norm of one gradient is 0 in one step."""
     module = network()
     with torch.no_grad():
+        module[0].weight.mul_(0.1)  # of a norm below 1
         module[3].weight.zero_()  # a weight of norm 0 uses the gradient unchanged
-    recipe = recipe_of(with_recipe(optimizer="lars", lr=0.5, momentum=0.9, weight_decay=0.1))
+    recipe = recipe_of(with_recipe(optimizer="lars", lr=0.5, momentum=0.9, weight_decay=decay))
     optimizer = make_optimizer(module, recipe)
     assert isinstance(optimizer, LARS)
     expected = [
@@ -59,7 +64,7 @@ def test_lars_equals_the_papers_update() -> None:
         optimizer.param_groups[0]["lr"] = lr
         gradients(module, step)
         expected = [
-            lars_reference(weight, parameter.grad, velocity, lr)  # type: ignore[arg-type]
+            lars_reference(weight, parameter.grad, velocity, lr, decay)  # type: ignore[arg-type]
             for (weight, velocity), parameter in zip(expected, module.parameters(), strict=True)
         ]
         optimizer.step()
@@ -96,9 +101,20 @@ def test_adamw_decouples_weight_decay_from_the_gradient() -> None:
 
 
 def test_sgd_is_the_default() -> None:
-    optimizer = make_optimizer(network(), recipe_of(with_recipe()))
+    """Weight decay is part of the gradient: v <- mu v + g + decay w, w <- w - lr v."""
+    module = nn.Linear(3, 2).double()
+    optimizer = make_optimizer(module, recipe_of(with_recipe(lr=0.5, momentum=0.8, weight_decay=0.1)))
     assert isinstance(optimizer, torch.optim.SGD)
-    assert optimizer.defaults["momentum"] == 0.9
+    weight = module.weight.detach().clone()
+    velocity = torch.zeros_like(weight)
+    for step in range(3):
+        gradients(module, step)
+        gradient = module.weight.grad
+        assert gradient is not None
+        velocity = 0.8 * velocity + gradient + 0.1 * weight
+        weight = weight - 0.5 * velocity
+        optimizer.step()
+    torch.testing.assert_close(module.weight.detach(), weight, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(

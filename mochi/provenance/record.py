@@ -101,7 +101,9 @@ def hardware() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is None:  # a stage that does not use torch
         return about
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    # Of this host's ranks, each of which uses one; others may be visible.
+    ranks = 0 if os.environ.get("MOCHI_DEVICE") == "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = [torch.cuda.get_device_name(i) for i in range(min(ranks, torch.cuda.device_count()))]
     return about | {
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -75,8 +75,8 @@ def check_gpus(requested: int) -> None:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise UserError(
             f"GPUs: {requested} were requested, and torch {torch.__version__} can use {usable}; its wheel "
-            f"is {wheel}, the driver is {driver()}, CUDA_VISIBLE_DEVICES is {shown}; check `nvidia-smi`, "
-            "update the driver, or pass --gpus 0 to compute on the CPU"
+            f"is {wheel}, the driver is {driver()}, CUDA_VISIBLE_DEVICES is {shown or 'empty'}; check "
+            "`nvidia-smi` and that variable, update the driver, or pass --gpus 0 to compute on the CPU"
         )
 
 

@@ -36,9 +36,13 @@ def on_gpus(count: int, nodes: int = 1) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:
         names = gpus.visible()
-        if local > 1:
+        if not names:
+            from mochi.runtime.distributed import check_gpus  # noqa: PLC0415 (torch, which takes seconds)
+
+            check_gpus(local)
+        elif local > 1:
             names = _whole(names)
-        if "SLURM_JOB_ID" not in os.environ or len(names) > local:
+        if names and ("SLURM_JOB_ID" not in os.environ or len(names) > local):
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.claim(local, names))
     if command:
         os.execvp(command[0], command)  # noqa: S606
@@ -51,7 +55,7 @@ def _whole(names: Sequence[str]) -> list[str]:
         UserError: all are MIG instances.
     """
     whole = [name for name in names if not name.startswith("MIG-")]
-    if names and not whole:
+    if not whole:
         raise UserError(
             f"--gpus: found {len(names)} MIG instances; expected whole GPUs, because CUDA shows a process "
             "a single instance; use --gpus 1, or switch MIG off"

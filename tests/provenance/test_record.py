@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import mochi
 from mochi.config import Experiment
 from mochi.provenance import wanted
 from mochi.provenance.fingerprint import file_digest
-from mochi.provenance.record import Stopwatch, write_record
+from mochi.provenance.record import Stopwatch, hardware, write_record
 from mochi.provenance.wanted import Result
 from tests.tiny import MOCHI
 
@@ -102,3 +103,19 @@ def test_the_commit_and_whether_the_sources_differ_from_it(tmp_path: Path) -> No
     with (clone / "mochi/stages.py").open("a") as file:
         file.write("\n# edited\n")
     assert recorded_git(clone) == {**clean, "dirty": True}
+
+
+@pytest.mark.parametrize(
+    ("environment", "used"),
+    [({}, ["card 0"]), ({"LOCAL_WORLD_SIZE": "2"}, ["card 0", "card 1"]), ({"MOCHI_DEVICE": "cpu"}, [])],
+)
+def test_only_gpus_that_were_used_are_recorded(
+    environment: dict[str, str], used: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "MOCHI_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
+    assert hardware()["gpus"] == used

@@ -29,6 +29,24 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 
 @NO_GPU
+@pytest.mark.parametrize("visible", [None, "", "-1"])
+def test_a_gpu_on_a_host_without_any_is_an_error(
+    visible: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launch.REQUESTED_GPUS, "0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError) as error:
+        launch.on_gpus(1)
+    shown = {None: "not set", "": "empty"}.get(visible, visible)
+    for words in ("can use 0", "driver is", "check `nvidia-smi`", f"CUDA_VISIBLE_DEVICES is {shown};"):
+        assert words in str(error.value)
+
+
+@NO_GPU
 def test_the_cpu_is_used_when_it_or_no_gpu_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(launch.REQUESTED_GPUS, "0")
     assert pick_device().type == "cpu"

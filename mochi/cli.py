@@ -649,9 +649,11 @@ def _load_and_encode(
     from mochi.inference.folder import encode_folder
     from mochi.runtime.cpu_memory import keep_freed_memory
     from mochi.runtime.distributed import pick_device
+    from mochi.runtime.precision import make_deterministic
     from mochi.runtime.progress import counter
 
     keep_freed_memory()
+    make_deterministic()
     loaded = load(encoder, overrides, pick_device())
     threads = threads or os.cpu_count() or 1
     return loaded, encode_folder(

@@ -3,10 +3,10 @@
 The project's code runs unchanged, with real values and a real backward pass. Every call of torch passes
 through `SimulatedGpu`, which stores the reported device of each tensor, and
 
-- raises `DeviceError` where a GPU would: operands on two devices, a generator or an index on the   wrong
-device, `.numpy()` of GPU memory; - records each call that makes the host wait for the GPU, with the line of
-the project that made it:   reading a value back, and every copy that is not both from pinned memory and
-non-blocking.
+- raises `DeviceError` where a GPU would: operands on two devices, a generator or an index on the wrong
+  device, `.numpy()` of GPU memory;
+- records each call that makes the host wait for the GPU, with the line of the project that made it:
+  reading a value back, and every copy that is not both from pinned memory and non-blocking.
 
 Speed, memory, and the rounding of GPU kernels are not simulated.
 """
@@ -252,11 +252,15 @@ class _Autocast(_RealAutocast):
 class _Stream:
     """All queued work is already done."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any = None) -> None:
         pass
 
     def wait_stream(self, other: "_Stream") -> None:
         """There is nothing to wait for."""
+
+    def is_capturing(self) -> bool:
+        """No CUDA graph."""
+        return False
 
 
 def _replacements() -> list[tuple[Any, str, Any]]:
@@ -290,6 +294,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
         (torch.cuda, "current_stream", _Stream),
+        (torch.accelerator, "current_stream", _Stream),
         (Tensor, "record_stream", lambda tensor, stream: None),
         (DataLoader, "__init__", unpinned),
         (DataLoader, "__iter__", pinning),

@@ -19,21 +19,24 @@ import torch
 from PIL import Image
 
 from mochi import encoders
-from mochi.config import Experiment, parse_experiment, pretrain_run, probe_run
+from mochi.analysis import stage as analysis_stage
+from mochi.config import Experiment, analysis_run, parse_experiment, pretrain_run, probe_run
 from mochi.data.ingest.prepare import prepare
 from mochi.data.views import loading
 from mochi.detection import stage as detection_stage
 from mochi.detection.batches import Images
 from mochi.detection.sets import read_splits
 from mochi.detection.training import FineTuning, FrozenBackbone, Recipe
-from mochi.encoders.files import save_encoder
+from mochi.encoders.files import save_encoder, write_tensors
+from mochi.encoders.heads import projection_head
 from mochi.evaluation import stage as evaluation_stage
 from mochi.evaluation.features import Features, Frozen
 from mochi.pretraining import stage as pretraining_stage
 from mochi.pretraining.loop import TrainState
-from mochi.provenance.wanted import evaluated
+from mochi.provenance.wanted import analyzed, evaluated
 from mochi.runtime import monitoring
 from mochi.runtime.distributed import AveragedGradients
+from tests.commands import run
 from tests.detection.conftest import encoder_file, voc_image, voc_set  # noqa: F401 - fixtures
 from tests.detection.sets import ENCODER, detection, small_set, voc_object
 from tests.pretraining.runs import encoder_bytes, result_in, steps_done
@@ -120,6 +123,63 @@ def test_pretraining_never_mixes_devices(
     written = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert written["hardware"]["gpus"] == ["simulated"]
     assert written["precision"] == "bfloat16"
+
+
+_FEW = dict.fromkeys(
+    ("num_interpolated", "num_extrapolated", "num_mixed", "num_noisy", "num_perturbed", "num_adversarial"),
+    4,
+)
+
+
+@pytest.mark.parametrize(
+    ("negatives", "optimizer"),
+    [
+        ({"rule": "synco", "num_hardest": 16, "warmup_epochs": 1, **_FEW}, "adamw"),
+        ({"rule": "hard_weighting"}, "lars"),
+        ({"rule": "debiased"}, "sgd"),
+        ({"rule": "decoupled"}, "sgd"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["rule"],
+)
+def test_no_rule_or_optimizer_mixes_devices(
+    gpu: SimulatedGpu,
+    data: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    negatives: dict[str, Any],
+    optimizer: str,
+) -> None:
+    monkeypatch.setitem(ROWS, "rule", {"negatives": negatives})
+    pretrain(experiment("pixels", "rule", optimizer=optimizer), data["pixels"], tmp_path)
+    assert (tmp_path / "out" / "encoder.safetensors").exists()
+
+
+def test_an_analysis_never_mixes_devices(gpu: SimulatedGpu, data: dict[str, Path], tmp_path: Path) -> None:
+    chosen = experiment("pixels")
+    weights, head = tmp_path / "encoder.safetensors", tmp_path / "head.safetensors"
+    save_encoder(weights, encoders.build(chosen.encoder, seed=0))
+    write_tensors(head, projection_head(64, 16, "mlp").state_dict(), None)
+    inputs = {"encoder": weights, "head": head, "data": data["pixels"] / "manifest.json"}
+    result = replace(analyzed(chosen, METHOD, 0), folder=tmp_path / "out", inputs=inputs)
+    analysis_stage.run(analysis_run(chosen, METHOD, 0), result)
+    spaces = json.loads((tmp_path / "out" / "analysis.json").read_text())["spaces"]
+    assert set(spaces) == {"pooled", "embedded"}
+
+
+def test_a_folder_is_encoded_by_the_kernels_of_an_evaluation(
+    gpu: SimulatedGpu, tiny: Experiment, photos: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "encoder.safetensors"
+    save_encoder(weights, encoders.build(tiny.encoder, seed=0))
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    folder, out = str(photos / "val"), str(tmp_path / "features.npz")
+    sizes = ("--architecture", "resnet10", "--stem", "half", "--width", "8", "--image-size", "16")
+    done = run("features", "--encoder", str(weights), "--images", folder, "--out", out, *sizes)
+    assert done.returncode == 0, done.stderr
+    with np.load(out) as written:
+        assert any(written[name].shape == (8, 64) for name in written)
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
+    assert torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("storage", ["pixels", "jpegs"])

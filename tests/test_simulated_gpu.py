@@ -182,6 +182,22 @@ def test_a_folder_is_encoded_by_the_kernels_of_an_evaluation(
     assert torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize(
+    ("storage", "workers", "warned"), [("jpegs", 0, 1), ("jpegs", 1, 0), ("pixels", 0, 0)]
+)
+def test_a_gpu_that_will_wait_for_images_is_a_warning(
+    gpu: SimulatedGpu,
+    data: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    storage: str,
+    workers: int,
+    warned: int,
+) -> None:
+    pretrain(experiment(storage, "supervised", epochs=1), data[storage], tmp_path, workers)
+    assert caplog.text.count("the GPU waits for one core; pass --workers N") == warned
+
+
 @pytest.mark.parametrize("storage", ["pixels", "jpegs"])
 def test_a_resumed_training_ends_with_the_same_bytes(
     gpu: SimulatedGpu,

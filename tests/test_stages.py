@@ -60,6 +60,7 @@ NO_NUMBERS = {
     "mochi.runtime.monitoring": "stops, and tells",
     "mochi.runtime.progress": "tells",
     "mochi.runtime.shared_memory": "how many processes load",
+    "mochi.runtime.shares": "threads and workers of a run",
     "mochi.runtime.tensorboard": "tells",
     "mochi.runtime.watchdog": "ends a run that hangs",
 }

@@ -22,6 +22,7 @@ from mochi.provenance.record import Stopwatch, write_record
 from mochi.provenance.wanted import Result
 from mochi.runtime import distributed
 from mochi.runtime.precision import make_deterministic
+from mochi.runtime.shares import warn_without_workers
 from mochi.stages import STAGES
 from mochi.storage.atomic import publishing, require_space, write_json
 
@@ -60,6 +61,8 @@ def run(
         frozen = Frozen(run, encoder, dataset, device, workers, resume_point, files)
         # A missing split fails here, before hours are spent on the other.
         train, val = (split.labels[split.labelled] for split in map(frozen.split, ("train", "val")))
+        if dataset.split("train").pixels is None:
+            warn_without_workers(device.type, workers)
         saved = run.protocol.checkpoint_bytes(encoder.num_features, frozen.num_classes)
         tables = _confusion_bytes(dataset.classes, val)
         require_space({work: resume_point.additional_bytes(saved), result.folder: tables})

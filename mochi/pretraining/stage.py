@@ -32,6 +32,7 @@ from mochi.runtime.job_status import report
 from mochi.runtime.monitoring import check_finite, training_status
 from mochi.runtime.precision import make_deterministic, use_bfloat16
 from mochi.runtime.progress import Progress
+from mochi.runtime.shares import warn_without_workers
 from mochi.runtime.tensorboard import write_events, write_picture, write_step
 from mochi.storage import checkpoint
 from mochi.storage.atomic import publishing, require_space, write_rows
@@ -77,7 +78,10 @@ def run(
             )
             require_space({result.folder: _size(encoder)})
         else:
-            objective = make_objective(run, open_dataset(result.inputs["data"].parent))
+            dataset = open_dataset(result.inputs["data"].parent)
+            objective = make_objective(run, dataset)
+            if dataset.split("train").pixels is None:
+                warn_without_workers(device.type, workers)
             if isinstance(run.recipe, Contrastive) and (
                 text := queue_warning(run.recipe, objective.num_images)
             ):

@@ -1,6 +1,9 @@
 """Resources of one run on this machine, and the number of concurrent runs."""
 
+import logging
 import os
+
+logger = logging.getLogger(__name__)
 
 _MOST_THREADS = 8
 """For one GPU."""
@@ -25,6 +28,15 @@ def threads_of_job(num_gpus: int, gpus_of_job: int) -> int:
 def workers_of(threads: int) -> int:
     """Processes that load images for a run with this many threads."""
     return threads - 1
+
+
+def warn_without_workers(device_type: str, workers: int) -> None:
+    """Warn that a GPU will wait for images, which this process decodes one by one."""
+    if device_type == "cuda" and not workers:
+        logger.warning(
+            "this process decodes all images, so the GPU waits for one core; pass --workers N, the cores "
+            "for each GPU less one"
+        )
 
 
 def runs_at_once(num_gpus: int) -> int:

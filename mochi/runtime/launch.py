@@ -42,7 +42,8 @@ def on_gpus(count: int, nodes: int = 1) -> None:
             check_gpus(local)
         elif local > 1:
             names = _whole(names)
-        if names and ("SLURM_JOB_ID" not in os.environ or len(names) > local):
+        # On several nodes Slurm has given each its GPUs; their names differ from node to node.
+        if nodes == 1 and names and ("SLURM_JOB_ID" not in os.environ or len(names) > local):
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.claim(local, names))
     if command:
         os.execvp(command[0], command)  # noqa: S606

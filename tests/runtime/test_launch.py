@@ -86,6 +86,22 @@ def test_a_run_on_several_gpus_takes_no_mig_instances(
         assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
+def test_gpus_of_one_node_are_not_claimed_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun passes CUDA_VISIBLE_DEVICES on, and a UUID of this node is unknown on the others."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv(launch.REQUESTED_GPUS, "0")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(launch.gpus, "visible", lambda: ["GPU-a", "GPU-b", "GPU-c", "GPU-d"])
+    started: list[str] = []
+    monkeypatch.setattr(launch.os, "execvp", lambda name, _: started.append(name))
+    launch.on_gpus(4, nodes=2)
+    assert started == ["srun"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert os.environ[launch.REQUESTED_GPUS] == "2"
+
+
 SHOW = """
 import os, sys
 from mochi.runtime import launch

@@ -61,6 +61,13 @@ def test_subsets_are_stratified_and_random(size: dict[str, int], expected: list[
         assert not task.subset(labels, generator("few labels", 1)).equal(rows)
 
 
+@pytest.mark.parametrize(("count", "percent", "expected"), [(15, 10, 2), (2000, 10, 200)])
+def test_a_share_of_a_class_is_rounded(count: int, percent: float, expected: int) -> None:
+    task = few_label.FewLabel(task="few_label", percent=percent)
+    labels = torch.zeros(count, dtype=torch.long)
+    assert len(task.subset(labels, generator("few labels", 0))) == expected
+
+
 def test_the_stage_equals_the_protocol_written_out(
     tiny_data: Path,
     encoder_file: Path,
@@ -123,7 +130,7 @@ def test_accuracies_are_top1_and_top5_in_percent() -> None:
     found = few_label._accuracies(torch.zeros(4, 2), torch.tensor([6, 5, 2, 1]), weight, bias)
     assert found == {"top1": 25.0, "top5": 75.0}
     many = few_label._accuracies(torch.zeros(5000, 2), torch.arange(5000) % 7, weight, bias)
-    assert many["top1"] == 100 * 714 / 5000
+    assert many == {"top1": 100 * 714 / 5000, "top5": 100 * 3570 / 5000}
 
 
 @pytest.mark.parametrize("num_classes", [5, 6])

@@ -30,11 +30,12 @@ PROTOCOL = LinearProbe(
 
 @pytest.mark.parametrize("which", [linear.ALL, linear.WITHOUT_HELD_OUT])
 @pytest.mark.parametrize("index", [0, 1])
-def test_each_classifier_equals_one_trained_alone(index: int, which: int) -> None:
+@pytest.mark.parametrize("num_held_out", [3, 7])
+def test_each_classifier_equals_one_trained_alone(num_held_out: int, index: int, which: int) -> None:
     draws = torch.Generator().manual_seed(0)
     features = torch.randn(8, 5, generator=draws)
     labels = torch.randint(3, (8,), generator=draws)
-    held_out = torch.tensor([True, False] * 4)
+    held_out = torch.arange(8) < num_held_out
     probes = linear.Probes(PROTOCOL, 5, 3, seed=1)
     rows = slice(3 * which, 3 * which + 3)
     plain = torch.nn.Linear(5, 3)
@@ -272,6 +273,26 @@ def test_all_classifiers_start_at_the_same_small_weights() -> None:
     for layer in probes.layers:
         assert torch.equal(layer.weight, torch.cat([expected, expected]))
         assert not layer.bias.any()
+
+
+def test_a_checkpoint_needs_the_predicted_bytes() -> None:
+    """Weights and momentum."""
+    probes = linear.Probes(PROTOCOL, 5, 3, seed=1)
+    probes.step(torch.randn(4, 5), torch.arange(4) % 3, torch.zeros(4, dtype=torch.bool))
+    momentum = [state["momentum_buffer"] for state in probes.optimizer.state.values()]
+    tensors = [*probes.parameters(), *momentum]
+    assert sum(each.nbytes for each in tensors) == PROTOCOL.checkpoint_bytes(5, 3)
+
+
+def test_train_is_encoded_once_or_in_every_epoch_of_crops() -> None:
+    assert PROTOCOL.encodings_of_train == 1
+    assert PROTOCOL.model_copy(update={"min_scale": 0.2}).encodings_of_train == PROTOCOL.epochs == 4
+
+
+def test_a_learning_rate_that_drops_after_the_end_is_refused() -> None:
+    settings = PROTOCOL.model_dump() | {"lr_drops": [2, 4, 9]}
+    with pytest.raises(ValueError, match=r"lr_drops: found \[4, 9\]; the probe trains for only 4 epochs"):
+        LinearProbe.model_validate(settings)
 
 
 def test_a_batch_of_held_out_images_trains_only_the_classifiers_that_see_them() -> None:

@@ -405,6 +405,7 @@ def prepare(
         return
     from mochi.data.format import open_dataset
     from mochi.data.ingest.prepare import prepare as prepare_dataset
+    from mochi.data.inspect import repeated
     from mochi.provenance.record import Stopwatch, write_record
     from mochi.runtime.progress import counter
     from mochi.storage.atomic import require_writable
@@ -423,6 +424,8 @@ def prepare(
             typer.echo(f"{name}: {split['shrunk']} images were larger than max_side and are stored smaller")
         if note := open_dataset(folder).split(name).oversized():
             typer.echo(f"note: {note}")
+    for warning in repeated(manifest["duplicates"]):
+        typer.echo(f"warning: {warning}; {folder / 'duplicates.csv'} lists them")
     if manifest["quarantined"]:
         typer.echo(f"{manifest['quarantined']} unreadable files are listed in {folder / 'quarantine.csv'}")
 

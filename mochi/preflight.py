@@ -30,11 +30,12 @@ from mochi.config import (
 )
 from mochi.config.datasets import Download, Folder, ImageNet
 from mochi.data.format import StoredDataset, open_dataset
-from mochi.data.ingest import classes
+from mochi.data.ingest import classes, duplicates
 from mochi.data.ingest.prepare import collect
 from mochi.data.ingest.raw import FileSplit, RawDataset, as_text, class_counts
 from mochi.data.ingest.sources.folder import current_listing
 from mochi.data.ingest.validate import Validator
+from mochi.data.inspect import repeated
 from mochi.data.photographs import PHOTOGRAPHS
 from mochi.data.views.loading import steps_per_epoch
 from mochi.encoders.files import EncoderError, load_encoder
@@ -317,6 +318,8 @@ def _of_source(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list
 def _unreadable(raw: RawDataset, labels: dict[str, NDArray[np.int64]], *, verify: bool) -> list[Finding]:
     """Decode the images, or a sample; remove labels of those that preparation would quarantine."""
     splits = {name: split for name, split in raw.splits.items() if isinstance(split, FileSplit)}
+    hashes: dict[str, NDArray[np.uint8]] = {}
+    decoded: dict[str, NDArray[np.int64]] = {}
     total = sum(len(split.ranges) for split in splits.values())
     every = 1 if verify else -(-total // _MOST_DECODED)
     bad: list[str] = []
@@ -328,14 +331,20 @@ def _unreadable(raw: RawDataset, labels: dict[str, NDArray[np.int64]], *, verify
                 [split.ranges[row] for row in rows], [split.paths[row] for row in rows], split.labels[rows]
             )
             readable = np.ones(len(split.ranges), bool)
+            digests = bytearray()
             for file in validator.validate(part, keep_reencoded=False):
                 done += 1
                 report(done, -(-total // every))
                 if file.result.reason:
                     readable[rows[file.row]] = False
                     bad.append(f"{as_text(part.paths[file.row])} ({file.size} bytes): {file.result.reason}")
+                else:
+                    digests += file.sha256
+            hashes[name] = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 32)
+            decoded[name] = labels[name][rows][readable[rows]]
             labels[name] = labels[name][readable]
-    findings = []
+    twice = repeated(duplicates.summary(list(duplicates.groups(hashes, decoded))))
+    findings = [Finding("warning", f"dataset: {text} (`mochi inspect` lists them)") for text in twice]
     if every > 1:
         text = f"1 of {every} images was decoded; --verify decodes all of them"
         findings.append(Finding("note", text))
@@ -359,6 +368,9 @@ def _prepared(dataset: StoredDataset, *, verify: bool) -> Iterator[Finding]:
             return
         if warning:
             yield Finding("warning", warning)
+    for text in repeated(dataset.manifest["duplicates"]):
+        listed = dataset.folder / "duplicates.csv"
+        yield Finding("warning", f"{dataset.folder}: {text}; {listed} lists them")
     for path in dataset.damaged() if verify else ():
         text = f"{path}: missing or corrupt: its sha256 is not the manifest's; prepare the data again"
         yield Finding("error", text)

@@ -288,6 +288,40 @@ def test_check_finds_what_the_stages_refuse(
     assert bool(prepared) == bool(found), "the same with prepared data"
 
 
+def test_images_of_train_in_val_are_reported_before_and_after_preparation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path
+    monkeypatch.chdir(root)
+    for number, name in enumerate(
+        ["train/cat/1.png", "train/cat/2.png", "train/dog/3.png", "val/cat/4.png", "val/dog/5.png"]
+    ):
+        (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (40 * number, 0, 0)).save(root / "images" / name)
+    (root / "images/train/cat/0.png").write_bytes(b"no")  # must not shift the others
+    shutil.copy(root / "images/train/cat/2.png", root / "images/val/cat/same.png")
+    shutil.copy(root / "images/train/dog/3.png", root / "images/val/cat/contradicts.png")
+    content = yaml.safe_load(TINY.read_text())
+    content["dataset"] = {"source": "folder", "name": "mine", "path": "images", "max_unreadable": 0.5}
+    (root / "mine.yaml").write_text(yaml.safe_dump(content))
+    experiment = load_experiment(root / "mine.yaml")
+
+    def warned() -> list[str]:
+        return [
+            each.text
+            for each in check(experiment)
+            if "scores on these" in each.text or "two labels" in each.text
+        ]
+
+    before = warned()
+    prepare(experiment.dataset, Path("data/mine"), jobs=1)
+    after = warned()
+    for texts in (before, after):
+        assert len(texts) == 2
+        assert "2 images in more than one split" in texts[0]
+        assert "1 image with two labels" in texts[1]
+
+
 def test_all_mistakes_are_reported_at_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Summarise a folder of images and recommend settings."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,7 @@ def render(report: dict[str, Any]) -> str:
         bad,
     )
     lines += _duplicates(report["duplicates"])
+    lines += [f"warning: {text}" for text in repeated(report["duplicates"])]
     if report["too_few"]:
         count = report["splits"].get("train", {"images": 0})["images"]
         lines.append(f"warning: {count} training images are too few to pretrain on; expected thousands")
@@ -213,6 +215,26 @@ def _yaml(key: str, value: object) -> str:
     """One line that an experiment file accepts."""
     flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
     return f"{key}: {flow.splitlines()[0]}"  # without the document's end, `...`
+
+
+def repeated(counts: Mapping[str, int]) -> list[str]:
+    """What images that are there twice do to scores.
+
+    Args:
+        counts: of `ingest.duplicates.summary`, also in the manifest.
+    """
+    texts = []
+    if shared := counts["across_splits"]:
+        texts.append(
+            f"{_count(shared, 'image')} in more than one split: scores on these are too high; keep each in "
+            "one split"
+        )
+    if contradicting := counts["with_two_labels"]:
+        texts.append(
+            f"{_count(contradicting, 'image')} with two labels, at most one of which is right; keep each "
+            "in one class"
+        )
+    return texts
 
 
 def _duplicates(duplicates: dict[str, Any]) -> list[str]:

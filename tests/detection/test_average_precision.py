@@ -17,7 +17,14 @@ from pycocotools.cocoeval import COCOeval
 
 from mochi.detection import coco
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
-from mochi.detection.average_precision import THRESHOLDS, Detections, coco_metrics, voc_curves, voc_metrics
+from mochi.detection.average_precision import (
+    THRESHOLDS,
+    Detections,
+    _overlap,
+    coco_metrics,
+    voc_curves,
+    voc_metrics,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -97,8 +104,8 @@ def slow_average_precision(
 
 @st.composite
 def splits(draw: st.DrawFn) -> tuple[Annotations, Detections]:
-    """Few positions and few scores, so that ties, duplicates and touching boxes are frequent."""
-    corners = st.integers(0, 5).map(lambda value: value * 10)
+    """Few positions, labels and scores, so that matches, ties and touching boxes are frequent."""
+    corners = st.integers(0, 2).map(lambda value: value * 10)
 
     def box() -> list[int]:
         x, y = draw(corners), draw(corners)
@@ -110,7 +117,7 @@ def splits(draw: st.DrawFn) -> tuple[Annotations, Detections]:
         images.append(
             image(
                 [box() for _ in range(number)],
-                [draw(st.integers(1, 3)) for _ in range(number)],
+                [draw(st.integers(1, 2)) for _ in range(number)],
                 [draw(st.booleans()) for _ in range(number)],
             )
         )
@@ -118,7 +125,7 @@ def splits(draw: st.DrawFn) -> tuple[Annotations, Detections]:
         (
             draw(st.integers(0, len(images) - 1)),
             box(),
-            draw(st.integers(1, 1000)) / 1000,
+            draw(st.integers(1, 9)) / 10,
             draw(st.integers(1, 3)),
         )
         for _ in range(draw(st.integers(0, 12)))
@@ -126,18 +133,44 @@ def splits(draw: st.DrawFn) -> tuple[Annotations, Detections]:
     return Annotations(CLASSES, tuple(images)), detections(rows)
 
 
-@given(splits())
-def test_equals_the_slow_evaluator(case: tuple[Annotations, Detections]) -> None:
-    truth, found = case
+def assert_equals_the_slow_evaluator(truth: Annotations, found: Detections) -> None:
     # Among equal scores the order is the detector's, in both.
     curves = voc_curves(truth, found)
     for interpolation in ("11-point", "all-point"):
-        for index in (0, 5, 9):
-            for label in (1, 2, 3):
-                expected = slow_average_precision(truth, found, label, THRESHOLDS[index], interpolation)
-                assert curves[index][label - 1].average_precision(interpolation) == pytest.approx(
-                    expected, nan_ok=True
-                )
+        metrics = voc_metrics(curves, truth.classes, interpolation)
+        for index, name in {0: "AP50", 5: "AP75", 9: None}.items():
+            expected = [
+                slow_average_precision(truth, found, label, 0.5 + 0.05 * index, interpolation)
+                for label in range(1, len(truth.classes) + 1)
+            ]
+            values = [curve.average_precision(interpolation) for curve in curves[index]]
+            assert values == pytest.approx(expected, nan_ok=True)
+            present = [value for value in expected if not np.isnan(value)]
+            if name is not None:
+                assert metrics[name] == (pytest.approx(100 * np.mean(present)) if present else None)
+            if index == 0:
+                percent = [None if np.isnan(value) else pytest.approx(100 * value) for value in expected]
+                assert metrics["AP50_by_class"] == dict(zip(truth.classes, percent, strict=True))
+
+
+@given(splits())
+def test_equals_the_slow_evaluator(case: tuple[Annotations, Detections]) -> None:
+    assert_equals_the_slow_evaluator(*case)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_many_images_it_equals_the_slow_evaluator(seed: int) -> None:
+    """Boxes of other images and classes are close to detections, and must not match them."""
+    truth, _ = crowded(8, 3, 0, seed)
+    found = noisy_detections(truth, seed)
+    assert_equals_the_slow_evaluator(truth, found)
+    # Detections of one image as those of another: few are right.
+    assert_equals_the_slow_evaluator(truth, replace(found, image=(found.image + 1) % 8))
+
+
+def test_boxes_apart_do_not_overlap() -> None:
+    one, other = np.array([[0.0, 0.0, 1.0, 1.0]]), np.array([[2.0, 3.0, 4.0, 5.0]])
+    assert _overlap(one, other).tolist() == [0.0]
 
 
 def headline(truth: Annotations, found: Detections, interpolation: str = "11-point") -> dict[str, Any]:
@@ -167,7 +200,8 @@ def test_hand_made_cases() -> None:
 
 
 def test_each_overlap_has_its_threshold() -> None:
-    """An IoU of 0.72 passes 0.5, 0.55, 0.6, 0.65 and 0.7: half of the ten thresholds, and not 0.75."""
+    """0.5, 0.55 ... 0.95; an IoU of 0.72 passes the first five."""
+    assert pytest.approx([0.5 + 0.05 * index for index in range(10)]) == THRESHOLDS
     truth = Annotations(("a",), (image([[0, 0, 100, 100]], [1]),))
     metrics = headline(truth, detections([(0, [0, 0, 100, 72], 0.9, 1)]))
     assert [metrics[name] for name in ("AP", "AP50", "AP75")] == pytest.approx([50, 100, 0])

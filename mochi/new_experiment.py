@@ -122,6 +122,11 @@ class _Draft:
         lines = [f"{_plain(self._folder)}: {num_train} images to train on, {kind}"]
         if self._boxes:
             lines.append(f"boxes: {len(self._boxes.short)} of {len(self._boxes.classes)} classes")
+        if description.train_classes and description.unlabelled_val:
+            lines.append(
+                f"warning: {description.unlabelled_val} images of val are in no class folder and are not "
+                "evaluated; sort them into val/<class>/"
+            )
         if num_train < FEWEST:
             lines.append(f"warning: {num_train} images are too few to learn from")
         return lines
@@ -428,8 +433,9 @@ def _read_boxes(description: Description) -> _Boxes:
     merged = boxes.merge(parts)
     if not any(len(image.boxes) for image in merged.images):
         data = description.detection
+        dropped = f" ({len(merged.dropped)} are dropped: {merged.dropped[0]})" if merged.dropped else ""
         raise DataError(
-            f"{data['path']}: found no box in {', '.join(data['train'])}; a "
+            f"{data['path']}: found no box in {', '.join(data['train'])}{dropped}; a "
             "detector has nothing to learn; for a set without boxes give only the folder of the images"
         )
     short, ratio, most = [], [], 1

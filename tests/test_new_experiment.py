@@ -136,6 +136,29 @@ def voc(root: Path, train: int, val: int) -> None:
         (root / f"ImageSets/Main/{name}.txt").write_text("".join(f"{row}\n" for row in rows))
 
 
+def test_boxes_in_another_layout_are_not_left_out_silently(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split in ("train", "valid"):
+        images(tmp_path / "roboflow" / split, 20)
+        (tmp_path / f"roboflow/{split}/_annotations.coco.json").write_text("{}")
+    done = run("init", "roboflow", "--out", "mine.yaml")
+    assert done.returncode == 0
+    assert "_annotations.coco.json: boxes are left out" in caplog.text
+    images(tmp_path / "cvat/images", 20)
+    (tmp_path / "cvat/annotations").mkdir()
+    (tmp_path / "cvat/annotations/instances_default.json").write_text("{}")
+    assert "no folder default next to annotations/" in refused("init", "cvat", "--out", "mine.yaml")
+
+
+def test_val_images_without_classes_are_reported(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        images(tmp_path / "flat/train" / label, 10)
+    images(tmp_path / "flat/val", 5)
+    done = run("init", "flat", "--out", "mine.yaml")
+    assert "5 images of val are in no class folder" in done.stdout, done.stderr
+
+
 def test_a_voc_tree_with_boxes_of_one_size_given_from_inside_or_above(tmp_path: Path) -> None:
     voc(tmp_path / "set/things", 18, 6)
     for folder in ("set", "set/things"):

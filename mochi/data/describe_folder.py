@@ -1,5 +1,6 @@
 """Recognise a folder of images: classes with or without splits, unlabelled photos, a VOC or COCO tree."""
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -17,8 +18,14 @@ from mochi.data.ingest.raw import FileSplit, RawDataset, as_text, class_counts, 
 from mochi.data.ingest.sources.folder import UNLABELLED_FOLDERS, list_images
 from mochi.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 VAL_SHARE = 0.2
 _DATE = re.compile(r"(19|20)\d\d([-_.]?\d\d){0,2}")  # names of albums by cameras and people
+_OTHER_BOXES = (  # of Roboflow, Label Studio, labelImg, YOLO
+    "_annotations.coco.json", "*/_annotations.coco.json", "result.json", "*.xml", "*/*.xml",
+    "labels/*.txt", "labels/*/*.txt", "*/labels/*.txt",
+)  # fmt: skip
 _SAMPLE = 400  # images whose headers are read
 
 
@@ -34,6 +41,8 @@ class Description:
     train_classes: dict[str, int] = field(default_factory=dict)
     """Labelled training images of each class."""
     val_classes: dict[str, int] = field(default_factory=dict)
+    unlabelled_val: int = 0
+    """Validation images without a class."""
     detection: dict[str, Any] = field(default_factory=dict)
     """Keys of a detection set's `data`; empty without boxes."""
 
@@ -78,6 +87,8 @@ def list_folder(folder: Path) -> tuple[dict[str, Any], RawDataset]:
         DataError: no such folder, or no image in it.
     """
     options: dict[str, Any] = {"path": str(folder)}
+    if not _has_boxes(folder):
+        _warn_of_other_boxes(folder)
     top = subfolders(folder) if folder.is_dir() and not _has_boxes(folder) else []
     if top and not any(name.lower() in SPLITS for name in top) and _are_classes(folder, top):
         options["class_folders"] = True
@@ -113,12 +124,24 @@ def _images(folder: Path) -> Description:
         for name, split in raw.splits.items()
     }
     return Description(
-        "classes" if counts["train"] else "photos", options, train, counts["train"], counts.get("val", {})
-    )
+        "classes" if counts["train"] else "photos", options, train, counts["train"], counts.get("val", {}),
+        int((raw.splits["val"].labels < 0).sum()) if "val" in raw.splits else 0,
+    )  # fmt: skip
 
 
 def _listed(options: dict[str, Any]) -> RawDataset:
     return list_images(Folder(source="folder", name="x", **options))
+
+
+def _warn_of_other_boxes(folder: Path) -> None:
+    """Say that boxes are not read, if a labelling tool wrote them in another layout."""
+    found = next((file for pattern in _OTHER_BOXES for file in folder.glob(pattern)), None)
+    if found is not None:
+        logger.warning(
+            "%s: boxes are left out; expected COCO's annotations/instances_<split>.json with <split>/, or "
+            "VOC's Annotations/, JPEGImages/ and ImageSets/Main/",
+            as_text(str(found)),
+        )
 
 
 def _files(raw: RawDataset) -> list[str]:
@@ -138,12 +161,18 @@ def _are_classes(folder: Path, top: list[str]) -> bool:
 
 def _coco(folder: Path) -> Description | None:
     """`annotations/instances_<split>.json` and `<split>/`."""
-    splits = sorted(
+    named = sorted(
         file.stem.removeprefix("instances_") for file in folder.glob("annotations/instances_*.json")
     )
-    splits = [split for split in splits if (folder / split).is_dir()]
-    if not splits:
+    if not named:
         return None
+    splits = [split for split in named if (folder / split).is_dir()]
+    if not splits:
+        raise DataError(
+            f"{folder}: found annotations/instances_{named[0]}.json, but no folder {named[0]} next to "
+            f"annotations/; move or link its images to {folder / named[0]}, or give the folder of the "
+            "images to leave the boxes out"
+        )
     train, test = _train_and_test(folder, splits)
     options = {"path": str(folder / train[0])}
     detection = {"format": "coco", "path": str(folder), "train": train, "test": test}

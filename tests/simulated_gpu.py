@@ -81,20 +81,20 @@ class SimulatedGpu(TorchFunctionMode):
         if name == "__set__":
             func(owner, *value)
             if attribute is Tensor.data:
-                _claim(owner, _device_of(value[0]))
+                _claim(owner, device_of(value[0]))
             return None
-        if attribute is Tensor.device and _device_of(owner) == "cuda":
+        if attribute is Tensor.device and device_of(owner) == "cuda":
             return torch.device("cuda", 0)
         if attribute is Tensor.is_cuda:
-            return _device_of(owner) == "cuda"
+            return device_of(owner) == "cuda"
         result = func(owner)
         for tensor in _tensors(result):
-            _claim(tensor, _device_of(owner))
+            _claim(tensor, device_of(owner))
         return result
 
     def _moved(self, name: str, tensor: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         """`to`, `cpu` and `cuda`."""
-        before = after = _device_of(tensor)
+        before = after = device_of(tensor)
         non_blocking = bool(kwargs.pop("non_blocking", False))
         rest: list[Any] = []
         if name != "to":
@@ -104,7 +104,7 @@ class SimulatedGpu(TorchFunctionMode):
         kwargs.pop("device", None)
         for argument in args:
             if isinstance(argument, Tensor):
-                after = _device_of(argument)
+                after = device_of(argument)
                 rest.append(argument.dtype)
             elif isinstance(argument, bool):
                 non_blocking = argument
@@ -125,12 +125,12 @@ class SimulatedGpu(TorchFunctionMode):
     def _computed(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Any other call: the result is on the device of its operands, or on `device`."""
         operands = [*_tensors(args), *_tensors(kwargs)]
-        if name in {"numpy", "__array__"} and _device_of(args[0]) == "cuda":
+        if name in {"numpy", "__array__"} and device_of(args[0]) == "cuda":
             raise DeviceError("can't convert cuda:0 device type tensor to numpy")
         wanted = self._device_argument(name, kwargs)
         device = wanted or self._common_device(name, args, operands)
         reads = name in _READS or (name == "where" and len(args) == 1)
-        if reads and any(_device_of(tensor) == "cuda" for tensor in operands):
+        if reads and any(device_of(tensor) == "cuda" for tensor in operands):
             self._note(name, waits=True)
         generator = kwargs.get("generator")
         if generator is not None and getattr(generator, "claims", "cpu") != device:
@@ -160,33 +160,31 @@ class SimulatedGpu(TorchFunctionMode):
         if name in _INDEXING:
             return self._indexed(name, args)
         if name == "copy_":
-            source, target = _device_of(args[1]), _device_of(args[0])
+            source, target = device_of(args[1]), device_of(args[0])
             if source != target:
                 non_blocking = bool(args[2:] and args[2])
                 self._note(
                     f"copy_ from {source} to {target}", waits=not (non_blocking and _is_pinned(args[1]))
                 )
             return target
-        devices = {
-            _device_of(tensor) for tensor in operands if tensor.dim() or _device_of(tensor) == "cuda"
-        }
+        devices = {device_of(tensor) for tensor in operands if tensor.dim() or device_of(tensor) == "cuda"}
         if len(devices) > 1 and name not in _NO_OPERATION:
-            found = [(tuple(tensor.shape), _device_of(tensor)) for tensor in operands]
+            found = [(tuple(tensor.shape), device_of(tensor)) for tensor in operands]
             raise DeviceError(f"{name}: expected all tensors to be on the same device, found {found}")
         return devices.pop() if devices else "cpu"
 
     def _indexed(self, name: str, args: Sequence[Any]) -> str:
         """The device of an indexed tensor. Indices on the CPU are allowed, and copied with a wait."""
-        device = _device_of(args[0])
+        device = device_of(args[0])
         for index in _tensors(args[1]):
-            if device == "cpu" and _device_of(index) == "cuda":
+            if device == "cpu" and device_of(index) == "cuda":
                 raise DeviceError(f"{name}: indices on the GPU, the indexed tensor on the CPU")
-            if device == "cuda" and (_device_of(index) == "cpu" or index.dtype == torch.bool):
+            if device == "cuda" and (device_of(index) == "cpu" or index.dtype == torch.bool):
                 self._note(f"{name} by an index on the CPU or a mask", waits=True)
         value = args[2] if len(args) > 2 else None
-        if isinstance(value, Tensor) and value.dim() and _device_of(value) != device:
+        if isinstance(value, Tensor) and value.dim() and device_of(value) != device:
             if any(True for _ in _tensors(args[1])):
-                raise DeviceError(f"{name}: a value on {_device_of(value)}, self on {device}")
+                raise DeviceError(f"{name}: a value on {device_of(value)}, self on {device}")
             self._note(f"copy in {name}", waits=True)
         return device
 
@@ -202,7 +200,7 @@ def _claim(tensor: Tensor, device: str) -> None:
     tensor.__dict__["_claims"] = device
 
 
-def _device_of(tensor: Tensor) -> str:
+def device_of(tensor: Tensor) -> str:
     """The reported device; in a backward pass, a new tensor is a gradient on the GPU."""
     unseen = "cpu" if torch._C._current_graph_task_id() == -1 else "cuda"
     return str(tensor.__dict__.get("_claims", unseen))

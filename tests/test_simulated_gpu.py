@@ -9,6 +9,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ from tests.commands import run
 from tests.detection.conftest import encoder_file, voc_image, voc_set  # noqa: F401 - fixtures
 from tests.detection.sets import ENCODER, detection, small_set, voc_object
 from tests.pretraining.runs import encoder_bytes, result_in, steps_done
-from tests.simulated_gpu import DeviceError, SimulatedGpu, simulated_gpu
+from tests.processes import run_ranks
+from tests.simulated_gpu import DeviceError, SimulatedGpu, device_of, simulated_gpu
 from tests.tiny import TINY
 
 METHOD = "row"
@@ -437,3 +439,36 @@ def test_a_training_step_never_waits(
     # For each view its crop windows and its parameters or pixels; the rows, the labels, the shuffle and
     # its inverse.
     assert max(copies) <= (4 if row == "supervised" else 9)
+
+
+def train_and_evaluate(data: Path, photos: Path, folder: Path) -> None:
+    """What each of two ranks runs: NCCL takes only contiguous tensors on a GPU."""
+
+    def as_nccl(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*arguments: Any, **options: Any) -> Any:
+            for tensor in (each for each in arguments if isinstance(each, torch.Tensor)):
+                assert device_of(tensor) == "cuda", tensor.shape
+                assert tensor.is_contiguous(), tensor.stride()
+            return collective(*arguments, **options)
+
+        return checked
+
+    for name in ("all_gather", "all_reduce", "all_to_all_single"):
+        setattr(torch.distributed, name, as_nccl(getattr(torch.distributed, name)))
+    for stage in (pretraining_stage, evaluation_stage.distributed):
+        stage.process_group = lambda device: nullcontext()  # type: ignore[attr-defined]
+    chosen = experiment("jpegs", photos=photos)
+    with simulated_gpu():
+        result = result_in(folder, chosen, data, METHOD)
+        pretraining_stage.run(pretrain_run(chosen, METHOD, 0), result, folder / "work")
+        inputs = {"encoder": folder / "out" / "encoder.safetensors", "data": data / "manifest.json"}
+        torch.distributed.barrier()  # rank 0 has written the encoder
+        result = replace(evaluated(chosen, METHOD, 0, "knn"), folder=folder / "knn", inputs=inputs)
+        evaluation_stage.run(probe_run(chosen, METHOD, 0, "knn"), result, folder / "work")
+
+
+def test_ranks_exchange_tensors_that_nccl_takes(
+    data: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    run_ranks(train_and_evaluate, 2, data["jpegs"], photos, tmp_path)
+    assert (tmp_path / "knn" / "metrics.json").exists()

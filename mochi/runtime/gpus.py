@@ -185,7 +185,7 @@ def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[
     for name in taken:
         if name in in_use:
             logger.warning(
-                "GPU %s: other processes use %s of its memory; this run may be slow or find too little; to "
+                "%s: other processes use %s of its memory; this run may be slow or find too little; to "
                 "avoid it, list other GPUs in CUDA_VISIBLE_DEVICES",
                 name, in_use[name],
             )  # fmt: skip

@@ -129,7 +129,7 @@ def test_gpus_that_others_use_are_taken_last_with_a_warning(
     assert gpus.claim(2, ["GPU-a", "GPU-b", "GPU-c"], locks) == ["GPU-b", "GPU-c"]
     assert caplog.text == ""
     assert gpus.claim(1, ["GPU-a"], locks) == ["GPU-a"]
-    assert "GPU GPU-a: other processes use 70000 of 81559 MiB of its memory" in caplog.text
+    assert "GPU-a: other processes use 70000 of 81559 MiB of its memory" in caplog.text
     fake.write_text("#!/bin/sh\necho broken; exit 9\n")
     assert gpus.claim(1, ["GPU-d"], locks) == ["GPU-d"]
 

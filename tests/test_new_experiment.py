@@ -148,7 +148,7 @@ def test_boxes_in_another_layout_are_not_left_out_silently(
     images(tmp_path / "cvat/images", 20)
     (tmp_path / "cvat/annotations").mkdir()
     (tmp_path / "cvat/annotations/instances_default.json").write_text("{}")
-    assert "no folder default next to annotations/" in refused("init", "cvat", "--out", "mine.yaml")
+    assert "no folder default next to annotations/" in refused("init", "cvat", "--out", "cvat.yaml")
 
 
 def test_val_images_without_classes_are_reported(tmp_path: Path) -> None:

@@ -87,9 +87,10 @@ def list_folder(folder: Path) -> tuple[dict[str, Any], RawDataset]:
         DataError: no such folder, or no image in it.
     """
     options: dict[str, Any] = {"path": str(folder)}
-    if not _has_boxes(folder):
+    without_boxes = folder.is_dir() and not _has_boxes(folder)
+    if without_boxes:
         _warn_of_other_boxes(folder)
-    top = subfolders(folder) if folder.is_dir() and not _has_boxes(folder) else []
+    top = subfolders(folder) if without_boxes else []
     if top and not any(name.lower() in SPLITS for name in top) and _are_classes(folder, top):
         options["class_folders"] = True
     raw = _listed(options)

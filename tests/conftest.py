@@ -8,6 +8,8 @@ import pytest
 from hypothesis import settings
 
 from mochi.config import Experiment, load_experiment
+from mochi.config.datasets import Folder
+from mochi.data.format import open_dataset
 from mochi.data.ingest.prepare import prepare
 from tests.project import Project
 from tests.tiny import FILE
@@ -37,6 +39,23 @@ def tiny_data(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("data") / tiny.dataset.name
     prepare(tiny.dataset, folder, jobs=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def partly_labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared data set of noise: in train 24 labelled images of two classes and 9 without a
+    label, in val 8 images.
+    """
+    from tests.evaluation.runs import write_images  # here: it imports torch
+
+    root = tmp_path_factory.mktemp("partly labelled")
+    counts = {"train/unlabelled": 9, "train/a": 10, "train/z": 14, "val/a": 4, "val/z": 4}
+    write_images(root / "images", counts)
+    prepared = root / "prepared"
+    prepare(Folder(source="folder", name="mine", path=str(root / "images")), prepared, jobs=1)
+    split = open_dataset(prepared).split("train")
+    assert (len(split), len(split.labelled)) == (33, 24)
+    return prepared
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,4 @@
-"""An untrained encoder, its features computed one image at a time, and a data set with unlabelled
-images.
-"""
+"""An untrained encoder, and its features computed one image at a time."""
 
 from pathlib import Path
 
@@ -9,13 +7,10 @@ import torch
 from torch import Tensor
 
 from mochi.config import Experiment
-from mochi.config.datasets import Folder
 from mochi.data.format import open_dataset
-from mochi.data.ingest.prepare import prepare
 from mochi.data.views.loading import Loading, centre_crops
 from mochi.encoders import build_untrained
 from mochi.encoders.files import load_encoder, save_encoder
-from tests.evaluation.runs import write_images
 
 CPU = torch.device("cpu")
 
@@ -47,18 +42,3 @@ def by_hand(tiny: Experiment, tiny_data: Path, encoder_file: Path) -> dict[str, 
         found[name] = torch.cat(rows).clone(), torch.from_numpy(split.labels.copy())
     assert (len(found["train"][1]), len(found["val"][1])) == (160, 64)
     return found
-
-
-@pytest.fixture(scope="session")
-def partly_labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small prepared data set of noise: in train 24 labelled images of two classes and 9 without a
-    label, in val 8 images.
-    """
-    root = tmp_path_factory.mktemp("partly labelled")
-    counts = {"train/unlabelled": 9, "train/a": 10, "train/z": 14, "val/a": 4, "val/z": 4}
-    write_images(root / "images", counts)
-    prepared = root / "prepared"
-    prepare(Folder(source="folder", name="mine", path=str(root / "images")), prepared, jobs=1)
-    split = open_dataset(prepared).split("train")
-    assert (len(split), len(split.labelled)) == (33, 24)
-    return prepared

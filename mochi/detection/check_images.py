@@ -3,8 +3,10 @@
 Otherwise a corrupt file would end training when it is first read, possibly after hours.
 """
 
+import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,18 +17,26 @@ from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotat
 from mochi.runtime import distributed
 from mochi.runtime.progress import counter
 
+logger = logging.getLogger(__name__)
+
 _SHOWN = 5
 
 
 def check_images(splits: Sequence[Annotations], jobs: int) -> None:
     """Decode every image completely, divided over ranks.
 
+    Images of several splits with the same content are logged.
+
     Raises:
         AnnotationError: images that are missing, do not decode or are not of the annotated size; the
-            message lists the first.
+            message lists the first. Or no box of a split is larger than a pixel.
     """
+    for split in splits:
+        _refuse_relative(split)
     distinct = {(each.path, each.height, each.width): each for split in splits for each in split.images}
     images = list(distinct.values())[distributed.rank() :: distributed.world_size()]
+    split_of = {image.path: number for number, split in enumerate(splits) for image in split.images}
+    first, shared = dict[bytes, Path](), list[tuple[Path, Path]]()
     present, wrong = list[AnnotatedImage](), list[str]()
     for image in images:
         if os.path.isfile(image.path):  # noqa: PTH113 (a Path raises where it may not look)
@@ -43,6 +53,14 @@ def check_images(splits: Sequence[Annotations], jobs: int) -> None:
                 wrong.append(f"{image.path} ({file.size} bytes): {file.result.reason}")
             elif reason := misfit(image, file.result.height, file.result.width):
                 wrong.append(reason)
+            elif split_of[other := first.setdefault(file.sha256, image.path)] != split_of[image.path]:
+                shared.append((other, image.path))
+    if shared:
+        logger.warning(
+            "%d images have the same content as one of another split, such as %s and %s: the average "
+            "precision is too high; keep each in one split",
+            len(shared), *shared[0],
+        )  # fmt: skip
     if wrong:
         rest = f"\n  ... and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise AnnotationError(
@@ -50,6 +68,17 @@ def check_images(splits: Sequence[Annotations], jobs: int) -> None:
             + "\n  ".join(wrong[:_SHOWN])
             + rest
             + "\nreplace them, or remove them from the image sets"
+        )
+
+
+def _refuse_relative(split: Annotations) -> None:
+    sides = [image.boxes[:, 2:] - image.boxes[:, :2] for image in split.images]
+    boxes = sum(map(len, sides))
+    if boxes and all((side <= 1).all() for side in sides):
+        path = next(image.path for image, side in zip(split.images, sides, strict=True) if len(side))
+        raise AnnotationError(
+            f"{path}: found no box larger than a pixel, here and in the {boxes} boxes of its set; expected "
+            "pixels, not shares of the image's width and height"
         )
 
 

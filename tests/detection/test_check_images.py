@@ -96,3 +96,25 @@ def test_ranks_share_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("mochi.runtime.distributed.rank", lambda rank=rank: rank)
         check_images(annotated, jobs=1)
     assert len(checked) == total
+
+
+def test_an_image_of_train_that_is_in_test_under_another_name_is_logged(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, test = splits(root)
+    check_images([train, test], jobs=1)
+    assert "same content" not in caplog.text
+    shutil.copy(train.images[0].path, test.images[0].path)
+    check_images([train, test], jobs=1)
+    assert (
+        f"1 images have the same content as one of another split, such as {train.images[0].path}"
+        in caplog.text
+    )
+
+
+def test_boxes_as_shares_of_the_image_are_refused(root: Path) -> None:
+    train, test = splits(root)
+    images = tuple(dataclasses.replace(each, boxes=each.boxes / 100) for each in test.images)
+    with pytest.raises(AnnotationError, match="found no box larger than a pixel"):
+        check_images([train, dataclasses.replace(test, images=images)], jobs=1)
+    check_images([train, dataclasses.replace(test, images=(images[0], *test.images[1:]))], jobs=1)

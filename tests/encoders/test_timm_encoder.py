@@ -41,6 +41,16 @@ def test_every_batch_norm_is_replaced_and_keeps_its_activation() -> None:
     torch.testing.assert_close(grouped(images), plain(images), rtol=1e-3, atol=1e-3)
 
 
+def test_replaced_norms_keep_the_initial_weights() -> None:
+    """timm's ResNets start each block as the identity: the last weight is 0."""
+    config = Encoder(architecture="timm:resnet10t")
+    ours = build(config, partial(GroupedBatchNorm2d, num_groups=2), seed=1).state_dict()
+    theirs = build(config, seed=1).state_dict()
+    assert not theirs["model.layer1.0.bn2.weight"].any()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
 def test_an_unknown_model_and_a_detector_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"found timm:resnet51; timm .* has no such model"):
         build(Encoder(architecture="timm:resnet51"))

@@ -12,8 +12,8 @@ from mochi.config import Supervised, parse_experiment, pretrain_run
 from mochi.data.format import open_dataset
 from mochi.data.views.loading import Loading
 from mochi.pretraining import objectives
-from mochi.pretraining.objectives import SupervisedObjective
-from tests.tiny import changed
+from mochi.pretraining.objectives import ContrastiveObjective, SupervisedObjective, make_objective
+from tests.tiny import MOCHI, changed, with_recipe
 
 
 def test_shares_of_all_ranks_count_labelled_queries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +31,25 @@ def test_shares_of_all_ranks_count_labelled_queries(monkeypatch: pytest.MonkeyPa
     labels = torch.tensor([0, 5, -1, 2, -1])
     shares = objectives._of_all_ranks({"false_negatives": 1 / 3, "false_parents_any": 2 / 3}, labels)
     assert shares == pytest.approx({"false_negatives": 0.5, "false_parents_any": 2 / 3})
+
+
+def test_masks_know_the_images_and_labels_of_the_queue(tiny_data: Path) -> None:
+    run = pretrain_run(with_recipe(masks=["same_image"]), MOCHI, 0)
+    objective = make_objective(run, open_dataset(tiny_data))
+    assert isinstance(objective, ContrastiveObjective)
+    batch = next(objective.batches(Loading(32, torch.device("cpu")), 0, 0))
+    objective.loss(batch, 0, 0)
+    objective.after_update(last_of_epoch=False)
+    queue = objective._moco.queue
+    assert torch.equal(queue.images[:32], batch.indices)
+    assert torch.equal(queue.labels[:32], batch.labels)
+    objective.loss(batch, 0, 1)
+    step = objective._step
+    assert step is not None
+    assert step.excluded is not None
+    expected = torch.zeros(32, len(queue.keys), dtype=torch.bool)
+    expected[range(32), range(32)] = True
+    assert torch.equal(step.excluded, expected)
 
 
 def supervised(data: Path, seed: int = 0) -> SupervisedObjective:

@@ -22,7 +22,7 @@ from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.ingest.prepare import prepare
 from mochi.data.recommend import FEWEST, FEWEST_TO_TRAIN, SIZES, STEM, Facts, advise, stem, view_size
 from mochi.errors import DataError, UserError
-from mochi.plan import Machine, Seconds, makespan, seconds_per_iteration, seconds_per_step
+from mochi.plan import DRAWING, Machine, Seconds, makespan, seconds_per_iteration, seconds_per_step
 from mochi.storage.atomic import write_text
 from mochi.text import read_json
 
@@ -212,7 +212,7 @@ class _Draft:
         return [*([epoch] * len(rows)), *quarter], batch / step.low
 
     def _fixed_seconds(self, images_a_second: float) -> float:
-        """Seconds of preparation, evaluations and job starts, run concurrently as in the workflow."""
+        """Seconds of preparation, evaluations, analyses and job starts, concurrent as in the workflow."""
         description = self._description
         methods = 4 if description.train_classes else 3
         tasks = 2 if self._has_probes() else 0
@@ -220,7 +220,8 @@ class _Draft:
         # Encoding takes about a fourth of a training step, per image.
         evaluations = methods * tasks * (encoded / (4 * images_a_second) + _JOB_SECONDS)
         starts = (methods + 3) * _JOB_SECONDS
-        return (evaluations + starts) / self._machine.at_once + len(description.files) / 500
+        analyses = methods * (DRAWING.high + _JOB_SECONDS)
+        return (evaluations + analyses + starts) / self._machine.at_once + len(description.files) / 500
 
     def _fit_detection(self, seconds: float, lines: list[str]) -> float:
         """Iterations of the fine-tunings that take so long; returns the seconds they take."""

@@ -121,7 +121,7 @@ class _Budget:
 
 _START = Seconds(2.0, 8.0)
 """Time that a job needs to start: imports and reading earlier results."""
-_DRAWING = Seconds(1.0, 4.0)
+DRAWING = Seconds(1.0, 4.0)
 """Time of an analysis after its images are encoded: the map and the pictures, of a fixed size."""
 
 
@@ -289,7 +289,7 @@ def _analyses(
     text = f"analysis: {_count(len(runs), 'encoder')}, {analysed} encoded images each"
     if measure:
         run = analysis_run(experiment, *runs[0])
-        each = encoding.seconds(run, dataset).times(analysed).plus(_DRAWING)
+        each = encoding.seconds(run, dataset).times(analysed).plus(DRAWING)
         jobs += [each.plus(_START)] * len(runs)
         text += f", {each} each"
     return text

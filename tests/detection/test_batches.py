@@ -43,12 +43,32 @@ CPU = torch.device("cpu")
         (100, 500, 800, (267, 1333)),  # the long side is bounded
         (128, 128, 128, (128, 128)),
         (1, 900, 800, (1, 1333)),
+        (1, 9000, 800, (1, 1333)),  # not 0
+        (9000, 1, 800, (1333, 1)),
     ],
 )
 def test_sizes_by_detectron2s_rule(
     height: int, width: int, short_side: int, expected: tuple[int, int]
 ) -> None:
     assert resized_size(height, width, short_side, 1333) == expected
+
+
+def detectron2s_size(height: int, width: int, short_side: int, longest: int) -> tuple[int, int]:
+    """Written as ResizeShortestEdge.get_output_shape."""
+    scale = short_side / min(height, width)
+    h, w = (short_side, scale * width) if height < width else (scale * height, short_side)
+    if max(h, w) > longest:
+        scale = longest / max(h, w)
+        h, w = h * scale, w * scale
+    return int(h + 0.5), int(w + 0.5)
+
+
+def test_sizes_of_many_images_are_detectron2s() -> None:
+    rng = np.random.default_rng(0)
+    for height, width in rng.integers(100, 1000, (500, 2)).tolist():
+        for short_side in (480, 800):
+            expected = detectron2s_size(height, width, short_side, 1333)
+            assert resized_size(height, width, short_side, 1333) == expected
 
 
 def picture(path: Path, width: int, height: int, boxes: list[list[float]]) -> AnnotatedImage:

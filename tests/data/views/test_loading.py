@@ -272,6 +272,7 @@ def test_a_centre_crop_is_the_centre_of_its_image(split: StoredSplit) -> None:
 def test_impossible_batches_are_refused(split: StoredSplit) -> None:
     with pytest.raises(DataError, match=r"batch_size: found 23; the set has 22 images; lower batch_size"):
         views(split, batch_size=23)
+    assert len(views(split, batch_size=22)) == 1
     with pytest.raises(DataError, match=r"batch_size: found 4 over 3 ranks; .* choose 3"):
         views(split, world_size=3)
     with pytest.raises(DataError, match="the set has 18 images"):

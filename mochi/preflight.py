@@ -444,6 +444,15 @@ def _labels(run: ProbeRun, contents: _Contents) -> Iterator[Finding]:
             f"{where}.batch_size: found {batch}; train has {labelled} labelled images: one step an epoch; "
             "lower batch_size",
         )
+    if percent := getattr(run.protocol, "percent", None):
+        used = sum(max(round(n * percent / 100), 1) for n in contents.labelled["train"].values())
+        if used > 1.5 * percent / 100 * labelled:
+            yield Finding(
+                "warning",
+                f"{where}.percent: found {percent:g}; one image of each class is the least, so "
+                f"{used} of {labelled} are used, {100 * used / labelled:.3g}%; raise percent, "
+                "or give images_per_class",
+            )
     most = max(getattr(run.protocol, "k", [0]))
     if most > labelled:
         text = f"{where}.k: found {most}; train has {labelled} labelled images: all vote; lower k"

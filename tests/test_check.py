@@ -322,6 +322,26 @@ def test_images_of_train_in_val_are_reported_before_and_after_preparation(
         assert "1 image with two labels" in texts[1]
 
 
+def test_a_percentage_below_one_image_of_each_class_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        for number in range(24):
+            path = tmp_path / "images" / split / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (10 * number, 0, len(split))).save(path)
+    content = yaml.safe_load(TINY.read_text())
+    content["dataset"] = {"source": "folder", "name": "mine", "path": "images"}
+    content["evaluation"] |= {f"few-{n}": {"task": "few_label", "percent": n} for n in (1, 10)}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    (text,) = [
+        each.text for each in check(load_experiment(tmp_path / "mine.yaml")) if ".percent" in each.text
+    ]
+    assert text.startswith("evaluation.few-1.percent: found 1; ")
+    assert "2 of 24 are used, 8.33%" in text
+
+
 def test_all_mistakes_are_reported_at_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -482,7 +482,7 @@ def pretrain(
     _take_gpus(gpus, nodes)
     from mochi.pretraining import stage as pretraining
 
-    _set_up_cpu(threads)
+    _set_up_process(threads)
     with _work(experiment.name, method, seed, "pretrain", result) as (work, events):
         pretraining.run(run, result, work, workers=workers, events=events)
 
@@ -515,7 +515,7 @@ def evaluate(
     _take_gpus(gpus)
     from mochi.evaluation import stage as evaluation
 
-    _set_up_cpu(threads)
+    _set_up_process(threads)
     others = same_features(experiment, method, seed, task) if result == wanted else []
     with _work(experiment.name, method, seed, task, result) as (work, _):
         evaluation.run(run, result, work, workers=workers, others=others)
@@ -559,7 +559,7 @@ def detect(
     _take_gpus(gpus)
     from mochi.detection import stage as detection
 
-    _set_up_cpu(threads)
+    _set_up_process(threads)
     num_workers = run.detection.training.workers if workers is None else workers
     with _work(experiment.name, method, seed, task, result) as (work, events):
         detection.run(run, result, work, workers=num_workers, events=events)
@@ -589,7 +589,7 @@ def analyze(
     _take_gpus(gpus)
     from mochi.analysis import stage as analysis
 
-    _set_up_cpu(threads)
+    _set_up_process(threads)
     with _work(experiment.name, method, seed, ANALYSIS, result):
         analysis.run(run, result, workers=workers)
 
@@ -674,13 +674,15 @@ def _take_gpus(count: int | None, nodes: int = 1) -> None:
         on_gpus(count, nodes)
 
 
-def _set_up_cpu(threads: int) -> None:
+def _set_up_process(threads: int) -> None:
     import torch
 
     from mochi.runtime.cpu_memory import keep_freed_memory
+    from mochi.runtime.ieee_float32 import use_ieee_float32
 
     torch.set_num_threads(threads)
     keep_freed_memory()
+    use_ieee_float32()
 
 
 @contextmanager

@@ -311,6 +311,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         for owner, name in (
             (torch.utils.deterministic, "fill_uninitialized_memory"),
             (torch.backends.cudnn.conv, "fp32_precision"),  # type: ignore[attr-defined]
+            (torch.backends.cuda.matmul, "fp32_precision"),
             (torch.backends.cudnn, "benchmark"),
         ):
             stack.callback(setattr, owner, name, getattr(owner, name))

@@ -21,6 +21,7 @@ from PIL import Image
 
 from mochi import encoders
 from mochi.analysis import stage as analysis_stage
+from mochi.cli import _set_up_process
 from mochi.config import Experiment, analysis_run, parse_experiment, pretrain_run, probe_run
 from mochi.data.ingest.prepare import prepare
 from mochi.data.views import loading
@@ -286,6 +287,15 @@ def test_evaluations_never_mix_devices(
     evaluation_stage.run(probe_run(chosen, METHOD, 0, task), result, tmp_path / "work")
     assert 0 <= json.loads((tmp_path / "out" / "metrics.json").read_text())["top1"] <= 100
     assert places == {"cuda" if features_on == "device" else "cpu"}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_every_stage_computes_in_ieee_float32() -> None:
+    """Detection too, which does not choose deterministic kernels."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    conv.fp32_precision = matmul.fp32_precision = "tf32"
+    _set_up_process(1)
+    assert (conv.fp32_precision, matmul.fp32_precision) == ("ieee", "ieee")
 
 
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])

@@ -17,7 +17,10 @@ from mochi.text import nfc, read_lines
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif")
 """Suffixes in search order; case does not matter."""
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 """Folder name, in any case -> split; without a `val` the `test` images are `val`, for evaluations."""
 
 _OTHER_SUFFIXES = (

@@ -70,6 +70,8 @@ def sniff(head: bytes) -> str:  # noqa: PLR0911 (a list of cases)
     text = head[:512].lstrip()
     if b"<svg" in head[:1024]:
         return f"SVG, which is not decoded here: {ADVICE}"
+    if text.startswith(b"version https://git-lfs."):
+        return "a pointer of Git LFS, not the image; run `git lfs pull`"
     if text[:1] == b"<":
         return "HTML or XML text, not an image"
     if all(byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in text):

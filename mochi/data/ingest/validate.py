@@ -105,7 +105,10 @@ def _validate_file(row: int, part: ByteRange, keep_reencoded: bool, max_side: in
         return _unread(row, size, "cannot be read: not enough memory")
     except decode.UnreadableError as error:
         return _unread(row, size, str(error))
-    result = decode.check(data, max_side)
+    try:
+        result = decode.check(data, max_side)
+    except AssertionError:  # Pillow's own, of a palette image without its palette
+        return _unread(row, len(data), "an image that breaks the rules of its format")
     if result.reencoded is not None and not keep_reencoded:
         result = replace(result, reencoded=b"")
     return ValidatedFile(row, len(data), hashlib.sha256(data).digest(), result)

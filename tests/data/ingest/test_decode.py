@@ -152,7 +152,11 @@ def test_the_first_frame_of_an_animation_is_used(picture: Picture) -> None:
     [
         (b"", "empty file (0 bytes)"),
         (b"<!DOCTYPE html><html>404</html>", "HTML or XML text, not an image"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "text, not an image"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a pointer of Git LFS, not the image; run `git lfs pull`",
+        ),
+        (b"outs:\n- md5: 0\n", "text, not an image"),
         (b"\x1f\x8b\x08\x00" + bytes(40), "gzip data, not an image"),
         (b"PK\x03\x04" + bytes(40), "zip data, not an image"),
         (bytes(range(128, 256)), "not an image Pillow can read"),

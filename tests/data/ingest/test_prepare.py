@@ -135,6 +135,19 @@ def test_unreadable_files_are_quarantined_and_named(tree: Path, tmp_path: Path) 
     assert len(open_dataset(out).split("train")) == 18
 
 
+def test_a_palette_image_without_its_palette_is_quarantined(tree: Path, tmp_path: Path) -> None:
+    """Pillow stops at an assertion."""
+    broken = tree / "train" / "cat" / "broken.png"
+    Image.new("P", (4, 4)).save(broken)
+    data = broken.read_bytes()
+    start = data.index(b"PLTE") - 4
+    length = int.from_bytes(data[start : start + 4], "big") + 12
+    broken.write_bytes(data[:start] + data[start + length :])
+    prepare(folder(tree, max_unreadable=0.2), tmp_path / "out", jobs=1)
+    (row,) = [row for row in rows_of(tmp_path / "out" / "quarantine.csv") if "broken.png" in str(row)]
+    assert "breaks the rules of its format" in str(row)
+
+
 def test_a_file_without_permission_is_quarantined(tree: Path, tmp_path: Path, monkeypatch) -> None:
     def refuse(part: object) -> bytes:
         raise PermissionError(13, "Permission denied")
@@ -214,8 +227,8 @@ def test_split_folders_are_recognised_in_any_case(
 
 
 def test_a_test_split_alone_is_refused(tree: Path, tmp_path: Path) -> None:
-    (tree / "train").rename(tree / "training")
-    with pytest.raises(DataError, match=r"found training, val, but no train folder"):
+    (tree / "train").rename(tree / "tr")
+    with pytest.raises(DataError, match=r"found tr, val, but no train folder"):
         prepare(folder(tree), tmp_path / "data" / "photos", jobs=1)
 
 

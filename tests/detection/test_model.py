@@ -209,6 +209,14 @@ def test_without_detections_there_are_no_masks() -> None:
     assert len(result["masks"]) == 0
 
 
+def test_a_single_detection_has_a_mask() -> None:
+    model = build(ENCODER, 2, small_model(masks=True, score_threshold=0, max_detections=1)).eval()
+    with torch.no_grad():
+        result = model(torch.randn(1, 3, 32, 48), [(32, 48)])[0]
+    assert result["boxes"].shape == (1, 4)
+    assert result["masks"].shape == (1, 1, 4, 4)
+
+
 def test_boxes_are_computed_in_float32() -> None:
     """In bfloat16, decoding and pooling would round boxes to a grid of pixels."""
     model = build(ENCODER, 2, small_model(masks=True))

@@ -103,12 +103,12 @@ def test_boxes_and_masks_follow_the_image(tmp_path: Path) -> None:
 
 
 def test_boxes_that_vanish_in_resizing_are_dropped_and_counted(tmp_path: Path) -> None:
-    annotated = picture(tmp_path / "x.png", 40, 20, [[4, 2, 12, 10], [1, 1, 1.05, 9]])
+    annotated = picture(tmp_path / "x.png", 40, 20, [[4, 2, 12, 10], [1, 1, 1.05, 9], [3, 3, 9, 9]])
     item = Images(Annotations(("a",), (annotated,))).item(0, 2, 999, flipped=False)
     assert item.vanished == 1
-    assert len(item.boxes) == len(item.labels) == 1
+    assert len(item.boxes) == len(item.labels) == 2
     assert item.masks is not None
-    assert len(item.masks) == 1
+    assert len(item.masks) == 2
 
 
 def test_an_image_without_boxes_has_an_empty_target(tmp_path: Path) -> None:
@@ -173,6 +173,28 @@ def test_an_epoch_has_every_image_and_few_batches_of_mixed_shape(many: Images) -
         assert sum(len({index >= 5 for index in row}) == 1 for row in rows) >= 3
         orders.append(rows)
     assert orders[0] != orders[1] != orders[2]
+
+
+def test_images_are_mirrored_and_resized_at_random_in_training_only(
+    many: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of 4,000 are mirrored, half have each of the two sizes."""
+    seen = []
+
+    def item(index: int, short_side: int, longest: int, flipped: bool) -> None:
+        seen.append((flipped, short_side))
+
+    monkeypatch.setattr(many, "item", item)
+    dataset = items(many, 2)
+    for number in range(2000):
+        dataset[number]
+    flipped, sizes = zip(*seen, strict=True)
+    assert abs(np.mean(flipped) - 0.5) < 0.03
+    assert abs(np.mean(np.array(sizes) == 20) - 0.5) < 0.03
+    seen.clear()
+    PlainItems(many, 20, 99)[range(7)]
+    TrainingItems(many, 7, [20], 99, flip=False, seed=0)[0]
+    assert seen == [(False, 20)] * 14
 
 
 def test_fewer_images_than_a_batch_are_repeated(many: Images) -> None:

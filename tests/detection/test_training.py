@@ -245,6 +245,15 @@ def test_rate_per_image_and_images_seen_do_not_depend_on_the_batch(batch_size: i
     assert schedule.drops[0] * batch_size == 18000 * 16
 
 
+def test_scaled_steps_are_rounded_and_at_least_one() -> None:
+    """With batches of 64 every number is a quarter; the search is a share of the training."""
+    quarter = paper_training(
+        batch_size=64, iterations=27, warmup_iterations=7, lr_drops=[11, 23], search_iterations=1
+    )
+    assert Schedule.of(quarter, 0.02, 27) == Schedule(7, 2, (3, 6), False, 0.08)
+    assert Schedule.of(quarter, 0.02, 1).steps == 1
+
+
 @pytest.mark.parametrize(
     ("micro_batch", "world_size", "expected"), [(2, 8, 1), (8, 2, 1), (2, 1, 8), (16, 1, 1)]
 )

@@ -115,7 +115,8 @@ class ContrastiveLoss(nn.Module):
             images: (B,) indices of the images, -1 where unknown, for `same_image`.
 
         Returns:
-            () mean over this rank's queries, nats. NaN in the inputs gives NaN.
+            () mean over this rank's queries, nats. NaN in the inputs gives NaN. Its backward pass raises a
+            UserError with `create_graph=True`: there is no second derivative.
 
         Raises:
             UserError: the inputs do not fit each other or the queue (a ValueError).
@@ -139,6 +140,8 @@ class ContrastiveLoss(nn.Module):
             self._replace_oldest(unit_key, *identities)
         if self.training:
             self.steps += 1
+        if loss.requires_grad:
+            loss.register_hook(_refuse_second_derivative)
         return loss
 
     @torch.no_grad()
@@ -261,6 +264,15 @@ def _told(values: object) -> str:
     if isinstance(values, Tensor):
         return f"{values.dtype} of shape {tuple(values.shape)}"
     return type(values).__name__
+
+
+def _refuse_second_derivative(_gradient: Tensor) -> None:
+    """The gradient is computed in the forward pass: autograd would take it for a constant."""
+    if torch.is_grad_enabled():
+        raise UserError(
+            "create_graph: found True; expected False: this loss has a first derivative only; compute "
+            "gradient penalties from another loss"
+        )
 
 
 def _unit(embeddings: Tensor, dtype: torch.dtype) -> Tensor:

@@ -446,6 +446,17 @@ def test_invalid_inputs_are_refused(query: Any, key: Tensor, message: str) -> No
     assert all(torch.equal(before[name], value) for name, value in loss.queue.state_dict().items())
 
 
+def test_a_second_derivative_is_refused() -> None:
+    query = embeddings(0).requires_grad_()
+    loss = criterion()(query, embeddings(1))
+    with pytest.raises(ValueError, match="create_graph: found True; expected False"):
+        torch.autograd.grad(loss, query, create_graph=True)
+    (gradient,) = torch.autograd.grad(loss, query)
+    assert gradient.any()
+    with torch.no_grad():
+        assert criterion()(query, embeddings(1)) == loss
+
+
 def test_a_batch_larger_than_the_queue_can_be_evaluated() -> None:
     assert criterion().eval()(embeddings(0, 30), embeddings(1, 30)).isfinite()
     assert criterion()(embeddings(0, 30), embeddings(1, 30), enqueue=False).isfinite()

@@ -16,7 +16,7 @@ from mochi.detection.batches import Images, collate
 from mochi.detection.sets import read_splits
 from mochi.detection.training import FineTuning, FrozenBackbone, Recipe, Schedule, accumulation, seed_step
 from mochi.runtime import distributed
-from mochi.runtime.monitoring import NonFiniteError
+from mochi.runtime.monitoring import CHECK_INTERVAL, NonFiniteError
 from mochi.storage.checkpoint import CheckpointError
 from tests.detection.sets import ENCODER, small_set
 from tests.processes import run_ranks
@@ -293,6 +293,51 @@ def test_accumulated_micro_batches_give_the_same_step(
         parts.append(_gradients(one))
     for name, gradient in both.items():
         torch.testing.assert_close(gradient, (parts[0][name] + parts[1][name]) / 2, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("interval", "logged"), [(1, [1, 2, 3, 4]), (3, [3, 4])])
+def test_a_training_equals_its_steps_written_out(
+    voc_set: Path,
+    encoder_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interval: int,
+    logged: list[int],
+) -> None:
+    """SGD with momentum, weight decay of all but batch norms, and two micro-batches a step."""
+    monkeypatch.setitem(CHECK_INTERVAL, "cpu", interval)
+    chosen = small_set(voc_set, training={"micro_batch": 1, "weight_decay": 0.1})
+    run, plain = (tuning(chosen, encoder_file, tmp_path / name) for name in ("run", "plain"))
+    rows: list[dict[str, Any]] = []
+    run.train("run", rows.append)
+    detector = plain.detector.train()
+    norms = {
+        id(p) for m in detector.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()
+    }
+    weights = list(detector.parameters())
+    velocities = [torch.zeros_like(weight) for weight in weights]
+    since: list[dict[str, float]] = []  # losses of the steps after the last row
+    for step in range(4):
+        seed_step(0, step)
+        batches = [collate(plain._dataset[number]) for number in (2 * step, 2 * step + 1)]
+        losses = [detector(batch.images(CPU), batch.sizes, batch.targets(CPU)) for batch in batches]
+        means = {name: (losses[0][name] + losses[1][name]) / 2 for name in losses[0]}
+        total = torch.stack(list(means.values())).sum()
+        gradients = torch.autograd.grad(total, weights)
+        lr = plain._schedule.lr_at(step)
+        since.append({"loss": total.item()} | {name: loss.item() for name, loss in means.items()})
+        if step + 1 in logged:
+            expected = {name: sum(each[name] for each in since) / len(since) for name in since[0]}
+            assert rows.pop(0) == pytest.approx({"step": step + 1, "lr": lr} | expected, rel=1e-3)
+            since.clear()
+        with torch.no_grad():
+            for weight, velocity, gradient in zip(weights, velocities, gradients, strict=True):
+                decay = 0.0 if id(weight) in norms else 0.1
+                velocity.mul_(0.9).add_(gradient + decay * weight)
+                weight.sub_(lr * velocity)
+    assert not rows
+    for (name, found), weight in zip(run.detector.named_parameters(), weights, strict=True):
+        torch.testing.assert_close(found, weight, rtol=1e-2, atol=1e-4, msg=name)
 
 
 def _train_rank(voc_set: Path, encoder_file: Path, out: Path) -> None:

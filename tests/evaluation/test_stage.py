@@ -9,14 +9,17 @@ import torch
 
 from mochi.config import Experiment, probe_run
 from mochi.config.datasets import Folder
+from mochi.data.format import open_dataset
 from mochi.data.ingest.prepare import prepare
 from mochi.encoders import build_untrained
-from mochi.encoders.files import EncoderError, save_encoder
+from mochi.encoders.files import EncoderError, load_encoder, save_encoder
 from mochi.encoders.resnet import ResNet
 from mochi.errors import DataError
 from mochi.evaluation.features import Frozen
+from mochi.evaluation.resume import ResumePoint
 from mochi.evaluation.tasks.knn import NearestNeighbours
 from mochi.evaluation.tasks.linear import LinearProbe, training
+from mochi.provenance.record import Stopwatch
 from mochi.provenance.wanted import RECORD
 from mochi.storage import checkpoint
 from mochi.storage.atomic import StorageError
@@ -56,6 +59,26 @@ def test_the_same_encoder_gives_the_same_numbers(
     confusion = pd.read_csv(tmp_path / "once" / "confusion.csv")
     right = confusion[confusion["class"] == confusion["predicted"]]["images"].sum()
     assert 100 * right / confusion["images"].sum() == pytest.approx(once["top1"], abs=1e-3)
+
+
+def test_features_of_batches_equal_those_of_single_images(
+    tiny: Experiment,
+    tiny_data: Path,
+    encoder_file: Path,
+    by_hand: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    """160 images in batches of 48: three, and a short one."""
+    run = probe_run(tiny, "random-init", 0, "knn").model_copy(update={"batch_size": 48})
+    encoder = load_encoder(encoder_file, tiny.encoder, torch.device("cpu"))
+    resume_point = ResumePoint(
+        tmp_path, result_in(tmp_path, tiny, "knn", encoder_file, tiny_data), Stopwatch()
+    )
+    frozen = Frozen(run, encoder, open_dataset(tiny_data), torch.device("cpu"), 0, resume_point, None)
+    for name, (values, labels) in by_hand.items():
+        features = frozen.features(name)
+        torch.testing.assert_close(features.values, values)
+        assert torch.equal(features.labels, labels)
 
 
 @pytest.mark.parametrize("task", TASKS)

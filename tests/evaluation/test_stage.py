@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -59,6 +61,19 @@ def test_the_same_encoder_gives_the_same_numbers(
     confusion = pd.read_csv(tmp_path / "once" / "confusion.csv")
     right = confusion[confusion["class"] == confusion["predicted"]]["images"].sum()
     assert 100 * right / confusion["images"].sum() == pytest.approx(once["top1"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("where", "free", "expected"),
+    [("auto", 8000, "cuda"), ("auto", 7998, "cpu"), ("device", 0, "cuda"), ("host", 8000, "cpu")],
+)
+def test_features_are_on_the_device_if_they_fill_half_of_its_free_memory_at_most(
+    where: str, free: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 x 10 float32 are 4,000 bytes."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80_000))
+    frozen: Any = SimpleNamespace(run=SimpleNamespace(features_on=where), device=torch.device("cuda"))
+    assert Frozen._storage_device(frozen, 100, 10).type == expected
 
 
 def test_features_of_batches_equal_those_of_single_images(

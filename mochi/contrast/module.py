@@ -123,9 +123,6 @@ class ContrastiveLoss(nn.Module):
         """
         self._check(query=query, key=key)
         identities = self._identities(key, labels, images)
-        given = {"labels": labels, "images": images}
-        for name in {name for mask in self.masks for name in mask.needs if given[name] is None}:
-            raise UserError(f"{name}: missing; a mask in {self.masks} needs them: pass `{name}=`")
         enqueue = enqueue and self.training
         if enqueue:
             self._check_fits_queue(key)
@@ -193,11 +190,13 @@ class ContrastiveLoss(nn.Module):
         """(B,) labels and (B,) images on the queue's device, -1 where unknown.
 
         Raises:
-            UserError: they do not fit the keys.
+            UserError: they do not fit the keys, or a mask needs what is not given.
         """
         found = []
         for name, values in (("labels", labels), ("images", images)):
             if values is None:
+                if any(name in mask.needs for mask in self.masks):
+                    raise UserError(f"{name}: missing; a mask in {self.masks} needs them: pass `{name}=`")
                 found.append(self.queue.labels.new_full((len(key),), -1))
                 continue
             if (

@@ -576,6 +576,8 @@ def test_invalid_image_indices_are_refused(arguments: dict[str, Tensor], message
     loss = by_name("moco", masks=["same_image"])
     with pytest.raises(ValueError, match=message):
         loss(embeddings(0), embeddings(1), **arguments)
+    with pytest.raises(ValueError, match=message):
+        loss.enqueue(embeddings(1), **arguments)
     assert int(loss.queue.num_enqueued) == 0
 
 

@@ -220,9 +220,9 @@ def at_least(least: int, **settings: int) -> None:
 
 
 def check_pool(num_hardest: int, least: int, queue_size: int) -> None:
-    """Raise ValueError if there are too few hardest negatives to mix, or more than the queue size."""
+    """Raise ValueError if there are fewer hardest negatives than `least`, or more than the queue size."""
     if not least <= num_hardest <= queue_size:
         raise ValueError(
-            f"num_hardest: found {num_hardest}; expected {least} to {queue_size} (queue_size); synthetics "
-            "are mixed from the hardest keys in the queue, and a pair from two of them"
+            f"num_hardest: found {num_hardest}; expected {least} to {queue_size} (queue_size): they are "
+            f"keys of the queue{', and a pair is mixed from two of them' if least > 1 else ''}"
         )

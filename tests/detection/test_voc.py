@@ -49,6 +49,12 @@ def test_a_0_based_set_is_0_based_in_all_its_files(voc_image: Writer) -> None:
     assert report["numbering"] == "pixels counted from 0: 1 of 2 boxes start at 0"
 
 
+@pytest.mark.parametrize("box", [(0, 5, 20, 22), (5, 0, 20, 22), (5, 0.5, 20, 22)])
+def test_one_side_at_0_makes_a_set_0_based(voc_image: Writer, box: tuple[float, ...]) -> None:
+    annotations = read(voc_image(voc_object(box=box)))
+    assert annotations.images[0].boxes.tolist() == [list(box)]
+
+
 def test_both_splits_have_the_same_base(voc_image: Writer) -> None:
     voc_image(voc_object(box=(10, 12, 20, 24)), name="first")
     root = voc_image(voc_object(box=(0, 0, 48, 40)), name="second", image_set="test")
@@ -90,10 +96,36 @@ def test_broken_objects_are_dropped_and_counted_or_named(
         read(root, "fail")
 
 
-def test_boxes_beyond_the_image_are_clipped_and_counted(voc_image: Writer) -> None:
-    annotations = read(voc_image(voc_object(box=(30, 30, 90, 41))))
-    assert annotations.images[0].boxes.tolist() == [[29, 29, 48, 40]]
+@pytest.mark.parametrize(
+    ("box", "inside"),
+    [
+        ((30, 30, 90, 40), [29, 29, 48, 40]),
+        ((30, 30, 48, 41), [29, 29, 48, 40]),
+        ((-3, 30, 48, 40), [0, 29, 48, 40]),
+        ((30, -3, 48, 40), [29, 0, 48, 40]),
+    ],
+)
+def test_boxes_beyond_the_image_are_clipped_and_counted(
+    voc_image: Writer, box: tuple[float, ...], inside: list[float]
+) -> None:
+    whole, outside = (1, 1, 48, 40), (60, 5, 70, 20)
+    annotations = read(voc_image(*(voc_object(box=each) for each in (box, whole, outside))))
+    assert annotations.images[0].boxes.tolist() == [inside, [0, 0, 48, 40]]
     assert annotations.report()["boxes cut to the image"] == 1
+
+
+def test_the_report_of_a_valid_set(voc_image: Writer) -> None:
+    report = read(voc_image(voc_object(difficult=0, truncated=0), voc_object("bar"))).report()
+    assert report == {
+        "images": 1,
+        "objects": 2,
+        "classes": {"square": 1, "bar": 1},
+        "numbering": "pixels counted from 1: 0 of 2 boxes start at 0",
+        "boxes cut to the image": 0,
+        "objects without difficult": 1,
+        "objects without pose": 2,
+        "objects without truncated": 1,
+    }
 
 
 def test_an_image_without_objects_has_boxes_of_shape_0_4(voc_image: Writer) -> None:

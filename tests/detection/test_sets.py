@@ -217,6 +217,12 @@ def test_names_of_another_case_are_named_and_of_another_unicode_form_found(voc_i
         voc.read(root, "train", ["café"], "fail")
 
 
+def test_one_class_in_two_unicode_forms_is_refused(voc_image: Writer) -> None:
+    root = voc_image(voc_object("café"))
+    with pytest.raises(DataError, match="two are one name in two Unicode forms"):
+        voc.read(root, "train", ["café", "cafe\u0301"], "fail")
+
+
 # COCO
 
 

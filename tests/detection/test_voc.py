@@ -205,11 +205,78 @@ def test_files_of_the_wrong_kind_are_named(voc_image: Writer) -> None:
         read(root)
 
 
+@pytest.mark.parametrize(
+    "stated", ["photo.png", "C:\\pictures\\photo.png", "/data/photo.png", " ../mixed\\data/photo.png\n"]
+)
+def test_an_image_of_another_name_is_found_by_its_filename(voc_image: Writer, stated: str) -> None:
+    root = voc_image(voc_object())
+    (root / "JPEGImages" / "one.jpg").rename(root / "JPEGImages" / "photo.png")
+    path = root / "Annotations" / "one.xml"
+    path.write_text(path.read_text().replace("<annotation>", f"<annotation><filename>{stated}</filename>"))
+    assert read(root).images[0].path == root / "JPEGImages" / "photo.png"
+
+
+def test_an_image_that_is_a_folder_or_a_broken_link_is_named(voc_image: Writer) -> None:
+    root = voc_image(voc_object())
+    path = root / "JPEGImages" / "one.jpg"
+    path.unlink()
+    path.symlink_to("elsewhere.jpg")
+    with pytest.raises(AnnotationError, match=r"one\.jpg: a broken link, or not a regular file"):
+        read(root)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(AnnotationError, match=r"one\.jpg: a broken link, or not a regular file"):
+        read(root)
+
+
+def test_an_empty_image_set_is_named(voc_image: Writer) -> None:
+    root = voc_image(voc_object())
+    (root / "ImageSets" / "Main" / "train.txt").write_text("\n \n")
+    with pytest.raises(AnnotationError, match=r"train\.txt: found no image name in it"):
+        read(root)
+
+
 def test_a_class_wise_image_set_has_only_images_of_the_class(voc_image: Writer) -> None:
     voc_image(voc_object(), name="one")
     root = voc_image(voc_object(), name="two")
     (root / "ImageSets" / "Main" / "train.txt").write_text("one -1\ntwo  1\n")
     assert [image.image_id for image in read(root).images] == ["two"]
+
+
+WRITTEN = """<annotation>
+  <folder>VOC</folder>
+  <filename>one.jpg</filename>
+  <size>
+    <width>48</width>
+    <height>40</height>
+    <depth>3</depth>
+  </size>
+  <segmented>0</segmented>
+  <object>
+    <name>square</name>
+    <pose>Unspecified</pose>
+    <truncated>0</truncated>
+    <difficult>0</difficult>
+    <bndbox>
+      <xmin>1</xmin>
+      <ymin>1</ymin>
+      <xmax>48</xmax>
+      <ymax>40</ymax>
+    </bndbox>
+  </object>
+  <object>
+    <name>bar</name>
+    <pose>Unspecified</pose>
+    <truncated>1</truncated>
+    <difficult>1</difficult>
+    <bndbox>
+      <xmin>5</xmin>
+      <ymin>6</ymin>
+      <xmax>20</xmax>
+      <ymax>22</ymax>
+    </bndbox>
+  </object>
+</annotation>"""
 
 
 def test_a_written_set_is_read_as_it_was(voc_image: Writer, tmp_path: Path) -> None:
@@ -219,6 +286,14 @@ def test_a_written_set_is_read_as_it_was(voc_image: Writer, tmp_path: Path) -> N
     again = voc.read(root, "again", CLASSES, "fail")
     np.testing.assert_array_equal(again.images[0].boxes, first.images[0].boxes)
     assert again.images[0].ignored.tolist() == [False, True]
+    assert (root / "Annotations" / "one.xml").read_text() == WRITTEN
+    assert (root / "ImageSets" / "Main" / "again.txt").read_text() == "one\n"
+
+
+def test_written_boxes_are_rounded_outwards(voc_image: Writer) -> None:
+    root = voc_image(voc_object(box=(5.3, 6.8, 20.2, 22)))
+    voc.write(root, "again", read(root), [[False]])
+    assert voc.read(root, "again", CLASSES, "fail").images[0].boxes.tolist() == [[4, 5, 21, 22]]
 
 
 def test_genuine_voc2007(real_data: Callable[[str], Path]) -> None:

@@ -27,32 +27,54 @@ _OTHER_SUFFIXES = (
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".py",
     ".ipynb", ".sh", ".ini", ".mat", ".npy", ".npz", ".pkl", ".h5", ".parquet", ".zip", ".tar", ".gz",
     ".tgz", ".7z", ".rar", ".log", ".out", ".err", ".mp4", ".mov", ".avi", ".mkv", ".webm",
-    ".arrow", ".safetensors", ".pt", ".pth", ".ckpt", ".onnx", ".lock",
+    ".arrow", ".safetensors", ".pt", ".pth", ".ckpt", ".onnx", ".lock", ".dvc", ".tfrecord", ".mdb",
+    ".aae", ".xmp", ".thm", ".lrv",  # of phones and cameras, next to photos and videos
+    ".m4v", ".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".mp3", ".m4a", ".wav",
+    ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx", ".rtf", ".odt", ".rst", ".tex", ".toml", ".cfg",
+    ".db", ".info", ".lnk", ".url", ".nfo", ".md5", ".sha1", ".sha256", ".sfv", ".torrent", ".exe",
+    ".bz2", ".xz", ".zst", ".js", ".css", ".names", ".weights",
 )  # fmt: skip
+_OTHER_NAMES = {
+    "readme", "license", "licence", "copying", "authors", "changelog", "makefile", "dockerfile",
+    "checksums", "md5sum", "md5sums", "sha256sum", "sha256sums",
+}  # fmt: skip
 
 _SYSTEM = {
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
-    "$recycle.bin", "system volume information", "found.000",  # Windows
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "icon\uf00d",
+    "$recycle.bin", "recycler", "system volume information",  # Windows
     "__macosx", "network trash folder", "temporary items",  # macOS
     "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp",  # Synology, QNAP
-    "lost+found", "__pycache__",
+    "lost+found", "lost.dir", "~snapshot", "__pycache__",
 }  # fmt: skip
+_SYSTEM_FORM = re.compile(
+    r"found\.\d{3}|:2e.*|.*@syno(eastream|resource)", re.S
+)  # chkdsk, Netatalk, Synology
 _STREAM = re.compile(
-    r".*:(zone\.identifier|com\.dropbox\.attributes|afp_afpinfo|afp_resource)(:\$data)?", re.S
+    r".*zone\.identifier(:\$data)?|.*:(com\.dropbox\.attributes|afp_afpinfo|afp_resource)(:\$data)?", re.S
 )
-_BACKUP = re.compile(r".*(~|\.(bak|swp|swo|swn|orig|rej|old|tmp|part|crdownload))|#.*#", re.S)
+_COLONS = str.maketrans("\uf03a\uf022", "::")
+"""What WSL and Samba write for a colon, which Windows has no names with."""
+_PARTIAL = "part|partial|filepart|crdownload|opdownload|download|aria2|!ut"
+_BACKUP = re.compile(rf".*(~|\.(bak|swp|swo|swn|orig|rej|old|tmp|{_PARTIAL}))|#.*#", re.S)
 _RECORD = "provenance.json"
 _VOC_MASKS = {"SegmentationClass", "SegmentationObject"}
 
 
 def left_behind(name: str) -> str | None:
     """Why a file or folder of this name is ignored; None for all others."""
-    lower = name.lower()
-    if name.startswith(".") or lower in _SYSTEM or _STREAM.fullmatch(lower):
+    lower = name.lower().translate(_COLONS)
+    if name.startswith(".") or lower in _SYSTEM or _SYSTEM_FORM.fullmatch(lower) or _is_stream(lower):
         return "hidden or system file"
     if _BACKUP.fullmatch(lower):
         return "editor backup or partial copy"
     return None
+
+
+def _is_stream(lower: str) -> bool:
+    """Whether a name is that of an alternate data stream, which NTFS keeps inside a file."""
+    file, _, stream = lower.partition(":")
+    of_file = stream and file.endswith((*IMAGE_SUFFIXES, ".db")) and not stream.endswith(IMAGE_SUFFIXES)
+    return bool(of_file or _STREAM.fullmatch(lower))
 
 
 def is_ours(folder: Path) -> bool:
@@ -102,6 +124,8 @@ def _walk(
             ignored["broken link or not a regular file"] += 1
         elif entry.name.lower().endswith(_OTHER_SUFFIXES):
             ignored["not an image by its suffix"] += 1
+        elif entry.name.lower() in _OTHER_NAMES:
+            ignored["not an image by its name"] += 1
         else:
             yield path
 

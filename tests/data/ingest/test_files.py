@@ -18,6 +18,12 @@ LEFT_BEHIND = (
     "@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/0.jpg", "#snapshot/0.jpg", "@Recycle/0.jpg",
     "$RECYCLE.BIN/0.jpg", "System Volume Information/0.jpg", "lost+found/0.jpg", "__MACOSX/0.jpg",
     "__MACOSX/._0.jpg", ".ipynb_checkpoints/0.jpg", ".Trash-1000/files/0.jpg", "__pycache__/0.jpg",
+    "Thumbs.db:encryptable", "0.jpg:com.apple.quarantine", "0.jpg:SmartScreen:$DATA",
+    "0.jpg\uf03aZone.Identifier", "0.jpg\uf022AFP_AfpInfo", "0.jpgZone.Identifier", "Icon\uf00d",
+    "RECYCLER/S-1-5-21/0.jpg", "FOUND.017/FILE0000.CHK", "LOST.DIR/0.jpg", "~snapshot/hourly.0/0.jpg",
+    "0.jpg@SynoEAStream", ":2e_0.jpg", "0.jpg.filepart", "0.jpg.partial", "0.jpg.opdownload", "0.jpg.aria2",
+    "IMG_0001.AAE", "IMG_0001.xmp", "MVI_0001.THM", "GX010001.LRV", "0.jpg.md5", "0.jpg.dvc", "README",
+    "LICENSE", "SHA256SUMS", "album.lnk", "photos.url",
 )  # fmt: skip
 
 
@@ -38,6 +44,11 @@ def test_nothing_else_is_ignored(tmp_path: Path) -> None:
         "a.b.jpg",
         "~a.jpg",
         "a:b.jpg",
+        "10:30.jpg:2.jpg",
+        "a:b",
+        "found.0001",
+        "readme.jpg",
+        "license/a.jpg",
         "bak/a.jpg",
         "thumbs/a.jpg",
         "no-suffix",

@@ -3,6 +3,7 @@
 Names are already in Unicode's composed form: é as one character or as two is the same name.
 """
 
+import unicodedata
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -43,13 +44,19 @@ def _filled(counts: Counts, split: str) -> set[str]:
 
 
 def alike(names: set[str]) -> list[str]:
-    """Pairs of names that differ only in case or spaces."""
-    by_form = sorted((" ".join(name.casefold().split()), name) for name in names)
+    """Pairs of names that look the same: case, spaces, wide forms and characters without width aside."""
+    by_form = sorted((_plain(name), name) for name in names)
     return [
-        f"classes {first!r} and {second!r} differ only in case or spaces: rename one"
+        f"classes {first!r} and {second!r} differ only in case, spaces or Unicode form: rename one"
         for (form, first), (other, second) in pairwise(by_form)
         if form == other
     ]
+
+
+def _plain(name: str) -> str:
+    wide = unicodedata.normalize("NFKC", name)
+    seen = "".join(character for character in wide if unicodedata.category(character) != "Cf")
+    return " ".join(seen.casefold().split())
 
 
 def _some(names: set[str]) -> str:

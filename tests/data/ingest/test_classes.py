@@ -23,7 +23,7 @@ NAMES = {
 }
 REASONS = {
     "nested": "the only class of train is called 'train': a folder too many was unpacked",
-    "case": "classes 'Cat' and 'cat' differ only in case or spaces",
+    "case": "classes 'Cat' and 'cat' differ only in case, spaces or Unicode form",
     "other": "no class has images in both train (one, two) and val (three)",
 }
 
@@ -65,8 +65,11 @@ def test_similar_names_and_classes_without_training_images_are_reported() -> Non
     counts = {"train": {"Cat": 3, "cat ": 1, "dog": 2, "eel": 0}, "val": {"Cat": 1, "eel": 2, "dog": 1}}
     assert faults(counts) == []
     messages = oddities(counts)
-    assert "classes 'Cat' and 'cat ' differ only in case or spaces" in messages[0]
+    assert "classes 'Cat' and 'cat ' differ only in case, spaces or Unicode form" in messages[0]
     assert messages[1] == "1 classes of val have no image in train: eel"
+    for form in ("\uff43\uff41\uff54", "cat\u200b", "\ufeffCat", "c\u00adat"):
+        assert len(oddities({"train": {"cat": 1, "dog": 1, form: 1}})) == 1, form
+    assert not oddities({"train": {"dog-1": 1, "dog_1": 1, "dög1": 1, "dog1": 1}})
 
 
 def test_unlabelled_and_empty_splits_are_accepted() -> None:

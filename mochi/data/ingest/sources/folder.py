@@ -66,12 +66,16 @@ def list_images(config: Folder) -> RawDataset:
     if config.only_listed:
         paths = _listed(root, paths, config.only_listed, ignored)
     if top and not has_splits and not config.class_folders:
+        deeper = next((root / name for name in top if _has_train(root / name)), None)
         logger.warning(
-            "%s: no train folder in it, so all images are one split without labels; "
-            "if its folders (%s) are classes, set class_folders: true and val_share, or put them under "
-            "train/ and val/",
+            "%s: no train folder in it, so all images are one split without labels; %s",
             as_text(str(root)),
-            as_text(", ".join(top[:3]) + (", ..." if len(top) > 3 else "")),
+            f"{as_text(str(deeper))} has one: give that folder to have classes"
+            if deeper
+            else as_text(
+                f"if its folders ({', '.join(top[:3])}{', ...' if len(top) > 3 else ''}) are classes, set "
+                "class_folders: true and val_share, or put them under train/ and val/"
+            ),
         )
     splits: dict[str, list[tuple[str, str | None]]] = {}
     for path in paths:
@@ -102,6 +106,10 @@ def list_images(config: Folder) -> RawDataset:
         max_unreadable=config.max_unreadable,
         max_side=config.max_side,
     )
+
+
+def _has_train(folder: Path) -> bool:
+    return any(SPLITS.get(name.lower()) == "train" for name in subfolders(folder))
 
 
 def listing(config: Folder) -> str:

@@ -69,3 +69,10 @@ def test_only_listed_images_are_used(tmp_path: Path) -> None:
     assert len(listed(root, only_listed=["../lists/train.txt", "../lists/more.txt"])["train"]) == 3
     with pytest.raises(DataError, match=r"gone.txt: no such file; expected a list of images"):
         listed(root, only_listed=["gone.txt"])
+
+
+def test_a_folder_too_many_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Archives of Kaggle unpack to archive/dataset/train."""
+    make(tmp_path, "dataset/Train/a/1.jpg", "dataset/val/a/2.jpg")
+    assert set(listed(tmp_path)["train"].values()) == {None}
+    assert f"{tmp_path / 'dataset'} has one: give that folder" in caplog.text

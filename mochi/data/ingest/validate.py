@@ -1,6 +1,7 @@
 """Check every file of a split: on several processes, results in the order of the rows."""
 
 import hashlib
+import logging
 import multiprocessing
 import os
 from collections import deque
@@ -13,6 +14,8 @@ from typing import Self
 from mochi.data.ingest import decode
 from mochi.data.ingest.raw import ByteRange, FileSplit, in_batches
 from mochi.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _FILES_PER_TASK = 64
 _SERIAL_LIMIT = 512  # files; this many are checked before worker processes have started
@@ -42,7 +45,15 @@ class Validator:
         self._jobs = jobs
         # Processes start with the first task, so that small splits do not wait for them.
         context = multiprocessing.get_context("spawn")  # fork may deadlock if there are threads
-        self._pool = ProcessPoolExecutor(jobs, mp_context=context) if jobs > 1 else None
+        self._pool = None
+        if jobs > 1:
+            try:
+                self._pool = ProcessPoolExecutor(jobs, mp_context=context)
+            except (OSError, NotImplementedError) as error:
+                logger.warning(
+                    "this process decodes alone, because processes cannot share semaphores here (%s): "
+                    "mount /dev/shm writable", error,
+                )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self

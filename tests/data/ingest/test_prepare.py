@@ -71,6 +71,22 @@ def test_processes_and_repetition_change_no_byte(
     assert contents(one) == contents(two) == first
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EROFS, "Read-only file system"), NotImplementedError()])
+def test_one_process_decodes_if_the_host_has_no_semaphores(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:  # fmt: skip
+    """Shared memory is read-only or missing in some containers."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(validate, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(validate, "_SERIAL_LIMIT", 0)
+    assert prepare(folder(tree), tmp_path / "photos", jobs=2)["splits"]["train"]["count"] == 18
+    assert "this process decodes alone" in caplog.text
+
+
 def test_shards_are_bounded_and_random_access_crosses_them(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "data" / "photos"
     manifest = prepare(folder(tree), out, jobs=1, shard_bytes=5000)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mochi.data.format import UNLABELLED
+from mochi.data.ingest.files import Names
 from mochi.data.ingest.raw import ByteRange, FileSplit
 from mochi.data.ingest.validate import Validator
 from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations
@@ -33,6 +34,7 @@ def check_images(splits: Sequence[Annotations], jobs: int) -> None:
     """
     for split in splits:
         _refuse_relative(split)
+        _warn_of_corners(split)
     distinct = {(each.path, each.height, each.width): each for split in splits for each in split.images}
     images = list(distinct.values())[distributed.rank() :: distributed.world_size()]
     split_of = {image.path: number for number, split in enumerate(splits) for image in split.images}
@@ -42,7 +44,10 @@ def check_images(splits: Sequence[Annotations], jobs: int) -> None:
         if os.path.isfile(image.path):  # noqa: PTH113 (a Path raises where it may not look)
             present.append(image)
         else:  # also pipes and devices, whose data may never end
-            wrong.append(f"{image.path}: found no regular file; it is image {image.image_id!r} of its set")
+            alike = Names(image.path.parent).alike(image.path.name)
+            wrong.append(
+                f"{image.path}: found no regular file{alike}; it is image {image.image_id!r} of its set"
+            )
     paths = [str(image.path) for image in present]
     files = FileSplit([ByteRange(path) for path in paths], paths, np.full(len(paths), UNLABELLED))
     report = counter("check images")
@@ -80,6 +85,19 @@ def _refuse_relative(split: Annotations) -> None:
             f"{path}: found no box larger than a pixel, here and in the {boxes} boxes of its set; expected "
             "pixels, not shares of the image's width and height"
         )
+
+
+def _warn_of_corners(split: Annotations) -> None:
+    """COCO's boxes, if they are [x0, y0, x1, y1] and read as [x, y, width, height], end at the border."""
+    images = [image for image in split.images if image.areas is not None and len(image.boxes)]
+    at_border = [(image.boxes[:, 2:] == (image.width, image.height)).any(axis=1) for image in images]
+    boxes, cut = sum(map(len, at_border)), sum(int(each.sum()) for each in at_border)
+    if 2 * cut > boxes:
+        logger.warning(
+            "%s: %d of the %d boxes of its set reach the right or lower border of their images; expected "
+            "[x, y, width, height] as bbox: [x0, y0, x1, y1] would be read wrongly",
+            images[0].path, cut, boxes,
+        )  # fmt: skip
 
 
 def misfit(image: AnnotatedImage, height: int, width: int) -> str:

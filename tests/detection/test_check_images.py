@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -118,3 +119,29 @@ def test_boxes_as_shares_of_the_image_are_refused(root: Path) -> None:
     with pytest.raises(AnnotationError, match="found no box larger than a pixel"):
         check_images([train, dataclasses.replace(test, images=images)], jobs=1)
     check_images([train, dataclasses.replace(test, images=(images[0], *test.images[1:]))], jobs=1)
+
+
+def test_coco_boxes_that_are_corners_are_pointed_out(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """[x0, y0, x1, y1] read as [x, y, width, height] is cut at the border, which nothing else says."""
+    _, test = splits(root)
+
+    def as_coco(*ends: float) -> Annotations:
+        box = np.array([(20, 18, *ends)], np.float32).clip(0, (48, 40, 48, 40))
+        images = [
+            dataclasses.replace(each, boxes=box, areas=box[:, 0]) if len(each.boxes) else each
+            for each in test.images
+        ]
+        return dataclasses.replace(test, images=tuple(images))
+
+    check_images([test, as_coco(44, 38)], jobs=1)
+    assert "lower border" not in caplog.text
+    check_images([as_coco(20 + 44, 18 + 38)], jobs=1)
+    assert "4 of the 4 boxes of its set reach the right or lower border" in caplog.text
+
+
+def test_a_missing_file_whose_name_differs_in_case_is_named(root: Path) -> None:
+    train, test = splits(root)
+    path = test.images[0].path
+    path.rename(path.with_suffix(".JPG"))
+    with pytest.raises(AnnotationError, match=f"found '{path.stem}.JPG', which differs in case"):
+        check_images([train, test], jobs=1)

@@ -248,8 +248,8 @@ def check_fit(
     """Compare the tensors of a file with those of an encoder of `config`; `advice` ends the message.
 
     Raises:
-        EncoderError: a tensor is missing, unknown, of another shape or type, or has NaN, Inf or a
-            negative variance; the message lists them.
+        EncoderError: a tensor is missing, unknown, of another shape or type, or has NaN, Inf, a
+            negative variance or a convolution of zeros only; the message lists them.
     """
     lines = [
         _mismatch(name, found.get(name), expected.get(name)) for name in sorted(found.keys() | expected)
@@ -273,6 +273,8 @@ def _mismatch(name: str, found: Tensor | None, expected: Tensor | None) -> str:
         return f"  {name}: expected floating-point numbers, found {found.dtype}"
     if found.dtype in _FLOATS and not torch.isfinite(found).all():
         return f"  {name}: found NaN or Inf"
+    if found.ndim == 4 and name.endswith("weight") and not found.any():
+        return f"  {name}: found zeros only, as after an interrupted download"
     if name.endswith("running_var") and (found < 0).any():
         return f"  {name}: found a variance below 0"
     return ""

@@ -66,10 +66,11 @@ def test_equal_encoders_give_equal_files(path: Path, tmp_path: Path) -> None:
         (lambda w: {**w, "conv1.weight": torch.zeros(4, 3, 7, 7)},
          r"conv1.weight: expected \[4, 3, 3, 3\], found \[4, 3, 7, 7\]"),
         (lambda w: {**w, "bn1.bias": torch.full((4,), torch.nan)}, "bn1.bias: found NaN or Inf"),
+        (lambda w: {**w, "conv1.weight": torch.zeros(4, 3, 3, 3)}, "conv1.weight: found zeros only"),
         (lambda w: {**w, "bn1.bias": torch.ones(4, dtype=torch.int8)}, r"numbers, found torch.int8"),
         (lambda w: {**w, "bn1.bias": torch.ones(4).to(torch.float8_e4m3fn)}, r"found torch.float8_e4m3fn"),
     ],
-    ids=["misspelt", "prefixed", "no layer4", "classifier", "another stem", "nan", "int8", "float8"],
+    ids=["misspelt", "prefixed", "no layer4", "classifier", "stem", "nan", "zeros", "int8", "float8"],
 )  # fmt: skip
 def test_tensors_that_do_not_match_are_named(
     path: Path, change: Callable[[Tensors], Tensors], message: str

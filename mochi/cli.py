@@ -4,6 +4,7 @@ Only this module prints or exits. Imports of heavy modules are inside the comman
 `--help` and a stage that is up to date return at once.
 """
 
+import errno
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from mochi import __version__
 from mochi.errors import UserError
 from mochi.extras import EXTRAS, not_installed
 from mochi.provenance.wanted import Result
-from mochi.runtime.progress import configure_logging
+from mochi.runtime.progress import abandon_log, configure_logging
 
 if TYPE_CHECKING:
     from mochi.inference.encoder import LoadedEncoder, Overrides
@@ -732,23 +733,44 @@ def _require_current_folder() -> None:
         raise UserError("the current folder was removed; change to another, or to the new one") from None
 
 
+_FEWER = "start fewer (--workers, --jobs, --threads), or raise the limit (`ulimit -u`)"
+_HINTS = {
+    errno.EACCES: "let this user read it",
+    errno.EAGAIN: f"processes or threads cannot be started: {_FEWER}",
+    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
+    errno.ENOSPC: "free disk space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "mount its file system again",
+}
+
+
+def _explained(error: OSError | MemoryError) -> str:
+    """An error of the system: its file and what to do."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory; end other programs, or lower --jobs or --batch-size ({error})"
+    found = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    return f"{found}; {_HINTS[error.errno]}" if error.errno in _HINTS else found
+
+
 def main() -> NoReturn:
     """Run a command; a user's mistake ends with its message and exit code 1, without a traceback."""
     configure_logging()
     try:
         _require_current_folder()
         app(prog_name="mochi")
-    except (UserError, OSError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and not isinstance(error, UserError) and error.filename:
-            text = f"{error.filename}: {error.strerror}"
+    except (UserError, OSError, MemoryError) as error:
+        text = str(error) if isinstance(error, UserError) else _explained(error)
         for line in text.splitlines():
             typer.echo(f"error: {line}", err=True)
         sys.exit(1)
     except RuntimeError as error:
         from mochi.runtime import gpus, watchdog
 
-        if (reason := watchdog.reason(error) or gpus.reason(error)) is None:
+        reason = watchdog.reason(error) or gpus.reason(error)
+        if "can't start new thread" in str(error):
+            reason = f"{error}; {_FEWER}"
+        if reason is None:
             raise
         typer.echo(f"error: {reason}", err=True)
         sys.exit(1)
@@ -757,4 +779,5 @@ def main() -> NoReturn:
             raise
         typer.echo(f"error: {not_installed(error.name)}", err=True)
         sys.exit(1)
+    abandon_log()
     sys.exit(0)

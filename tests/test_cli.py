@@ -306,3 +306,47 @@ def test_a_terminal_without_some_letters_and_a_removed_folder(tmp_path: Path) ->
     done = subprocess.run(shell, cwd=gone, env=environment, capture_output=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: the current folder was removed")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied", "train/cat"),
+            "train/cat: Permission denied; let this user",
+        ),
+        (
+            BlockingIOError(11, "Resource temporarily unavailable"),
+            "unavailable; processes or threads cannot",
+        ),
+        (RuntimeError("can't start new thread"), "can't start new thread; start fewer"),
+        (
+            OSError(24, "Too many open files", "a.jpg"),
+            "a.jpg: Too many open files; raise the limit on open",
+        ),
+        (OSError(28, "No space left on device"), "No space left on device; free disk space"),
+        (MemoryError("unable to allocate 9 GiB"), "not enough memory; end other programs"),
+        (FileNotFoundError(2, "No such file or directory", "a.jpg"), "a.jpg: No such file or directory\n"),
+    ],
+)
+def test_errors_of_the_system_say_what_to_do(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mochi.data.inspect.inspect", fail)
+    assert message in refused("inspect", str(tmp_path))
+
+
+def test_a_log_on_a_full_disk_does_not_end_a_command(tmp_path: Path) -> None:
+    (tmp_path / "images/a").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "images/a/0.png")
+    command = [sys.executable, "-m", "mochi", "inspect", "images"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+            stderr=full, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0
+    assert b"1 files that may be images" in done.stdout

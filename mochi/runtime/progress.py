@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -35,6 +36,15 @@ def _open_standard_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a class may have a name that Latin-1 lacks
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def abandon_log() -> None:
+    """Drop what a full disk keeps from being written, so that it changes no exit code."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        with open(os.devnull, "w") as nothing:  # noqa: PTH123 (as in `_open_standard_streams`)
+            os.dup2(nothing.fileno(), sys.stderr.fileno())
 
 
 class Progress:
@@ -81,8 +91,9 @@ class Progress:
             self._last = now
             _, left = self._pace()
             line = f"{self._label}: {self._done}/{self._total}, {clock(left)} left"
-            sys.stderr.write(f"{line}, {note}\n" if note else f"{line}\n")
-            sys.stderr.flush()
+            with suppress(OSError):  # a log on a full disk
+                sys.stderr.write(f"{line}, {note}\n" if note else f"{line}\n")
+                sys.stderr.flush()
 
     def _pace(self) -> tuple[float, float]:
         """Units per second, and seconds left."""

@@ -30,6 +30,7 @@ from mochi.encoders.files import (
     require_suffix,
     write_tensors,
 )
+from mochi.errors import guess
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 _BYTES = 255.0
@@ -102,8 +103,8 @@ def import_checkpoint(file: str, out: Path, choices: Choices | None = None) -> l
         check_fit(path, tensors, expected, config, _advice(found, likely))
         notes = _convert_pixels(path, tensors, pixels)
         source = f"{path.name} sha256:{_sha256(path)}"
-        below = found.prefix.rstrip(".") or "the top"
-        taken = f"{len(found.names)} of {len(checkpoint.tensors)} tensors, those below {below}"
+        prefix = f"with prefix {found.prefix.rstrip('.')}" if found.prefix else "without a prefix"
+        taken = f"{len(found.names)} of {len(checkpoint.tensors)} tensors, {prefix}"
         lines = [f"{path}: {checkpoint.form}, {kind}: {taken}", *_unused(checkpoint, found)]
     about: dict[str, object] = {"method": kind}
     if own:
@@ -118,8 +119,8 @@ def import_checkpoint(file: str, out: Path, choices: Choices | None = None) -> l
         notes.append(f"converted to float32 from {', '.join(sorted(str(d)[6:] for d in dtypes))}")
     if config.stem != "imagenet" and not own and not choices.stem:
         notes.append(
-            f"a 3x3 stem's stride is not in the file: taken as stem {config.stem} (stride 1); "
-            "--stem half for stride 2"
+            f"the file does not show the stride of its 3x3 stem: taken as stem {config.stem} (stride 1); "
+            "--stem half for stride 2; a max-pool after it is not supported"
         )
     if pixels is None:
         notes.append(
@@ -152,7 +153,8 @@ def _chosen(path: Path, checkpoint: Checkpoint, which: str) -> Found:
     if not fits:
         if which not in ("query", "momentum"):
             raise EncoderError(
-                f"--which: found {which!r}; {path} has: query, momentum, or one of {_prefixes(found)}"
+                f"--which: found {which!r}; expected query, momentum, or the prefix of an encoder in "
+                f"{path}: {_prefixes(found)}"
             )
         fits = [each for each in found if each.is_momentum == (which == "momentum")]
         if which == "query" and not fits:
@@ -175,6 +177,12 @@ def _prefixes(found: Sequence[Found]) -> str:
 
 def _architecture(path: Path, checkpoint: Checkpoint, found: Found, choices: Choices) -> Encoder:
     """The one whose shapes fit best; `check_fit` reports remaining differences."""
+    for option, chosen, allowed in (
+        ("--architecture", choices.architecture, RESNETS),
+        ("--stem", choices.stem, ("imagenet", "half", "full")),
+    ):
+        if chosen not in (None, *allowed):
+            raise EncoderError(f"{option}: {guess(str(chosen), allowed)}")
     shapes = _shapes(checkpoint, found)
     first = shapes.get("conv1.weight", ())
     kernel = first[-1] if len(first) == 4 else 7
@@ -250,8 +258,8 @@ def _loaded(path: Path, checkpoint: Checkpoint, found: Found) -> tuple[dict[str,
 
 def _advice(found: Found, likely: Encoder) -> str:
     return (
-        f"Names are torchvision's, below {found.prefix or 'the top'} in the file, whose shapes fit a "
-        f"{likely} best. Import a whole encoder, one of: {', '.join(RESNETS)}"
+        f"The shapes fit a {likely} best. Names are torchvision's; in the file, their prefix is "
+        f"{found.prefix.rstrip('.') or 'none'}. Expected a whole encoder, one of: {', '.join(RESNETS)}"
     )
 
 

@@ -225,7 +225,7 @@ def test_one_of_several_encoders_is_chosen_by_its_prefix(tmp_path: Path) -> None
 def test_used_and_unused_tensors_are_listed(tmp_path: Path) -> None:
     torch.save(LAYOUTS["moco"][0], tmp_path / "x.pth")
     lines = import_checkpoint(str(tmp_path / "x.pth"), tmp_path / "out.safetensors")
-    assert lines[0].endswith("torch zip, MoCo: 120 of 242 tensors, those below state_dict.module.encoder_q")
+    assert lines[0].endswith("torch zip, MoCo: 120 of 242 tensors, with prefix state_dict.module.encoder_q")
     assert lines[1:4] == [
         "  not used: state_dict.module.encoder_k (120 tensors)",
         "  not used: state_dict.module.queue (1 tensor)",
@@ -269,7 +269,7 @@ def test_files_with_other_heads_give_the_same_encoder(tmp_path: Path) -> None:
         (
             QUERY_WEIGHTS,
             {"architecture": "resnet50"},
-            r"not a resnet50 (.|\n)*shapes fit a resnet18 with stem",
+            r"not a resnet50 (.|\n)*shapes fit a resnet18 with stem .* best\. .* their prefix is none\.",
         ),
         (
             dict(list(QUERY_WEIGHTS.items())[::2]),
@@ -300,9 +300,19 @@ def test_files_with_other_heads_give_the_same_encoder(tmp_path: Path) -> None:
             r"conv1.weight: found \[8, 3, 5, 5\]",
         ),
         (QUERY_WEIGHTS, {"stem": "half"}, "is not the first convolution of the stem half"),
-        (QUERY_WEIGHTS, {"architecture": "resnet51"}, "--architecture: architecture: found 'resnet51'"),
+        (
+            QUERY_WEIGHTS,
+            {"architecture": "resnet51"},
+            r"--architecture: found 'resnet51'; did you mean 'resnet",
+        ),
+        (
+            QUERY_WEIGHTS,
+            {"architecture": "timm:vit"},
+            "--architecture: found 'timm:vit'; allowed: resnet10, ",
+        ),
+        (stem_weights("full"), {"stem": "ful"}, "--stem: found 'ful'; did you mean 'full'"),
         (QUERY_WEIGHTS, {"which": "momentum"}, "contains 0 encoders for --which momentum"),
-        (QUERY_WEIGHTS, {"which": "student"}, "--which: found 'student'"),
+        (QUERY_WEIGHTS, {"which": "student"}, r"--which: found 'student'; .*x\.pth: \(no prefix\)"),
         (
             {k: v.to(torch.int8) for k, v in QUERY_WEIGHTS.items()},
             {},
@@ -359,7 +369,10 @@ def test_a_url_is_refused(tmp_path: Path) -> None:
 def test_the_stride_of_a_small_stem_must_be_given(tmp_path: Path) -> None:
     torch.save(stem_weights("half"), tmp_path / "x.pth")
     lines = import_checkpoint(str(tmp_path / "x.pth"), tmp_path / "out.safetensors")
-    assert any("taken as stem full (stride 1); --stem half for stride 2" in line for line in lines)
+    assert any(
+        "taken as stem full (stride 1); --stem half for stride 2; a max-pool after" in line
+        for line in lines
+    )
     imported(tmp_path / "x.pth", stem="half")
     assert load_encoder(tmp_path / "out.safetensors").config.stem == "half"
 

@@ -55,6 +55,54 @@ def test_labels_follow_the_order_of_category_ids_without_gaps(tmp_path: Path) ->
     assert annotations.images[0].path == tmp_path / "val" / "seven.jpg"
 
 
+def test_categories_with_numbers_come_first_then_those_with_names(tmp_path: Path) -> None:
+    root = write(tmp_path, [{"category_id": "b"}])
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    names = {"b": "bus", 10: "ten", "a": "apple", 9: "nine"}
+    content["categories"] = [{"id": identity, "name": name} for identity, name in names.items()]
+    path.write_text(json.dumps(content))
+    annotations = read(root, masks=False)
+    assert annotations.classes == ("nine", "ten", "apple", "bus")
+    assert annotations.images[0].labels.tolist() == [4]
+    assert annotations.numbering == "category ids 9 to 'b'"
+
+
+@pytest.mark.parametrize("stated", ["part/photo.png", "part\\photo.png", "part/photo\u0301.png"])
+def test_files_are_found_by_either_slash_and_unicode_form(tmp_path: Path, stated: str) -> None:
+    name = "phot\u00f3.png" if "\u0301" in stated else "photo.png"
+    (tmp_path / "val" / "part").mkdir(parents=True)
+    (tmp_path / "val" / "part" / name).touch()
+    root = write(tmp_path, [], [{"id": 1, "file_name": stated, "height": 1, "width": 1}])
+    [image] = read(root).images
+    assert image.path == tmp_path / "val" / "part" / name
+    assert (image.height, image.width) == (1, 1)
+
+
+def test_an_image_that_cannot_be_read_is_the_only_mistake(tmp_path: Path) -> None:
+    root = write(tmp_path, [{}, {}], [{"id": 7, "file_name": "seven.jpg", "height": "x", "width": 30}])
+    with pytest.raises(AnnotationError, match=r"^[^\n]*images\[0\]: height: found 'x'[^\n]*$"):
+        read(root)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "expected"),
+    [
+        ([{"bbox": [0, 0, 1, 1]}, {"segmentation": TRIANGLE}], True),
+        ([{"segmentation": []}, {"segmentation": None}, {}, None, "segmentation"], False),
+        ([], False),
+        (None, False),
+        ({"segmentation": TRIANGLE}, False),
+    ],
+)
+def test_whether_a_split_has_masks(tmp_path: Path, annotations: object, expected: bool) -> None:
+    path = write(tmp_path, []) / "annotations" / "instances_val.json"
+    path.write_text(json.dumps({"annotations": annotations}))
+    assert coco.has_masks(tmp_path, "val") is expected
+    path.write_text("[]")
+    assert coco.has_masks(tmp_path, "val") is False
+
+
 @pytest.mark.parametrize("shape", [TRIANGLE, TWO_PARTS])
 def test_polygons_equal_pycocotools(tmp_path: Path, shape: list[list[float]]) -> None:
     image = read(write(tmp_path, [{"segmentation": shape}])).images[0]

@@ -67,10 +67,13 @@ def test_equal_encoders_give_equal_files(path: Path, tmp_path: Path) -> None:
          r"conv1.weight: expected \[4, 3, 3, 3\], found \[4, 3, 7, 7\]"),
         (lambda w: {**w, "bn1.bias": torch.full((4,), torch.nan)}, "bn1.bias: found NaN or Inf"),
         (lambda w: {**w, "conv1.weight": torch.zeros(4, 3, 3, 3)}, "conv1.weight: found zeros only"),
+        (lambda w: {**w, "bn1.running_var": torch.tensor([1, 1, -1e-9, 1])},
+         "bn1.running_var: found a variance below 0"),
         (lambda w: {**w, "bn1.bias": torch.ones(4, dtype=torch.int8)}, r"numbers, found torch.int8"),
         (lambda w: {**w, "bn1.bias": torch.ones(4).to(torch.float8_e4m3fn)}, r"found torch.float8_e4m3fn"),
     ],
-    ids=["misspelt", "prefixed", "no layer4", "classifier", "stem", "nan", "zeros", "int8", "float8"],
+    ids=["misspelt", "prefixed", "no layer4", "classifier", "stem", "nan", "zeros", "variance", "int8",
+         "float8"],
 )  # fmt: skip
 def test_tensors_that_do_not_match_are_named(
     path: Path, change: Callable[[Tensors], Tensors], message: str
@@ -85,6 +88,9 @@ def test_tensors_that_do_not_match_are_named(
 def test_a_missing_file_and_one_of_another_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match=r"none: no such encoder; run"):
         read_encoder(tmp_path / "none")
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    with pytest.raises(EncoderError, match=r"is empty \(0 bytes\); download or copy it again"):
+        read_encoder(tmp_path / "x.safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"pickle")
     with pytest.raises(EncoderError, match="cannot be read as safetensors"):
         read_encoder(tmp_path / "x.safetensors")
@@ -118,7 +124,30 @@ def with_metadata(path: Path, text: str | None) -> None:
     save_file(load_file(path), path, None if text is None else {METADATA_KEY: text})
 
 
+@pytest.mark.parametrize("count", [10, 11])
+def test_the_first_ten_tensors_that_do_not_match_are_listed(path: Path, count: int) -> None:
+    weights = load_file(path)
+    save_file({name: weights[name] for name in sorted(weights)[count:]}, path)
+    with pytest.raises(EncoderError) as error:
+        load_encoder(path, CONFIG, CPU)
+    assert str(error.value).count(": expected [") == 10
+    assert ("\n  ... and 1 more\nUse an encoder" in str(error.value)) == (count == 11)
+    assert ("more" in str(error.value)) == (count == 11)
+
+
+def test_a_variance_of_zero_is_accepted(path: Path) -> None:
+    save_file({**load_file(path), "bn1.running_var": torch.zeros(4)}, path)
+    load_encoder(path, CONFIG, CPU)
+
+
+def test_a_loaded_encoder_is_channels_last(path: Path) -> None:
+    weight = load_encoder(path, CONFIG, CPU).get_parameter("layer1.0.conv1.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
 def test_a_file_describes_its_encoder(path: Path) -> None:
+    assert read_info(path) == EncoderInfo.of(CONFIG)
     info = EncoderInfo.of(CONFIG, image_size=32, method="moco-v2", experiment="x", seed=3)
     save_encoder(path, encoders.build(CONFIG, seed=5), info)
     assert read_info(path) == info

@@ -130,27 +130,25 @@ def test_both_kinds_of_run_length_encoding(tmp_path: Path) -> None:
 def test_crowds_are_evaluated_but_not_trained_on(tmp_path: Path) -> None:
     images = [
         {"id": name, "file_name": f"{name}.jpg", "height": 20, "width": 30}
-        for name in ("crowd", "none", "both")
+        for name in ("crowd", "another crowd", "none", "both")
     ]
     crowd = {"iscrowd": 1, "segmentation": {"size": [20, 30], "counts": [100, 40, 460]}}
-    objects = [
+    objects: list[dict[str, Any]] = [
         {**crowd, "image_id": "crowd"},
+        {**crowd, "image_id": "another crowd"},
         {**crowd, "image_id": "both"},
         {"segmentation": TRIANGLE, "image_id": "both"},
     ]
     annotations = read(write(tmp_path, objects, images))
     report = annotations.report()
-    assert (report["crowds"], report["images with crowds alone"], report["images without boxes"]) == (
-        2,
-        1,
-        1,
-    )
-    assert [image.ignored.tolist() for image in annotations.images] == [[True], [], [True, False]]
+    counts = report["crowds"], report["images with crowds alone"], report["images without boxes"]
+    assert counts == (3, 2, 1)
+    assert [image.ignored.tolist() for image in annotations.images] == [[True], [True], [], [True, False]]
     trained = for_training(annotations, "drop")
     assert [image.image_id for image in trained.images] == ["both"]
     assert trained.images[0].masks is not None
     assert len(trained.images[0].masks) == len(trained.images[0].boxes) == 1
-    assert [len(image.boxes) for image in for_training(annotations, "keep").images] == [0, 0, 1]
+    assert [len(image.boxes) for image in for_training(annotations, "keep").images] == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -199,8 +199,9 @@ class Names:
         below, _, base = name.rpartition("/")
         wanted = nfc(base).casefold()
         for entry, own in self._names(below).items():
-            stem = entry.rpartition(".")[0]
-            if wanted in {entry.casefold(), stem.casefold()} and nfc(base) not in {entry, stem}:
+            stem, _, suffix = entry.rpartition(".")
+            same = nfc(base) == entry or (nfc(base) == stem and suffix.islower())
+            if wanted in {entry.casefold(), stem.casefold()} and not same:
                 return f"; found {own!r}, which differs in case"
         return ""
 

@@ -104,7 +104,7 @@ def test_a_flag_in_a_list_is_1_0_or_minus_1_in_the_last_column(tmp_path: Path) -
 
 
 def test_names_are_found_in_both_unicode_forms_and_with_any_suffix(tmp_path: Path) -> None:
-    for name in ("cafe\u0301.JPG", "b.Png", "sub/c.jpeg", "d.jpg", "d.png"):
+    for name in ("cafe\u0301.JPG", "b.Png", "sub/c.jpeg", "d.jpg", "d.png", "f.XML", "g.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     names = Names(tmp_path)
@@ -114,6 +114,8 @@ def test_names_are_found_in_both_unicode_forms_and_with_any_suffix(tmp_path: Pat
     assert names.image("d") == tmp_path / "d.jpg"
     assert names.image("D") is None
     assert "'d.jpg', which differs in case" in names.alike("D")
+    assert "'f.XML', which differs in case" in names.alike("f")
+    assert names.alike("g") == names.alike("h") == ""
     assert names.find("e.jpg") is names.find("../\0") is names.image("") is None
 
 

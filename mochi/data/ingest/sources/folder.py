@@ -66,11 +66,11 @@ def list_images(config: Folder) -> RawDataset:
     if config.only_listed:
         paths = _listed(root, paths, config.only_listed, ignored)
     if top and not has_splits and not config.class_folders:
-        deeper = next((root / name for name in top if _has_train(root / name)), None)
+        deeper = _splits_below(paths)
         logger.warning(
             "%s: no train folder in it, so all images are one split without labels; %s",
             as_text(str(root)),
-            f"{as_text(str(deeper))} has one: give that folder to have classes"
+            f"{as_text(str(root / deeper))} has one: give that folder to have classes"
             if deeper
             else as_text(
                 f"if its folders ({', '.join(top[:3])}{', ...' if len(top) > 3 else ''}) are classes, set "
@@ -108,8 +108,15 @@ def list_images(config: Folder) -> RawDataset:
     )
 
 
-def _has_train(folder: Path) -> bool:
-    return any(SPLITS.get(name.lower()) == "train" for name in subfolders(folder))
+def _splits_below(paths: list[str]) -> str | None:
+    """The first folder below the root, relative to it, that has both train and val or test in it."""
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        folders = path.split("/")[:-1]
+        for depth, name in enumerate(folders):
+            if depth and (split := SPLITS.get(name.lower())):
+                found.setdefault("/".join(folders[:depth]), set()).add(split)
+    return next((folder for folder, splits in found.items() if "train" in splits and len(splits) > 1), None)
 
 
 def listing(config: Folder) -> str:

@@ -73,6 +73,9 @@ def test_only_listed_images_are_used(tmp_path: Path) -> None:
 
 def test_a_folder_too_many_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Archives of Kaggle unpack to archive/dataset/train."""
-    make(tmp_path, "dataset/Train/a/1.jpg", "dataset/val/a/2.jpg")
+    make(tmp_path, "vehicles/train/1.jpg", "vehicles/bus/1.jpg")
+    listed(tmp_path)
+    assert "if its folders (vehicles) are classes" in caplog.text
+    make(tmp_path, "x/dataset/Train/a/1.jpg", "x/dataset/test/a/2.jpg")
     assert set(listed(tmp_path)["train"].values()) == {None}
-    assert f"{tmp_path / 'dataset'} has one: give that folder" in caplog.text
+    assert f"{tmp_path / 'x/dataset'} has one: give that folder" in caplog.text

@@ -147,6 +147,12 @@ def test_settings_on_the_command_line_are_refused(project: Project) -> None:
     assert "copy the experiment file, change the setting and the name there" in done.stderr
 
 
+def test_an_experiment_file_is_utf_8_whatever_the_locale(copy: Project) -> None:
+    copy.edit(CONFIG, "title: Tiny", "title: Tïny")
+    locale = ("env", "LC_ALL=C", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0")
+    copy.succeed(*locale, "snakemake", "--cores", "1", "--dry-run")
+
+
 @pytest.mark.parametrize(("arguments", "limit"), [((), 1), (("--resources", "gpu=2"), 2)])
 def test_jobs_are_limited_to_the_visible_gpus(
     copy: Project, arguments: tuple[str, ...], limit: int

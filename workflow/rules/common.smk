@@ -23,15 +23,16 @@ if not workflow.configfiles:
 CONFIG = os.path.relpath(workflow.configfiles[-1])
 if len(workflow.configfiles) > 1:
     raise WorkflowError("one experiment at a time: --configfile takes a single file")
-if config != yaml.safe_load(Path(CONFIG).read_text()):
-    raise WorkflowError(
-        "--config is not supported: settings on the command line could not be traced from a result; "
-        "copy the experiment file, change the setting and the name there, and pass it with --configfile"
-    )
 try:
     EXPERIMENT = load_experiment(Path(CONFIG))
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
+# As bytes: YAML is UTF-8 whatever the locale.
+if config != yaml.safe_load(Path(CONFIG).read_bytes()):
+    raise WorkflowError(
+        "--config is not supported: settings on the command line could not be traced from a result; "
+        "copy the experiment file, change the setting and the name there, and pass it with --configfile"
+    )
 
 # The file that `mochi` commands read by default. As a param, renaming the file would re-run every job.
 os.environ["MOCHI_CONFIG"] = CONFIG

@@ -155,12 +155,18 @@ def test_crowds_are_evaluated_but_not_trained_on(tmp_path: Path) -> None:
     ("item", "defect"),
     [
         ({"bbox": [2, 3, 0, 14]}, "a box without area"),
+        ({"bbox": [2, 3, 5, 0]}, "a box without area"),
         ({"bbox": [2, 3, 5, -1]}, "a box without area"),
         ({"bbox": []}, "no bbox"),
         ({"bbox": [2, 3, 5]}, "a bbox that is not four numbers"),
         ({"bbox": [2, 3, 5, 5, 1]}, "a bbox that is not four numbers"),
         ({"bbox": [2, 3, 5, 5, None]}, "a bbox that is not four numbers"),
-        ({"bbox": [40, 3, 5, 5]}, "a box outside the image"),
+        ({"bbox": [30, 3, 5, 5]}, "a box outside the image"),
+        ({"bbox": [-5, 3, 5, 5]}, "a box outside the image"),
+        ({"bbox": [2, 20, 5, 5]}, "a box outside the image"),
+        ({"bbox": [2, -5, 5, 5]}, "a box outside the image"),
+        ({"bbox": [-1e10, 3, 2e10, 5]}, "a box outside the image"),
+        ({"bbox": [2, -1e10, 5, 2e10]}, "a box outside the image"),
         ({"segmentation": []}, "no segmentation"),
         ({}, "no segmentation"),
     ],
@@ -173,6 +179,40 @@ def test_broken_objects(tmp_path: Path, item: dict[str, Any], defect: str) -> No
     assert annotations.report()[f"objects dropped: {defect}"] == 1
     with pytest.raises(AnnotationError, match=f"annotation 11 of image 7: {defect}"):
         read(root, "fail")
+
+
+@pytest.mark.parametrize(
+    ("bbox", "inside"),
+    [
+        ([2, 3, 0.5, 0.25], [2, 3, 2.5, 3.25]),
+        ([28, 3, 5, 5], [28, 3, 30, 8]),
+        ([2, 18, 5, 5], [2, 18, 7, 20]),
+        ([-4, 3, 5, 5], [0, 3, 1, 8]),
+        ([2, -4, 5, 5], [2, 0, 7, 1]),
+        ([29.5, 19.5, 9, 9], [29.5, 19.5, 30, 20]),
+        ([0, 0, 1e9, 1e9], [0, 0, 30, 20]),
+    ],
+)
+def test_boxes_are_clipped_to_the_image(tmp_path: Path, bbox: list[float], inside: list[float]) -> None:
+    image = read(write(tmp_path, [{"bbox": bbox}]), "fail", masks=False).images[0]
+    assert image.boxes.tolist() == [inside]
+
+
+def test_areas_are_those_of_the_file_or_else_of_the_box(tmp_path: Path) -> None:
+    objects: list[dict[str, Any]] = [{"area": 12.5}, {"bbox": [2, 3, 6, 4]}, {"area": 0}]
+    image = read(write(tmp_path, objects), masks=False).images[0]
+    assert image.areas is not None
+    assert image.areas.tolist() == [12.5, 24, 0]
+
+
+@pytest.mark.parametrize(("count", "end"), [(10, "98"), (11, "98, ...")])
+def test_ten_of_many_categories_are_named(tmp_path: Path, count: int, end: str) -> None:
+    path = write(tmp_path, [{"category_id": 5}]) / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["categories"] += [{"id": 89 + n, "name": f"class {n}"} for n in range(2, count)]
+    path.write_text(json.dumps(content))
+    with pytest.raises(AnnotationError, match=f"5 is not a category: 3, 90, 91, .*, {end}$"):
+        read(tmp_path, masks=False)
 
 
 def test_boxes_need_no_segmentation(tmp_path: Path) -> None:

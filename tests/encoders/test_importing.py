@@ -295,6 +295,13 @@ def test_files_with_other_heads_give_the_same_encoder(tmp_path: Path) -> None:
         ({"a": UNRELATED}, {}, r"contains no known encoder: found a \(1\); expected the names of a ResNet"),
         ({"x": 1}, {}, "contains no known encoder: found no tensors"),
         (
+            {f"{name}.{n}": UNRELATED for n in range(2) for name in "abcdefghi"},
+            {},
+            r"found a \(2\), b \(2\), c \(2\), d \(2\), e \(2\), f \(2\), g \(2\), h \(2\); expected the",
+        ),
+        ({"conv1_w": UNRELATED}, {}, r"Caffe2's ResNets have their strides in the 1x1 convolutions"),
+        ({"res2_0_branch2a_w": UNRELATED}, {}, r"Caffe2's ResNets have their strides in the 1x1"),
+        (
             {**QUERY_WEIGHTS, "conv1.weight": torch.zeros(8, 3, 5, 5)},
             {},
             r"conv1.weight: found \[8, 3, 5, 5\]",
@@ -318,6 +325,7 @@ def test_files_with_other_heads_give_the_same_encoder(tmp_path: Path) -> None:
             {},
             "found torch.int8; expected floating-point",
         ),
+        (QUERY_WEIGHTS, {"mean": [0.4851, 0.456, 0.406]}, r"RGB mean \[0.4851, 0.456, 0.406\], here"),
         (QUERY_WEIGHTS, {"mean": [0.5, 0.5, 0.5]}, r"RGB mean \[0.5, 0.5, 0.5\], here .* zeros are padded"),
         (QUERY_WEIGHTS, {"std": [1.0]}, r"--std: found \[1.0\]; expected three finite numbers"),
         (
@@ -395,6 +403,58 @@ def test_another_normalisation_is_folded_into_the_first_convolution(order: str, 
     torch.testing.assert_close(
         features(converted, (images / 255 - mean) / std), expected, rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_small_difference_of_the_standard_deviation_is_folded_too(tmp_path: Path) -> None:
+    torch.save(QUERY_WEIGHTS, tmp_path / "x.pth")
+    std = [0.2291, 0.224, 0.225]
+    converted = imported(tmp_path / "x.pth", std=std)
+    ratio = torch.tensor(IMAGENET_STD, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+    expected = (QUERY_WEIGHTS["conv1.weight"].double() * ratio[:, None, None]).float()
+    assert torch.equal(converted["conv1.weight"], expected)
+    assert not torch.equal(expected, QUERY_WEIGHTS["conv1.weight"])
+
+
+@pytest.mark.parametrize("author", ["torchvision", "MoCo", "mochi", "VISSL"])
+def test_authors_whose_encoders_were_trained_on_rgb(author: str, tmp_path: Path) -> None:
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({**detectron2(), "__author__": author}))
+    assert digest(imported(tmp_path / "x.pkl")) == QUERY_DIGEST
+
+
+def notes(lines: list[str]) -> list[str]:
+    """What the file "does not show" or "does not say"."""
+    return [" ".join(line.split()[3:6]) for line in lines if line.startswith("note: ")]
+
+
+def test_only_what_was_assumed_or_changed_is_noted(tmp_path: Path) -> None:
+    file, out = tmp_path / "x.pth", tmp_path / "out.safetensors"
+    torch.save(QUERY_WEIGHTS, file)
+    assert notes(import_checkpoint(str(file), out)) == ["does not say"]
+    assert notes(import_checkpoint(str(file), out, Choices(channel_order="RGB"))) == []
+    torch.save(stem_weights("half"), file)
+    rgb = Choices(channel_order="RGB")
+    assert notes(import_checkpoint(str(file), out, rgb)) == ["does not show"]
+    assert notes(import_checkpoint(str(file), out, rgb._replace(stem="half"))) == []
+    lines = import_checkpoint(str(out), tmp_path / "again.safetensors")
+    assert notes(lines) == []
+    assert lines[0].startswith(f"{out}: safetensors, this project: 120 of 120 tensors, without a prefix")
+
+
+def test_an_encoder_file_keeps_its_metadata(tmp_path: Path) -> None:
+    file, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    encoder = build(CONFIG)
+    encoder.load_state_dict(QUERY_WEIGHTS)
+    info = EncoderInfo.of(CONFIG, image_size=32, std=(0.5, 0.5, 0.5), experiment="e", code_digest="c")
+    save_encoder(file, encoder, info)
+    for chosen, size in ((None, 32), (96, 96)):
+        import_checkpoint(str(file), out, Choices(image_size=chosen))
+        written = read_info(out)
+        assert written is not None
+        assert str(written.source).startswith("x.safetensors sha256:")
+        changed = {"image_size": size, "std": IMAGENET_STD, "source": written.source}
+        assert written == info.model_copy(update=changed)
+    with pytest.raises(EncoderError, match="is not a resnet50"):
+        import_checkpoint(str(file), out, Choices(architecture="resnet50"))
 
 
 def test_an_encoder_file_is_converted_by_the_normalisation_in_its_metadata(tmp_path: Path) -> None:

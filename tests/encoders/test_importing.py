@@ -219,7 +219,17 @@ def test_one_of_several_encoders_is_chosen_by_its_prefix(tmp_path: Path) -> None
     torch.save({"left": QUERY_WEIGHTS, "right": MOMENTUM_WEIGHTS}, tmp_path / "x.pth")
     with pytest.raises(EncoderError, match=r"2 encoders for --which query; .* --which left, right"):
         imported(tmp_path / "x.pth")
-    assert digest(imported(tmp_path / "x.pth", which="right")) == digest(MOMENTUM_WEIGHTS)
+    for which in ("right", "right."):
+        assert digest(imported(tmp_path / "x.pth", which=which)) == digest(MOMENTUM_WEIGHTS)
+
+
+def test_a_momentum_encoder_alone_is_imported_without_asking(tmp_path: Path) -> None:
+    torch.save(below("momentum_encoder."), tmp_path / "x.pth")
+    assert digest(imported(tmp_path / "x.pth")) == QUERY_DIGEST
+    assert digest(imported(tmp_path / "x.pth", which="momentum")) == QUERY_DIGEST
+    torch.save(below("encoder."), tmp_path / "x.pth")
+    with pytest.raises(EncoderError, match="contains 0 encoders for --which momentum; omit --which"):
+        imported(tmp_path / "x.pth", which="momentum")
 
 
 def test_used_and_unused_tensors_are_listed(tmp_path: Path) -> None:

@@ -333,6 +333,12 @@ FULL = [{"size": [40, 48], "counts": [100, 40, 1780]}, {"size": [40, 48], "count
         ([[4, 5, 20, 5, "x", 22]], "a segmentation that is neither"),
         ([[104, 5, 120, 5, 120, 22]], "a polygon outside the image"),
         ([[54, 5, 70, 5, 70, 22]], "a polygon outside the image"),
+        ([[48, 5, 60, 5, 60, 22]], "a polygon outside the image"),
+        ([[-9, 5, 0, 5, 0, 22]], "a polygon outside the image"),
+        ([[4, 40, 20, 40, 20, 45]], "a polygon outside the image"),
+        ([[4, -9, 20, -9, 20, 0]], "a polygon outside the image"),
+        ([[-49, 5, 20, 5, 20, 22]], "a polygon outside the image"),
+        ([[4, 5, 20, 5, 20, 97]], "a polygon outside the image"),
         ([[4, 5, 1e12, 5, 20, 22]], "a polygon outside the image"),
         ({"counts": [100, 40, 1780]}, "run lengths of another size"),
         ({"size": [48, 40], "counts": [100, 40, 1780]}, "run lengths of another size"),
@@ -364,7 +370,17 @@ def test_a_segmentation_that_cannot_be_used_is_dropped_or_named(
     assert len(coco_read(tmp_path, "fail", masks=False).images[0].labels) == 1, "boxes do not need it"
 
 
-@pytest.mark.parametrize("shape", [SQUARE, [*SQUARE, [1, 2, 3, 4]], *FULL, [[-3, -3, 60, 5, 20, 50]]])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SQUARE,
+        [*SQUARE, [1, 2, 3, 4]],
+        *FULL,
+        [[-48, -48, 96, 5, 20, 96]],
+        [[47, 39, 60, 39, 60, 50]],
+        [[-9, -9, 1, -9, 1, 1]],
+    ],
+)
 def test_a_segmentation_that_can_be_used_is_kept(tmp_path: Path, shape: object) -> None:
     content = coco_file(tmp_path)
     content["annotations"][0]["segmentation"] = shape

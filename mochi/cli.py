@@ -256,6 +256,7 @@ def features(
     typer.echo(f"{out}: {len(encoded.paths)} images, vectors of {encoded.vectors.shape[1]} numbers")
     if listed is not None:
         typer.echo(f"{len(encoded.quarantined)} files are not usable images; see {listed}")
+    _echo_ignored(encoded)
 
 
 @app.command(rich_help_panel=_USE)
@@ -265,9 +266,7 @@ def neighbors(
     out: Annotated[Path, typer.Option(help="Picture to write, for example sheet.png.")],
     query: Annotated[
         list[Path] | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="Query image; may be repeated. Default: some of DIR."
-        ),
+        typer.Option(readable=False, help="Query image; may be repeated. Default: some of DIR."),
     ] = None,
     num_queries: Annotated[int, typer.Option(min=1, help="Queries taken from DIR without --query.")] = 8,
     k: Annotated[int, typer.Option(min=1, help="Neighbours of each query.")] = 8,
@@ -291,13 +290,14 @@ def neighbors(
     from mochi.inference.write import require_output
 
     require_output(out, PICTURE_SUFFIXES)
-    require_images(query or [])
+    require_images(query or [], images, out)
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
     loaded, encoded = _load_and_encode(encoder, overrides, images, batch_size, jobs)
     sheet(loaded, images, encoded, query or [], out, k=k, num_queries=num_queries, hardest=hardest)
     typer.echo(f"{out}: written")
     for path, reason in encoded.quarantined:
         typer.echo(f"skipped: {path!r}: {reason}")
+    _echo_ignored(encoded)
 
 
 @app.command("import", rich_help_panel=_USE)
@@ -332,6 +332,11 @@ def import_(
     choices = Choices(which, architecture, stem, image_size, channel_order, *numbers)
     for line in import_checkpoint(file, out, choices):
         typer.echo(line)
+
+
+def _echo_ignored(encoded: "FolderFeatures") -> None:
+    if encoded.ignored:
+        typer.echo(f"ignored: {dict(encoded.ignored)}")
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

@@ -159,9 +159,14 @@ def test_mistakes_are_named_before_anything_is_encoded(encoder: Path, images: Pa
     message = refused("neighbors", *of, "--out", "s.png", "--query", "text.png")
     assert "--query: text.png: text, not an image; give an image" in message
     assert "encode" not in message
-    missing = run("neighbors", *of, "--out", "s.png", "--query", "cat.txt")
-    assert missing.returncode == 2
-    assert "cat.txt" in missing.stderr
+    for query in ("cat.txt", "images"):
+        assert f"--query: {query}: " in refused("neighbors", *of, "--out", "s.png", "--query", query)
+    Image.new("RGB", (70, 70), "red").save("mine.png")
+    for out, query in (("images/loose.png", "mine.png"), ("mine.png", "./mine.png")):
+        before = Path(out).read_bytes()
+        message = refused("neighbors", *of, "--out", out, "--query", query)
+        assert f"--out: found {out}, an image that is read" in message
+        assert Path(out).read_bytes() == before
 
 
 def test_a_sheet_of_neighbors(encoder: Path, images: Path) -> None:
@@ -169,6 +174,7 @@ def test_a_sheet_of_neighbors(encoder: Path, images: Path) -> None:
     done = run("neighbors", *of, "--out", "sheet.png", "--num-queries", "4")
     assert done.returncode == 0, done.stderr
     assert "skipped: 'cat/bad.jpg'" in done.stdout
+    assert "ignored: {'hidden or system file': 1}" in done.stdout
     with Image.open("sheet.png") as sheet:
         first = sheet.size
     Image.new("RGB", (70, 70), "red").save("mine.png")

@@ -1,9 +1,9 @@
 """Features of every image in a folder. Threads decode while the encoder computes."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ class FolderFeatures:
     """(N, D), not normalised."""
     quarantined: list[tuple[str, str]]
     """Path and reason of every file that is not a usable image."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Reason -> number of files skipped on purpose (hidden files, other types)."""
 
 
 def encode_folder(
@@ -47,9 +49,13 @@ def encode_folder(
     """
     if not folder.is_dir():
         raise DataError(f"{no_folder(folder)}; give the folder of the images")
-    paths = walk(folder)
+    ignored = Counter[str]()
+    paths = walk(folder, ignored)
     if not paths:
-        raise DataError(f"{as_text(str(folder))}: found 0 images; expected image files anywhere below")
+        raise DataError(
+            f"{as_text(str(folder))}: found 0 images; expected image files anywhere below; ignored: "
+            f"{dict(ignored) or 'nothing'}"
+        )
     encoded = encode_files(
         encoder,
         [folder / path for path in paths],
@@ -68,6 +74,7 @@ def encode_folder(
         [path for row, path in enumerate(paths) if row not in bad],
         encoded.vectors,
         [(paths[row], reason) for row, reason in encoded.unreadable],
+        ignored,
     )
 
 

@@ -95,12 +95,17 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
 
 
-def require_images(queries: Sequence[Path]) -> None:
-    """Read the headers of queries before a folder is encoded.
+def require_images(queries: Sequence[Path], folder: Path, out: Path) -> None:
+    """Read the headers of queries before a folder is encoded, and keep every image that is read.
 
     Raises:
-        DataError: one is not an image.
+        DataError: one is not an image, or `out` is one of them or of the folder.
     """
+    if out.exists() and (
+        out.resolve().is_relative_to(folder.resolve())
+        or any(file.exists() and file.samefile(out) for file in queries)
+    ):
+        raise DataError(f"--out: found {as_text(str(out))}, an image that is read; give another name")
     for file in queries:
         try:
             image_size(file)

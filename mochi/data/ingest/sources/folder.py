@@ -94,6 +94,12 @@ def list_images(config: Folder) -> RawDataset:
             f"{root}: found 0 images; expected files of any image type in train/<class>/, val/<class>/ or "
             f"anywhere below; ignored: {dict(ignored) or 'nothing'}"
         )
+    if not splits.get("train"):
+        others = ", ".join(f"{len(rows)} in {split}" for split, rows in splits.items() if rows)
+        raise DataError(
+            f"{as_text(str(root))}: found 0 images in train, {others}; put the training images into "
+            f"{as_text(str(root / 'train'))}; ignored: {dict(ignored) or 'nothing'}"
+        )
     names = _classes(root, top, splits, has_splits=has_splits)
     number = {name: label for label, name in enumerate(names)}
     return RawDataset(

@@ -79,3 +79,11 @@ def test_a_folder_too_many_is_pointed_out(tmp_path: Path, caplog: pytest.LogCapt
     make(tmp_path, "x/dataset/Train/a/1.jpg", "x/dataset/test/a/2.jpg")
     assert set(listed(tmp_path)["train"].values()) == {None}
     assert f"{tmp_path / 'x/dataset'} has one: give that folder" in caplog.text
+
+
+def test_a_train_folder_without_an_image_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, "train/a/notes.txt", "val/a/1.jpg", "val/a/2.jpg")
+    with pytest.raises(
+        DataError, match=r"found 0 images in train, 2 in val; put .*not an image by its suff"
+    ):
+        list_images(Folder(source="folder", name="x", path=str(tmp_path)))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from faster_coco_eval.core import mask as mask_api
 
 from mochi.data.format import UNLABELLED
 from mochi.data.ingest.files import Names
@@ -30,11 +31,13 @@ def check_images(splits: Sequence[Annotations], jobs: int) -> None:
 
     Raises:
         AnnotationError: images that are missing, do not decode or are not of the annotated size; the
-            message lists the first. Or no box of a split is larger than a pixel.
+            message lists the first. Or all boxes of a split are smaller than a pixel, or no mask is in its
+            box.
     """
     for split in splits:
         _refuse_relative(split)
         _warn_of_corners(split)
+        _check_masks(split)
     distinct = {(each.path, each.height, each.width): each for split in splits for each in split.images}
     images = list(distinct.values())[distributed.rank() :: distributed.world_size()]
     split_of = {image.path: number for number, split in enumerate(splits) for image in split.images}
@@ -98,6 +101,27 @@ def _warn_of_corners(split: Annotations) -> None:
             "[x, y, width, height] as bbox: [x0, y0, x1, y1] would be read wrongly",
             images[0].path, cut, boxes,
         )  # fmt: skip
+
+
+def _check_masks(split: Annotations) -> None:
+    masks, apart = 0, list[str]()
+    for image in split.images:
+        if not image.masks:
+            continue
+        found = np.array(mask_api.toBbox(list(image.masks)), np.float64).reshape(-1, 4)
+        low = np.maximum(found[:, :2], image.boxes[:, :2])
+        high = np.minimum(found[:, :2] + found[:, 2:], image.boxes[:, 2:])
+        numbers = np.flatnonzero((high <= low).any(axis=1)) + 1
+        masks += len(found)
+        apart += [f"{image.path}: mask {number} of {len(found)}" for number in numbers.tolist()]
+    if not apart:
+        return
+    text = (
+        f"{apart[0]}: found no pixel of it in its box, as for {len(apart)} of the {masks} masks of its set"
+    )
+    if len(apart) == masks:
+        raise AnnotationError(f"{text}; expected pixels, in the order x, y")
+    logger.warning("%s; correct or remove them", text)
 
 
 def misfit(image: AnnotatedImage, height: int, width: int) -> str:

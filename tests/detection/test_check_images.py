@@ -12,7 +12,7 @@ from PIL import Image
 from mochi import encoders
 from mochi.config import Experiment
 from mochi.data.ingest import decode
-from mochi.detection import stage
+from mochi.detection import coco, stage
 from mochi.detection.annotations import AnnotationError, Annotations
 from mochi.detection.check_images import check_images
 from mochi.detection.sets import read_splits
@@ -145,3 +145,31 @@ def test_a_missing_file_whose_name_differs_in_case_is_named(root: Path) -> None:
     path.rename(path.with_suffix(".JPG"))
     with pytest.raises(AnnotationError, match=f"found '{path.stem}.JPG', which differs in case"):
         check_images([train, test], jobs=1)
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    [[0.2, 0.1, 0.6, 0.1, 0.6, 0.5], [40, 30, 47, 30, 47, 38], [5, 4, 20, 4, 30, 4]],
+    ids=["shares", "elsewhere", "a line"],
+)
+def test_masks_that_are_not_in_their_boxes_are_named(
+    root: Path, caplog: pytest.LogCaptureFixture, polygon: list[float]
+) -> None:
+    """A mask of no pixel, or far from its box, was trained on without a word."""
+    _, test = splits(root)
+    right = [8, 4, 30, 4, 30, 25, 8, 25]
+
+    def with_masks(*polygons: list[float]) -> Annotations:
+        images = [each for each in test.images if len(each.boxes)][: len(polygons)]
+        masks = [(coco.run_lengths([each], 40, 48),) for each in polygons]
+        pairs = zip(images, masks, strict=True)
+        return dataclasses.replace(
+            test, images=tuple(dataclasses.replace(each, masks=own) for each, own in pairs)
+        )
+
+    check_images([with_masks(right, right)], jobs=1)
+    assert "in its box" not in caplog.text
+    check_images([with_masks(right, polygon)], jobs=1)
+    assert "mask 1 of 1: found no pixel of it in its box, as for 1 of the 2 masks" in caplog.text
+    with pytest.raises(AnnotationError, match=r"as for 2 of the 2 masks of its set; expected pixels"):
+        check_images([with_masks(polygon, polygon)], jobs=1)

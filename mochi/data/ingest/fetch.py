@@ -131,7 +131,10 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
                     raise DataError(f"{path}: refused, nothing unpacked: {member.name!r} {fault}")
             yield archive
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: found no complete tar archive ({error}); download it again") from None
+        reason = (str(error).splitlines() or [""])[0].rstrip(
+            ":"
+        )  # tarfile adds a line for each compression
+        raise DataError(f"{path}: found no complete tar archive ({reason}); download it again") from None
 
 
 def _fault(member: tarfile.TarInfo, links: set[PurePosixPath]) -> str | None:

@@ -346,6 +346,8 @@ FULL = [{"size": [40, 48], "counts": [100, 40, 1780]}, {"size": [40, 48], "count
         ({"size": [40, 48, 1], "counts": [1920]}, "run lengths of another size"),
         ({"size": [40, 48], "counts": [100, 50]}, "run lengths that do not fill the image"),
         ({"size": [40, 48], "counts": [-100, 240, 1780]}, "run lengths that do not fill the image"),
+        ({"size": [40, 48], "counts": [960, -5, 960]}, "run lengths that do not fill the image"),
+        ({"size": [40, 48], "counts": [100.5, 39.5, 1780]}, "run lengths that do not fill the image"),
         ({"size": [40, 48], "counts": ["a"]}, "run lengths that do not fill the image"),
         ({"size": [40, 48], "counts": None}, "run lengths that do not fill the image"),
         ({"size": [40, 48], "counts": "zzzz"}, "run lengths that do not fill the image"),

@@ -90,7 +90,7 @@ def _machine(experiment: Experiment) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"{shared} has {size / 1e6:.0f} MB; loading workers of large images need more; "
-            "run the container with --ipc=host or --shm-size=16g",
+            "run the container with --ipc=host or --shm-size=8g",
         )
     for package in _packages(experiment):
         if find_spec(package) is None:
@@ -229,9 +229,11 @@ def _data(experiment: Experiment, *, verify: bool) -> Iterator[Finding]:
     """Check every data set, and what rows and evaluations need from it."""
     contents: dict[str, _Contents | None] = {}
     tasks = [probe_run(experiment, *all_runs(experiment)[0], task) for task in probes(experiment)]
-    for config in (experiment.dataset, *(run.dataset for run in tasks)):
+    sections = [("dataset", experiment.dataset)]
+    sections += [(f"evaluation.{run.name}.dataset", run.dataset) for run in tasks]
+    for where, config in sections:
         if config.name not in contents:
-            contents[config.name], findings = _contents(config, verify=verify)
+            contents[config.name], findings = _contents(where, config, verify=verify)
             yield from findings
     train = contents[experiment.dataset.name]
     if train is not None:
@@ -247,8 +249,11 @@ def _data(experiment: Experiment, *, verify: bool) -> Iterator[Finding]:
     yield from _evaluation_size(experiment)
 
 
-def _contents(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[Finding]]:
-    """Counts of the prepared data if it is the requested set, otherwise of the source; None: unknown."""
+def _contents(where: str, config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[Finding]]:
+    """Counts of the prepared data if it is the requested set, otherwise of the source; None: unknown.
+
+    `where` is the section of the experiment, for messages.
+    """
     folder = layout.dataset(config.name)
     findings: list[Finding] = []
     try:
@@ -257,7 +262,7 @@ def _contents(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[
     except DataError as error:
         path = getattr(config, "path", None)
         if path is not None and not Path(path).exists():
-            text = f"dataset.path: {path}: not found, and nothing is prepared in {folder}"
+            text = f"{where}.path: {path}: not found, and nothing is prepared in {folder}"
             return None, [Finding("error", text)]
         if (folder / "manifest.json").exists():
             findings.append(Finding("warning", str(error)))
@@ -270,9 +275,9 @@ def _contents(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[
         text = f"{folder}: not the data set of this experiment ({stale}); the workflow prepares it again"
         findings.append(Finding("warning", text))
     try:
-        counts, more = _of_source(config, verify=verify)
+        counts, more = _of_source(where, config, verify=verify)
     except UserError as error:
-        return None, [*findings, Finding("error", f"dataset: {error}")]
+        return None, [*findings, Finding("error", f"{where}: {error}")]
     if counts is None:
         text = f"{config.name}: images are counted once they are prepared; check again then"
         return None, [*findings, Finding("note", text)]
@@ -293,7 +298,7 @@ def _of_manifest(dataset: StoredDataset) -> _Contents:
     )
 
 
-def _of_source(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[Finding]]:
+def _of_source(where: str, config: Dataset, *, verify: bool) -> tuple[_Contents | None, list[Finding]]:
     """Counts of images in a folder; None for downloaded or generated ones.
 
     Raises:
@@ -309,13 +314,15 @@ def _of_source(config: Dataset, *, verify: bool) -> tuple[_Contents | None, list
     labels = {name: np.array(split.labels) for name, split in raw.splits.items()}
     findings: list[Finding] = []
     if isinstance(config, Folder):
-        findings = _unreadable(raw, labels, verify=verify)
+        findings = _unreadable(where, raw, labels, verify=verify)
     counts = {name: class_counts(each, raw.classes) for name, each in labels.items()}
     filled = {name: {label: n for label, n in each.items() if n} for name, each in counts.items()}
     return _Contents({name: len(each) for name, each in labels.items()}, filled), findings
 
 
-def _unreadable(raw: RawDataset, labels: dict[str, NDArray[np.int64]], *, verify: bool) -> list[Finding]:
+def _unreadable(
+    where: str, raw: RawDataset, labels: dict[str, NDArray[np.int64]], *, verify: bool
+) -> list[Finding]:
     """Decode the images, or a sample; remove labels of those that preparation would quarantine."""
     splits = {name: split for name, split in raw.splits.items() if isinstance(split, FileSplit)}
     hashes: dict[str, NDArray[np.uint8]] = {}
@@ -344,14 +351,14 @@ def _unreadable(raw: RawDataset, labels: dict[str, NDArray[np.int64]], *, verify
             decoded[name] = labels[name][rows][readable[rows]]
             labels[name] = labels[name][readable]
     twice = repeated(duplicates.summary(list(duplicates.groups(hashes, decoded))))
-    findings = [Finding("warning", f"dataset: {text} (`mochi inspect` lists them)") for text in twice]
+    findings = [Finding("warning", f"{where}: {text} (`mochi inspect` lists them)") for text in twice]
     if every > 1:
         text = f"1 of {every} images was decoded; --verify decodes all of them"
         findings.append(Finding("note", text))
     if bad:
-        text = f"dataset: {len(bad)} of {done} images are unreadable; the first: {bad[0]}"
+        text = f"{where}: {len(bad)} of {done} images are unreadable; the first: {bad[0]}"
         if len(bad) > raw.max_unreadable * done:
-            text += f"; dataset.max_unreadable is {raw.max_unreadable}: remove them, or raise it"
+            text += f"; {where}.max_unreadable is {raw.max_unreadable}: remove them, or raise it"
             findings.append(Finding("error", text))
         else:
             findings.append(Finding("warning", f"{text}; they will be skipped"))

@@ -89,7 +89,13 @@ def test_check_finds_what_would_fail_after_pretraining(data: Path, tmp_path: Pat
     photos = tmp_path / "photos"
     folder = {"source": "folder", "name": "mine", "path": str(photos)}
     output = run("check", changed(tmp_path, {"dataset": folder})).stdout
-    assert "photos: not found, and nothing is prepared in data/mine" in output
+    assert f"error: dataset.path: {photos}: not found, and nothing is prepared in data/mine" in output
+    evaluation = yaml.safe_load(Path(TINY).read_text())["evaluation"]
+    transfer = {
+        "evaluation": evaluation | {"mine": {"task": "knn", "k": 1, "temperature": 0.1, "dataset": folder}}
+    }
+    output = run("check", changed(tmp_path, transfer)).stdout
+    assert f"error: evaluation.mine.dataset.path: {photos}: not found, and nothing" in output
     for number in range(70):
         path = photos / "2024" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

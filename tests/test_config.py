@@ -169,6 +169,25 @@ def test_two_mistakes_give_two_lines() -> None:
     assert len(str(error.value).splitlines()) == 2
 
 
+def test_the_mistakes_of_all_rows_are_listed_and_a_shared_one_once() -> None:
+    data = changed("baseline", "moco-v3")
+    data["methods"] |= {"moco-v1": {"head": "mpl"}, "moco-v2": {"lr": -1}}
+    with pytest.raises(ConfigError) as error:
+        parse_experiment(data, "x.yaml")
+    lines = str(error.value).splitlines()
+    assert [line.split(": ")[1] for line in lines] == [
+        "methods.moco-v1.head",
+        "methods.moco-v2.lr",
+        "baseline",
+    ]
+    data = changed("baseline", None)
+    data["methods"]["moco-v2"] = {}
+    del data["pretrain"]["lr"]
+    with pytest.raises(ConfigError) as error:
+        parse_experiment(data, "x.yaml")
+    assert str(error.value) == f"x.yaml: methods.{MOCHI}.lr: missing; this key is required"
+
+
 def test_1e_4_is_a_number_and_a_key_written_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "experiment.yaml"
     text = FILE.read_text()

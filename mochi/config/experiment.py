@@ -1,7 +1,8 @@
 """Read and check experiment files, and derive their runs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,9 +78,16 @@ def parse_experiment(data: Mapping[str, Any], origin: str) -> Experiment:
     """Check a mapping that came from `origin`; see `load_experiment`."""
     experiment: Experiment = validate(Experiment, data, origin)
     _check_shared_recipe(experiment, origin)
-    _check_methods(experiment, origin)
-    _check_dataset_names(experiment, origin)
-    _check_baseline(experiment, origin)
+    mistakes: dict[str, str] = {}
+    for method in experiment.methods:
+        with _collected(mistakes, but=f"methods.{method}"):
+            _check_method(experiment, method, origin)
+    with _collected(mistakes):
+        _check_dataset_names(experiment, origin)
+    with _collected(mistakes):
+        _check_baseline(experiment, origin)
+    if mistakes:
+        raise ConfigError("\n".join(mistakes.values()))
     for name in experiment.evaluation.detection:
         _check_detection_set(experiment, name, origin)
     return experiment
@@ -309,11 +317,19 @@ def _merged_recipe(experiment: Experiment, method: str) -> dict[str, Any]:
     return {key: value for key, value in merged.items() if key in fields or key in own}
 
 
-def _check_methods(experiment: Experiment, origin: str) -> None:
-    """Every run of every method must be valid."""
-    for method in experiment.methods:
-        for seed in method_seeds(experiment, method, origin):
-            pretrain_run(experiment, method, seed, origin)
+@contextmanager
+def _collected(mistakes: dict[str, str], but: str = "") -> Iterator[None]:
+    """Add a mistake to `mistakes`, unless one is the same but for a part of the text, such as the row."""
+    try:
+        yield
+    except ConfigError as error:
+        mistakes.setdefault(str(error).replace(but, ""), str(error))
+
+
+def _check_method(experiment: Experiment, method: str, origin: str) -> None:
+    """Every run of the method must be valid."""
+    for seed in method_seeds(experiment, method, origin):
+        pretrain_run(experiment, method, seed, origin)
 
 
 def _check_method_keys(experiment: Experiment, method: str, origin: str) -> None:

@@ -26,7 +26,7 @@ def fitting_workers(workers: int, batch_bytes: int) -> tuple[int, int | None]:
     if (fitting, ahead) != (workers, _AHEAD):
         _warn_once(
             f"{_SHARED} has room for {fitting} of {workers} loading workers, each {ahead or 0} of {_AHEAD} "
-            "batches ahead; give it more (--ipc=host or --shm-size=16g for a container)"
+            "batches ahead; give it more (--ipc=host or --shm-size=8g for a container)"
         )
     return fitting, ahead
 

@@ -234,8 +234,9 @@ def test_a_query_is_found_by_any_form_of_its_path(encoder: Path, images: Path) -
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes() == Path("c.png").read_bytes()
 
 
-def test_folders_are_classes(images: Path) -> None:
+def test_folders_are_classes(images: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert classes_of(images) == {}, "with an image outside folders, folders are not classes"
+    assert caplog.text.count("all images are one split without labels") == 1
     (images / "loose.png").unlink()
     shutil.rmtree(images / "cat/deep")
     assert classes_of(images)["cat/1.png"] == "cat"

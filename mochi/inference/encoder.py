@@ -80,9 +80,9 @@ def load(path: Path, overrides: Overrides, device: torch.device) -> LoadedEncode
     file = read_encoder(path)
     config, size, resize = _described(path, file.info, overrides)
     if resize < size:
-        raise UserError(f"--resize: found {resize}; must be at least the image size, {size}")
+        raise UserError(f"--resize: found {resize}; expected at least the image size, {size}")
     if resize**2 > MAX_PIXELS:
-        raise UserError(f"--resize: found {resize}; its square must be at most {MAX_PIXELS} pixels")
+        raise UserError(f"--resize: found {resize}; expected at most {MAX_PIXELS} pixels in its square")
     backbone = build(config)
     check_fit(path, file.tensors, backbone.state_dict(), config)
     backbone.load_state_dict(file.tensors)

@@ -41,10 +41,10 @@ def classes_of(folder: Path) -> dict[str, str]:
     """Path -> class of the labelled images of a folder; empty where there are no labels."""
     try:
         description = describe(folder)
+        if description.kind != "classes":
+            return {}
         raw = list_images(Folder(source="folder", name="x", **description.dataset))
     except DataError:
-        return {}
-    if description.kind != "classes":
         return {}
     return {
         path: raw.classes[label]

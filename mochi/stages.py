@@ -30,7 +30,7 @@ _CONTRAST = tuple(
     for name in ("diagnosis", "key_queue", "loss", "moco", "negatives", "rules.__init__", "rules.moco")
 )
 """`PretrainRun.code` adds a row's rule of negatives and masks, so that a new rule does not affect other
-    rows."""
+rows."""
 _DETECTION = tuple(
     f"mochi.detection.{name}"
     for name in (

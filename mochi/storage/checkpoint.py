@@ -84,7 +84,7 @@ def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
 
 
 def additional_bytes(path: Path, size: int) -> int:
-    """Disk space that checkpoints of `size` bytes need, beside the existing ones: three during a save."""
+    """Disk space for checkpoints of `size` bytes, without that of existing ones: three during a save."""
     existing = [file.stat().st_size for file in (path, previous_of(path)) if file.exists()]
     return max(3 * size - sum(existing), 0)
 

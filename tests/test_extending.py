@@ -1,4 +1,4 @@
-"""docs/extending.md followed literally: its file and its lines in an experiment, and nothing else."""
+"""docs/extending.md followed literally: its files and its lines in an experiment, and nothing else."""
 
 import csv
 import json
@@ -6,8 +6,10 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
+
 from tests.project import CONFIG, ROOT, Project
-from tests.tiny import TINY
+from tests.tiny import FILE, TINY
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 
@@ -64,3 +66,42 @@ def test_a_new_rule_of_negatives_is_one_file_and_one_line(finished: Project, tmp
     assert (
         "methods.moco-hardest: negatives.num_hardest: found 101; expected 1 to 100 (queue_size)" in output
     )
+
+
+SOURCE = """
+import numpy as np
+
+from mochi.data.ingest.raw import ArraySplit, RawDataset
+
+
+def collect(config, cache):
+    images = np.load(config.path)
+    labels = np.arange(len(images)) % 2
+    part = ArraySplit(images.shape, lambda: iter([images]), labels, [str(label) for label in labels])
+    return RawDataset(config.path, "mine", ["even", "odd"], {"train": part, "val": part})
+"""
+SECTION = '''
+class NpyFile(Source):
+    """Images in an array."""
+
+    source: Literal["npy-file"]
+    """Selects this source."""
+    path: str
+    """The array."""
+
+
+Dataset = Annotated['''
+
+
+def test_a_new_data_source_is_a_module_a_section_and_a_name(tmp_path: Path) -> None:
+    project = Project.new(tmp_path / "project")
+    (project.folder / "mochi/data/ingest/sources/npy_file.py").write_text(SOURCE)
+    project.edit("mochi/config/datasets.py", "Dataset = Annotated[", SECTION)
+    project.edit("mochi/config/datasets.py", "ImageNet, Field(", "ImageNet | NpyFile, Field(")
+    np.save(project.folder / "x.npy", np.zeros((64, 16, 16, 3), np.uint8))
+    (folder,) = re.findall(r"^dataset:\n(?:  .*\n)*", FILE.read_text(), re.MULTILINE)
+    project.edit(CONFIG, folder, "dataset: {source: npy-file, name: mine, path: x.npy}\n")
+    project.mochi("prepare")
+    manifest = json.loads((project.folder / "data/mine/manifest.json").read_text())
+    assert manifest["splits"]["train"]["classes"] == {"even": 32, "odd": 32}
+    assert "ready" in project.mochi("check")

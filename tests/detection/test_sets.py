@@ -353,6 +353,7 @@ FULL = [{"size": [40, 48], "counts": [100, 40, 1780]}, {"size": [40, 48], "count
         ({"size": [40, 48], "counts": "zzzz"}, "run lengths that do not fill the image"),
         ({"size": [40, 48], "counts": "é"}, "run lengths that do not fill the image"),
         ({"size": [40, 48], "counts": [1920]}, "a mask without a pixel"),
+        ({"size": [40, 48], "counts": [0, 0, 1920]}, "a mask without a pixel"),
     ],
 )  # fmt: skip
 def test_a_segmentation_that_cannot_be_used_is_dropped_or_named(
@@ -378,6 +379,7 @@ def test_a_segmentation_that_cannot_be_used_is_dropped_or_named(
         SQUARE,
         [*SQUARE, [1, 2, 3, 4]],
         *FULL,
+        {"size": [40, 48], "counts": [100, 0, 100, 1720]},
         [[-48, -48, 96, 5, 20, 96]],
         [[47, 39, 60, 39, 60, 50]],
         [[-9, -9, 1, -9, 1, 1]],

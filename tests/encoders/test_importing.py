@@ -292,6 +292,16 @@ def test_files_with_other_heads_give_the_same_encoder(tmp_path: Path) -> None:
             r"40 of 120 (.|\n)*bn1.running_mean: expected \[8\], found no such tensor",
         ),
         (
+            {name: value for name, value in QUERY_WEIGHTS.items() if name != "conv1.weight"},
+            {},
+            r"1 of 120 tensors do not fit:\n  conv1.weight: expected \[8, 3, 7, 7\], found no such tensor",
+        ),
+        (
+            weights(CONFIG.model_copy(update={"width": 7})),
+            {"architecture": "resnext50_32x4d"},
+            "--architecture: .*width: found 7; resnext50_32x4d needs a multiple of 16",
+        ),
+        (
             without("layer3.1.conv2"),
             {},
             r"1 of 120 tensors do not fit:\n  layer3.1.conv2.weight: expected \[32",

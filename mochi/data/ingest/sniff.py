@@ -3,6 +3,8 @@
 Signatures: the formats' specifications, and `file`'s magic database.
 """
 
+import re
+
 from PIL import Image
 
 ADVICE = "convert it to JPEG or PNG"
@@ -31,6 +33,15 @@ _SIGNATURES = (
     (0, b"#?RADIANCE", "Radiance HDR"),
     (0, b"DDS ", "DirectDraw DDS"),
     (0, b"qoif", "QOI"),
+    (0, b"\x0a\x05\x01", "PCX"),
+    (0, b"\x01\xda", "SGI"),
+    (0, b"II\xbc", "JPEG XR"),
+    (0, b"BPG\xfb", "BPG"),
+    (0, b"FLIF", "FLIF"),
+    (0, b"AT&TFORM", "DjVu"),
+    (344, b"n+1\0", "NIfTI"),
+    (344, b"ni1\0", "NIfTI"),
+    (40, b" EMF", "Windows metafile"),
     (0, b"\0\0\x01\0", "Windows icon"),
     (0, b"icns", "macOS icon"),
     (0, b"\xd7\xcd\xc6\x9a", "Windows metafile"),
@@ -47,6 +58,9 @@ _BRANDS = (  # of ISO media files: bytes 4 to 8 are "ftyp", then come the brands
     ({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}, "HEIC"),
     ({b"crx "}, "camera raw (Canon CR3)"),
 )
+_TGA = re.compile(
+    rb".[\0\x01][\x01-\x03\x09-\x0b].{13}[\x08\x0f\x10\x18\x20]", re.S
+)  # no signature in front
 _TIFF_DNG_VERSION, _TIFF_SUBFILE_TYPE, _TIFF_PHOTOMETRIC = 50706, 254, 262
 _TIFF_SENSOR = {32803, 34892}  # photometric: colour filter array, linear raw
 
@@ -67,6 +81,8 @@ def sniff(head: bytes) -> str:  # noqa: PLR0911 (a list of cases)
                     else f"{name}: {ADVICE}"
                 )
         return "video, not an image"
+    if _TGA.match(head):
+        return f"Truevision TGA, which is not decoded here: {ADVICE}"
     text = head[:512].lstrip()
     if b"<svg" in head[:1024]:
         return f"SVG, which is not decoded here: {ADVICE}"

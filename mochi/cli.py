@@ -638,7 +638,7 @@ def _is_done(experiment: str, method: str, seed: int, task: str, result: Result)
     done = _is_current(result)
     if done and Paths(experiment).work(method, seed, task).exists():
         # Another process at work, or a read-only folder: both leave the result as it is.
-        with suppress(UserError), _work(experiment, method, seed, task, result) as (work, _):
+        with suppress(UserError), _work(experiment, method, seed, task, result, done=True) as (work, _):
             shutil.rmtree(work)
     return done
 
@@ -693,9 +693,12 @@ def _set_up_process(threads: int) -> None:
 
 @contextmanager
 def _work(
-    experiment: str, method: str, seed: int, task: str, result: Result
+    experiment: str, method: str, seed: int, task: str, result: Result, *, done: bool = False
 ) -> Iterator[tuple[Path, Path]]:
     """The folder of resume checkpoints, locked while in use, and the folder of TensorBoard events.
+
+    Unless the result is known to be `done`, the command ends here if another process has computed it
+    while this one waited for the lock.
 
     Each version of the settings and inputs has its own checkpoints: after a change of a setting and back,
     each version continues from its own.
@@ -719,8 +722,12 @@ def _work(
     if os.environ.get("RANK", "0") != "0":
         yield work, events
         return
-    with locked(job_folder), reported(job_folder):
-        yield work, events
+    with locked(job_folder):
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"  # other ranks would wait for this one
+        computed = not done and alone and result.why_stale() is None
+        if not computed:
+            with reported(job_folder):
+                yield work, events
     for folder in (work, job_folder, *job_folder.parents):
         try:
             folder.rmdir()
@@ -728,6 +735,9 @@ def _work(
             continue
         except OSError:  # not empty: files of another job, or checkpoints of other settings
             break
+    if computed:
+        typer.echo(f"{result.label}: up to date, computed by another process meanwhile", err=True)
+        raise typer.Exit
 
 
 def _require_current_folder() -> None:

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,30 @@ def test_any_encoder_can_be_evaluated_into_a_given_folder(data: Path, tmp_path: 
     assert json.loads((tmp_path / "mine/metrics.json").read_text())["k"] == 5
     record = json.loads((tmp_path / "mine/provenance.json").read_text())
     assert record["inputs"]["encoder"]["path"] == "mine.safetensors"
+
+
+def test_a_result_that_another_process_computed_meanwhile_is_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job of a killed workflow may end while the next workflow's job waits for its lock."""
+    of_run = ["--config", TINY, "--method", "random-init", "--seed", "0"]
+    assert run("pretrain", *of_run).returncode == 0
+    Path("results").rename("elsewhere")
+
+    @contextmanager
+    def waiting(_: Path) -> Iterator[None]:
+        shutil.rmtree("results")
+        Path("elsewhere").rename("results")
+        yield
+
+    monkeypatch.setattr("mochi.runtime.locks.locked", waiting)
+    before = Path("elsewhere/tiny/encoders/random-init/seed0/encoder.safetensors").stat()
+    done = run("pretrain", *of_run)
+    assert done.returncode == 0
+    assert "up to date, computed by another process meanwhile" in done.stderr
+    after = Path("results/tiny/encoders/random-init/seed0/encoder.safetensors").stat()
+    assert (after.st_ino, after.st_mtime) == (before.st_ino, before.st_mtime)
+    assert not Path("work").exists()
 
 
 def test_more_epochs_start_from_the_beginning_and_say_so(data: Path, tmp_path: Path) -> None:

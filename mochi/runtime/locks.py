@@ -76,7 +76,11 @@ def _acquired(path: Path, wait_seconds: float) -> FileLock:
     """
     lock = FileLock(path, wait_seconds, mode=_MODE, poll_interval=0.2, fallback_to_soft=False)
     try:
-        lock.acquire()
+        try:
+            lock.acquire()
+        except FileNotFoundError:  # the process that had it has removed its empty folders
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except (Timeout, PermissionError):
         raise
     except OSError as error:

@@ -121,6 +121,26 @@ def test_a_run_is_locked_until_its_process_ends(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [work]
 
 
+def test_a_waiting_process_gets_the_lock_when_the_other_removes_its_folders(tmp_path: Path) -> None:
+    """It was told that the file system cannot lock, and computed the same again without a lock."""
+    script = (
+        "import shutil, sys, time; from pathlib import Path; from mochi.runtime.locks import locked\n"
+        "work = Path(sys.argv[1])\n"
+        "with locked(work): print('held', flush=True); time.sleep(0.5)\n"
+        "shutil.rmtree(work.parent)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    for number in range(5):
+        work = tmp_path / str(number) / "work"
+        work.mkdir(parents=True)
+        command = [sys.executable, "-c", script, str(work)]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "held\n"
+            with locked(work, wait_seconds=10):
+                assert work.with_name(".work.lock").exists()
+
+
 def test_a_forked_worker_neither_releases_nor_keeps_the_lock(tmp_path: Path) -> None:
     """Loading workers are forked: one that ends does not release the lock; one that survives a kill does
     not have it.

@@ -243,3 +243,26 @@ def test_the_real_subset(real_data: Callable[[str], Path]) -> None:
         assert (report["images"], report["objects"], report["crowds"]) == (images, objects, crowds)
         assert len(report["classes"]) == 80
         assert min(report["classes"].values()) > 0
+
+
+def test_a_written_set_is_read_as_it_was(tmp_path: Path) -> None:
+    runs = {"size": [20, 30], "counts": [100, 40, 460]}
+    objects = [
+        {"segmentation": TRIANGLE, "area": 12.5},
+        {"segmentation": runs, "iscrowd": 1, "category_id": 90, "bbox": [1, 2, 3.5, 4]},
+    ]
+    first = read(write(tmp_path, objects))
+    coco.write(tmp_path, "val", first, [[TRIANGLE, runs]])
+    content = json.loads((tmp_path / "annotations" / "instances_val.json").read_text())
+    assert content["images"] == [{"id": 1, "file_name": "seven.jpg", "height": 20, "width": 30}]
+    assert content["categories"] == [{"id": 1, "name": "car"}, {"id": 2, "name": "toothbrush"}]
+    assert [item["id"] for item in content["annotations"]] == [1, 2]
+    [again] = read(tmp_path, "fail").images
+    assert again.masks == first.images[0].masks
+    for name in ("boxes", "labels", "ignored", "areas"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(first.images[0], name))
+
+
+def test_no_masks_have_the_shape_of_none() -> None:
+    assert coco.decode_masks([], 20, 30).shape == (0, 20, 30)
+    assert coco.encode_masks(np.zeros((0, 20, 30), np.uint8)) == []

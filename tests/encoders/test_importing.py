@@ -201,6 +201,15 @@ def test_the_last_stage_of_a_c4_detector_is_read_from_its_region_heads(tmp_path:
     assert digest(imported(tmp_path / "x.pth")) == QUERY_DIGEST
 
 
+def test_the_pixels_of_a_detector_count_more_than_its_author(tmp_path: Path) -> None:
+    content = {f"backbone.{name}": torch.as_tensor(value) for name, value in detectron2()["model"].items()}
+    content |= {"pixel_mean": torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1)}
+    content |= {"pixel_std": torch.tensor([57.375, 57.12, 58.395]).view(3, 1, 1)}
+    torch.save({"model": content, "__author__": "MOCO"}, tmp_path / "x.pth")
+    converted = imported(tmp_path / "x.pth")
+    assert torch.equal(converted["conv1.weight"], QUERY_WEIGHTS["conv1.weight"].flip(1))
+
+
 @pytest.mark.parametrize("architecture", ["resnet10", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def test_the_architecture_follows_from_the_shapes(architecture: str, tmp_path: Path) -> None:
     config = Encoder(architecture=architecture, stem="imagenet", width=16)
@@ -271,6 +280,7 @@ def test_files_with_other_heads_give_the_same_encoder(tmp_path: Path) -> None:
     first, second = imported(tmp_path / "x.pth"), imported(tmp_path / "y.pth")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in without_counters)
+    assert second["bn1.num_batches_tracked"] == 0
 
 
 @pytest.mark.parametrize(

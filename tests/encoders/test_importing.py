@@ -449,6 +449,9 @@ def test_a_small_difference_of_the_standard_deviation_is_folded_too(tmp_path: Pa
 def test_authors_whose_encoders_were_trained_on_rgb(author: str, tmp_path: Path) -> None:
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({**detectron2(), "__author__": author}))
     assert digest(imported(tmp_path / "x.pkl")) == QUERY_DIGEST
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps({**detectron2(), "__author__": "Model Zoo"}))
+    chosen, zoo = (imported(tmp_path / name, channel_order="BGR") for name in ("x.pkl", "zoo.pkl"))
+    assert digest(chosen) == digest(zoo) != QUERY_DIGEST
 
 
 def notes(lines: list[str]) -> list[str]:

@@ -476,7 +476,7 @@ def pretrain(
     gpus: Gpus = None,
     nodes: Annotated[int, typer.Option(min=1, help="Hosts that share the GPUs; several need Slurm.")] = 1,
 ) -> None:
-    """Train an encoder: MoCo, MoCHi, the supervised upper bound or the random-init baseline."""
+    """Train the encoder of a row: contrastive, supervised, or the random-init baseline."""
     from mochi.config import load_experiment, pretrain_run
     from mochi.provenance.wanted import pretrained
 

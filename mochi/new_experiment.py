@@ -20,7 +20,17 @@ from mochi.config.datasets import Folder
 from mochi.data.describe_folder import Description, describe, sides
 from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.ingest.prepare import prepare
-from mochi.data.recommend import FEWEST, FEWEST_TO_TRAIN, SIZES, STEM, Facts, advise, stem, view_size
+from mochi.data.recommend import (
+    FEW_STEPS,
+    FEWEST,
+    FEWEST_TO_TRAIN,
+    SIZES,
+    STEM,
+    Facts,
+    advise,
+    stem,
+    view_size,
+)
 from mochi.errors import DataError, UserError
 from mochi.plan import DRAWING, Machine, Seconds, makespan, seconds_per_iteration, seconds_per_step
 from mochi.storage.atomic import write_text
@@ -114,14 +124,14 @@ class _Draft:
         description = self._description
         num_val = sum(description.val_classes.values())
         kinds = {
-            "classes": f"{len(description.train_classes)} classes, {num_val} for val",
+            "classes": f"{_classes(len(description.train_classes))}, {num_val} for val",
             "photos": "no labels: no probe, no supervised row",
             "voc": "a VOC tree", "coco": "a COCO tree",
         }  # fmt: skip
         num_train, kind = len(description.files), kinds[description.kind]
         lines = [f"{_plain(self._folder)}: {num_train} images to train on, {kind}"]
         if self._boxes:
-            lines.append(f"boxes: {len(self._boxes.short)} of {len(self._boxes.classes)} classes")
+            lines.append(f"boxes: {len(self._boxes.short)} of {_classes(len(self._boxes.classes))}")
         if description.train_classes and description.unlabelled_val:
             lines.append(
                 f"warning: {description.unlabelled_val} images of val are in no class folder and are not "
@@ -264,7 +274,7 @@ class _Draft:
         queue = int(value["pretrain.queue_size"])
         epochs = self._epochs or int(value["pretrain.epochs"])
         steps = epochs * (len(description.files) // batch)
-        few_steps = steps < 20_000
+        few_steps = steps < FEW_STEPS
         lr = float(value["pretrain.lr"]) * (4 if few_steps else 1)
         if few_steps:
             comments["pretrain.lr"] = (
@@ -564,6 +574,10 @@ def _rounded(value: float, multiple: int) -> int:
 
 
 # ---------------------------------------------------------------- YAML with comments
+
+
+def _classes(number: int) -> str:
+    return "1 class" if number == 1 else f"{number} classes"
 
 
 def _plain(text: object) -> str:

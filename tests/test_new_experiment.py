@@ -73,7 +73,17 @@ def test_without_labels_or_with_one_class_there_is_no_classification(tmp_path: P
     assert set(content["evaluation"]) == {"image_size", "resize"}
     assert "supervised" not in content["methods"]
     images(tmp_path / "one/train/cat", 30)
+    images(tmp_path / "one/val/cat", 2)
+    assert "30 images to train on, 1 class, 2 for val" in run("init", "one", "--out", "x.yaml").stdout
     assert set(new_experiment(tmp_path / "one")["evaluation"]) == {"image_size", "resize"}
+
+
+def test_the_learning_rates_of_inspect_and_init_differ_for_a_stated_reason(tmp_path: Path) -> None:
+    images(tmp_path / "photos", 64)
+    inspected = run("inspect", "photos").stdout
+    assert "pretrain.lr: 0.0009375" in inspected
+    assert "below 20,000 steps `mochi init` writes four times this" in inspected
+    assert new_experiment(tmp_path / "photos")["pretrain"]["lr"] == 4 * 0.0009375
 
 
 def test_unusual_folder_names(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ FEWEST = 64
 FEWEST_TO_TRAIN = 16
 """Training images; with fewer there are too few negatives, and nothing is trained."""
 
+FEW_STEPS = 20_000
+"""Below, `mochi init` writes four times the recommended learning rate."""
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -98,7 +101,12 @@ def _recipe(num_train: int, batch: int, steps: int) -> list[Advice]:
     hardest = _power_of_two(queue / 16, 4, 1024)
     return [
         Advice("pretrain.batch_size", batch, f"{steps} steps per epoch; 256 is the paper's"),
-        Advice("pretrain.lr", 0.03 * batch / 256, "0.03 for a batch of 256 (MoCo), scaled linearly"),
+        Advice(
+            "pretrain.lr",
+            0.03 * batch / 256,
+            "0.03 for a batch of 256 (MoCo), scaled linearly; "
+            f"below {FEW_STEPS:,} steps `mochi init` writes four times this",
+        ),
         Advice(
             "pretrain.queue_size",
             queue,

@@ -16,7 +16,7 @@ from mochi.detection.average_precision import Curve, Detections
 from mochi.detection.batches import Images, read_rgb
 from mochi.storage.atomic import replacing
 
-_SCENES = 4
+_SHOWN_IMAGES = 4
 _SHOWN_SCORE = 0.5
 _RECALLS = np.linspace(0, 1, 101)
 
@@ -56,7 +56,7 @@ def _sampled(curve: Curve) -> NDArray[np.float64]:
 def draw_detections(path: Path, images: Images, detections: Detections) -> None:
     """Ground truth (left) and detections with a score of at least .5 (right) on the first test images."""
     annotations = images.annotations
-    number = min(_SCENES, len(annotations.images))
+    number = min(_SHOWN_IMAGES, len(annotations.images))
     figure = Figure(figsize=(6, 3 * number), layout="constrained")
     rows = figure.subplots(number, 2, squeeze=False)
     for index, (left, right) in enumerate(rows):

@@ -72,12 +72,14 @@ def _type(value: dict[str, Any]) -> str:
             return " or ".join(map(_type, value[union]))
     if "enum" in value or "const" in value:
         return " | ".join(f"`{each}`" for each in value.get("enum", [value.get("const")]))
-    kind = value.get("type", "any")
+    prefix = value.get("pattern", "").removeprefix("^")
+    kind = value.get("type", f"`{prefix}NAME`")
     if kind == "array":
         return f"list of {_type(value['items'])}" if "items" in value else "list"
     if kind == "object":
-        inner = value.get("additionalProperties")
-        return f"by name: {_type(inner)}" if isinstance(inner, dict) else "keys"
+        named = [value.get("additionalProperties"), *value.get("patternProperties", {}).values()]
+        inner = next((each for each in named if isinstance(each, dict)), None)
+        return f"by name: {_type(inner)}" if inner else "keys"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {value[name]:g}" for name, sign in signs.items() if name in value]
     return " ".join((kind, *limits))

@@ -1,5 +1,6 @@
 """The JSON Schema of experiment files is valid and accepts the shipped ones."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,12 @@ def test_the_shared_recipe_has_the_defaults_and_a_method_has_none(schema: Any) -
     assert not any(
         "default" in value for value in schema["$defs"]["MethodAugmentation"]["properties"].values()
     )
+
+
+def test_the_reference_page_names_every_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    page = importlib.import_module("reference_pages").configuration()
+    types = [row.split(" | ")[1] for row in page.splitlines() if row.startswith("| `")]
+    assert "by name: [DetectionSet](#detectionset)" in types
+    assert any(each.endswith("`wide_resnet50_2` or `timm:NAME`") for each in types)
+    assert not {"any", "keys"} & {part for each in types for part in each.split(" or ")}

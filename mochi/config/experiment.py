@@ -41,7 +41,7 @@ class Experiment(Section):
     augmentation: Augmentation
     """The random views used in training."""
     pretrain: dict[str, Any]
-    """The shared recipe: fields of `SharedRecipe`. A method overrides them key by key."""
+    """The recipe that every row shares, and overrides key by key."""
     methods: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     """Row name -> what differs. Besides recipe keys: `seeds`, `augmentation`."""
     evaluation: Evaluation

@@ -158,7 +158,7 @@ def mix_with_query(
     *,
     through_query: bool = False,
 ) -> SparseSynthetics:
-    r"""Mix each query with its own hardest negatives: s' points harder than any real one (section 3.3).
+    r"""Mix each query with its own hardest negatives: s' points nearer to it than they are (section 3.3).
 
     h' = (b q + (1 - b) n_j) / r with r = ||b q + (1 - b) n_j||, b ~ U(0, 0.5), j from the pool. With
     x = q.n_j, r^2 = b^2 + (1-b)^2 + 2 b (1-b) x, w_q = b / r and w_n = (1-b) / r: no new product is needed.

@@ -1,6 +1,6 @@
 """Average precision, as PASCAL VOC and as COCO define it.
 
-Legend: M detections and G objects of all images; T = 10 overlap thresholds .5, .55, ... .95.
+Shapes: M detections and G objects of all images; T = 10 overlap thresholds .5, .55, ... .95.
 """
 
 import logging

@@ -37,7 +37,7 @@ class ResumePoint:
         self._last_save = time.monotonic()
 
     def additional_bytes(self, size: int) -> int:
-        """Disk space for checkpoints of `size` bytes, beside the existing ones."""
+        """Disk space for checkpoints of `size` bytes, without that of existing ones."""
         return checkpoint.additional_bytes(self._path, size)
 
     def load(self) -> tuple[dict[str, Tensor], int] | None:

@@ -2,7 +2,7 @@
 
 Random parameters are arrays on the CPU with one row per image (`counter_rng`), and the operations are
 plain functions of images and a plan derived from them: each equals torchvision's functional version for
-each image. Images are (B, 3, H, W) float32 in [0, 1]. Legend: B images, S side of a view.
+each image. Images are (B, 3, H, W) float32 in [0, 1]. Shapes: B images, S side of a view.
 
 Source: facebookresearch/moco main_moco.py; torchvision.transforms.ColorJitter.
 Deviation: no rounding to 8 bits between operations; the blur is the Gaussian that PIL's three box

@@ -1,6 +1,6 @@
 """Crops, resizing and flips, for a batch of stored pixels on any device or for one decoded image.
 
-Legend: B images, S side of a view.
+Shapes: B images, S side of a view.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Memory: the features, once (`features_on`), and less than 128 MiB on the device.
 
-Legend: V validation images, M training images, D features.
+Shapes: V validation images, M training images, D features.
 """
 
 import itertools

@@ -15,7 +15,7 @@ Memory: the features of the uncropped images, once (`features_on`), and, indepen
 encoder with one batch, 24 x (D + 1) x C bytes of classifiers for each learning rate, and less than
 128 MiB.
 
-Legend: B images, M training images, D features, C classes, R learning rates.
+Shapes: B images, M training images, D features, C classes, R learning rates.
 """
 
 import math

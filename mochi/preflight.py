@@ -31,6 +31,7 @@ from mochi.config import (
 from mochi.config.datasets import Download, Folder, ImageNet
 from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.ingest import classes, duplicates
+from mochi.data.ingest.files import BROKEN
 from mochi.data.ingest.prepare import collect
 from mochi.data.ingest.raw import FileSplit, RawDataset, as_text, class_counts
 from mochi.data.ingest.sources.folder import current_listing
@@ -314,10 +315,21 @@ def _of_source(where: str, config: Dataset, *, verify: bool) -> tuple[_Contents 
     labels = {name: np.array(split.labels) for name, split in raw.splits.items()}
     findings: list[Finding] = []
     if isinstance(config, Folder):
-        findings = _unreadable(where, raw, labels, verify=verify)
+        findings = [*_ignored(where, raw), *_unreadable(where, raw, labels, verify=verify)]
     counts = {name: class_counts(each, raw.classes) for name, each in labels.items()}
     filled = {name: {label: n for label, n in each.items() if n} for name, each in counts.items()}
     return _Contents({name: len(each) for name, each in labels.items()}, filled), findings
+
+
+def _ignored(where: str, raw: RawDataset) -> Iterator[Finding]:
+    """What is in the folder and not used."""
+    ignored = {reason: count for reason, count in raw.ignored.items() if count}
+    if broken := ignored.pop(BROKEN, 0):
+        text = f"{where}: {broken} files are broken links or not regular (git-annex, DVC: fetch them)"
+        yield Finding("warning", text)
+    if ignored:
+        counts = ", ".join(f"{count} {reason}" for reason, count in ignored.items())
+        yield Finding("note", f"{where}: ignored: {counts}")
 
 
 def _unreadable(
@@ -441,8 +453,9 @@ def _labels(run: ProbeRun, contents: _Contents) -> Iterator[Finding]:
         )
     if missing:
         return
-    if len(contents.labelled["train"]) == 1:
-        yield Finding("warning", f"{where}: found one class in train; there is nothing to classify")
+    for split in ("train", "val"):
+        if len(contents.labelled[split]) == 1:
+            yield Finding("warning", f"{where}: found one class in {split}; there is nothing to classify")
     labelled = contents.count("train")
     batch = getattr(run.protocol, "batch_size", 0)
     if batch > labelled:

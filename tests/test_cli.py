@@ -382,3 +382,20 @@ def test_a_log_on_a_full_disk_does_not_end_a_command(tmp_path: Path) -> None:
         )  # fmt: skip
     assert done.returncode == 0
     assert b"1 files that may be images" in done.stdout
+
+
+def test_check_counts_what_it_ignores_in_a_folder(tmp_path: Path) -> None:
+    """Links of git-annex without their content were left out without a word."""
+    for number in range(40):
+        path = tmp_path / "photos" / ("train" if number % 2 else "val") / f"c{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 50), (number, 0, 0)).save(path)
+    for number in range(3):
+        (tmp_path / f"photos/train/c1/x{number}.jpg").symlink_to(".git/annex/objects/x")
+    (tmp_path / "photos/train/c1/.DS_Store").write_text("x")
+    folder = {"source": "folder", "name": "mine", "path": str(tmp_path / "photos")}
+    output = run("check", changed(tmp_path, {"dataset": folder})).stdout
+    assert (
+        "warning: dataset: 3 files are broken links or not regular (git-annex, DVC: fetch them)" in output
+    )
+    assert "note: dataset: ignored: 1 hidden or system file\n" in output

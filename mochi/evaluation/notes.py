@@ -31,6 +31,9 @@ def notes(
             f"train has a single class, {only}: every image is classified as {only}, so the score is "
             "meaningless"
         )
+    elif (val > 0).sum() == 1:
+        only = classes[int(val.argmax())]
+        texts.append(f"val has a single class, {only}: the score is that of {only} alone")
     if len(missing := np.flatnonzero((train == 0) & (val > 0))):
         texts.append(
             f"{_names(missing, classes)} without a labelled image in train: {val[missing].sum()} of "
@@ -40,7 +43,7 @@ def notes(
         texts.append(f"{_names(missing, classes)} without a labelled image in val: not part of the score")
     guess = 100 * val.max() / val.sum()
     top1 = metrics.get("top1")
-    if top1 is not None and top1 <= guess and (train > 0).sum() > 1:
+    if top1 is not None and top1 <= guess < 100 and (train > 0).sum() > 1:
         texts.append(
             f"top-1 of {top1:.1f}% is at or below chance: the largest class has {guess:.1f}% of val. "
             "The encoder may be untrained or collapsed, or the labels wrong"

@@ -40,6 +40,12 @@ def test_a_single_class_in_train_has_a_note() -> None:
     ]
 
 
+def test_a_single_class_in_val_has_a_note_and_no_chance_level() -> None:
+    """A score of 100% was at chance, so that the encoder might be untrained."""
+    single, _ = notes_of(100.0, [0, 1, 2], [2, 2])
+    assert single == "val has a single class, cat: the score is that of cat alone"
+
+
 def test_classes_without_images_have_notes() -> None:
     missing, unscored = notes_of(60.0, [0, 3], [0, 1, 2, 1, 0])
     assert missing == (

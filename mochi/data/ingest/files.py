@@ -57,6 +57,8 @@ _COLONS = str.maketrans("\uf03a\uf022", "::")
 _PARTIAL = "part|partial|filepart|crdownload|opdownload|download|aria2|!ut"
 _BACKUP = re.compile(rf".*(~|\.(bak|swp|swo|swn|orig|rej|old|tmp|{_PARTIAL}))|#.*#", re.S)
 _RECORD = "provenance.json"
+BROKEN = "broken link or not a regular file"
+"""Reason for which a file is ignored, though it may stand for an image."""
 _VOC_MASKS = {"SegmentationClass", "SegmentationObject"}
 
 
@@ -117,11 +119,11 @@ def _walk(
         if reason := left_behind(entry.name):
             ignored[reason] += 1
         elif _is_loop(entry):
-            ignored["broken link or not a regular file"] += 1
+            ignored[BROKEN] += 1
         elif entry.is_dir():
             yield from _walk(root, path, (*parents, identity), ignored)
         elif not entry.is_file():
-            ignored["broken link or not a regular file"] += 1
+            ignored[BROKEN] += 1
         elif entry.name.lower().endswith(_OTHER_SUFFIXES):
             ignored["not an image by its suffix"] += 1
         elif entry.name.lower() in _OTHER_NAMES:

@@ -56,6 +56,11 @@ def list_images(config: Folder) -> RawDataset:
     ignored: Counter[str] = Counter()
     paths = walk(root, ignored)
     top = subfolders(root)
+    if flat := [path for path in paths if "\\" in path]:
+        logger.warning(
+            "%s: %d names contain a backslash, such as %s: unpack the archive again, with folders",
+            as_text(str(root)), len(flat), as_text(flat[0]),
+        )  # fmt: skip
     found = {SPLITS[name.lower()] for name in top if name.lower() in SPLITS}
     if found and "train" not in found:
         raise DataError(

@@ -87,3 +87,11 @@ def test_a_train_folder_without_an_image_is_refused(tmp_path: Path) -> None:
         DataError, match=r"found 0 images in train, 2 in val; put .*not an image by its suff"
     ):
         list_images(Folder(source="folder", name="x", path=str(tmp_path)))
+
+
+def test_names_of_a_windows_archive_that_has_no_folders_here_are_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, "train\\a\\1.jpg", "train\\b\\1.jpg")
+    listed(tmp_path)
+    assert "2 names contain a backslash, such as train\\a\\1.jpg: unpack" in caplog.text

@@ -435,6 +435,22 @@ def test_another_normalisation_is_folded_into_the_first_convolution(order: str, 
     )
 
 
+def test_the_first_convolution_of_a_bgr_encoder_is_reversed(tmp_path: Path) -> None:
+    torch.save(QUERY_WEIGHTS, tmp_path / "x.pth")
+    converted = imported(tmp_path / "x.pth", channel_order="BGR")
+    assert torch.equal(converted["conv1.weight"], QUERY_WEIGHTS["conv1.weight"].flip(1))
+
+
+@pytest.mark.parametrize("lost", ["pixel_mean", "pixel_std"])
+def test_a_detector_must_state_both_numbers_of_its_pixels(lost: str, tmp_path: Path) -> None:
+    content = {f"backbone.{name}": torch.as_tensor(value) for name, value in detectron2()["model"].items()}
+    content |= {"pixel_mean": torch.full((3, 1, 1), 116.28), "pixel_std": torch.ones(3, 1, 1)}
+    del content[lost]
+    torch.save({"model": content}, tmp_path / "x.pth")
+    with pytest.raises(EncoderError, match=r"does not say whether .* \(__author__: missing\)"):
+        imported(tmp_path / "x.pth")
+
+
 def test_a_small_difference_of_the_standard_deviation_is_folded_too(tmp_path: Path) -> None:
     torch.save(QUERY_WEIGHTS, tmp_path / "x.pth")
     std = [0.2291, 0.224, 0.225]

@@ -12,6 +12,7 @@ import numpy as np
 from faster_coco_eval.core import mask as mask_api
 
 from mochi.data.format import UNLABELLED
+from mochi.data.ingest.decode import open_image
 from mochi.data.ingest.files import Names
 from mochi.data.ingest.raw import ByteRange, FileSplit
 from mochi.data.ingest.validate import Validator
@@ -22,12 +23,13 @@ from mochi.runtime.progress import counter
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 2 to 8 flip or rotate, 5 to 8 swap width and height
 
 
 def check_images(splits: Sequence[Annotations], jobs: int) -> None:
     """Decode every image completely, divided over ranks.
 
-    Images of several splits with the same content are logged.
+    Logged: images of several splits with the same content, turned images whose size does not show it.
 
     Raises:
         AnnotationError: images that are missing, do not decode or are not of the annotated size; the
@@ -42,7 +44,8 @@ def check_images(splits: Sequence[Annotations], jobs: int) -> None:
     images = list(distinct.values())[distributed.rank() :: distributed.world_size()]
     split_of = {image.path: number for number, split in enumerate(splits) for image in split.images}
     first, shared = dict[bytes, Path](), list[tuple[Path, Path]]()
-    present, wrong = list[AnnotatedImage](), list[str]()
+    present, wrong, turned = list[AnnotatedImage](), list[str](), list[Path]()
+    unsized = any(split.counts["files whose size is missing"] for split in splits)
     for image in images:
         if os.path.isfile(image.path):  # noqa: PTH113 (a Path raises where it may not look)
             present.append(image)
@@ -63,6 +66,14 @@ def check_images(splits: Sequence[Annotations], jobs: int) -> None:
                 wrong.append(reason)
             elif split_of[other := first.setdefault(file.sha256, image.path)] != split_of[image.path]:
                 shared.append((other, image.path))
+            if file.result.reencoded is not None and _hides_its_frame(image, unsized):
+                turned.append(image.path)
+    if turned:
+        logger.warning(
+            "%d images are turned or mirrored by EXIF, which their annotated size does not show, such as "
+            "%s: their boxes are read as those of the upright picture",
+            len(turned), turned[0],
+        )  # fmt: skip
     if shared:
         logger.warning(
             "%d images have the same content as one of another split, such as %s and %s: the average "
@@ -101,6 +112,16 @@ def _warn_of_corners(split: Annotations) -> None:
             "[x, y, width, height] as bbox: [x0, y0, x1, y1] would be read wrongly",
             images[0].path, cut, boxes,
         )  # fmt: skip
+
+
+def _hides_its_frame(image: AnnotatedImage, unsized: bool) -> bool:
+    """Whether an orientation tag changes the picture, but not the size that was compared."""
+    try:
+        tag = open_image(image.path.read_bytes()).getexif().get(_ORIENTATION, 1)
+    except Exception:
+        # Pillow's readers of metadata raise many types; without metadata a picture is upright.
+        return False
+    return 2 <= tag <= 4 or (5 <= tag <= 8 and (unsized or image.height == image.width))
 
 
 def _check_masks(split: Annotations) -> None:

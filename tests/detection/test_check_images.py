@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -173,3 +174,22 @@ def test_masks_that_are_not_in_their_boxes_are_named(
     assert "mask 1 of 1: found no pixel of it in its box, as for 1 of the 2 masks" in caplog.text
     with pytest.raises(AnnotationError, match=r"as for 2 of the 2 masks of its set; expected pixels"):
         check_images([with_masks(polygon, polygon)], jobs=1)
+
+
+@pytest.mark.parametrize(
+    ("tag", "size", "stated", "named"),
+    [(1, 48, True, False), (3, 48, True, True), (2, 48, True, True), (6, 40, True, True),
+     (6, 40, False, True), (6, 48, False, True), (9, 48, True, False)],
+)  # fmt: skip
+def test_turned_images_whose_size_does_not_show_it_are_pointed_out(
+    root: Path, caplog: pytest.LogCaptureFixture, tag: int, size: int, stated: bool, named: bool
+) -> None:
+    """Upside down, mirrored, square, or without a size in the file: boxes may be of the stored picture."""
+    xml = root / "Annotations" / "b1.xml"
+    text = xml.read_text().replace("<width>48", f"<width>{size}")
+    xml.write_text(text if stated else re.sub("<size>.*</size>", "", text))
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    Image.new("RGB", (size, 40), "red").save(root / "JPEGImages" / "b1.jpg", exif=exif)
+    check_images(splits(root), jobs=1)
+    assert ("1 images are turned or mirrored by EXIF, which" in caplog.text) == named

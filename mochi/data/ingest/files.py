@@ -197,15 +197,16 @@ class Names:
         return None
 
     def alike(self, name: str) -> str:
-        """For a message: the file whose name, suffix or not, differs from this one only in case."""
+        """For a message: the file whose name, suffix or not, differs in case, or only in its suffix."""
         below, _, base = name.rpartition("/")
-        wanted = nfc(base).casefold()
+        base, other = nfc(base), ""
         for entry, own in self._names(below).items():
             stem, _, suffix = entry.rpartition(".")
-            same = nfc(base) == entry or (nfc(base) == stem and suffix.islower())
-            if wanted in {entry.casefold(), stem.casefold()} and not same:
+            if base == stem and suffix.islower():
+                other = f"; found {own!r}, which has another suffix"
+            elif base != entry and base.casefold() in {entry.casefold(), stem.casefold()}:
                 return f"; found {own!r}, which differs in case"
-        return ""
+        return other
 
     def _names(self, below: str) -> dict[str, str]:
         if below not in self._listed:

@@ -115,7 +115,8 @@ def test_names_are_found_in_both_unicode_forms_and_with_any_suffix(tmp_path: Pat
     assert names.image("D") is None
     assert "'d.jpg', which differs in case" in names.alike("D")
     assert "'f.XML', which differs in case" in names.alike("f")
-    assert names.alike("g") == names.alike("h") == ""
+    assert names.alike("g") == "; found 'g.txt', which has another suffix"
+    assert names.alike("g.txt") == names.alike("h") == ""
     assert names.find("e.jpg") is names.find("../\0") is names.image("") is None
 
 

@@ -74,20 +74,20 @@ def export_encoder(path: Path, format: Format, out: Path) -> list[str]:
         "yaml": json.dumps(place, ensure_ascii=False),
         "shell": shlex.quote(place),
     }
-    usage = writer.usage.format(**places, **_names(config), architecture=config.architecture)
+    stem = ""
+    if config.stem in ("half", "full"):
+        stride = 2 if config.stem == "half" else 1
+        stem = (
+            f"model.conv1 = nn.Conv2d(3, 64, 3, {stride}, 1, bias=False); model.maxpool = nn.Identity(); "
+        )
+    usage = writer.usage.format(**places, **_names(config), stem=stem, architecture=config.architecture)
     if format == "detectron2":
         usage += "".join(f", MODEL.RESNETS.{key}: {value}" for key, value in _detectron2_settings(config))
     lines = [f"{out}: {config}, for {format}", f"  load: {usage}"]
-    if config.stem != "imagenet" and config.is_resnet:
-        stride = 2 if config.stem == "half" else 1
-        lines.append(
-            f"  before: model.conv1 = nn.Conv2d(3, 64, 3, {stride}, 1, bias=False); "
-            "model.maxpool = nn.Identity()"
-        )
-    return [
-        *lines,
-        f"  images: RGB in [0, 1], minus {list(IMAGENET_MEAN)}, divided by {list(IMAGENET_STD)}",
-    ]
+    if format != "detectron2":  # its settings contain them
+        mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
+        lines.append(f"  images: RGB in [0, 1], minus {mean}, divided by {std}")
+    return lines
 
 
 def _names(config: Encoder) -> dict[str, str]:
@@ -167,13 +167,13 @@ _WRITERS: dict[Format, _Writer] = {
     "torchvision": _Writer(
         _write_torchvision,
         _TORCH,
-        "model = {torchvision}; model.fc = nn.Identity(); "
+        "model = {torchvision}; {stem}model.fc = nn.Identity(); "
         "model.load_state_dict(torch.load({python}, weights_only=True))",
     ),
     "timm": _Writer(
         _write_timm,
         (".safetensors",),
-        "model = {timm}; model.load_state_dict(safetensors.torch.load_file({python}))",
+        "model = {timm}; {stem}model.load_state_dict(safetensors.torch.load_file({python}))",
     ),
     "detectron2": _Writer(
         _write_detectron2,

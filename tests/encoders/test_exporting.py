@@ -51,10 +51,20 @@ def test_an_exported_and_imported_encoder_is_the_same(format: Format, tmp_path: 
     assert torch.equal(features(again), features(load_encoder(path)))
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "resnet50", "resnext50_32x4d", "resnet10"])
-def test_torchvision_and_timm_load_it_strictly(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "stem"),
+    [
+        ("resnet18", "imagenet"),
+        ("resnet50", "imagenet"),
+        ("resnext50_32x4d", "imagenet"),
+        ("resnet10", "imagenet"),
+        ("resnet18", "half"),
+        ("resnet10", "full"),
+    ],
+)
+def test_torchvision_and_timm_load_it_strictly(architecture: str, stem: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    path = saved(tmp_path, architecture)
+    path = saved(tmp_path, architecture, stem=stem)
     expected = features(load_encoder(path))
     names: dict[str, Any] = {
         "models": torchvision.models, "timm": timm, "nn": nn, "torch": torch, "safetensors": safetensors,
@@ -69,14 +79,9 @@ def test_torchvision_and_timm_load_it_strictly(architecture: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("stem", ["half", "full"])
-def test_exporting_a_small_stem_explains_how_to_change_torchvisions(stem: str, tmp_path: Path) -> None:
+def test_a_small_stem_is_exported_and_imported(stem: str, tmp_path: Path) -> None:
     path = saved(tmp_path, stem=stem)
-    lines = export_encoder(path, "torchvision", tmp_path / "exported")
-    model = torchvision.models.resnet18()
-    model.fc = nn.Identity()
-    exec(next(line.split(": ", 1)[1] for line in lines if "before: " in line))  # noqa: S102
-    model.load_state_dict(torch.load(tmp_path / "exported", weights_only=True))
-    torch.testing.assert_close(features(model), features(load_encoder(path)), rtol=1e-6, atol=1e-6)
+    export_encoder(path, "torchvision", tmp_path / "exported")
     import_checkpoint(str(tmp_path / "exported"), tmp_path / "again.safetensors", Choices(stem=stem))
     assert values_digest(tmp_path / "again.safetensors") == values_digest(path)
 

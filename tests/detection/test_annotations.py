@@ -31,7 +31,8 @@ def image(
     count = len(labels)
     kept = np.ones(count, bool) if trained is None else np.array(trained, bool)
     return AnnotatedImage(
-        name, Path(f"{name}.jpg"), 20, 30, np.tile(np.array(box, np.float32), (count, 1)), np.array(labels, np.int64),
+        name, Path(f"{name}.jpg"), 20, 30,
+        np.tile(np.array(box, np.float32), (count, 1)), np.array(labels, np.int64),
         ~kept, kept, tuple({"size": [20, 30], "counts": number} for number in range(count)),
         10 * np.arange(count, dtype=np.float64),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import re
 import shlex
 import tempfile
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ class _Draft:
                 )
                 if tried[-1].epochs >= _ENOUGH_EPOCHS:
                     break
-        best = tried[-1] if tried[-1].epochs >= _ENOUGH_EPOCHS else max(tried, key=lambda fit: fit.epochs)
+        best = _best(tried)
         self._shape, self._epochs = best.shape, None
         longest = int(self._advice()["pretrain.epochs"].value)
         if best.epochs >= 3 * _ENOUGH_EPOCHS:
@@ -574,6 +574,13 @@ def _rounded(value: float, multiple: int) -> int:
 
 
 # ---------------------------------------------------------------- YAML with comments
+
+
+def _best(tried: Sequence[_Fit]) -> _Fit:
+    """The first with enough epochs, else the one with the most, else the cheapest."""
+    if tried[-1].epochs >= _ENOUGH_EPOCHS:
+        return tried[-1]
+    return max(tried, key=lambda fit: (max(fit.epochs, 0), -fit.fixed - fit.epoch))
 
 
 def _classes(number: int) -> str:

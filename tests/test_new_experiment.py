@@ -12,7 +12,7 @@ from PIL import Image
 
 from mochi.config import load_experiment, probes
 from mochi.data.describe_folder import describe
-from mochi.new_experiment import _anchors, _is_square
+from mochi.new_experiment import _anchors, _best, _Fit, _is_square, _Shape
 from tests.commands import refused, run
 
 REAL = os.environ.get("MOCHI_REAL_DATA")
@@ -183,6 +183,15 @@ def test_a_voc_tree_with_boxes_of_one_size_given_from_inside_or_above(tmp_path: 
     assert len(found.files) == 18, "test images are not used in pretraining"
     (tmp_path / "set/things/ImageSets/Main/val.txt").unlink()
     assert "expected one to train on and one to test on" in refused("init", "set", "--out", "x.yaml")
+
+
+def test_the_cheapest_views_are_chosen_if_the_hours_are_too_short() -> None:
+    """Negative numbers of epochs, of hours that do not even suffice for the evaluations, say nothing."""
+    large, small = _Shape(96, "resnet10", 32), _Shape(64, "resnet10", 32)
+    assert _best([_Fit(large, 2.0, 50.0, -10), _Fit(small, 1.0, 40.0, -20)]).shape == small
+    assert _best([_Fit(large, 2.0, 50.0, 3), _Fit(small, 1.0, 40.0, 7)]).shape == small
+    assert _best([_Fit(large, 2.0, 50.0, 4), _Fit(small, 3.0, 40.0, 2)]).shape == large
+    assert _best([_Fit(large, 2.0, 50.0, 31)]).shape == large
 
 
 def test_anchors_are_distinct_quantiles_of_the_boxes() -> None:

@@ -5,6 +5,7 @@ Otherwise a corrupt file would end training when it is first read, possibly afte
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def check_images(splits: Sequence[Annotations], jobs: int) -> None:
     """
     for split in splits:
         _refuse_relative(split)
+        _warn_of_repetition(split)
         _warn_of_corners(split)
         _check_masks(split)
     distinct = {(each.path, each.height, each.width): each for split in splits for each in split.images}
@@ -99,6 +101,17 @@ def _refuse_relative(split: Annotations) -> None:
             f"{path}: found no box larger than a pixel, here and in the {boxes} boxes of its set; expected "
             "pixels, not shares of the image's width and height"
         )
+
+
+def _warn_of_repetition(split: Annotations) -> None:
+    """Image sets overlap: train and trainval, or one that is named twice."""
+    times = Counter(image.path for image in split.images)
+    if several := [path for path, count in times.items() if count > 1]:
+        logger.warning(
+            "%d images are in several image sets of one split, such as %s, and count each time: name sets "
+            "that share no image",
+            len(several), several[0],
+        )  # fmt: skip
 
 
 def _warn_of_corners(split: Annotations) -> None:

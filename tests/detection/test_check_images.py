@@ -193,3 +193,12 @@ def test_turned_images_whose_size_does_not_show_it_are_pointed_out(
     Image.new("RGB", (size, 40), "red").save(root / "JPEGImages" / "b1.jpg", exif=exif)
     check_images(splits(root), jobs=1)
     assert ("1 images are turned or mirrored by EXIF, which" in caplog.text) == named
+
+
+def test_image_sets_that_overlap_are_pointed_out(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, test = splits(root)
+    check_images([train, test], jobs=1)
+    assert "several image sets" not in caplog.text
+    twice = dataclasses.replace(train, images=(*train.images, *train.images[:2]))
+    check_images([twice, test], jobs=1)
+    assert "2 images are in several image sets of one split" in caplog.text

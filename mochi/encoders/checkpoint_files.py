@@ -77,7 +77,9 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as file:
             yield _opened(path, file)
     except (PickleError, zipfile.BadZipFile, tarfile.TarError, struct.error, SafetensorError) as error:
-        raise EncoderError(f"{path}: cannot be read, corrupt or truncated: {error}; {_EXPECTED}") from None
+        raise EncoderError(
+            f"{path}: is corrupt or truncated ({error}); {_EXPECTED}; download or copy it again"
+        ) from None
 
 
 def _opened(path: Path, file: mmap.mmap) -> Checkpoint:

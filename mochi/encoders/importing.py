@@ -87,6 +87,8 @@ def import_checkpoint(file: str, out: Path, choices: Choices | None = None) -> l
     require_suffix(out, (".safetensors",))
     with open_checkpoint(path) as checkpoint:
         own = read_info(path) if checkpoint.form == "safetensors" else None
+        if own and choices.stem not in (None, own.stem):
+            raise EncoderError(f"--stem: found {choices.stem}; {path} has stem {own.stem}; omit --stem")
         found = _chosen(path, checkpoint, choices.which)
         config = (
             own.config(path)

@@ -504,6 +504,9 @@ def test_an_encoder_file_keeps_its_metadata(tmp_path: Path) -> None:
         assert written == info.model_copy(update=changed)
     with pytest.raises(EncoderError, match="is not a resnet50"):
         import_checkpoint(str(file), out, Choices(architecture="resnet50"))
+    import_checkpoint(str(file), out, Choices(stem="imagenet"))
+    with pytest.raises(EncoderError, match=r"--stem: found half; .* has stem imagenet; omit --stem"):
+        import_checkpoint(str(file), out, Choices(stem="half"))
 
 
 def test_an_encoder_file_is_converted_by_the_normalisation_in_its_metadata(tmp_path: Path) -> None:

@@ -290,9 +290,9 @@ def test_inconsistent_archives_are_refused(
         ("x.pth", b"\x1f\x8b\x08" + bytes(20), "is compressed"),
         ("x.h5", b"\x89HDF\r\n\x1a\n", "is HDF5"),
         ("x.pth", b"\x00\x01\x02" * 9, "is of an unknown format"),
-        ("x.pth", b"PK\x03\x04" + bytes(40), "corrupt or truncated: File is not a zip file"),
-        ("x.safetensors", b"\xff" * 60, "corrupt or truncated: Error while deserializing header"),
-        ("x.safetensors", b"\x05\x00\x00\x00\x00\x00\x00\x00{{{{{", "corrupt or truncated: Error while"),
+        ("x.pth", b"PK\x03\x04" + bytes(40), r"corrupt or truncated \(File is not a zip file\); .*again$"),
+        ("x.safetensors", b"\xff" * 60, r"corrupt or truncated \(Error while deserializing header"),
+        ("x.safetensors", b"\x05\x00\x00\x00\x00\x00\x00\x00{{{{{", r"corrupt or truncated \(Error while"),
     ],
 )
 def test_a_file_that_is_not_a_checkpoint_is_named(

@@ -138,6 +138,11 @@ def _hides_its_frame(image: AnnotatedImage, unsized: bool) -> bool:
 
 
 def _check_masks(split: Annotations) -> None:
+    """Warn of masks without a pixel in their box.
+
+    Raises:
+        AnnotationError: all masks are such.
+    """
     masks, apart = 0, list[str]()
     for image in split.images:
         if not image.masks:

@@ -131,9 +131,8 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
                     raise DataError(f"{path}: refused, nothing unpacked: {member.name!r} {fault}")
             yield archive
     except (tarfile.TarError, EOFError) as error:
-        reason = (str(error).splitlines() or [""])[0].rstrip(
-            ":"
-        )  # tarfile adds a line for each compression
+        # tarfile adds a line for each compression.
+        reason = (str(error).splitlines() or [""])[0].rstrip(":")
         raise DataError(f"{path}: found no complete tar archive ({reason}); download it again") from None
 
 

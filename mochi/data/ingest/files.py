@@ -46,9 +46,8 @@ _SYSTEM = {
     "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp",  # Synology, QNAP
     "lost+found", "lost.dir", "~snapshot", "__pycache__",
 }  # fmt: skip
-_SYSTEM_FORM = re.compile(
-    r"found\.\d{3}|:2e.*|.*@syno(eastream|resource)", re.S
-)  # chkdsk, Netatalk, Synology
+# chkdsk, Netatalk, Synology
+_SYSTEM_FORM = re.compile(r"found\.\d{3}|:2e.*|.*@syno(eastream|resource)", re.S)
 _STREAM = re.compile(
     r".*zone\.identifier(:\$data)?|.*:(com\.dropbox\.attributes|afp_afpinfo|afp_resource)(:\$data)?", re.S
 )

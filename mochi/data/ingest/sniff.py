@@ -58,9 +58,8 @@ _BRANDS = (  # of ISO media files: bytes 4 to 8 are "ftyp", then come the brands
     ({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}, "HEIC"),
     ({b"crx "}, "camera raw (Canon CR3)"),
 )
-_TGA = re.compile(
-    rb".[\0\x01][\x01-\x03\x09-\x0b].{13}[\x08\x0f\x10\x18\x20]", re.S
-)  # no signature in front
+# Has no signature in front: a colour map or none, the kind of image, ..., bits per pixel.
+_TGA = re.compile(rb".[\0\x01][\x01-\x03\x09-\x0b].{13}[\x08\x0f\x10\x18\x20]", re.S)
 _TIFF_DNG_VERSION, _TIFF_SUBFILE_TYPE, _TIFF_PHOTOMETRIC = 50706, 254, 262
 _TIFF_SENSOR = {32803, 34892}  # photometric: colour filter array, linear raw
 

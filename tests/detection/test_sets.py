@@ -15,7 +15,7 @@ from PIL import Image
 from mochi.config import DetectionData
 from mochi.detection import coco, voc
 from mochi.detection.annotations import Annotations
-from mochi.detection.sets import inspect, read_splits, render
+from mochi.detection.sets import Contents, contents_of, inspect, read_splits, render
 from mochi.errors import DataError
 from mochi.text import shown
 from tests.commands import run
@@ -492,3 +492,82 @@ def test_printing_a_report_does_not_change_it(tmp_path: Path) -> None:
     found = inspect(data, jobs=1)
     assert "square 1, bar 1" in render(found)
     assert found.counts["train"]["classes"] == {"square": 1, "bar": 1}
+
+
+def test_contents_are_printed_split_by_split() -> None:
+    counts = {
+        "train": {
+            "images": 2,
+            "objects": 3,
+            "classes": {"square": 1, "bar": 2},
+            "crowds": 1,
+            "numbering": "x",
+        },
+        "test": {"images": 1, "objects": 0, "classes": {f"c{n}": n for n in range(20)}},
+    }
+    assert render(Contents(["wrong"], ["odd", "rare"], counts)).splitlines() == [
+        "boxes of train: 3 in 2 images",
+        "  square 1, bar 2",
+        "  crowds: 1",
+        "  numbering: x",
+        "boxes of test: 0 in 1 images",
+        f"  {', '.join(f'c{n} {n}' for n in range(20))}",
+        "warning: odd",
+        "warning: rare",
+        "error: wrong",
+    ]
+    counts = {"test": {"images": 1, "objects": 0, "classes": {f"c{n}": n for n in range(21)}}}
+    assert render(Contents([], [], counts)).endswith("c18 18, c19 19, ...")
+
+
+@pytest.mark.parametrize(("count", "more"), [(5, ""), (6, ", ...")])
+def test_the_first_five_classes_without_an_object_are_listed(tmp_path: Path, count: int, more: str) -> None:
+    categories = [
+        {"id": 1 + n, "name": name} for n, name in enumerate(["square", "bar", *"abcdef"[:count]])
+    ]
+    for split in ("train", "test"):
+        coco_file(tmp_path, split, categories=categories)
+    found = contents_of(coco_data(tmp_path), masks=False, jobs=1)
+    assert found.errors == []
+    assert list(found.counts) == ["train", "test"]
+    assert found.warnings == [
+        f"{count} classes have no object in train and cannot be learnt: a, b, c, d, e{more}",
+        f"{count} classes have no object in test and have no average precision: a, b, c, d, e{more}",
+    ]
+
+
+@pytest.mark.parametrize(("count", "more"), [(3, False), (4, True)])
+def test_the_first_three_dropped_objects_are_listed(tmp_path: Path, count: int, more: bool) -> None:
+    for split in ("train", "test"):
+        content = coco_file(tmp_path, split)
+    content["annotations"] += [{"id": 10 + n, "image_id": 1, "category_id": 1} for n in range(count)]
+    write(tmp_path, "test", content)
+    [warning] = contents_of(coco_data(tmp_path), masks=False, jobs=1).warnings
+    assert warning.startswith(f"{count} objects of test are dropped: {tmp_path}/annotations/")
+    assert [f"annotation {10 + n} of image 1: no bbox" in warning for n in range(4)] == [True] * 3 + [False]
+    assert warning.endswith("; ...") == more
+
+
+def test_images_of_both_splits_are_counted(tmp_path: Path) -> None:
+    coco_file(tmp_path)
+    [warning] = contents_of(coco_data(tmp_path, test=["train"]), masks=False, jobs=1).warnings
+    assert warning == f"2 images are in both train and test, such as {tmp_path}/train/train1.png"
+
+
+def test_a_tree_is_inspected_with_the_masks_and_classes_it_has(tmp_path: Path, voc_set: Path) -> None:
+    data = {"format": "coco", "path": str(tmp_path), "train": ["train"], "test": ["test"]}
+    for split in ("train", "test"):
+        content = coco_file(tmp_path, split)
+        for item in content["annotations"]:
+            del item["segmentation"]
+        write(tmp_path, split, content)
+    assert inspect(data, 1).warnings == [], "without any mask, none is needed"
+    content["annotations"][0]["segmentation"] = SQUARE
+    write(tmp_path, "test", content)
+    found = inspect(data, 1)
+    assert found.errors[0].startswith(f"{tmp_path}: train: found no object to train on")
+    data = {"format": "voc", "path": str(voc_set.parent), "train": ["VOC/train"], "test": ["VOC/test"]}
+    assert inspect(data, 1).counts["train"]["classes"] == {"bar": 5, "square": 5}
+    for path in (voc_set / "Annotations").iterdir():
+        path.write_text("<annotation></annotation>")
+    assert inspect(data, 1).errors == [f"{voc_set.parent}: found no object in VOC/train, VOC/test"]

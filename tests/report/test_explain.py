@@ -107,7 +107,7 @@ def test_a_missing_report_is_refused(tiny: Experiment, results: Path) -> None:
     ],
 )
 def test_a_damaged_report_is_refused(
-    tiny: Experiment, report: Report, name: str, content: bytes, reason: str
+    tiny: Experiment, reported_results: Path, name: str, content: bytes, reason: str
 ) -> None:
     (Paths("tiny").results / name).write_bytes(content)
     with pytest.raises(MissingResultError, match=rf"{name}: .*{reason}.*compute it again"):

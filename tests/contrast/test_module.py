@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mochi import ContrastiveLoss, MoCHiLoss, contrastive_loss
+from mochi import ContrastiveLoss, KeyQueue, MoCHiLoss, contrastive_loss
 from mochi.config import Contrastive, Encoder
 from mochi.contrast.moco import MoCo
 from mochi.contrast.negatives import Synthetics, hardest, mix_pairs, mix_with_query
@@ -261,6 +261,30 @@ def test_keys_get_no_gradient() -> None:
     assert key.grad is None
 
 
+def test_enqueued_keys_are_checked_and_keep_no_graph() -> None:
+    loss = criterion()
+    key = embeddings(1).requires_grad_()
+    loss.enqueue(key * 2)
+    assert not loss.queue.keys.requires_grad
+    torch.testing.assert_close(loss.queue.keys[:4], F.normalize(key.detach(), dim=-1))
+    with pytest.raises(UserError, match=r"key: found shape \(4, 6\); expected \(batch, 5\)"):
+        loss.enqueue(embeddings(1, dim=6))
+
+
+@pytest.mark.parametrize(("seed", "first"), [(3, 3), (0, 0), (None, 0)])
+def test_the_queue_starts_with_unit_vectors_of_the_seed(seed: int | None, first: int) -> None:
+    expected = KeyQueue(24, 5, generator("first rows of the queue", first)).keys
+    assert torch.equal(criterion(seed=seed).queue.keys, expected)
+    torch.testing.assert_close(expected.norm(dim=1), torch.ones(24))
+
+
+@pytest.mark.parametrize(("masks", "shown"), [([], ""), (["same_image"], "masks=[SameImage()], ")])
+def test_the_module_prints_its_settings(masks: list[str], shown: str) -> None:
+    loss = ContrastiveLoss(24, 5, 0.2, masks=masks, seed=3)
+    rule = "MoCo(warmup_epochs=0)"
+    assert loss.extra_repr() == f"queue_size=24, dim=5, temperature=0.2, rule={rule}, {shown}seed=3"
+
+
 def test_a_batch_of_one_and_nan() -> None:
     loss = criterion()
     assert loss(embeddings(0, 1), embeddings(1, 1)).isfinite()
@@ -388,6 +412,7 @@ def test_compiled_equals_eager() -> None:
         ({"temperature": 0.0}, r"temperature: found 0\.0; expected a number above 0"),
         ({"temperature": -0.2}, r"temperature: found -0\.2; expected a number above 0"),
         ({"temperature": float("nan")}, r"temperature: found nan; expected a number above 0"),
+        ({"temperature": float("inf")}, r"temperature: found inf; expected a number above 0"),
         ({"num_hardest": 25}, r"num_hardest: found 25; expected 2 to 24 \(queue_size\)"),
         ({"num_hardest": 1}, r"num_hardest: found 1; expected 2 to 24 \(queue_size\)"),
         ({"num_hardest": 0, "num_pair_synthetics": 0}, r"num_hardest: found 0; expected 1 to 24"),

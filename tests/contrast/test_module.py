@@ -485,8 +485,10 @@ def test_a_second_derivative_is_refused() -> None:
 def test_a_batch_larger_than_the_queue_can_be_evaluated() -> None:
     assert criterion().eval()(embeddings(0, 30), embeddings(1, 30)).isfinite()
     assert criterion()(embeddings(0, 30), embeddings(1, 30), enqueue=False).isfinite()
-    with pytest.raises(ValueError, match="queue_size: found 24"):
-        criterion().enqueue(embeddings(1, 30))
+    loss = criterion()
+    loss.enqueue(embeddings(1, 24))
+    with pytest.raises(ValueError, match=r"queue_size: found 24, but a step has 25 keys; expected"):
+        loss.enqueue(embeddings(1, 25))
 
 
 def run_python(code: str) -> str:
@@ -594,6 +596,7 @@ def test_invalid_rules_are_refused(arguments: dict[str, Any], message: str) -> N
         ({}, "images: missing; a mask in .* needs them"),
         ({"images": torch.arange(3)}, r"images: found torch.int64 of shape \(3,\); expected integers"),
         ({"images": torch.zeros(4)}, "images: found torch.float32"),
+        ({"images": torch.ones(4, dtype=torch.bool)}, r"images: found torch.bool of shape \(4,\)"),
         ({"images": [0, 1, 2, 3]}, r"images: found list; expected integers of shape \(4,\) as a tensor"),
     ],
 )

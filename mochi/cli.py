@@ -20,7 +20,7 @@ from mochi import __version__
 from mochi.errors import UserError
 from mochi.extras import EXTRAS, not_installed
 from mochi.provenance.wanted import Result
-from mochi.runtime.progress import abandon_log, configure_logging
+from mochi.runtime.progress import configure_logging
 
 if TYPE_CHECKING:
     from mochi.inference.encoder import LoadedEncoder, Overrides
@@ -794,5 +794,4 @@ def main() -> NoReturn:
             raise
         typer.echo(f"error: {not_installed(error.name)}", err=True)
         sys.exit(1)
-    abandon_log()
     sys.exit(0)

@@ -375,9 +375,10 @@ def test_a_log_on_a_full_disk_does_not_end_a_command(tmp_path: Path) -> None:
     (tmp_path / "images/a").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "images/a/0.png")
     command = [sys.executable, "-m", "mochi", "inspect", "images"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+            command, cwd=tmp_path, env=buffered | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
             stderr=full, check=False,
         )  # fmt: skip
     assert done.returncode == 0

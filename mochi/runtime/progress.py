@@ -1,5 +1,6 @@
 """Log lines and progress on stderr, from the first rank only."""
 
+import atexit
 import io
 import logging
 import os
@@ -20,6 +21,7 @@ def configure_logging() -> None:
     _open_standard_streams()
     level = logging.INFO if _is_first_rank() else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    atexit.register(_abandon_log)
 
 
 def _open_standard_streams() -> None:
@@ -38,7 +40,7 @@ def _open_standard_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def abandon_log() -> None:
+def _abandon_log() -> None:
     """Drop what a full disk keeps from being written, so that it changes no exit code."""
     try:
         sys.stderr.flush()

@@ -2,6 +2,8 @@
 of both splits.
 """
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,42 @@ def test_the_same_seed_makes_the_same_files(generated: Path, tmp_path: Path) -> 
     assert (tmp_path / "other" / "train" / "train_00000.png").read_bytes() != (
         generated / "train" / "train_00000.png"
     ).read_bytes()
+
+
+SCENES = {
+    "train": "04910115af828652",
+    "val": "c7bb2e05b951669d",
+}
+FILES = {
+    "annotations/instances_train.json": "397b4e59ca0ecb83",
+    "annotations/instances_test.json": "0770ff4821e5aa94",
+    "scenes.json": "9550074bbdeaf331",
+    "VOC": "4d738af68980ceeb",
+}
+"""Recorded, so that no scene changes unnoticed. If a change is intended, replace them and give the reason
+in the commit message.
+"""
+
+
+@pytest.mark.parametrize("split", SCENES)
+def test_the_scenes_equal_the_recorded_ones(split: str) -> None:
+    """300 scenes: enough that a share or a limit cannot change without changing one of them."""
+    sampler, digest = _PatchSampler(CLASSES, seed=0, split=split), hashlib.sha256()
+    for index in range(300):
+        scene = make_scene(sampler, 64, np.random.default_rng(index))
+        digest.update(scene.pixels.tobytes())
+        digest.update(np.array(scene.masks, np.uint8).tobytes())
+        values = (scene.labels, scene.segmentations, scene.difficult, scene.crowd, scene.truncated)
+        digest.update(json.dumps(values).encode())
+    assert digest.hexdigest()[:16] == SCENES[split]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_files_equal_the_recorded_ones(generated: Path, name: str) -> None:
+    """All but the images, which are compared with each other above."""
+    files = sorted((generated / name).rglob("*.*")) if name == "VOC" else [generated / name]
+    written = [path.read_bytes() for path in files if path.suffix != ".jpg"]
+    assert hashlib.sha256(b"".join(written)).hexdigest()[:16] == FILES[name]
 
 
 def test_old_scenes_are_replaced_completely(tmp_path: Path) -> None:

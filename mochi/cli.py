@@ -753,7 +753,7 @@ _HINTS = {
     errno.EACCES: "let this user read it",
     errno.EAGAIN: f"processes or threads cannot be started: {_FEWER}",
     errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
-    errno.ENOSPC: "free disk space",
+    errno.ENOSPC: "free disk space (or inodes: see `df -i`)",
     errno.EDQUOT: "free some of your quota",
     errno.EIO: "check the disk",
     errno.ESTALE: "mount its file system again",

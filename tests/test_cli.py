@@ -356,7 +356,10 @@ def test_a_terminal_without_some_letters_and_a_removed_folder(tmp_path: Path) ->
             OSError(24, "Too many open files", "a.jpg"),
             "a.jpg: Too many open files; raise the limit on open",
         ),
-        (OSError(28, "No space left on device"), "No space left on device; free disk space"),
+        (
+            OSError(28, "No space left on device"),
+            "No space left on device; free disk space (or inodes: see `df -i`)",
+        ),
         (MemoryError("unable to allocate 9 GiB"), "not enough memory; end other programs"),
         (FileNotFoundError(2, "No such file or directory", "a.jpg"), "a.jpg: No such file or directory\n"),
     ],

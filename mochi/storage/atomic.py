@@ -24,7 +24,7 @@ from mochi.errors import UserError
 _LAST = "provenance.json"
 
 _REMEDIES = {
-    errno.ENOSPC: "free disk space there",
+    errno.ENOSPC: "free disk space there (or inodes: see `df -i`)",
     errno.EDQUOT: "free some of your quota there",
     errno.EFBIG: "raise the limit on the size of files (`ulimit -f`)",
     errno.EROFS: "make it writable",

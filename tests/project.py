@@ -171,11 +171,16 @@ def _forks() -> subprocess.Popen[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of this process, with the scripts of its Python first and a name for git commits."""
+    """The environment of this process, with the scripts of its Python first and a name for git commits.
+
+    Slurm's plugin asks for the controller at each start of Snakemake; without a configuration it does not
+    wait 10 s for one that does not answer.
+    """
     scripts = Path(sys.executable).parent
     git = {
         f"GIT_{who}_{what}": "test@example.org"
         for who in ("AUTHOR", "COMMITTER")
         for what in ("NAME", "EMAIL")
     }
-    return {**os.environ, **git, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **git, "PATH": path, "SLURM_CONF": os.devnull}

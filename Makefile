@@ -32,7 +32,7 @@ test: $(VENV)/.ready
 	python -m pytest --numprocesses 3 --dist loadfile
 
 test-slow: $(VENV)/.ready
-	python -m pytest -o pythonpath=". .ci" -o timeout=2900 --durations=15 .ci
+	python -m pytest --numprocesses 2 --dist loadfile -o pythonpath=". .ci" -o timeout=2900 --durations=15 .ci
 
 lint: $(VENV)/.ready
 	ruff format --check .

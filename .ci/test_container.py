@@ -137,15 +137,19 @@ def test_read_only_data_and_a_second_user_of_the_folder(image: Image) -> None:
 
 
 def test_the_package_passes_its_tests(image: Image) -> None:
-    # Tests of documents, mathematics and tables give the same outside the container.
+    # Tests of documents, mathematics, training and tables give the same outside the container.
     suite = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
     same = (
-        "test_documents.py",
+        "analysis",
         "benchmarks",
         "contrast",
         "detection",
-        "report",
+        "encoders",
+        "evaluation",
+        "pretraining",
         "provenance",
+        "report",
+        "test_documents.py",
         "test_dvc.py",
     )
     suite += [f"--ignore=tests/{name}" for name in same]

@@ -18,7 +18,7 @@ from mochi.cli import main
 from mochi.runtime import watchdog
 from mochi.runtime.distributed import process_group
 import mochi.cli
-watchdog.START_SECONDS, watchdog.RANK_SECONDS, watchdog._BEAT_SECONDS = 3.0, 3.0, 0.3
+watchdog.START_SECONDS, watchdog.RANK_SECONDS, watchdog._BEAT_SECONDS = 10.0, 5.0, 0.3
 
 def work(prog_name):
     event = sys.argv[1] if os.environ["RANK"] == "1" else ""
@@ -63,8 +63,8 @@ def torchrun(tmp_path: Path, event: str) -> tuple[int, str, float]:
 @pytest.mark.parametrize(
     ("event", "message"),
     [
-        ("never starts", "error: rank 0 of 2: rank 1 did not start within 3 s"),
-        ("stops", "error: rank 0 of 2: rank 1 gave no sign of life for 3 s"),
+        ("never starts", "error: rank 0 of 2: rank 1 did not start within 10 s"),
+        ("stops", "error: rank 0 of 2: rank 1 gave no sign of life for 5 s"),
         ("dies", "Signal 9 (SIGKILL)"),
         ("fails", "error: this image is broken"),
     ],

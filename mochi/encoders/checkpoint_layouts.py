@@ -17,7 +17,7 @@ Any of them may be nested, such as in `state_dict` or `model`, with or without `
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _VALUES = r"\.(?:weight|bias|running_mean|running_var|num_batches_tracked)"
 _BLOCK = r"(?:conv[1-3]|bn[1-3]|(?:downsample|shortcut)\.[01])"
@@ -43,7 +43,7 @@ class Found:
     prefix: str
     """Prefix of its names: "" or a path that ends with a dot."""
     naming: str
-    names: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str]
     """torchvision's name -> path in the checkpoint; an unknown tensor has its own name."""
     is_momentum: bool = False
 
@@ -77,16 +77,15 @@ def find_encoders(paths: Iterable[str]) -> list[Found]:
 
 def _has_stages(names: Iterable[str]) -> bool:
     """Whether there are several stages: a single stage is part of another model."""
-    return len({name.split(".")[0] for name in names if name.count(".") > 1 and name[:4] != "stem"}) > 1
+    return len({name.split(".")[0] for name in names if name.count(".") > 1}) > 1
 
 
 def _add_regions(found: list[Found], groups: Mapping[tuple[str, str], list[tuple[str, str]]]) -> None:
     """A C4 detector of detectron2 has res5 in its region heads."""
     for each in found:
-        if each.naming == "detectron2" and not any(name.startswith("layer4.") for name in each.names):
-            for (naming, prefix), named in groups.items():
-                if naming == "detectron2" and prefix.endswith("roi_heads."):
-                    each.names |= {_renamed(rest, naming, named): path for rest, path in named}
+        model = each.prefix.rpartition("backbone.")[0]  # a file may have a student and a teacher
+        named = groups.get(("detectron2", f"{model}roi_heads."), [])
+        each.names |= {_renamed(rest, "detectron2", named): path for rest, path in named}
 
 
 def _renamed(rest: str, naming: str, named: list[tuple[str, str]]) -> str:

@@ -190,15 +190,46 @@ def test_lightlys_own_resnets_are_recognised(tmp_path: Path) -> None:
     assert digest(imported(tmp_path / "x.ckpt")) == digest(stem_weights("full"))
 
 
-def test_the_last_stage_of_a_c4_detector_is_read_from_its_region_heads(tmp_path: Path) -> None:
-    content = {
-        ("roi_heads." if name.startswith("res5") else "backbone.") + name: value
-        for name, value in detectron2()["model"].items()
+def c4_detector(prefix: str = "", tensors: Tensors = QUERY_WEIGHTS) -> Tensors:
+    return {
+        f"{prefix}{'roi_heads' if name.startswith('res5') else 'backbone'}.{name}": torch.as_tensor(value)
+        for name, value in detectron2(tensors)["model"].items()
     }
+
+
+def test_the_last_stage_of_a_c4_detector_is_read_from_its_region_heads(tmp_path: Path) -> None:
+    content = c4_detector()
     content |= {"pixel_mean": torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)}
     content |= {"pixel_std": torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)}
-    torch.save({"model": {k: torch.as_tensor(v) for k, v in content.items()}}, tmp_path / "x.pth")
+    torch.save({"model": content}, tmp_path / "x.pth")
     assert digest(imported(tmp_path / "x.pth")) == QUERY_DIGEST
+
+
+def test_the_stages_of_two_detectors_are_not_mixed(tmp_path: Path) -> None:
+    both = c4_detector("modelStudent.") | c4_detector("modelTeacher.", MOMENTUM_WEIGHTS)
+    for content in (both, dict(reversed(both.items()))):
+        torch.save({"model": content}, tmp_path / "x.pth")
+        assert digest(imported(tmp_path / "x.pth", channel_order="RGB")) == QUERY_DIGEST
+        found = imported(tmp_path / "x.pth", which="momentum", channel_order="RGB")
+        assert digest(found) == digest(MOMENTUM_WEIGHTS)
+
+
+def test_names_outside_an_encoder_are_no_part_of_it(tmp_path: Path) -> None:
+    """Below its prefix, these names would be unknown tensors of the encoder."""
+    others = {"layer9.weight": UNRELATED, "norm.weight": UNRELATED, "0.weight": UNRELATED}
+    torch.save(below("backbone.") | others, tmp_path / "x.pth")
+    assert digest(imported(tmp_path / "x.pth")) == QUERY_DIGEST
+    torch.save(below("backbone.") | below("backbone.", others), tmp_path / "x.pth")
+    with pytest.raises(EncoderError, match=r"layer9.weight: expected no such tensor"):
+        imported(tmp_path / "x.pth")
+
+
+def test_a_momentum_encoder_names_its_project_too(tmp_path: Path) -> None:
+    torch.save(below("module.momentum_encoder."), tmp_path / "x.pth")
+    imported(tmp_path / "x.pth")
+    info = read_info(tmp_path / "out.safetensors")
+    assert info is not None
+    assert info.method == "MoCo-v3"
 
 
 def test_the_pixels_of_a_detector_count_more_than_its_author(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ _PATTERNS = {
     for naming, names in _NAMINGS.items()
 }
 _OF_AN_ENCODER = re.compile(r"(?:conv|bn|norm|layer|stem|res)\d*|[0-7]")
-_MOMENTUM = re.compile(r"encoder_k|moco_encoder|momentum|teacher|target|(?:^|[._])ema(?:$|[._])")
+_MOMENTUM = re.compile(
+    r"encoder_k|moco_encoder|momentum|teacher|target|(?:^|[._])ema(?:$|[._])", re.IGNORECASE
+)
 _QUERY_TWIN = re.compile(r"(?:query|student|online)_(?=backbone|encoder)")
 
 

@@ -224,12 +224,38 @@ def test_names_outside_an_encoder_are_no_part_of_it(tmp_path: Path) -> None:
         imported(tmp_path / "x.pth")
 
 
-def test_a_momentum_encoder_names_its_project_too(tmp_path: Path) -> None:
-    torch.save(below("module.momentum_encoder."), tmp_path / "x.pth")
+@pytest.mark.parametrize(
+    ("prefix", "other", "expected"),
+    [
+        ("module.momentum_encoder.", "", "MoCo-v3"),
+        ("module.encoder_k.", "", "MoCo"),
+        ("encoder_q.0.", "", "mmselfsup"),
+        ("encoder_k.module.0.", "", "mmselfsup"),
+        ("backbone.", "projection_head.0.weight", "lightly"),
+        ("query_backbone.", "", "lightly"),
+        ("backbone.", "momentum_backbone.fc.weight", "solo-learn"),
+        ("backbone.", "projector.0.bias", "solo-learn"),
+        ("backbone.", "momentum_projector.0.bias", "solo-learn"),
+        ("backbone.", "classifier.bias", "solo-learn"),
+        ("net.", "classifier.bias", "a ResNet's backbone"),
+        ("backbone.", "neck.fc.weight", "mmpretrain"),
+        ("backbone.", "head.fc.weight", "mmpretrain"),
+        ("backbone.", "data_preprocessor.mean", "mmpretrain"),
+        ("net.", "head.fc.weight", "a ResNet's backbone"),
+        ("backbone.", "", "a ResNet's backbone"),
+        ("module.", "", "torchvision"),
+        ("state_dict.module.", "", "torchvision"),
+    ],
+)
+def test_the_project_is_recognised_by_the_names(
+    prefix: str, other: str, expected: str, tmp_path: Path
+) -> None:
+    """solo-learn's stem pads differently; the others only name the row's method."""
+    torch.save(below(prefix) | ({other: UNRELATED} if other else {}), tmp_path / "x.pth")
     imported(tmp_path / "x.pth")
     info = read_info(tmp_path / "out.safetensors")
     assert info is not None
-    assert info.method == "MoCo-v3"
+    assert info.method == expected
 
 
 def test_the_pixels_of_a_detector_count_more_than_its_author(tmp_path: Path) -> None:

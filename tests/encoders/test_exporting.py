@@ -16,7 +16,14 @@ from mochi import load_encoder
 from mochi.config import Encoder
 from mochi.encoders import build
 from mochi.encoders.exporting import Format, export_encoder
-from mochi.encoders.files import EncoderError, EncoderInfo, digest, read_encoder, save_encoder
+from mochi.encoders.files import (
+    EncoderError,
+    EncoderInfo,
+    digest,
+    read_encoder,
+    save_encoder,
+    write_tensors,
+)
 from mochi.encoders.importing import Choices, import_checkpoint
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -180,6 +187,31 @@ def test_an_encoder_that_a_format_cannot_represent_is_refused(
     with pytest.raises(EncoderError, match=message):
         export_encoder(saved(tmp_path, *encoder), format, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+def refusal(path: Path, out: Path) -> str:
+    before = path.read_bytes()
+    with pytest.raises(EncoderError) as error:
+        export_encoder(path, "timm", out)
+    assert path.read_bytes() == before
+    assert out == path or not out.exists()
+    return str(error.value)
+
+
+def test_a_file_that_is_not_what_it_says_is_not_exported(tmp_path: Path) -> None:
+    config = Encoder.model_validate({"architecture": "resnet18", "stem": "imagenet", "width": 64})
+    tensors, info = build(config, seed=0).state_dict(), EncoderInfo.of(config)
+    path, out = tmp_path / "X.safetensors", tmp_path / "out.safetensors"
+    write_tensors(path, tensors, info)
+    assert refusal(path, path) == f"--out: found {path}, the file that is read; give another name"
+    write_tensors(path, tensors, info.model_copy(update={"channel_order": "BGR"}))
+    assert "BGR" in refusal(path, out)
+    write_tensors(path, tensors, info.model_copy(update={"mean": (0.5, 0.5, 0.5)}))
+    assert "0.5" in refusal(path, out)
+    write_tensors(path, {**tensors, "bn1.weight": torch.ones(3)}, info)
+    assert "bn1.weight: expected [64], found [3]" in refusal(path, out)
+    write_tensors(path, tensors, None)
+    assert "has no metadata with the architecture; `mochi import` writes a file that" in refusal(path, out)
 
 
 def test_a_timm_encoder_loads_in_timm_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ class LinearProbe(Task):
     """Linear classification on the frozen encoder."""
 
     protocol: Name
-    """Name of the protocol, printed in every table."""
+    """A name for these settings, recorded in metrics.json; it changes no number."""
     epochs: Count
     """Passes over the training images."""
     batch_size: Count
@@ -48,7 +48,7 @@ class LinearProbe(Task):
 
     @property
     def encodings_of_train(self) -> int:
-        """See `Task`; random crops are new in every epoch."""
+        """See `Task`; random crops are drawn and encoded again in every epoch."""
         return 1 if self.min_scale is None else self.epochs
 
     def checkpoint_bytes(self, num_features: int, num_classes: int) -> int:

@@ -159,7 +159,7 @@ class Contrastive(Training):
     head: Literal["linear", "mlp"]
     """MoCo-v1 has a linear projection head, MoCo-v2 an MLP."""
     embedding_dim: Count
-    """Length of an embedding, after the projection head (128 in the paper)."""
+    """Number of coordinates of an embedding, after the projection head (128 in the paper)."""
     queue_size: Count
     """K, the number of negatives: keys of the most recent batches."""
     temperature: PositiveReal

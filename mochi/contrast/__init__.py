@@ -1,1 +1,1 @@
-"""The paper as tensor mathematics."""
+"""The contrastive loss, its queue and rules of negatives, and MoCo."""

@@ -74,7 +74,7 @@ def rule_measurements(step: Step, temperature: float) -> dict[str, Tensor]:
 
 
 def _parents(step: Step, similarity: Tensor) -> list[Tensor]:
-    """(B, S, P) the parents of each kind of synthetic, for a new sample in the same step."""
+    """(B, S, P) the parents of each kind of synthetic, drawn once more for the queries of the step."""
     masked = step.excluded is not None
     candidates = Candidates(step.query, similarity, step.queue, masked, step.generator)
     return [synthetic.parents for synthetic in step.rule.synthetics(candidates)]

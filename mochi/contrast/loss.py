@@ -2,14 +2,14 @@ r"""The contrastive loss over real and synthetic negatives, with its gradient, a
 
     L = -log( e^{q.k/tau} / (e^{q.k/tau} + sum_n e^{q.n/tau} + sum_h e^{q.h/tau}) )      (MoCHi eq. 1)
 
-A synthetic h is a weighted sum of its parents (see `negatives`), so with p the softmax over all columns
+A synthetic h is a weighted sum of its parents n_i (see `negatives`), so with p the softmax over all columns
 
-    dL/dq = ( (p_k - 1) k + sum_n p_n n + sum_h p_h (v_q q + sum_p v_p n_p) ) / tau.
+    dL/dq = ( (p_k - 1) k + sum_n p_n n + sum_h p_h (v_q q + sum_i v_i n_i) ) / tau.
 
-Adding each p_h v_p to the probability of its parent's column leaves one product of the (B, K)
+Adding each p_h v_i to the probability of its parent's column leaves one product of the (B, K)
 probabilities with the queue. The forward pass computes this gradient while the probabilities are
-available: no synthetic vector, no second (B, K) buffer, no scatter in a backward pass. Mixing costs less
-than MoCo's loss written with autograd.
+available: no synthetic vector, no second (B, K) buffer, no scatter in a backward pass. The loss with mixing
+takes less time than MoCo's without mixing under autograd (`python -m benchmarks.negatives`).
 
 Other rules of negatives (`mochi.contrast.rules`) have another L and other p. A rule that computes them
 in place costs as little; otherwise autograd differentiates its loss, a few queries at a time.
@@ -174,7 +174,7 @@ def _fused_rows(
     generator: torch.Generator | None,
     p: Tensor,
 ) -> _Rows:
-    """By the rule's own derivatives. `p` (B, K) contains first similarities, finally weights."""
+    """Loss and gradient from `rule.fused`. `p` (B, K) has similarities first, weights at the end."""
     torch.mm(query, queue.T, out=p)
     if excluded is not None:
         p.masked_fill_(excluded, -torch.inf)
@@ -208,7 +208,7 @@ def _differentiated_rows(
     excluded: Tensor | None,
     generator: torch.Generator | None,
 ) -> _Rows:
-    """By autograd, immediately, so that it stores activations of these queries only."""
+    """Loss and gradient by autograd, at once, so that it stores activations of these queries only."""
     with torch.enable_grad():
         query = query.detach().requires_grad_()
         positive = (query * key).sum(-1)

@@ -34,7 +34,7 @@ class Step(NamedTuple):
     queue_labels: Tensor  # (K,) their classes
     excluded: Tensor | None  # (B, K) bool, which of them the masks excluded
     rule: Rule  # how each negative counted
-    generator: torch.Generator  # of the rule's random numbers; reuse gives further samples
+    generator: torch.Generator  # of the rule's random numbers; used again, it gives new ones
 
 
 class MoCo(nn.Module):
@@ -90,10 +90,10 @@ class MoCo(nn.Module):
         Args:
             query_images: (B, 3, H, W) first views of this rank's images.
             key_images: (B, 3, H, W) second views.
-            labels: (B,) classes, -1 where unknown; used by masks only.
+            labels: (B,) classes, -1 where unknown; only masks use them.
             step: the global step, from 0.
-            synthesize: whether the rule's warm-up, which is plain MoCo, is over.
-            images: (B,) indices of the images, likewise; None: unknown.
+            synthesize: True: use the recipe's rule. False: its warm-up, with MoCo's loss.
+            images: (B,) indices of the images, -1 where unknown; only masks use them. None: all unknown.
         """
         query = unit(self.query_encoder(query_images))  # (B, C)
         with torch.no_grad():
@@ -102,7 +102,7 @@ class MoCo(nn.Module):
         rule = self.rule if synthesize else MoCoRule()
         images = torch.full_like(labels, -1) if images is None else images
         excluded = exclude(self.masks, labels, images, self.queue)  # (B, K)
-        # Of this rank's queries, so each rank mixes differently.
+        # The rank is part of the key: each rank mixes for its own queries.
         rng = generator("mix negatives", self.seed, step, rank(), device=self.queue.keys.device)
         loss = contrastive_loss(query, key, self.queue.keys, self.recipe.temperature, rule, excluded, rng)
         return Step(loss, query.detach(), key, self.queue.keys, self.queue.labels, excluded, rule, rng)
@@ -124,8 +124,8 @@ class MoCo(nn.Module):
         """Keys of this rank's images, each normalised in a batch-norm group of a shuffled batch.
 
         Otherwise the statistics that a query and its positive share would leak information about the
-        positive (MoCo section 3.3). On one device the groups play the role of GPUs: a permutation alone
-        would change nothing.
+        positive (MoCo section 3.3). On one device the groups replace MoCo's GPUs: without groups, a
+        permutation would not change the statistics.
         """
         shuffle = generator("shuffle keys", self.seed, step)  # the same on every rank
         order = torch.randperm(world_size() * len(images), generator=shuffle)

@@ -90,7 +90,7 @@ class ContrastiveLoss(nn.Module):
             queue = KeyQueue(queue_size, dim, first_rows)
         self.queue = queue.to(torch.get_default_device())
 
-    # Compiled code draws other random numbers than eager code, so torch.compile stops at the loss.
+    # Compiled code draws other random numbers than eager code, so torch.compile breaks its graph here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -107,8 +107,8 @@ class ContrastiveLoss(nn.Module):
         Computed in float32 even under autocast (float64 for float64 inputs). Only `query` gets a gradient.
 
         Args:
-            query: (B, C) embeddings of one view, of any length.
-            key: (B, C) embeddings of the other view, from the momentum encoder.
+            query: (B, C) embeddings of one view, not yet normalised.
+            key: (B, C) embeddings of the other view, from the momentum encoder, likewise.
             enqueue: False leaves the queue unchanged: call `enqueue` after the last loss of the step.
             synthesize: False: MoCo's loss, as in a rule's warm-up (`rule.is_active(epoch)`).
             labels: (B,) classes of the images, -1 where unknown, for `class_oracle`.
@@ -146,7 +146,7 @@ class ContrastiveLoss(nn.Module):
         """Replace the oldest keys with these, gathered from all ranks in rank order.
 
         Args:
-            key: (B, C) embeddings, of any length; the same number on every rank.
+            key: (B, C) embeddings, not yet normalised; the same number on every rank.
             labels: (B,) their classes, -1 where unknown.
             images: (B,) indices of their images, -1 where unknown.
 
@@ -206,8 +206,8 @@ class ContrastiveLoss(nn.Module):
                 or values.dtype == torch.bool
             ):
                 raise UserError(
-                    f"{name}: found {_told(values)}; expected integers of shape ({len(key)},) as a "
-                    "tensor, one for each key, -1 where unknown"
+                    f"{name}: found {_type_and_shape(values)}; expected integers of shape ({len(key)},) "
+                    "as a tensor, one for each key, -1 where unknown"
                 )
             found.append(values.to(self.queue.labels))
         return found[0], found[1]
@@ -258,7 +258,7 @@ class ContrastiveLoss(nn.Module):
             )
 
 
-def _told(values: object) -> str:
+def _type_and_shape(values: object) -> str:
     """What was found, for a message."""
     if isinstance(values, Tensor):
         return f"{values.dtype} of shape {tuple(values.shape)}"
@@ -266,7 +266,7 @@ def _told(values: object) -> str:
 
 
 def _refuse_second_derivative(_gradient: Tensor) -> None:
-    """The gradient is computed in the forward pass: autograd would take it for a constant."""
+    """Raise an error: autograd would treat the gradient, computed in the forward pass, as a constant."""
     if torch.is_grad_enabled():
         raise UserError(
             "create_graph: found True; expected False: this loss has a first derivative only; compute "

@@ -1,10 +1,11 @@
 r"""Synthetic hard negatives as sparse combinations of existing logits (MoCHi section 3).
 
 A synthetic negative is mixed from rows of the queue (its *parents*) and perhaps the query. Its similarity
-to the query is then a weighted sum of similarities that MoCo computes anyway, and so is its gradient.
-A rule that mixes (`mochi.contrast.rules`) therefore returns columns and weights, not vectors:
+to the query is then a weighted sum of similarities that MoCo computes anyway, and its gradient is a
+weighted sum of the same rows. A rule that mixes (`mochi.contrast.rules`) therefore returns columns and
+weights, not vectors. For a synthetic h with parents n_i
 
-    q . h  =  w_q q.q + sum_p w_p (q . n_p),        d(q . h)/dq  =  v_q q + sum_p v_p n_p
+    q . h  =  w_q q.q + sum_i w_i (q . n_i),        d(q . h)/dq  =  v_q q + sum_i v_i n_i
 
 with v = w if the synthetic is a constant for the gradient, which is the default.
 
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 MAX_QUERY_SHARE = 0.5
 """b ~ U(0, 0.5): in a query mix the negative always dominates (MoCHi section 3.3)."""
 
-# Pairs that a CPU multiplies at once, so that their gathered rows stay in its cache.
+# Pairs whose products a CPU computes at once, so that their gathered rows stay in its cache.
 _PAIRS_AT_ONCE = 1024
 
 
@@ -35,7 +36,7 @@ class Synthetics(Protocol):
         """q . h from the queries (B, C) and their similarities (B, K) to the queue -> (B, S)."""
 
     def scatter_to_parents(self, p_h: Tensor, p: Tensor) -> None:
-        """Add each synthetic's weight p_h (B, S) times v_p to its parents' columns of `p` (B, K)."""
+        """Add each synthetic's weight p_h (B, S) times v_i to its parents' columns of `p` (B, K)."""
 
     def rest_of_gradient(self, p_h: Tensor, query: Tensor) -> Tensor | None:
         """(B, C) the part of sum_h p_h dh/dq outside the queue's rows; None: zero."""
@@ -45,13 +46,13 @@ class SparseSynthetics(NamedTuple):
     """Weighted sums of rows of the queue, and perhaps of the query."""
 
     parents: Tensor  # (B, S, P) columns of the queue
-    weights: Tensor  # (B, S, P) w_p
+    weights: Tensor  # (B, S, P) w_i
     query_weight: Tensor | None  # (B, S) w_q; None if the query is not a parent
-    gradient_weights: Tensor  # (B, S, P) v_p
+    gradient_weights: Tensor  # (B, S, P) v_i
     gradient_query_weight: Tensor | None  # (B, S) v_q
 
     def similarity(self, query: Tensor, similarity: Tensor) -> Tensor:
-        """w_q + sum_p w_p (q . n_p): queries have length 1."""
+        """w_q + sum_i w_i (q . n_i), because queries have length 1."""
         del query
         rows = similarity.gather(1, self.parents.flatten(1)).view_as(self.weights)
         mixed = (self.weights * rows).sum(-1)
@@ -62,7 +63,7 @@ class SparseSynthetics(NamedTuple):
         p.scatter_add_(1, self.parents.flatten(1), (p_h[..., None] * self.gradient_weights).flatten(1))
 
     def rest_of_gradient(self, p_h: Tensor, query: Tensor) -> Tensor | None:
-        """The query's part."""
+        """sum_h p_h v_q q, the part of the query."""
         if self.gradient_query_weight is None:
             return None
         return (p_h * self.gradient_query_weight).sum(1)[:, None] * query
@@ -81,7 +82,7 @@ class VectorSynthetics(NamedTuple):
         return mixed.masked_fill(rows.isneginf().any(-1), -torch.inf)
 
     def scatter_to_parents(self, p_h: Tensor, p: Tensor) -> None:
-        """Nothing: see `rest_of_gradient`."""
+        """Do nothing: the whole gradient is in `rest_of_gradient`."""
 
     def rest_of_gradient(self, p_h: Tensor, query: Tensor) -> Tensor | None:
         """sum_h p_h h."""

@@ -30,7 +30,7 @@ class FeatureFiles:
     Args:
         folder: only for these files.
         result: an evaluation, whose inputs are the encoder and the data.
-        how: what else determines the features.
+        how: what else determines the features: code, versions, sizes.
         others: evaluations that need the same features.
     """
 

@@ -107,7 +107,7 @@ class Frozen:
         loading = Loading(batch_size, self.device, self.workers, distributed.rank(), world)
         crops = centre_crops(split, loading, resize=run.resize, image_size=run.image_size, rows=rows)
         storage = self._storage_device(len(rows), self.encoder.num_features)
-        # One allocation: at ImageNet's size a list and its concatenation are too much.
+        # One allocation: at ImageNet's size a list and its concatenation need too much memory.
         values = torch.empty(len(rows), self.encoder.num_features, device=storage)
         label = f"{run.method} seed {run.seed}, features of {split.name}"
         done = 0
@@ -162,7 +162,7 @@ class Frozen:
         return torch.from_numpy(split.labels[rows])
 
     def _storage_device(self, count: int, width: int) -> torch.device:
-        """Where so many features are kept."""
+        """The device that stores `count` features of `width` numbers each (`features_on`)."""
         where = self.run.features_on
         if where == "auto" and self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
@@ -177,7 +177,7 @@ def _share(count: int, rank: int) -> int:
 
 
 def _gather_uneven(own: Tensor, count: int, device: torch.device) -> Tensor:
-    """The `_share` of every rank, gathered by way of `device` -> (count, ...), where `own` is."""
+    """Gather the `_share` of every rank over `device`: (count, ...), on the device of `own`."""
     if distributed.world_size() == 1:
         return own
     most = _share(count, 0)

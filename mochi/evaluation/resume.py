@@ -19,7 +19,7 @@ MINUTES = 10.0
 
 
 class ResumePoint:
-    """The point from which a killed evaluation continues, and its code digests for provenance.
+    """The checkpoint from which a killed evaluation continues, and its code digests for provenance.
 
     The checkpoint records the result it belongs to (settings, encoder, data); for a different one it is
     refused.

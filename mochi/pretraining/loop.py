@@ -1,4 +1,4 @@
-"""The training loop. It trains MoCo, MoCHi and the supervised upper bound.
+"""The training loop of every objective: MoCo, MoCHi, other rules of negatives, the supervised upper bound.
 
 Everything random is a function of (seed, step) or (seed, epoch, image), so the saved state is tensors and
 a position: a run killed at any moment ends with the same bytes as an uninterrupted one.

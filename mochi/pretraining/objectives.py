@@ -38,7 +38,7 @@ class Objective(Protocol):
         """The projection head, if the objective is contrastive."""
 
     def batches(self, loading: Loading, epoch: int, first_step: int) -> Iterator[Any]:
-        """This rank's batches from this position to the end of training, as one stream."""
+        """This rank's batches from an epoch's `first_step` to the end of training, as one stream."""
 
     def loss(self, batch: Any, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and the step's metrics in the order of `metric_names`."""
@@ -50,7 +50,7 @@ class Objective(Protocol):
         """Additional columns of the epoch's row."""
 
     def matching(self, epoch: int) -> list[float]:
-        """Matching probabilities to record at the end of this epoch; often none."""
+        """Matching probabilities to record at the end of this epoch; none in most epochs."""
 
 
 def make_objective(run: PretrainRun, dataset: StoredDataset) -> Objective:

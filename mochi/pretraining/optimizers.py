@@ -95,10 +95,11 @@ def make_optimizer(module: nn.Module, recipe: Training) -> torch.optim.Optimizer
 def learning_rate(recipe: Training, epoch: int, done: float = 0.0) -> float:
     """The learning rate in an epoch of which the fraction `done` is completed.
 
-    The warm-up rises with every step, linearly, so that its last step has the full rate if `done`
-    includes the step itself (Goyal et al. 2017). Then the rate is constant in an epoch, as in
-    facebookresearch/moco main_moco.py, `adjust_learning_rate`; the cosine begins where the warm-up ends,
-    as in facebookresearch/moco-v3 main_moco.py.
+    In the warm-up the rate rises linearly with every step (Goyal et al. 2017). If `done` includes the
+    current step, the last step of the warm-up has the full rate. Afterwards the rate is constant within an
+    epoch, as in facebookresearch/moco main_moco.py, `adjust_learning_rate`. The cosine begins where the
+    warm-up ends, as in facebookresearch/moco-v3 main_moco.py; the drops of `step` are at 60% and 80% of all
+    epochs, as in main_moco.py (120 and 160 of 200).
     """
     warmup = recipe.warmup_epochs
     if epoch < warmup:

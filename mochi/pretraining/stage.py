@@ -54,14 +54,14 @@ def run(
         run: what to train.
         result: receives encoder.safetensors, head.safetensors (no tensors without a contrastive loss),
             metrics.csv, matching.csv and provenance.json; its input `data` is the manifest of the prepared
-            data set, its input `encoder` the file of a row that is not trained here.
+            data set, its input `encoder` the file of a row with `objective: file`.
         work: folder of the resume checkpoint; removed at the end.
         workers: processes that load images.
         events: folder for TensorBoard events; None: none.
 
     Raises:
         DataError: no data, or a batch larger than the data set.
-        EncoderError: the file of a row that is not trained here cannot be read, or is a different encoder.
+        EncoderError: the file of a row with `objective: file` cannot be read, or is a different encoder.
         CheckpointError: the checkpoint in `work` is of a different run or data, or the disk is full.
         NonFiniteError: the loss or the parameters are NaN or Inf.
     """
@@ -116,9 +116,10 @@ def queue_warning(recipe: Contrastive, num_images: int) -> str | None:
 def own_older_keys(queue_size: int, num_images: int, batch_size: int) -> tuple[float, float]:
     """The mean number of older keys of a query's own image in the queue; the fraction of queries with any.
 
-    In an epoch's step t the queue contains t B keys of this epoch, none of them the query's because the
-    images of an epoch are distinct, and max(0, K - t B) keys of earlier epochs. The last w keys of one of
-    those contain the query's with probability w / N, because the orders are independent.
+    With K keys in the queue, N images and batches of B: at step t of an epoch the queue contains t B keys
+    of this epoch, none of them of the query's image because the images of an epoch are distinct, and
+    max(0, K - t B) keys of earlier epochs. The last w keys of an earlier epoch contain one of the query's
+    image with probability w / N, because the orders of epochs are independent.
     """
     steps = max(1, num_images // batch_size)
     numbers, shares = [], []
@@ -175,7 +176,7 @@ class _Session:
         self._shown = (self.state.step, self.state.sums)
 
     def train(self, device: torch.device, workers: int) -> None:
-        """All remaining epochs."""
+        """Train all remaining epochs."""
         loading = Loading(self._recipe.batch_size, device, workers, rank(), world_size())
         done = self.state.epoch * self._num_steps + self.state.step
         require_space(self._needed())

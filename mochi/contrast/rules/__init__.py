@@ -1,4 +1,4 @@
-"""Rules of negatives: how much each negative of a query counts. One file each, found by name.
+"""Rules of negatives: how much each negative of a query counts. Each is a file, selected by its name.
 
 A file contains one subclass of `Rule` or of `Mask`: a frozen dataclass, whose fields are the settings and
 whose methods are the mathematics. Experiments select it by the name of its file; no registration is needed.
@@ -46,11 +46,14 @@ class Similarities(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A fused rule's loss and its derivatives by each similarity, times temperature and divisor."""
+    """The result of a fused rule: the loss, and its derivatives with respect to the similarities.
+
+    The derivatives are multiplied by the temperature and by `divisor`; `contrastive_loss` divides by both.
+    """
 
     loss: Tensor  # (B,) nats
-    positive: Tensor  # (B,) derivative by the positive; those by the negatives replace them in place
-    divisor: Tensor  # (B,)
+    positive: Tensor  # (B,) that of q.k; those of the negatives replace their similarities in place
+    divisor: Tensor  # (B,) such as the denominator of the softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ class Rule:
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def fused(self, similarities: Similarities, temperature: float) -> Weights:
-        """Optional: `loss` with its derivatives, which replace the similarities to negatives in place.
+        """Optional: `loss` and its derivatives, which replace the similarities of negatives in place.
 
         Needs no second (B, K) buffer and no autograd. Tests compare it with `loss`.
         """
@@ -116,7 +119,7 @@ class Rule:
         """Compare the settings with the queue.
 
         Raises:
-            ValueError: they do not fit, as `setting: found ...; expected ...`.
+            ValueError: they do not fit; its text is `setting: found ...; expected ...`.
         """
 
     def measure(self, positive: Tensor, similarity: Tensor, temperature: float) -> Mapping[str, Tensor]:
@@ -128,7 +131,7 @@ class Rule:
             temperature: tau.
 
         Returns:
-            column -> () or (B,); the mean is written.
+            Name of the column -> () or (B,), whose mean is written.
         """
         del positive, similarity, temperature
         return {}
@@ -204,7 +207,7 @@ _KINDS: dict[object, tuple[type, str]] = {
 
 def check_type(name: str, value: object, annotation: type | str) -> None:
     """Raise ValueError if a setting annotated as int, float or bool is not one; a float may be whole."""
-    kind = getattr(annotation, "__name__", annotation)  # a text, if annotations are postponed
+    kind = getattr(annotation, "__name__", annotation)  # a string, if annotations are postponed
     if kind not in _KINDS:
         return
     accepted, expected = _KINDS[kind]

@@ -1,7 +1,7 @@
 """The class oracle: exclude negatives of the query's class, by label.
 
-An upper bound, not a method: it uses labels, which self-supervised training does not have. A query
-without a label and a key of unknown class exclude nothing.
+An upper bound, not a method: it uses labels, which self-supervised training does not have. For a query
+without a label nothing is excluded; a key without a label is never excluded.
 
 Source: Kalantidis et al. 2020, section 4 (class oracle).
 Deviation: none; with MoCHi they are also excluded from every mix.

@@ -1,4 +1,4 @@
-"""Debiased contrastive learning: some negatives are of the query's class, so subtract their expected part.
+"""Debiased contrastive learning: subtract the expected contribution of negatives of the query's class.
 
 A fraction tau+ of the M negatives is expected to look like the positive:
 
@@ -8,8 +8,8 @@ A fraction tau+ of the M negatives is expected to look like the positive:
 The second argument is the smallest possible sum over M negatives.
 
 Source: Chuang et al. 2020, section 4 (the estimator g and its loss); chingyaoc/DCL main.py.
-Deviations: the negatives are the queue's, not the batch's, and M counts those that no mask excludes; one
-positive for the estimate, as in the public code; computed without overflow.
+Deviations: the negatives are the queue's, not the batch's, and M counts those that no mask excludes; the
+estimate uses a single positive, as in the public code; exponentials cannot overflow.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Debiased(Rule):
         return self._loss(positive, negative_sum, top, _count(similarity), temperature)
 
     def fused(self, similarities: Similarities, temperature: float) -> Weights:
-        """Like MoCo's, with weights of negatives divided by 1 - tau+, or 0 where g is at its minimum."""
+        """As for MoCo, but negatives' weights are divided by 1 - tau+, and 0 where g is at its minimum."""
         positive, negatives, hardest, num = similarities
         top = positive.maximum(hardest)
         for each in negatives:
@@ -67,7 +67,7 @@ class Debiased(Rule):
     def _estimate(
         self, positive: Tensor, negative_sum: Tensor, top: Tensor, num: Tensor | int, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """The two arguments of g, (B,) each, divided by e^{top/tau} as `negative_sum` is."""
+        """The two arguments of the maximum in g, (B,) each, divided by e^{top/tau} like `negative_sum`."""
         positive_exp = ((positive - top) / temperature).exp()
         estimate = (negative_sum - self.positive_prior * (num * positive_exp)) / (1 - self.positive_prior)
         return estimate, num * ((-1 - top) / temperature).exp()
@@ -82,7 +82,7 @@ class Debiased(Rule):
     def _weights(
         self, positive: Tensor, negative_sum: Tensor, top: Tensor, num: Tensor | int, temperature: float
     ) -> tuple[Weights, Tensor]:
-        """And (B,) the derivative of g by `negative_sum`."""
+        """The loss and its derivatives; and (B,) the derivative of g with respect to `negative_sum`."""
         estimate, minimum = self._estimate(positive, negative_sum, top, num, temperature)
         positive_exp = ((positive - top) / temperature).exp()
         total = positive_exp + estimate.maximum(minimum)

@@ -5,8 +5,8 @@
 With the positive in the denominator, a query close to its key learns little from its negatives.
 
 Source: Yeh et al. 2021, eq. 6; lightly/loss/dcl_loss.py (`DCLLoss`).
-Deviations: the negatives are the queue's, not the batch's; one direction, as in MoCo; without the weights
-of the variant DCLW, which depend on the other queries of the batch.
+Deviations: the negatives are the queue's, not the batch's; the loss is not symmetrised over the two views,
+as in MoCo; without the weights of the variant DCLW, which depend on the other queries of the batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Decoupled(Rule):
         return (similarity / temperature).logsumexp(1) - positive / temperature
 
     def fused(self, similarities: Similarities, temperature: float) -> Weights:
-        """The derivative by a similarity is its softmax weight among the negatives; by the positive, -1."""
+        """A negative's derivative is its softmax weight among the negatives; the positive's is -1."""
         positive, negatives, hardest, _ = similarities
         for each in negatives:
             each.sub_(hardest[:, None]).div_(temperature).exp_()

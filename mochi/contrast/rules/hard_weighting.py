@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# Columns for which both exponentials exist at once: no second (B, K) buffer.
+# Columns processed at once, so that no second (B, K) buffer is needed.
 _COLUMNS = 4096
 
 

@@ -27,7 +27,7 @@ class MoCo(Rule):
         return negatives.logaddexp(positive / temperature) - positive / temperature
 
     def fused(self, similarities: Similarities, temperature: float) -> Weights:
-        """The derivative by a similarity is its softmax weight; by the positive, its softmax weight - 1."""
+        """A negative's derivative is its softmax weight; the positive's is its softmax weight minus 1."""
         positive, negatives, hardest, _ = similarities
         top = positive.maximum(hardest)
         # The softmax without its denominator; the rows of the gradient are divided by it at the end.

@@ -4,15 +4,15 @@
     2 extrapolated  q + b (n - q),    b ~ U(1, 1.5)        5 perturbed    n + delta q
     3 mixed         g n + (1 - g) m,  g ~ U(0, 1)          6 adversarial  n + eta sign(q)
 
-all normalised to unit length, and constants for the gradient. q is the gradient of q.n by n, which types
-5 and 6 follow. Types 1 and 3 are MoCHi's. Types 1, 2, 3 and 5 are weighted sums of q and n, so no vector
-is materialised; types 4 and 6 are computed for a few queries at a time.
+all normalised to unit length, and constants for the gradient. Types 5 and 6 follow the gradient of q.n
+with respect to n, which is q. Types 1 and 3 are MoCHi's. Types 1, 2, 3 and 5 are weighted sums of q and n,
+so no vector is materialised; types 4 and 6 are computed for a few queries at a time.
 
 Source: Giakoumoglou and Stathaki 2024, section 3; giakoumoglou/synco synco/builder.py, whose numbers are
 the defaults.
-Deviations from that code: a mix is of two different negatives; a type may have more synthetics than N; the
-number of type 4 switches type 4, where the code has 4 and 5 swapped; the first rows of the queue have
-length 1.
+Deviations from that code: a mix is of two different negatives; a type may have more synthetics than N;
+`num_noisy` switches type 4 on and `num_perturbed` type 5, which that code swaps; the first rows of the
+queue have length 1.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class SynCo(MoCo):
 
     @property
     def makes_vectors(self) -> bool:
-        """Types 4 and 6 do."""
+        """True with synthetics of type 4 or 6."""
         return bool(self.num_noisy or self.num_adversarial)
 
     def synthetics(self, candidates: Candidates) -> list[Synthetics]:

@@ -4,8 +4,8 @@ Protocol, after the low-shot evaluation of Assran et al. 2022 (arXiv:2204.07141;
 logistic_eval.py): features of uncropped images, scaled to unit length; multinomial logistic regression
 that minimises, over weights W and an unregularised bias, the sum of cross-entropies + l2 / 2 * ||W||^2;
 the mean accuracy over several subsets. The optimum is unique up to a shift of all biases, so learning
-rate, order and initialisation do not matter. Subsets are stratified, and the same for every encoder:
-differences of rows are not differences of subsets. Deviations: msn has no bias, and subtracts from each
+rate, order and initialisation do not matter. Subsets are stratified, and the same for every encoder, so
+differences between rows do not come from the subsets. Deviations: msn has no bias, and subtracts from each
 image's features their mean.
 
 Memory: the features of train and val, once (`features_on`), and on the device, in float64, those of one
@@ -38,7 +38,7 @@ class FewLabel(Task):
     images_per_class: Count | None = None
     """Instead of `percent`; a class with fewer images contributes all."""
     samples: Count = 5
-    """Random subsets; `top1` is the mean over them."""
+    """Number of random subsets; `top1` is the mean over them."""
     l2: PositiveReal = 0.01
     """Weight of the penalty relative to the sum of the losses; scikit-learn's 1 / C."""
 

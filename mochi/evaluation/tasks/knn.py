@@ -163,7 +163,10 @@ def classify(
 
 
 def _nearest(queries: "Tensor", bank: "Tensor", k: int, chunk: int) -> "tuple[Tensor, Tensor]":
-    """(Q, k) largest products with rows of the bank, and these rows; ties go to the first rows."""
+    """(Q, k) largest products with the rows of `bank` (the training features), and their indices.
+
+    Ties go to the first rows.
+    """
     import torch
 
     best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)

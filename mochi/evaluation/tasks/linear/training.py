@@ -152,14 +152,17 @@ class Probes(nn.Module):
 
 
 class _Scaling(NamedTuple):
-    """Each feature minus `mean`, divided by `scale`."""
+    """Standardisation: each feature minus `mean`, divided by `scale`."""
 
     mean: Tensor  # (D,)
     scale: Tensor
 
     @classmethod
     def of(cls, features: Tensor, protocol: LinearProbe) -> "_Scaling":
-        """To zero mean and unit variance of these (M, D) features, or none; constants are only shifted."""
+        """The scaling to zero mean and unit variance of (M, D) features; none without `standardize`.
+
+        A constant feature is only shifted.
+        """
         if not protocol.standardize:
             return cls(torch.zeros_like(features[0]), torch.ones_like(features[0]))
         std, mean = torch.std_mean(features, dim=0, correction=0)
@@ -171,7 +174,7 @@ class _Scaling(NamedTuple):
 
 
 class _CachedFeatures:
-    """Train as features of uncropped images, all computed once."""
+    """The training split as features of uncropped images, all computed once."""
 
     def __init__(self, frozen: Frozen, protocol: LinearProbe) -> None:
         self._protocol, self._seed, self._device = protocol, frozen.run.seed, frozen.device
@@ -182,7 +185,7 @@ class _CachedFeatures:
         self.held_out = self.held_out.to(self._labels.device)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(B, D) features, (B,) labels, (B,) whether held out."""
+        """An epoch: (B, D) features, (B,) labels, (B,) whether held out."""
         order = torch.randperm(len(self._labels), generator=generator("probe order", self._seed, epoch))
         for rows in order.to(self._labels.device).split(self._protocol.batch_size):
             yield (
@@ -202,7 +205,10 @@ class _CachedFeatures:
 
 
 class _Crops:
-    """Train as features of random crops, new in every epoch; of held-out images also the uncropped ones."""
+    """The training split as features of random crops, new in every epoch.
+
+    Held-out images are also encoded uncropped, to compare the learning rates on them.
+    """
 
     def __init__(self, frozen: Frozen, protocol: LinearProbe) -> None:
         self._frozen, self._protocol = frozen, protocol

@@ -1,6 +1,7 @@
-"""Every stage on a file system that is full, a real one: nothing finished is damaged, and it is said.
+"""Every stage on a full file system: finished results stay intact, and one line names the folder.
 
-The file system is a tmpfs in a namespace of its own; without the right to mount one, the tests are skipped.
+The file system is a real one, a tmpfs in a separate mount namespace; without the right to mount it, the
+tests are skipped.
 """
 
 import os
@@ -96,10 +97,10 @@ def test_a_disk_that_fills_during_a_stage(
     assert done.returncode == 1, done
     assert "Traceback" not in done.stderr
     assert "FINISHED" not in done.stdout
-    (said,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert "No space left on device" in said
-    assert "ree disk space" in said
-    assert any(f" {folder}/" in said for folder in ("data", "results", "work"))
+    (message,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "No space left on device" in message
+    assert "ree disk space" in message
+    assert any(f" {folder}/" in message for folder in ("data", "results", "work"))
 
 
 @pytest.mark.parametrize("stage", ["prepare", "scenes", "pretrain", "evaluate", "detect"])

@@ -1,8 +1,8 @@
 """Twenty SIGKILLs of pretraining at random moments, of all processes or of one: the same bytes each
 time.
 
-With one and two processes, with and without two loading workers; images are stored encoded, which workers
-load.
+With one and two processes, with and without two loading workers. The images are stored as JPEG, because
+workers do not load data sets that are one array.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""A rank is killed, stopped, fails or never starts: the other ranks end within a minute and say why."""
+"""A rank is killed, stopped, fails or never starts: the others end within a minute with the reason."""
 
 import os
 import subprocess
@@ -64,7 +64,7 @@ def torchrun(tmp_path: Path, event: str) -> tuple[int, str, float]:
     ("event", "message"),
     [
         ("never starts", "error: rank 0 of 2: rank 1 did not start within 10 s"),
-        ("stops", "error: rank 0 of 2: rank 1 gave no sign of life for 5 s"),
+        ("stops", "error: rank 0 of 2: rank 1 sent no heartbeat for 5 s"),
         ("dies", "Signal 9 (SIGKILL)"),
         ("fails", "error: this image is broken"),
     ],

@@ -1,6 +1,6 @@
 """The command line: one command for each stage, and commands that check, inspect and explain.
 
-Only this module prints or exits. Imports of heavy modules are inside the commands that need them, so that
+Only this module writes to stdout. Imports of heavy modules are inside the commands that need them, so that
 `--help` and a stage that is up to date return at once.
 """
 
@@ -70,13 +70,18 @@ Stem = Annotated[str | None, typer.Option(help="For an encoder without metadata:
 Width = Annotated[int | None, typer.Option(min=1, help="For an encoder without metadata: 64, ...")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the crop. Default: as in training.")]
 Resize = Annotated[
-    int | None, typer.Option(min=1, help="Short side before the crop. Default: 8/7 of the crop from 64 px.")
+    int | None,
+    typer.Option(
+        min=1, help="Short side before the crop. Default: 8/7 of a crop of 64 px or more, else the crop."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images encoded at once.")]
 DecodingThreads = Annotated[
     int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")
 ]
-OutFolder = Annotated[Path | None, typer.Option("--out", help="Results folder. Default: in results/.")]
+OutFolder = Annotated[
+    Path | None, typer.Option("--out", help="Results folder. Default: the run's folder in results/.")
+]
 Gpus = Annotated[
     int | None, typer.Option(min=0, help="Total GPUs, one torchrun rank each. Default: the first visible.")
 ]
@@ -148,7 +153,7 @@ def init(
     hours: Annotated[
         float | None,
         typer.Option(
-            help="Choose epochs and image size so that the experiment takes about this long here."
+            help="Choose epochs and image size so that the experiment takes about so long on this machine."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
@@ -371,7 +376,7 @@ def export(
 def prepare(
     data: Annotated[
         str | None,
-        typer.Argument(metavar="DATASET", help="A data set of the experiment. Default: the main one."),
+        typer.Argument(metavar="DATASET", help="A data set of the experiment. Default: its `dataset`."),
     ] = None,
     config: ConfigFile = DEFAULT_CONFIG,
     source: Annotated[
@@ -438,7 +443,9 @@ def prepare(
 
 @app.command(rich_help_panel=_STAGE)
 def scenes(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write: `data.path` of a set.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to write: `data.path` of a detection set.")
+    ],
     config: ConfigFile = DEFAULT_CONFIG,
 ) -> None:
     """Generate a detection set from photographs, as VOC and COCO files."""
@@ -632,7 +639,7 @@ def _is_current(result: Result) -> bool:
 
 
 def _is_done(experiment: str, method: str, seed: int, task: str, result: Result) -> bool:
-    """Whether the result is current; if so, remove what a kill after the last write leaves of its job."""
+    """Whether the result is current; if so, remove the work folder of a job killed after its last write."""
     from mochi.layout import Paths
 
     done = _is_current(result)
@@ -741,7 +748,7 @@ def _work(
 
 
 def _require_current_folder() -> None:
-    """Libraries crash in a folder that was removed."""
+    """Refuse to run in a folder that was removed: libraries would crash there."""
     try:
         Path.cwd()
     except FileNotFoundError:

@@ -51,7 +51,7 @@ from mochi.runtime.gpus import visible
 from mochi.runtime.progress import counter
 from mochi.storage.atomic import disk_space, nearest_existing
 
-_MOST_DECODED = 20_000  # images; of larger sets, a sample
+_MOST_DECODED = 20_000  # images; of a larger set a sample is decoded
 _SMALL_SHARED_MEMORY = 1 << 30
 _USUAL_SIZE = 224  # of views, for any image size
 
@@ -146,7 +146,7 @@ def _packages(experiment: Experiment) -> Iterator[str]:
 
 
 def _gpu_memory(experiment: Experiment, bytes_a_run: int) -> Iterator[Finding]:
-    """Two encoders, gradients, momentum and queue must fit; activations are added."""
+    """Check that two encoders, gradients, momentum and queue fit; activations need more."""
     queues = [
         int(run.recipe.queue_size) for run in first_runs(experiment) if isinstance(run.recipe, Contrastive)
     ]
@@ -156,7 +156,7 @@ def _gpu_memory(experiment: Experiment, bytes_a_run: int) -> Iterator[Finding]:
         yield Finding(
             "error",
             f"the GPU has {total / 1e9:.1f} GB; encoders, optimizer and queue take {needed / 1e9:.1f} GB "
-            "before any image; choose a smaller encoder or queue",
+            "without activations; choose a smaller encoder or queue",
         )
 
 
@@ -192,7 +192,7 @@ def _scenes(where: str, data: DetectionData) -> Iterator[Finding]:
     known = [photo.name for photo in PHOTOGRAPHS]
     classes = data.classes or []
     if unknown := [name for name in classes if name not in known]:
-        text = f"{where}.data.classes: found {unknown}; scenes have objects from: {', '.join(known)}"
+        text = f"{where}.data.classes: found {unknown}; expected photographs: {', '.join(known)}"
         yield Finding("error", text)
     elif len(classes) >= len(known):
         text = f"{where}.data.classes: found all {len(known)} photographs; leave one for backgrounds"
@@ -475,7 +475,7 @@ def _labels(run: ProbeRun, contents: _Contents) -> Iterator[Finding]:
             )
     most = max(getattr(run.protocol, "k", [0]))
     if most > labelled:
-        text = f"{where}.k: found {most}; train has {labelled} labelled images: all vote; lower k"
+        text = f"{where}.k: found {most}; train has {labelled} labelled images, which all vote; lower k"
         yield Finding("warning", text)
 
 

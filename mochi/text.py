@@ -139,9 +139,9 @@ def _decode(data: bytes, path: Path) -> str:
                 raise DataError(f"{path}: found {kind} data; expected text: unpack it") from None
         line = data[: error.start].count(b"\n") + 1
         found = data[error.start : error.start + 4].hex(" ")
-        said = "though the file says so" if declared else "and the file does not say which encoding it has"
+        note = "though the file declares UTF-8" if declared else "and the file declares no encoding"
     raise DataError(
-        f"{path}: line {line}: found the bytes {found}, which are not UTF-8, {said} (GBK? Latin-1?); save "
+        f"{path}: line {line}: found the bytes {found}, which are not UTF-8, {note} (GBK? Latin-1?); save "
         "it as UTF-8"
     )
 

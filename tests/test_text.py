@@ -68,7 +68,9 @@ def test_a_pipe_is_named_not_waited_for(file: Path) -> None:
 
 def test_latin_1_that_is_declared_as_utf_8_is_named(file: Path) -> None:
     file.write_bytes("<?xml version='1.0' encoding='utf-8'?><a>é</a>".encode("latin-1"))
-    with pytest.raises(DataError, match=r"bytes e9 3c 2f 61, which are not UTF-8, though the file says so"):
+    with pytest.raises(
+        DataError, match=r"bytes e9 3c 2f 61, which are not UTF-8, though the file declares UTF-8"
+    ):
         read_xml(file, "a note")
 
 

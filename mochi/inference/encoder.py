@@ -24,7 +24,7 @@ class Preprocessing:
     image_size: int
     """Side of the central square, pixels."""
     resize: int
-    """Short side before it is cut out, pixels."""
+    """Short side of the image before the square is cut out, pixels."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     """Standard deviation of each channel, as `mean` in `channel_order` and for pixels in [0, 1]."""
@@ -95,7 +95,10 @@ def load(path: Path, overrides: Overrides, device: torch.device) -> LoadedEncode
 
 
 def _described(path: Path, info: EncoderInfo | None, overrides: Overrides) -> tuple[Encoder, int, int]:
-    """Architecture, image size and resize: from the flags, else the experiment, else the metadata."""
+    """Architecture, image size and resize: from `--config`, else from the flags, else from the metadata.
+
+    `--image-size` and `--resize` have precedence over all of these.
+    """
     size, resize = overrides.image_size, overrides.resize
     if overrides.config is not None:
         experiment = load_experiment(overrides.config)
@@ -113,6 +116,6 @@ def _described(path: Path, info: EncoderInfo | None, overrides: Overrides) -> tu
         )
     size = size or (info.image_size if info else None)
     if size is None:
-        raise EncoderError(f"{path}: does not say for which image size it was trained; give --image-size")
+        raise EncoderError(f"{path}: its metadata has no image size; give --image-size")
     # 8/7 of the crop as on ImageNet; small images are used whole, as on CIFAR.
     return config, size, resize or (round(size * 8 / 7) if size >= 64 else size)

@@ -125,7 +125,7 @@ def encode_files(
 def _decoded(
     encoder: LoadedEncoder, files: Sequence[Path], batch_size: int, threads: int
 ) -> Iterator[list[Tensor | str]]:
-    """For each batch its crops (3, S, S) uint8, or the reasons why there is none; decoded ahead."""
+    """For each batch its crops, (3, S, S) uint8, or the reason for a file without; decoded ahead."""
     waiting: deque[list[Future[Tensor | str]]] = deque()
     # Pillow and torch release the GIL during decoding, so threads suffice; they share memory.
     with ThreadPoolExecutor(threads) as pool:

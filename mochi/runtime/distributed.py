@@ -1,4 +1,4 @@
-"""Collective operations: with a single process every call here is the identity."""
+"""Devices and collective operations. With a single process a collective operation changes nothing."""
 
 import os
 import re
@@ -126,7 +126,7 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
         torch.bincount(mine, minlength=world_size()).tolist(),
         (source == rank()).sum(1).tolist(),
     )
-    # They arrive by source rank, and from one rank in the requested order.
+    # Rows arrive sorted by source rank, and from each rank in the requested order.
     return received[to_device(mine.argsort(stable=True).argsort(), rows.device)]
 
 
@@ -206,7 +206,7 @@ class AveragedGradients:
 def average_statistics(module: nn.Module) -> None:
     """Replace the running statistics of batch normalisation with their mean over ranks.
 
-    They are means over groups of images; each rank has seen only its own groups.
+    On each rank they are means over the groups of images that this rank has processed.
     """
     tensors = [buffer for name, buffer in module.named_buffers() if "running_" in name]
     if world_size() == 1 or not tensors:

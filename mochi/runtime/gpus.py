@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
 _NOTICE_SECONDS = 5.0
 _ANSWER_SECONDS = 30  # without persistence mode the driver must be loaded first
-_IN_USE = 0.1  # of the memory; less is a display, or what the driver reserves
+_IN_USE = 0.1  # of the memory; a display, or what the driver reserves, is less
 _DEVICES = Path("/dev")
 
 
@@ -68,7 +68,7 @@ def _listed() -> list[list[str]]:
 
 
 def _ask_nvidia_smi(*options: str) -> tuple[str, str]:
-    """The output of nvidia-smi, and its error; neither if there are no GPUs."""
+    """The output of nvidia-smi, and its error; both empty if there are no GPUs."""
     try:
         done = subprocess.run(  # noqa: S603
             ["nvidia-smi", *options],  # noqa: S607
@@ -137,7 +137,7 @@ def reason(error: RuntimeError) -> str | None:
         return f"{text}: this torch has no kernels for this card; `mochi check` names the cards it supports"
     if "busy or unavailable" in text:
         return (
-            f"{text}: another process has this GPU for itself (`nvidia-smi`); wait for it, or use another"
+            f"{text}: another process uses this GPU exclusively (`nvidia-smi`); wait for it, or use another"
         )
     return None
 
@@ -168,7 +168,7 @@ def claim(count: int, names: Sequence[str], folder: Path | None = None) -> list[
     with _umask(0):
         folder.mkdir(mode=0o1777, parents=True, exist_ok=True)
     with _noticed(f"waiting for {count} of the GPUs {', '.join(names)}: other runs use them ({folder})"):
-        # Only the holder of the gate takes GPUs, so it may keep those it has while it waits for more.
+        # One process at a time collects GPUs, so it may keep some while it waits for more: no deadlock.
         gate = _open(folder / "gate.lock")
         fcntl.flock(gate, fcntl.LOCK_EX)
         in_use = _memory_in_use() if any(name.startswith("GPU-") for name in names) else {}

@@ -73,7 +73,7 @@ class _Reporter:
             try:
                 temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
                 temporary.replace(self._path)
-            except OSError:  # a full disk: what cannot do without its files says so
+            except OSError:  # a full disk: writers of files that matter report it
                 with suppress(OSError):
                     temporary.unlink()
 

@@ -50,7 +50,7 @@ def on_gpus(count: int, nodes: int = 1) -> None:
 
 
 def _whole(names: Sequence[str]) -> list[str]:
-    """GPUs that the ranks of a run can use together: CUDA shows a process a single MIG instance.
+    """The names of whole GPUs. Ranks cannot share MIG instances: CUDA shows a process a single one.
 
     Raises:
         UserError: all are MIG instances.
@@ -78,7 +78,7 @@ def torchrun(count: int, nodes: int, arguments: Sequence[str], environment: Mapp
         raise UserError(
             f"gpus: found {count}; {nodes} nodes cannot share them evenly; use a multiple of {nodes}"
         )
-    # `--` ahead of the module: torchrun takes our `--run` for one of its own options otherwise.
+    # `--` before the module: otherwise torchrun may read an option of ours as the beginning of its own.
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count // nodes}"]
     if nodes == 1:
         # Picks a free port, so that concurrent runs do not collide; needs no resolvable host name.

@@ -1,6 +1,6 @@
-"""Locks for one workflow per folder and one process per run, which the kernel releases with the process.
+"""Locks: one workflow per folder, one process per run. The kernel releases them when a process ends.
 
-Snakemake's own lock survives a kill, after which every run is refused until somebody unlocks it.
+Snakemake's own lock survives a kill; every later run is then refused until somebody unlocks it.
 """
 
 import logging

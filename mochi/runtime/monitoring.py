@@ -49,15 +49,15 @@ def training_status(
     dim: int,
     accuracies: Mapping[int, float],
 ) -> str:
-    """One line about contrastive training at the end of an epoch.
+    """Describe the state of contrastive training at the end of an epoch in one line.
 
     Args:
         loss: mean loss of the epoch, nats.
-        chance: ln(1 + number of negatives), the loss of an untrained network.
+        chance: the rule's loss if all similarities are equal, nats; ln(1 + number of negatives) for MoCo.
         feature_std: mean standard deviation of each coordinate of unit queries; 1/sqrt(dim) if they
             cover the sphere evenly, 0 if all are equal (Chen & He 2021, SimSiam, figure 2).
         queue_fill: fraction of the queue with keys of images, 0 to 1.
-        dim: length of a feature.
+        dim: number of coordinates of a query.
         accuracies: epoch -> proxy-task accuracy, 0 to 1, of the epochs that began with a full queue, this
             one included; before that, the queue's random rows are easy negatives.
     """

@@ -14,7 +14,7 @@ _AHEAD = 4
 
 
 def fitting_workers(workers: int, batch_bytes: int) -> tuple[int, int | None]:
-    """(workers, batches each prepares ahead): as many as fit in shared memory with two in use.
+    """(workers, batches that each prepares ahead): as many as fit in shared memory next to two in use.
 
     A container has 64 MiB of it by default, and a worker that needs more is killed.
     """

@@ -1,4 +1,4 @@
-"""Resources of one run on this machine, and the number of concurrent runs."""
+"""How the cores of this machine are shared: threads and workers of a run, and concurrent runs."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ _MOST_THREADS = 8
 
 
 def threads_per_run(num_gpus: int) -> int:
-    """CPU threads of a run: its share of the cores with GPUs, one without.
+    """CPU threads of a run: with GPUs its share of the cores, without GPUs one.
 
     Loaders of one GPU need some cores, but no GPU may wait for cores. On a CPU, two runs of one thread each
     are faster than one run of two threads.

@@ -1,4 +1,4 @@
-"""TensorBoard events of a training, if tensorboard is installed: curves by epoch and by step, images."""
+"""TensorBoard events of a training run, if tensorboard is installed: curves by epoch and step, images."""
 
 import logging
 import threading
@@ -16,7 +16,7 @@ def write_events(folder: Path | None, row: Mapping[str, Any]) -> None:
     Without tensorboard, or if they cannot be written, log one line about it.
 
     Args:
-        folder: of the training's events; None: write nothing.
+        folder: of the run's events; None: write nothing.
         row: name -> value; `epoch` is the position on the horizontal axis, text is skipped.
     """
 

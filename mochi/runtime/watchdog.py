@@ -30,7 +30,7 @@ RANK_SECONDS = 25.0
 WORKER_SECONDS = 45.0
 """The same for loading workers, if none has an image ready."""
 LOOK_SECONDS = 5
-"""`timeout` of a loader that is `watched`; it is asked again."""
+"""`timeout` of a loader that is `watched`, which then asks the loader again."""
 _TICK_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
 _GONE = b"gone"
@@ -43,11 +43,11 @@ def reason(error: RuntimeError) -> str | None:
     text = str(error).splitlines()[0] if str(error) else ""
     if "DataLoader worker" in text:
         return (
-            f"a loading worker ended: {text}; it may have printed why; else give the run more memory "
+            f"a loading worker ended: {text}; see its own message, if any; or give the run more memory "
             "(Killed), more /dev/shm (Bus error), or fewer --workers; the same command continues"
         )
     if "Connection closed by peer" in text or "Connection reset by peer" in text:
-        return f"another process of this run ended, and its own message says why: {text}"
+        return f"another process of this run ended; see its own message: {text}"
     return None
 
 
@@ -125,7 +125,7 @@ def _watch(store: dist.Store, rank: int, world_size: int, done: threading.Event)
                 beats[other], heard[other] = beat, now
             elif now - heard[other] > RANK_SECONDS:
                 _kill_sibling(int(store.get(f"process/{other}")))
-                _end(rank, world_size, f"rank {other} gave no sign of life for {RANK_SECONDS:.0f} s")
+                _end(rank, world_size, f"rank {other} sent no heartbeat for {RANK_SECONDS:.0f} s")
 
 
 def _kill_sibling(process: int) -> None:
@@ -154,7 +154,7 @@ class Pulse:
 
     @property
     def last(self) -> float:
-        """The moment of the last beat."""
+        """When a worker was last active, in seconds of the monotonic clock."""
         return float(self._last.value)
 
     def beat(self) -> None:
@@ -209,7 +209,7 @@ class _WorkerWatch(threading.Thread):
         self.hang = False
 
     def run(self) -> None:
-        """Look once a second; time during which this process was suspended does not count."""
+        """Check once a second; time during which this process was suspended does not count."""
         silent, before = 0.0, (self._asked, self._pulse.last)
         while not self._done.wait(_TICK_SECONDS):
             now = self._asked, self._pulse.last
@@ -255,7 +255,7 @@ def _ended(workers: Sequence[BaseProcess]) -> BaseProcess | None:
 
 
 def _reap(ended: Sequence[BaseProcess]) -> None:
-    """Let torch report them here; else it does later, wherever the main thread is then."""
+    """Wait for them here, so that torch reports them here and not later, anywhere in the main thread."""
     for process in ended:
         with suppress(RuntimeError):
             process.join(1)

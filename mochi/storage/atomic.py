@@ -32,7 +32,7 @@ _REMEDIES = {
     errno.EPERM: "make it writable",
     errno.EIO: "check the disk",
     errno.ESTALE: "mount its file system again",
-    errno.ENOENT: "see why its folder vanished",
+    errno.ENOENT: "find out what removed its folder",
     errno.EEXIST: "a file has the name of its folder: choose another",
     errno.ENOTDIR: "a file has the name of its folder: choose another",
     errno.EISDIR: "a folder has this name: choose another",
@@ -100,14 +100,15 @@ def replacing(path: Path) -> Iterator[Path]:
 def publishing(folder: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on success its files replace those of the same names in `folder`.
 
-    Until all files are complete on disk nothing in `folder` changes. They are moved by renames, and
-    provenance.json, which names the bytes of the others, is last: a kill before leaves the old one, which
-    then does not fit; after it nothing is left to clean up. Other files in `folder` stay.
+    Until all files are complete on disk nothing in `folder` changes. They are moved by renames,
+    provenance.json last, because it has the checksums of the others. After a kill between the renames, the
+    old provenance.json does not match the files, so the result counts as stale. Other files in `folder`
+    stay.
 
     Raises:
         StorageError: the disk is full or the folder read-only.
     """
-    # Inside `folder`, which may be a link to another file system.
+    # Inside `folder`, which may be a link to another file system, across which nothing can be renamed.
     temporary, last = _temporary(folder / "publishing"), _temporary(folder / _LAST)
     with explaining(folder / _LAST):
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,10 +211,10 @@ class Space(NamedTuple):
 
 
 def disk_space(needed: Mapping[Path, int]) -> list[Space]:
-    """Group folders by file system: those of one share its space.
+    """Group folders by file system: folders of one file system share its space.
 
     Args:
-        needed: folder, which need not exist -> bytes; some are added for tables and records.
+        needed: folder, which need not exist -> bytes; a mebibyte is added for tables and records.
     """
     disks: dict[int, list[Path]] = {}
     for folder in needed:

@@ -77,7 +77,7 @@ def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
         return tensors, state
     if corrupt:
         raise CheckpointError(
-            f"no readable checkpoint: {', '.join(map(str, corrupt))} are corrupt; "
+            f"no readable checkpoint: corrupt: {', '.join(map(str, corrupt))}; "
             "remove them to start this run from its beginning"
         )
     return None
@@ -160,7 +160,7 @@ def unpack(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.op
     if own.keys() != expected:
         raise CheckpointError(
             f"the checkpoint does not fit the model: missing {sorted(expected - own.keys())[:5]}, "
-            f"left over {sorted(own.keys() - expected)[:5]}"
+            f"unexpected {sorted(own.keys() - expected)[:5]}"
         )
     module.load_state_dict(own)
     state: dict[int, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""The benchmark of the loss: what it compares is the same loss, and every alternative is measured."""
+"""The benchmark of the loss: its baseline equals `contrastive_loss`; every alternative is measured."""
 
 import torch
 from torch.nn import functional as F

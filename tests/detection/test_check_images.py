@@ -66,7 +66,7 @@ def test_a_pipe_in_place_of_an_image_is_named_not_waited_for(root: Path) -> None
         check_images(annotated, jobs=1)
 
 
-def test_an_image_of_both_splits_has_the_size_that_each_says(root: Path) -> None:
+def test_an_image_of_both_splits_must_have_the_size_in_both_annotations(root: Path) -> None:
     image = splits(root)[0].images[0]
     turned = dataclasses.replace(image, height=image.width, width=image.height)
     for images in ((image, turned), (turned, image)):
@@ -123,7 +123,7 @@ def test_boxes_as_shares_of_the_image_are_refused(root: Path) -> None:
 
 
 def test_coco_boxes_that_are_corners_are_pointed_out(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """[x0, y0, x1, y1] read as [x, y, width, height] is cut at the border, which nothing else says."""
+    """[x0, y0, x1, y1] read as [x, y, width, height] is clipped at the border: the only sign of it."""
     _, test = splits(root)
 
     def as_coco(*ends: float) -> Annotations:
@@ -156,7 +156,7 @@ def test_a_missing_file_whose_name_differs_in_case_is_named(root: Path) -> None:
 def test_masks_that_are_not_in_their_boxes_are_named(
     root: Path, caplog: pytest.LogCaptureFixture, polygon: list[float]
 ) -> None:
-    """A mask of no pixel, or far from its box, was trained on without a word."""
+    """Training once used masks without a pixel, or far from their boxes, without a warning."""
     _, test = splits(root)
     right = [8, 4, 30, 4, 30, 25, 8, 25]
 

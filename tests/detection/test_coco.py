@@ -263,6 +263,6 @@ def test_a_written_set_is_read_as_it_was(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(again, name), getattr(first.images[0], name))
 
 
-def test_no_masks_have_the_shape_of_none() -> None:
+def test_an_empty_list_of_masks_has_shape_0_h_w() -> None:
     assert coco.decode_masks([], 20, 30).shape == (0, 20, 30)
     assert coco.encode_masks(np.zeros((0, 20, 30), np.uint8)) == []

@@ -128,7 +128,7 @@ def test_the_complete_module_and_optimizer_are_saved() -> None:
 def test_a_checkpoint_of_another_model_is_refused() -> None:
     module = nn.Linear(3, 4)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    with pytest.raises(CheckpointError, match=r"missing \['weight'\], left over \['wieght'\]"):
+    with pytest.raises(CheckpointError, match=r"missing \['weight'\], unexpected \['wieght'\]"):
         checkpoint.unpack(
             {"module.bias": torch.zeros(4), "module.wieght": torch.zeros(4, 3)}, module, optimizer
         )

@@ -89,7 +89,7 @@ def test_a_train_folder_without_an_image_is_refused(tmp_path: Path) -> None:
         list_images(Folder(source="folder", name="x", path=str(tmp_path)))
 
 
-def test_names_of_a_windows_archive_that_has_no_folders_here_are_pointed_out(
+def test_names_with_backslashes_from_a_windows_archive_are_pointed_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(tmp_path, "train\\a\\1.jpg", "train\\b\\1.jpg")

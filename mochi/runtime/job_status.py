@@ -35,9 +35,11 @@ class JobStatus:
     note: str = ""
     """A note, such as the loss."""
     health: str = ""
+    """State of contrastive training after the last complete epoch (`monitoring.training_status`)."""
     accuracy: float | None = None
     """Accuracy of the proxy task, 0 to 1, in the last complete epoch."""
     error: str = ""
+    """First line of the error of a failed job."""
 
     def alive(self) -> bool:
         """Whether it is running: its process exists, or another host reported in the last minute."""

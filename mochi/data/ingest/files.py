@@ -52,7 +52,7 @@ _STREAM = re.compile(
     r".*zone\.identifier(:\$data)?|.*:(com\.dropbox\.attributes|afp_afpinfo|afp_resource)(:\$data)?", re.S
 )
 _COLONS = str.maketrans("\uf03a\uf022", "::")
-"""What WSL and Samba write for a colon, which Windows has no names with."""
+"""Characters that WSL and Samba write instead of a colon, which Windows does not allow in names."""
 _PARTIAL = "part|partial|filepart|crdownload|opdownload|download|aria2|!ut"
 _BACKUP = re.compile(rf".*(~|\.(bak|swp|swo|swn|orig|rej|old|tmp|{_PARTIAL}))|#.*#", re.S)
 _RECORD = "provenance.json"

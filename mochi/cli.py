@@ -153,7 +153,7 @@ def init(
     hours: Annotated[
         float | None,
         typer.Option(
-            help="Choose epochs and image size so that the experiment takes about so long on this machine."
+            help="Choose epochs, image size and seeds so that the experiment takes about this long here."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,

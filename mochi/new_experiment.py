@@ -71,7 +71,8 @@ def new_experiment(folder: Path, out: Path, *, hours: float | None, force: bool)
     Args:
         folder: images with or without classes, a VOC or a COCO tree.
         out: the file; its name is the experiment's.
-        hours: choose the epochs so that the experiment takes about this long on this machine.
+        hours: choose encoder, image size, epochs and seeds so that the experiment takes about this long on
+            this machine.
         force: replace an existing file.
 
     Raises:

@@ -52,6 +52,18 @@ def test_the_readme_shows_results() -> None:
     assert len(shown_tables(ROOT / "README.md")) >= 2
 
 
+def test_the_named_protocols_are_those_of_the_experiments() -> None:
+    section = (
+        (ROOT / "docs/evaluation.md").read_text().partition("## Named protocols\n")[2].partition("\n## ")[0]
+    )
+    used = {
+        name
+        for file in (ROOT / "config").glob("*.yaml")
+        for name in re.findall(r"^ +protocol: ([\w-]+)", file.read_text(), re.MULTILINE)
+    }
+    assert set(re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE)) == used
+
+
 def test_the_picture_of_the_workflow_is_up_to_date() -> None:
     done = snakemake(ROOT, "--rulegraph", "dot", "--quiet")
     assert done.returncode == 0, done.stderr

@@ -137,7 +137,7 @@ def test_read_only_data_and_a_second_user_of_the_folder(image: Image) -> None:
 
 
 def test_the_package_passes_its_tests(image: Image) -> None:
-    # Tests of documents, mathematics, training and tables give the same outside the container.
+    # These test mathematics, training, tables, documents and what re-runs: the same outside the container.
     suite = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
     same = (
         "analysis",
@@ -151,6 +151,9 @@ def test_the_package_passes_its_tests(image: Image) -> None:
         "report",
         "test_documents.py",
         "test_dvc.py",
+        "test_extending.py",
+        "test_reruns.py",
+        "test_simulated_gpu.py",
     )
     suite += [f"--ignore=tests/{name}" for name in same]
     printed = image.run(*suite, seconds=1500)

@@ -561,7 +561,8 @@ def test_a_tree_is_inspected_with_the_masks_and_classes_it_has(tmp_path: Path, v
         for item in content["annotations"]:
             del item["segmentation"]
         write(tmp_path, split, content)
-    assert inspect(data, 1).warnings == [], "without any mask, none is needed"
+    found = inspect(data, 1)
+    assert (found.errors, found.warnings) == ([], []), "without any mask, none is needed"
     content["annotations"][0]["segmentation"] = SQUARE
     write(tmp_path, "test", content)
     found = inspect(data, 1)

@@ -111,8 +111,9 @@ def test_the_same_seed_makes_the_same_files(generated: Path, tmp_path: Path) -> 
 
 
 SCENES = {
-    "train": "04910115af828652",
-    "val": "c7bb2e05b951669d",
+    ("train", 64, 300): "04910115af828652",
+    ("val", 64, 300): "c7bb2e05b951669d",
+    ("train", 256, 40): "da5e247e3acc14f3",
 }
 FILES = {
     "annotations/instances_train.json": "397b4e59ca0ecb83",
@@ -125,17 +126,19 @@ in the commit message.
 """
 
 
-@pytest.mark.parametrize("split", SCENES)
-def test_the_scenes_equal_the_recorded_ones(split: str) -> None:
-    """300 scenes: enough that a share or a limit cannot change without changing one of them."""
+@pytest.mark.parametrize(("split", "size", "number"), SCENES)
+def test_the_scenes_equal_the_recorded_ones(split: str, size: int, number: int) -> None:
+    """Enough that a share or a limit cannot change without changing one of them; at 256 px, pieces and
+    backgrounds are enlarged.
+    """
     sampler, digest = _PatchSampler(CLASSES, seed=0, split=split), hashlib.sha256()
-    for index in range(300):
-        scene = make_scene(sampler, 64, np.random.default_rng(index))
+    for index in range(number):
+        scene = make_scene(sampler, size, np.random.default_rng(index))
         digest.update(scene.pixels.tobytes())
         digest.update(np.array(scene.masks, np.uint8).tobytes())
         values = (scene.labels, scene.segmentations, scene.difficult, scene.crowd, scene.truncated)
         digest.update(json.dumps(values).encode())
-    assert digest.hexdigest()[:16] == SCENES[split]
+    assert digest.hexdigest()[:16] == SCENES[split, size, number]
 
 
 @pytest.mark.parametrize("name", FILES)

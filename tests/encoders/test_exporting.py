@@ -93,6 +93,14 @@ def test_a_small_stem_is_exported_and_imported(stem: str, tmp_path: Path) -> Non
     assert values_digest(tmp_path / "again.safetensors") == values_digest(path)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_normalisation_is_stated_once(format: Format, tmp_path: Path) -> None:
+    lines = export_encoder(saved(tmp_path), format, tmp_path / "exported")
+    stated = "  images: RGB in [0, 1], minus [0.485, 0.456, 0.406], divided by [0.229, 0.224, 0.225]"
+    assert lines[2:] == ([] if format == "detectron2" else [stated])
+    assert ("MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]" in lines[1]) == (format == "detectron2")
+
+
 def test_the_line_to_load_a_file_quotes_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -146,6 +146,7 @@ def test_the_package_passes_its_tests(image: Image) -> None:
         "detection",
         "encoders",
         "evaluation",
+        "gpu",
         "pretraining",
         "provenance",
         "report",
@@ -153,7 +154,6 @@ def test_the_package_passes_its_tests(image: Image) -> None:
         "test_dvc.py",
         "test_extending.py",
         "test_reruns.py",
-        "test_simulated_gpu.py",
     )
     suite += [f"--ignore=tests/{name}" for name in same]
     printed = image.run(*suite, seconds=1500)

@@ -4,7 +4,6 @@ CPU tensors that report to be on a GPU (`tests.simulated_gpu`) pass through the 
 `.to(device)` raises `DeviceError`.
 """
 
-import copy
 import csv
 import json
 from collections import Counter
@@ -17,13 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mochi import encoders
 from mochi.analysis import stage as analysis_stage
 from mochi.cli import _set_up_process
 from mochi.config import Experiment, analysis_run, parse_experiment, pretrain_run, probe_run
-from mochi.data.ingest.prepare import prepare
 from mochi.data.views import loading
 from mochi.detection import stage as detection_stage
 from mochi.detection.batches import Images
@@ -41,77 +38,16 @@ from mochi.runtime.distributed import AveragedGradients
 from tests.commands import run
 from tests.detection.conftest import encoder_file, voc_image, voc_set  # noqa: F401 - fixtures
 from tests.detection.sets import ENCODER, detection, small_set, voc_object
-from tests.pretraining.runs import encoder_bytes, result_in, steps_done
+from tests.gpu.runs import AUGMENTATIONS, METHOD, ROWS, experiment, pretrain
+from tests.pretraining.runs import result_in, steps_done
 from tests.processes import run_ranks
 from tests.simulated_gpu import DeviceError, SimulatedGpu, device_of, simulated_gpu
-from tests.tiny import TINY
-
-METHOD = "row"
-
-MOCHI = {"rule": "mochi", "num_hardest": 16, "num_pair_synthetics": 8, "num_query_synthetics": 8,
-         "warmup_epochs": 1}  # fmt: skip
-CONTRASTIVE: dict[str, Any] = {"negatives": MOCHI}
-ROWS: dict[str, dict[str, Any]] = {
-    "contrastive": CONTRASTIVE,
-    "through the query": {"negatives": {**MOCHI, "through_query": True}},
-    "masks": {**CONTRASTIVE, "masks": ["class_oracle", "same_image"]},
-    "supervised": {"objective": "supervised"},
-}
-AUGMENTATIONS: dict[str, dict[str, Any]] = {
-    "v1": {"version": "v1", "image_size": 16, "min_scale": 0.2},
-    "v2": {"version": "v2", "image_size": 16, "min_scale": 0.2, "blur": True},
-}
 
 
 @pytest.fixture
 def gpu() -> Iterator[SimulatedGpu]:
     with simulated_gpu() as mode:
         yield mode
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Classes of JPEGs of different sizes, which are stored encoded."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 36), ("val", 4)):
-        for label in ("ant", "bee"):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for number in range(count):
-                coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-                coarse.resize((20 + number % 5, 24), Image.Resampling.BICUBIC).save(
-                    folder / f"{number}.jpg"
-                )
-    return root
-
-
-@pytest.fixture(scope="module")
-def data(photos: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Storage -> a prepared data set: pixels, which are kept on the GPU, and JPEGs."""
-    folder = tmp_path_factory.mktemp("data") / "jpegs"
-    prepare(experiment("jpegs", photos=photos).dataset, folder, jobs=1)
-    return {"pixels": tiny_data, "jpegs": folder}
-
-
-def experiment(
-    storage: str, row: str = "contrastive", augmentation: str = "v2", photos: Path = Path(), **recipe: Any
-) -> Experiment:
-    """The tiny experiment with one row."""
-    content = copy.deepcopy(TINY)
-    if storage == "jpegs":
-        content["dataset"] = {"source": "folder", "name": "jpegs", "path": str(photos)}
-    content["methods"] = {METHOD: ROWS[row]}
-    content["augmentation"] = AUGMENTATIONS[augmentation]
-    content["pretrain"] |= recipe
-    return parse_experiment(content, "tiny")
-
-
-def pretrain(chosen: Experiment, data: Path, folder: Path, workers: int = 0) -> bytes:
-    """Train; returns the bytes of the encoder file."""
-    run, result = pretrain_run(chosen, METHOD, 0), result_in(folder, chosen, data, METHOD)
-    pretraining_stage.run(run, result, folder / "work", workers=workers)
-    return encoder_bytes(folder)
 
 
 @pytest.mark.parametrize("row", list(ROWS))

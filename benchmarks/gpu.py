@@ -28,6 +28,7 @@ from mochi.data.views.loading import Loading, two_views
 from mochi.detection.model import build as build_detector
 from mochi.evaluation.tasks.linear import LinearProbe
 from mochi.evaluation.tasks.linear.training import Probes
+from mochi.runtime.cuda_graphs import use_cuda_graph
 from mochi.runtime.distributed import pick_device
 from mochi.runtime.precision import autocast, make_deterministic
 
@@ -37,6 +38,8 @@ class Sizes:
     """Sizes of all inputs and models."""
 
     num_images: int = 1024
+    num_epochs: int = 16
+    """How often the images are loaded."""
     image_size: int = 224
     """Side of a view in pixels."""
     batch: int = 256
@@ -57,6 +60,7 @@ class Sizes:
 
 SMALL = Sizes(
     num_images=32,
+    num_epochs=2,
     image_size=32,
     batch=16,
     bn_groups=2,
@@ -117,8 +121,8 @@ def run(device: torch.device, sizes: Sizes, *, rounds: int, workers: int) -> dic
         show("ResNet-18 step, 32 px", rows, sizes.batch, "images")
         rows = negatives.run(_loss_sizes(sizes), rounds=rounds, device=device)
         show("Loss and gradient", rows, sizes.batch, "queries")
-        count = sizes.num_images // sizes.batch * sizes.batch
-        show("Loading from JPEG", _loading(jpegs, sizes, device, rounds, workers), count, "images")
+        count = sizes.num_images // sizes.batch * sizes.batch * sizes.num_epochs
+        show("Loading from JPEG", [_loading(jpegs, sizes, device, rounds, workers)], count, "images")
     show("Linear probe step", [_probe(sizes, device, rounds)], sizes.batch, "images")
     show("Detection step", [_detection(sizes, device, rounds)], sizes.detection_images, "images")
     return found
@@ -189,6 +193,8 @@ def _supervised(experiment: Experiment, device: torch.device) -> Callable[[], ob
     side, batch = experiment.augmentation.image_size, experiment.pretrain["batch_size"]
     images = torch.randn(batch, 3, side, side, device=device).to(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
+    with autocast(device, "auto"):
+        use_cuda_graph(module, images)
 
     def work() -> None:
         with autocast(device, "auto"):
@@ -200,21 +206,17 @@ def _supervised(experiment: Experiment, device: torch.device) -> Callable[[], ob
 
 def _loading(
     dataset: StoredDataset, sizes: Sizes, device: torch.device, rounds: int, workers: int
-) -> list[Measurement]:
-    """An epoch of two views, in one process and with workers; the start of the workers is included."""
+) -> Measurement:
+    """Two views of every image, several times by the same workers, whose start is included."""
     split = dataset.split("train")
     augmentation = _resnet50(sizes).augmentation
+    loading = Loading(sizes.batch, device, workers)
 
-    def epoch(workers: int) -> Callable[[], None]:
-        def work() -> None:
-            for _ in two_views(split, augmentation, Loading(sizes.batch, device, workers), seed=0, epoch=0):
-                pass
+    def work() -> None:
+        for _ in two_views(split, augmentation, loading, seed=0, epoch=0, epochs=sizes.num_epochs):
+            pass
 
-        return work
-
-    return compare(
-        {f"{workers} workers": epoch(workers), "no workers": epoch(0)}, rounds=rounds, device=device
-    )
+    return compare({f"{workers} workers": work}, rounds=rounds, device=device)[0]
 
 
 def _probe(sizes: Sizes, device: torch.device, rounds: int) -> Measurement:

@@ -23,6 +23,7 @@ Rounds = Annotated[
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
 
 _CPU = torch.device("cpu")
+_BUSY_CYCLES = 200_000_000  # a tenth of a second
 
 
 class Measurement(NamedTuple):
@@ -43,6 +44,7 @@ def compare(
     rounds: int,
     device: torch.device = _CPU,
     memory: bool = False,
+    queued: bool = False,
 ) -> list[Measurement]:
     """Call every alternative once in each round, after one call that is not timed.
 
@@ -51,20 +53,37 @@ def compare(
         rounds: at least 1.
         device: synchronised before the clock is read.
         memory: also measure the peak memory of this process, in calls that are not timed.
+        queued: on a GPU, time the kernels alone: the GPU is kept busy until all are queued, as by the
+            encoders in a training step.
     """
+    clock = _time_of_kernels if queued and device.type == "cuda" else _time
     peaks = {name: _warm_up(work, device, memory) for name, work in alternatives.items()}
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
         for name, work in alternatives.items():
-            start = time.perf_counter()
-            work()
-            _wait(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock(work, device))
     baseline = next(iter(seconds.values()))
     return [
         Measurement(name, own, [each / base for each, base in zip(own, baseline, strict=True)], peaks[name])
         for name, own in seconds.items()
     ]
+
+
+def _time(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _time_of_kernels(work: Callable[[], object], device: torch.device) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_BUSY_CYCLES)
+    start.record()
+    work()
+    end.record()
+    _wait(device)
+    return float(start.elapsed_time(end)) / 1000
 
 
 def conditions(device: torch.device = _CPU) -> str:

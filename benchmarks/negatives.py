@@ -84,7 +84,7 @@ def run(sizes: Sizes, *, rounds: int, device: torch.device) -> list[Measurement]
         name: partial(_backward, loss, query) for name, loss in losses.items()
     }
     alternatives["two products (lower bound)"] = lambda: (query @ queue.T) @ queue
-    return compare(alternatives, rounds=rounds, device=device, memory=True)
+    return compare(alternatives, rounds=rounds, device=device, memory=True, queued=True)
 
 
 def all_rules(settings: Mapping[str, int]) -> dict[str, Rule]:

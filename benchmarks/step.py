@@ -10,11 +10,13 @@ import typer
 
 from benchmarks.harness import Measurement, Rounds, Threads, compare, conditions, table
 from mochi.config import Contrastive, Experiment, PretrainRun, first_runs, load_experiment
+from mochi.contrast.moco import MoCo
 from mochi.data.format import StoredDataset, open_dataset
 from mochi.data.views.loading import Loading
 from mochi.encoders.batch_norm import GroupedBatchNorm2d
 from mochi.pretraining.objectives import ContrastiveObjective
 from mochi.runtime.cpu_memory import keep_freed_memory
+from mochi.runtime.cuda_graphs import use_cuda_graph
 from mochi.runtime.distributed import pick_device
 from mochi.runtime.precision import autocast
 
@@ -145,16 +147,20 @@ def _encoders(
     objective = _objective(run, dataset, device)
     batch = _Endless(objective, run, device).next()
     moco = objective.module
+    assert isinstance(moco, MoCo)
     if plain:
         for module in moco.modules():
             if isinstance(module, GroupedBatchNorm2d):
                 module.num_groups = 1
+    with autocast(device, recipe.precision):
+        use_cuda_graph(moco.query_encoder, batch.query)
+        use_cuda_graph(moco.momentum_encoder, batch.key)
 
     def work() -> None:
         with autocast(device, recipe.precision):
-            query = moco.get_submodule("query_encoder")(batch.query)
+            query = moco.query_encoder(batch.query)
             with torch.no_grad():
-                moco.get_submodule("momentum_encoder")(batch.key)
+                moco.momentum_encoder(batch.key)
         query.float().sum().backward()
 
     return work

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from sys import _getframe
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -261,6 +261,11 @@ class _Stream:
         return False
 
 
+def _no_graph() -> NoReturn:
+    """Stages then launch kernels one by one."""
+    raise RuntimeError("a simulated GPU records nothing")
+
+
 def _replacements() -> list[tuple[Any, str, Any]]:
     """(object, attribute, its value on a machine with a GPU)."""
     init, iterate = DataLoader.__init__, DataLoader.__iter__
@@ -289,6 +294,8 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "is_bf16_supported", lambda **options: True),
         (torch.cuda, "synchronize", lambda *device: None),
         (torch.cuda, "manual_seed_all", lambda seed: None),
+        (torch.cuda, "CUDAGraph", _no_graph),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
         (torch.cuda, "current_stream", _Stream),

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 MAX_QUERY_SHARE = 0.5
 """b ~ U(0, 0.5): in a query mix the negative always dominates (MoCHi section 3.3)."""
 
-# Pairs whose products a CPU computes at once, so that their gathered rows stay in its cache.
-_PAIRS_AT_ONCE = 1024
+# Pairs whose products are computed at once: on a CPU their gathered rows stay in its cache, on a GPU they
+# need little memory.
+_PAIRS_AT_ONCE = {"cpu": 1024, "gpu": 32768}
 
 
 class Synthetics(Protocol):
@@ -223,10 +224,10 @@ def uniform(shape: torch.Size, like: Tensor, generator: torch.Generator | None) 
 
 
 def _pair_products(queue: Tensor, parents: Tensor) -> Tensor:
-    """n_i . n_j for parents (B, s, 2) -> (B, s); on a CPU the rows of a few pairs at a time."""
+    """n_i . n_j for parents (B, s, 2) -> (B, s), from the rows of some pairs at a time."""
     pairs = parents.flatten(0, 1)
     products = [
         (F.embedding(some[:, 0], queue) * F.embedding(some[:, 1], queue)).sum(-1)
-        for some in (pairs.split(_PAIRS_AT_ONCE) if queue.device.type == "cpu" else [pairs])
+        for some in pairs.split(_PAIRS_AT_ONCE["cpu" if queue.device.type == "cpu" else "gpu"])
     ]
     return torch.cat(products).view(parents.shape[:2])

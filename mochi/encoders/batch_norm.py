@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mochi.runtime.cuda_graphs import parallel_branches
+
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation whose training statistics are separate for each of `num_groups` groups.
@@ -61,38 +63,38 @@ class _Grouped(torch.autograd.Function):
         """(B, C, H, W) -> (B, C, H, W); updates running `means` and `variances` (G, C)."""
         output = torch.empty_like(input)
         ctx.sizes, ctx.eps = group_sizes(len(input), len(means)), eps
-        saved: list[Tensor] = []
-        for group, part, mean, variance in zip(
-            input.split(ctx.sizes), output.split(ctx.sizes), means, variances, strict=True
-        ):
-            statistics = {name: torch.empty_like(weight) for name in ("save_mean", "save_invstd")}
-            torch.ops.aten.native_batch_norm.out(
-                group, weight, bias, mean, variance, True, momentum, eps, out=part, **statistics
-            )
-            saved += statistics.values()
-        ctx.save_for_backward(input, weight, *saved)
+        saved = torch.empty(len(means), 2, len(weight), dtype=weight.dtype, device=weight.device)
+        with parallel_branches(input.device, len(means)) as branch:
+            for index, (group, part, mean, variance, (save_mean, save_invstd)) in enumerate(
+                zip(input.split(ctx.sizes), output.split(ctx.sizes), means, variances, saved, strict=True)
+            ):
+                with branch(index):
+                    torch.ops.aten.native_batch_norm.out(
+                        group, weight, bias, mean, variance, True, momentum, eps,
+                        out=part, save_mean=save_mean, save_invstd=save_invstd,
+                    )  # fmt: skip
+        ctx.save_for_backward(input, weight, saved)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """For input, weight and bias, where required."""
-        images, weight, *saved = ctx.saved_tensors
+        images, weight, saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         grad_input = torch.empty_like(images)
         grad_weight, grad_bias = [], []
-        for part, grad, group, mean, invstd in zip(
-            *(tensor.split(ctx.sizes) for tensor in (grad_input, grads[0], images)),
-            saved[::2],
-            saved[1::2],
-            strict=True,
-        ):
-            grads_of_group = torch.ops.aten.native_batch_norm_backward(
-                grad, group, weight, None, None, mean, invstd, True, ctx.eps, wanted
-            )
-            if wanted[0]:
-                part.copy_(grads_of_group[0])
-            grad_weight.append(grads_of_group[1])
-            grad_bias.append(grads_of_group[2])
+        with parallel_branches(images.device, len(saved)) as branch:
+            for index, (part, grad, group, (mean, invstd)) in enumerate(
+                zip(*(each.split(ctx.sizes) for each in (grad_input, grads[0], images)), saved, strict=True)
+            ):
+                with branch(index):
+                    grads_of_group = torch.ops.aten.native_batch_norm_backward(
+                        grad, group, weight, None, None, mean, invstd, True, ctx.eps, wanted
+                    )
+                    if wanted[0]:
+                        part.copy_(grads_of_group[0])
+                    grad_weight.append(grads_of_group[1])
+                    grad_bias.append(grads_of_group[2])
         # Last group first: the order in which autograd would sum.
         return (
             grad_input if wanted[0] else None,

@@ -18,6 +18,7 @@ from mochi.data.views.loading import Images, Loading, Views, one_view, two_views
 from mochi.encoders import build
 from mochi.encoders.backbone import Backbone
 from mochi.encoders.shared_batch_norm import SharedBatchNorm2d
+from mochi.runtime.cuda_graphs import use_cuda_graph
 from mochi.runtime.distributed import gather, mean_over_ranks, world_size
 from mochi.runtime.transfer import to_device
 
@@ -101,6 +102,9 @@ class ContrastiveObjective:
 
     def loss(self, batch: Views, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """InfoNCE; accuracy is that of the proxy task: the key outranks every negative."""
+        if self._step is None:
+            use_cuda_graph(self._moco.query_encoder, batch.query)
+            use_cuda_graph(self._moco.momentum_encoder, batch.key)
         self._labels, self._images = batch.labels, to_device(batch.indices, batch.labels.device)
         self._step = self._moco.training_step(
             batch.query,
@@ -171,6 +175,7 @@ class SupervisedObjective:
             self._backbone = build(run.encoder, SharedBatchNorm2d)
             classifier = nn.Linear(self._backbone.num_features, num_classes)
         self.module: nn.Module = nn.Sequential(self._backbone, classifier)
+        self._has_graph = False
         self.num_images = int((split.labels >= 0).sum())
         self._seed = run.seed
 
@@ -198,6 +203,9 @@ class SupervisedObjective:
 
     def loss(self, batch: Images, epoch: int, step: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Cross-entropy in float32."""
+        if not self._has_graph:
+            use_cuda_graph(self.module, batch.images)
+            self._has_graph = True
         logits = self.module(batch.images).float()
         loss = F.cross_entropy(logits, batch.labels)
         accuracy = (logits.argmax(1) == batch.labels).float().mean()

@@ -31,6 +31,7 @@ from mochi.detection.training import FineTuning
 from mochi.encoders.batch_norm import GroupedBatchNorm2d
 from mochi.encoders.files import save_encoder
 from mochi.evaluation import stage as evaluation_stage
+from mochi.pretraining import objectives
 from mochi.pretraining import stage as pretraining_stage
 from mochi.pretraining.loop import TrainState
 from mochi.provenance.wanted import evaluated
@@ -113,6 +114,23 @@ def test_two_trainings_and_a_resumed_one_give_the_same_bytes(
     record = json.loads((tmp_path / "first" / "out" / "provenance.json").read_text())
     assert record["hardware"]["gpus"] == [torch.cuda.get_device_name(GPU)]
     assert record["precision"] == precision
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_cuda_graphs_change_no_byte(
+    data: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    row: str,
+    precision: str,
+) -> None:
+    chosen = experiment("pixels", row, precision=precision)
+    expected = pretrain(chosen, data["pixels"], tmp_path / "graphs")
+    assert "one by one" not in caplog.text
+    monkeypatch.setattr(objectives, "use_cuda_graph", lambda *_: None)
+    assert pretrain(chosen, data["pixels"], tmp_path / "one by one") == expected
 
 
 @pytest.mark.parametrize("row", list(ROWS))

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,7 +182,7 @@ def _training(
     experiment: Experiment, dataset: StoredDataset, device: torch.device, rounds: int
 ) -> list[Measurement]:
     """Steps of both methods on a batch already in memory, their parts, and a supervised step."""
-    more = {"supervised step": _supervised(experiment, device)}
+    more = {"supervised step": partial(_supervised, experiment, device)}
     return step.run(experiment, dataset, rounds=rounds, device=device, same_batch=True, more=more)
 
 

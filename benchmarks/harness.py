@@ -7,10 +7,12 @@ again.
 """
 
 import ctypes
+import gc
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -23,6 +25,10 @@ Rounds = Annotated[
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
 
 _CPU = torch.device("cpu")
+_CALLS_BEFORE = 5
+"""Of each alternative, before it is timed: libraries choose their kernels."""
+_CALLS = 5
+"""In a round of `compare_in_turn`."""
 _BUSY_CYCLES = 200_000_000  # a tenth of a second
 
 
@@ -62,6 +68,44 @@ def compare(
     for _ in range(rounds):
         for name, work in alternatives.items():
             seconds[name].append(clock(work, device))
+    return _measurements(seconds, peaks)
+
+
+def compare_in_turn(
+    alternatives: Mapping[str, Callable[[], Callable[[], object]]], *, rounds: int, device: torch.device
+) -> list[Measurement]:
+    """Time and peak memory of alternatives whose memory a GPU has only for one at a time.
+
+    Each is made, called, and freed before the next; the machine must be idle meanwhile. A round is several
+    calls, queued as in training without waiting for each; seconds are those of one.
+
+    Args:
+        alternatives: name -> a function that makes the call. The first is the baseline.
+        rounds: at least 1.
+        device: as in `compare`.
+    """
+    peaks, seconds = {}, {}
+    for name, make in alternatives.items():
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        work = make()
+        for _ in range(_CALLS_BEFORE):
+            work()
+        _wait(device)
+        peaks[name] = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+        seconds[name] = [_time(partial(_repeat, work), device) / _CALLS for _ in range(rounds)]
+        del work
+        gc.collect()
+    return _measurements(seconds, peaks)
+
+
+def _repeat(work: Callable[[], object]) -> None:
+    for _ in range(_CALLS):
+        work()
+
+
+def _measurements(seconds: Mapping[str, list[float]], peaks: Mapping[str, int | None]) -> list[Measurement]:
     baseline = next(iter(seconds.values()))
     return [
         Measurement(name, own, [each / base for each, base in zip(own, baseline, strict=True)], peaks[name])

@@ -1,6 +1,7 @@
 """A complete training step of each method of an experiment, and its parts."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness import Measurement, Rounds, Threads, compare, conditions, table
+from benchmarks.harness import (
+    Measurement,
+    Rounds,
+    Threads,
+    compare,
+    compare_in_turn,
+    conditions,
+    table,
+)
 from mochi.config import Contrastive, Experiment, PretrainRun, first_runs, load_experiment
 from mochi.contrast.moco import MoCo
 from mochi.data.format import StoredDataset, open_dataset
@@ -44,13 +53,13 @@ def run(
     rounds: int,
     device: torch.device,
     same_batch: bool = False,
-    more: Mapping[str, Callable[[], object]] | None = None,
+    more: Mapping[str, Callable[[], Callable[[], object]]] | None = None,
 ) -> list[Measurement]:
     """Steps of every contrastive method on the same batches, the encoders alone and the data alone.
 
     The baseline is the first contrastive method without synthetic negatives. `encoders alone` is its step
     without loss, queue and update of the momentum encoder. With plain batch normalisation, without groups,
-    it is the lower bound.
+    it is the lower bound. A GPU measures one after the other: its memory holds one at a time.
 
     Args:
         experiment: its contrastive rows are compared.
@@ -58,24 +67,26 @@ def run(
         rounds: number of rounds, see `harness.compare`.
         device: where to compute.
         same_batch: train on the same batch in every step, so that loading takes no time.
-        more: further alternatives to compare.
+        more: further alternatives: name -> a function that makes the call.
     """
     runs = [each for each in first_runs(experiment) if isinstance(each.recipe, Contrastive)]
     if not runs:
         raise typer.BadParameter(f"{experiment.name}: found no contrastive method; expected at least one")
     base = next((each for each in runs if _is_plain(each)), runs[0])
-    alternatives: dict[str, Callable[[], object]] = {
-        each.method: _step(each, dataset, device, same_batch=same_batch)
+    alternatives: dict[str, Callable[[], Callable[[], object]]] = {
+        each.method: partial(_step, each, dataset, device, same_batch=same_batch)
         for each in sorted(runs, key=lambda each: each is not base)
     }
-    alternatives["encoders alone"] = _encoders(base, dataset, device)
-    alternatives["encoders alone, plain batch norm (lower bound)"] = _encoders(
-        base, dataset, device, plain=True
-    )
+    encoders = partial(_encoders, base, dataset, device)
+    alternatives["encoders alone"] = encoders
+    alternatives["encoders alone, plain batch norm (lower bound)"] = partial(encoders, plain=True)
     if not same_batch:
-        alternatives["data alone"] = _data(base, dataset, device)
+        alternatives["data alone"] = partial(_data, base, dataset, device)
     alternatives |= more or {}
-    return compare(alternatives, rounds=rounds, device=device, memory=True)
+    if device.type == "cuda":
+        return compare_in_turn(alternatives, rounds=rounds, device=device)
+    made = {name: make() for name, make in alternatives.items()}
+    return compare(made, rounds=rounds, device=device, memory=True)
 
 
 def _is_plain(run: PretrainRun) -> bool:

@@ -1,6 +1,8 @@
 """Number formats and determinism, the same for every stage."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -32,3 +34,17 @@ def make_deterministic(deterministic: bool = True) -> None:
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         # Nothing reads uninitialised memory here, and filling it writes every activation twice.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def any_order() -> Iterator[None]:
+    """Allow kernels that write in any order, for writes to distinct rows. Deterministic ones sort first."""
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(mode=False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode=True, warn_only=warn_only)

@@ -24,6 +24,7 @@ from mochi.config import Augmentation
 from mochi.data.views import counter_rng
 from mochi.data.views.crops import chunks
 from mochi.pixels import IMAGENET_MEAN, IMAGENET_STD
+from mochi.runtime.precision import any_order
 from mochi.runtime.transfer import arrays_to, to_device
 
 _GREY = (0.2989, 0.587, 0.114)  # torchvision's weights
@@ -290,10 +291,11 @@ def _convolved(images: Tensor, kernels: Tensor) -> Tensor:
 
 
 def _on_rows_(images: Tensor, rows: Tensor, operation_: Callable[[Tensor], object]) -> None:
-    """Apply `operation_` in place to the images `rows` (n,)."""
+    """Apply `operation_` in place to the images `rows` (n,), which are distinct."""
     if len(rows) == len(images):
         operation_(images)
     elif len(rows):
         some = images[rows]
         operation_(some)
-        images[rows] = some
+        with any_order():
+            images[rows] = some

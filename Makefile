@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help reproduce test test-slow lint docs mutants lock
+.PHONY: help reproduce test test-slow test-gpu lint docs mutants lock
 
 help:
 	@echo "make reproduce   install the locked environment, then run the embedded experiment end to end"
 	@echo "make test        the test suite"
 	@echo "make test-slow   slow tests; need root, slurm-wlm, munge, buildah, debootstrap, chromium"
+	@echo "make test-gpu    tests of a real GPU; need one"
 	@echo "make lint        format, lint, spelling, types, import contracts, workflow, documentation"
 	@echo "make docs        build the documentation as HTML in build/docs"
 	@echo "make mutants     mutation tests of the numeric code: list changes that no test detects (hours)"
@@ -33,6 +34,9 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	python -m pytest --numprocesses 2 --dist loadfile -o pythonpath=". .ci" -o timeout=2900 --durations=15 .ci
+
+test-gpu: $(VENV)/.ready
+	python -m pytest --gpu tests/gpu/test_real_gpu.py
 
 lint: $(VENV)/.ready
 	ruff format --check .

@@ -19,6 +19,16 @@ settings.register_profile("mochi", deadline=None, print_blob=True, derandomize=T
 settings.load_profile("mochi")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="do not hide the GPUs of this host (make test-gpu)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from the other tests, which compare numbers and bytes of the CPU."""
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Small tensors are slow on many threads, and results depend on the number of threads."""

@@ -65,7 +65,7 @@ class _Replayed:
         # Without a cache each replay casts the weights again.
         with torch.autocast(device.type, dtype, enabled, cache_enabled=False):
             with torch.cuda.stream(stream):
-                # cuBLAS warns if its is the first call of autograd's thread.
+                # cuBLAS warns if its call is the first of autograd's thread.
                 torch.zeros(1, device=device, requires_grad=True).exp().backward()
                 for _ in range(_WARM_UP_CALLS):
                     output = module(self.images)

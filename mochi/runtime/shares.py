@@ -5,8 +5,10 @@ import os
 
 logger = logging.getLogger(__name__)
 
-_MOST_THREADS = 8
-"""For one GPU."""
+_MOST_THREADS = 16
+"""For one GPU of this host: an H100 takes the views of about a dozen cores (docs/benchmarks.md)."""
+_THREADS_ELSEWHERE = 8
+"""For one GPU of a cluster's node, whose cores are unknown here."""
 
 
 def threads_per_run(num_gpus: int) -> int:
@@ -22,7 +24,7 @@ def threads_of_job(num_gpus: int, gpus_of_job: int) -> int:
     """CPU threads of a job on some GPUs, on a host with `num_gpus`; a login node has none."""
     if not gpus_of_job:
         return threads_per_run(0)
-    return gpus_of_job * (threads_per_run(num_gpus) if num_gpus else _MOST_THREADS)
+    return gpus_of_job * (threads_per_run(num_gpus) if num_gpus else _THREADS_ELSEWHERE)
 
 
 def workers_of(threads: int) -> int:

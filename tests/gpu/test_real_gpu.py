@@ -1,15 +1,15 @@
-"""The stages on a real GPU, compared with the CPU; skipped without one.
+"""The stages on a real GPU, compared with the CPU: `make test-gpu`.
 
 `test_simulated_gpu.py` covers devices and waits on any machine. Only a GPU shows whether its kernels are
 deterministic, what they compute, and what the driver reports.
 """
 
-import csv
 import json
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,17 @@ from mochi.pretraining import stage as pretraining_stage
 from mochi.pretraining.loop import TrainState
 from mochi.provenance.wanted import evaluated
 from mochi.runtime import gpus, monitoring
+from mochi.runtime.cuda_graphs import use_cuda_graph
 from mochi.runtime.distributed import AveragedGradients
 from mochi.runtime.ieee_float32 import use_ieee_float32
 from tests.commands import run
 from tests.detection.conftest import voc_image, voc_set  # noqa: F401 - fixtures
 from tests.detection.sets import detection, small_set
 from tests.gpu.runs import AUGMENTATIONS, METHOD, ROWS, experiment, pretrain
-from tests.pretraining.runs import steps_done
+from tests.pretraining.runs import rows, steps_done
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="found no GPU that torch can use")
+if not torch.cuda.is_available():
+    pytest.skip("`make test-gpu` runs it, on a host with a GPU", allow_module_level=True)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -73,13 +75,6 @@ def no_waits() -> Iterator[Callable[[bool], None]]:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the stages find no GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def table(folder: Path) -> list[dict[str, float]]:
-    with (folder / "out" / "metrics.csv").open() as file:
-        return [
-            {name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)
-        ]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -138,6 +133,29 @@ def test_cuda_graphs_change_no_byte(
     assert pretrain(chosen, data["pixels"], tmp_path / "one by one") == expected
 
 
+def test_a_cuda_graph_serves_training_and_keeps_the_running_statistics() -> None:
+    config = experiment("pixels").encoder
+    replayed, launched = (
+        encoders.build(config, partial(GroupedBatchNorm2d, num_groups=2), seed=0).to(GPU) for _ in range(2)
+    )
+    images = torch.randn(8, 3, 16, 16, device=GPU)
+    use_cuda_graph(replayed, images)
+    for name, buffer in launched.state_dict().items():
+        assert torch.equal(replayed.state_dict()[name], buffer), name
+    for batch in (images, torch.randn_like(images)):
+        outputs = [encoder(batch) for encoder in (replayed, launched)]
+        gradients = [
+            torch.autograd.grad(output.square().sum(), [*encoder.parameters()])
+            for output, encoder in zip(outputs, (replayed, launched), strict=True)
+        ]
+        assert torch.equal(*outputs)
+        assert all(map(torch.equal, *gradients))
+    for name, buffer in launched.state_dict().items():
+        assert torch.equal(replayed.state_dict()[name], buffer), name
+    few = images[:3]
+    assert torch.equal(*(encoder.eval()(few) for encoder in (replayed, launched)))
+
+
 @pytest.mark.parametrize("row", ["contrastive", "masks", "supervised"])
 @pytest.mark.parametrize("storage", ["pixels", "jpegs"])
 def test_training_computes_what_the_cpu_computes(
@@ -146,12 +164,13 @@ def test_training_computes_what_the_cpu_computes(
     """The means over an epoch of a few steps. Mixing is left out: its draws differ between devices."""
     monkeypatch.setitem(ROWS, "contrastive", {})
     monkeypatch.setitem(ROWS, "masks", {"masks": ["class_oracle", "same_image"]})
-    chosen = experiment(storage, row, epochs=1, precision="float32", lr=0.005, momentum=0.0)
+    recipe: dict[str, Any] = {"epochs": 1, "matching_epochs": [0], "precision": "float32"}
+    chosen = experiment(storage, row, lr=0.005, momentum=0.0, **recipe)
     pretrain(chosen, data[storage], tmp_path / "gpu")
     on_cpu(monkeypatch)
     pretrain(chosen, data[storage], tmp_path / "cpu")
-    (found,), (expected,) = table(tmp_path / "gpu"), table(tmp_path / "cpu")
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    (found,), (expected,) = rows(tmp_path / "gpu"), rows(tmp_path / "cpu")
+    assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-4)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -14,7 +14,12 @@ from tests.report.made_up import fine_tunings, is_detection, make_up
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {path.stem: path for path in sorted((ROOT / "config").glob("*.yaml"))}
-COMMITTED = {"config": "embedded", "cifar10-small": "cifar10-small", "cifar10-grid": "cifar10-grid"}
+COMMITTED = {
+    "config": "embedded",
+    "cifar10-small": "cifar10-small",
+    "cifar10-grid": "cifar10-grid",
+    "cifar10-resnet18": "cifar10-resnet18",
+}
 """Experiment file -> folder in results/."""
 
 

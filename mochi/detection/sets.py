@@ -144,10 +144,22 @@ def oddities(train: Annotations, test: Annotations) -> list[str]:
         if split.dropped:
             examples = "; ".join(split.dropped[:3]) + ("; ..." if len(split.dropped) > 3 else "")
             texts.append(f"{len(split.dropped)} objects of {name} are dropped: {examples}")
-        missing = [name for name, count in split.report()["classes"].items() if not count]
-        if missing:
-            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            texts.append(f"{len(missing)} classes have no object in {name} and {consequence}: {some}")
+        objects = split.report()["classes"]
+        used = {
+            split.classes[label - 1]
+            for image in split.images
+            for label in image.labels[image.trained if name == "train" else ~image.ignored].tolist()
+        }
+        for found, missing in (
+            ("no object", [each for each, count in objects.items() if not count]),
+            (
+                "only difficult objects or crowds",
+                [each for each, count in objects.items() if count and each not in used],
+            ),
+        ):
+            if missing:
+                some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+                texts.append(f"{len(missing)} classes have {found} in {name} and {consequence}: {some}")
     shared = {image.path for image in train.images} & {image.path for image in test.images}
     if shared:
         texts.append(f"{len(shared)} images are in both train and test, such as {min(shared)}")

@@ -536,6 +536,30 @@ def test_the_first_five_classes_without_an_object_are_listed(tmp_path: Path, cou
     ]
 
 
+def test_classes_with_crowds_alone_are_listed(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        content = coco_file(tmp_path, split)
+        content["annotations"][1]["iscrowd"] = 1
+        write(tmp_path, split, content)
+    assert contents_of(coco_data(tmp_path), masks=False, jobs=1).warnings == [
+        "1 classes have only difficult objects or crowds in train and cannot be learnt: bar",
+        "1 classes have only difficult objects or crowds in test and have no average precision: bar",
+    ]
+    content["annotations"].append({"id": 3, "image_id": 1, "category_id": 2, "bbox": [4, 5, 16, 17]})
+    write(tmp_path, "train", {**content, "images": coco_file(tmp_path)["images"]})
+    write(tmp_path, "test", content)
+    assert contents_of(coco_data(tmp_path), masks=False, jobs=1).warnings == []
+
+
+def test_classes_with_difficult_objects_alone_are_listed(voc_image: Writer) -> None:
+    objects = voc_object(), voc_object("bar", difficult=1)
+    voc_image(*objects, name="a1")
+    root = voc_image(*objects, name="b1", image_set="test")
+    assert contents_of(small_set(root).data, masks=False, jobs=1).warnings == [
+        "1 classes have only difficult objects or crowds in test and have no average precision: bar"
+    ], "difficult objects are trained on"
+
+
 @pytest.mark.parametrize(("count", "more"), [(3, False), (4, True)])
 def test_the_first_three_dropped_objects_are_listed(tmp_path: Path, count: int, more: bool) -> None:
     for split in ("train", "test"):

@@ -134,6 +134,12 @@ def clip(boxes: NDArray[Any], height: int, width: int) -> NDArray[np.float32]:
     return inside
 
 
+def count_cut(boxes: NDArray[Any], height: int, width: int, counts: Counter[str]) -> None:
+    """Count the (n, 4) boxes that `clip` changes by more than rounding: COCO's x + w may be 640 + 1e-13."""
+    cut = ~np.isclose(clip(boxes, height, width), boxes, rtol=1e-6)
+    counts["boxes cut to the image"] += int(cut.any(axis=1).sum())
+
+
 def merge(parts: list[Annotations]) -> Annotations:
     """Several splits as one, in order; their classes must agree.
 

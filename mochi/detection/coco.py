@@ -17,6 +17,7 @@ from mochi.detection.annotations import (
     Mistakes,
     RunLengths,
     clip,
+    count_cut,
     drop,
 )
 from mochi.storage.atomic import write_json
@@ -146,6 +147,7 @@ class _Image:
         areas = [item.area() for item in kept]
         crowd = np.array([item.fields.flag("iscrowd") for item in kept], bool)
         boxes[:, 2:] += boxes[:, :2]
+        count_cut(boxes, self.height, self.width, counts)
         counts["crowds"] += int(crowd.sum())
         counts["images without boxes"] += int(not kept)
         counts["images with crowds alone"] += int(len(kept) > 0 and bool(crowd.all()))

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from mochi.data.ingest.decode import UnreadableError, image_size
 from mochi.data.ingest.files import IMAGE_SUFFIXES, Names, read_list
-from mochi.detection.annotations import AnnotatedImage, AnnotationError, Annotations, Mistakes, clip, drop
+from mochi.detection.annotations import (
+    AnnotatedImage,
+    AnnotationError,
+    Annotations,
+    Mistakes,
+    clip,
+    count_cut,
+    drop,
+)
 from mochi.storage.atomic import replacing, write_text
 from mochi.text import as_number, nfc, read_xml, shown
 
@@ -124,12 +132,11 @@ class _File:
         written = np.array([each.box for each in self.objects], np.float64).reshape(-1, 4)
         boxes = written - np.array([first, first, 0, 0])
         inside = clip(boxes, self.height, self.width)
-        cut = ((boxes < 0) | (boxes > [self.width, self.height] * 2)).any(axis=1)
         usable: NDArray[np.bool_] = np.all(inside[:, 2:] > inside[:, :2], axis=1)
         for each, fine in zip(self.objects, usable, strict=True):
             if not fine:
                 drop(each.where, "a box outside the image", broken_objects, counts, dropped)
-        counts["boxes cut to the image"] += int(cut[usable].sum())
+        count_cut(boxes[usable], self.height, self.width, counts)
         kept = [each for each, fine in zip(self.objects, usable, strict=True) if fine]
         return AnnotatedImage(
             self.name,

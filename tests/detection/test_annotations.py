@@ -12,6 +12,7 @@ from mochi.detection.annotations import (
     Annotations,
     Mistakes,
     clip,
+    count_cut,
     for_training,
     merge,
     render_counts,
@@ -57,6 +58,16 @@ def test_boxes_are_clipped_on_each_side() -> None:
     inside = clip(np.array([[-1.5, -2, 31, 22], [1.5, 2, 29, 19.5]]), 20, 30)
     assert inside.dtype == np.float32
     assert inside.tolist() == [[0, 0, 30, 20], [1.5, 2, 29, 19.5]]
+
+
+def test_boxes_that_clipping_changes_are_counted_and_rounding_is_not() -> None:
+    counts = Counter[str]()
+    whole = [[0, 0, 30, 20], [-1e-9, 0, 30 + 1e-13, 20]]
+    beyond = [[-1, 0, 30, 20], [0, -1, 30, 20], [0, 0, 30.01, 20], [0, 0, 30, 1e300], [-1, -1, 31, 21]]
+    count_cut(np.array(whole), 20, 30, counts)
+    assert counts["boxes cut to the image"] == 0
+    count_cut(np.array(whole + beyond), 20, 30, counts)
+    assert counts["boxes cut to the image"] == 5
 
 
 @pytest.mark.parametrize(("count", "end"), [(5, []), (6, ["... and 1 more mistakes like these"])])

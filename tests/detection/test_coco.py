@@ -198,6 +198,13 @@ def test_boxes_are_clipped_to_the_image(tmp_path: Path, bbox: list[float], insid
     assert image.boxes.tolist() == [inside]
 
 
+def test_boxes_beyond_the_image_are_counted_as_in_voc(tmp_path: Path) -> None:
+    boxes = [[0, 0, 30, 20], [28, 3, 5, 5], [-4, -4, 5, 5], [29.9, 3, 0.1, 5], [2, 30, 5, 5]]
+    report = read(write(tmp_path, [{"bbox": box} for box in boxes]), masks=False).report()
+    assert report["boxes cut to the image"] == 2
+    assert report["objects dropped: a box outside the image"] == 1
+
+
 def test_areas_are_those_of_the_file_or_else_of_the_box(tmp_path: Path) -> None:
     objects: list[dict[str, Any]] = [{"area": 12.5}, {"bbox": [2, 3, 6, 4]}, {"area": 0}]
     image = read(write(tmp_path, objects), masks=False).images[0]

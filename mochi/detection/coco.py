@@ -26,6 +26,7 @@ from mochi.text import Fields, as_number, nfc, read_json
 _Id = int | str
 _FAR = 1e9
 """Pixels; beyond any image."""
+_NO_PIXEL = "a mask without a pixel"
 
 
 def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotations:
@@ -248,7 +249,7 @@ def usable_mask(segmentation: object, height: int, width: int) -> RunLengths | s
     """A segmentation as compressed run lengths, or why it cannot be used.
 
     Polygons [[x, y, ...], ...] of at least 3 points each, others are skipped; run lengths,
-    compressed or not, of the image's size.
+    compressed or not, of the image's size. Both cover a pixel: else there is nothing to learn or to match.
 
     Source: pycocotools mask; detectron2 data/datasets/coco.py skips polygons in the same way.
     """
@@ -280,7 +281,8 @@ def usable_mask(segmentation: object, height: int, width: int) -> RunLengths | s
     x, y = (np.concatenate([part[axis::2] for part in parts]) for axis in (0, 1))
     if x.max() <= 0 or y.max() <= 0 or x.min() >= width or y.min() >= height:
         return "a polygon outside the image"
-    return run_lengths([part.tolist() for part in parts], height, width)
+    shape = run_lengths([part.tolist() for part in parts], height, width)
+    return shape if mask_api.area(shape) else _NO_PIXEL
 
 
 def run_lengths(polygons: list[list[float]], height: int, width: int) -> RunLengths:
@@ -301,7 +303,7 @@ def _usable_run_lengths(shape: Mapping[str, Any], height: int, width: int) -> Ru
     if len(whole) != len(numbers) or sum(whole) != height * width:
         return "run lengths that do not fill the image"
     if not sum(whole[1::2]):
-        return "a mask without a pixel"
+        return _NO_PIXEL
     if isinstance(counts, str):
         return {"size": [height, width], "counts": counts.encode()}
     return dict(mask_api.frPyObjects([{"size": [height, width], "counts": whole}], height, width)[0])

@@ -194,9 +194,16 @@ class _Reader:
         return _File(name, image, width, height, objects)
 
     def _image(self, name: str, stated: str | None) -> Path:
-        """The image of an XML file: by the image set's name, or else by the file's own `filename`."""
+        """The image of an XML file: by the image set's name, or else by the file's own `filename`.
+
+        Of several images of that name, the one that `filename` names. Other names are often those before
+        renaming, and may be those of other images.
+        """
         stated = (stated or "").strip().replace("\\", "/").rpartition("/")[2]
-        image = self._images.image(name) or (self._images.find(stated) if stated else None)
+        named = self._images.find(stated) if stated else None
+        image = self._images.image(name)
+        if image is None or (named is not None and named.with_suffix("") == image.with_suffix("")):
+            image = named
         if image is not None and not image.is_file():
             raise AnnotationError(f"{image}: a broken link, or not a regular file; expected the image")
         if image is None:

@@ -216,6 +216,27 @@ def test_an_image_of_another_name_is_found_by_its_filename(voc_image: Writer, st
     assert read(root).images[0].path == root / "JPEGImages" / "photo.png"
 
 
+@pytest.mark.parametrize(
+    ("stated", "chosen"),
+    [
+        ("one.png", "one.png"),
+        ("C:\\pictures\\one.png", "one.png"),
+        ("one.jpg", "one.jpg"),
+        ("one.bmp", "one.jpg"),
+        ("two.png", "one.jpg"),
+        ("", "one.jpg"),
+    ],
+)
+def test_of_several_images_of_a_name_the_filename_chooses(
+    voc_image: Writer, stated: str, chosen: str
+) -> None:
+    """two.png may be the name before renaming, and is now that of another image."""
+    root = voc_image(f"<filename>{stated}</filename>", voc_object())
+    for other in ("one.png", "two.png"):
+        Image.new("RGB", (48, 40)).save(root / "JPEGImages" / other)
+    assert read(root).images[0].path.name == chosen
+
+
 def test_an_image_that_is_a_folder_or_a_broken_link_is_named(voc_image: Writer) -> None:
     root = voc_image(voc_object())
     path = root / "JPEGImages" / "one.jpg"

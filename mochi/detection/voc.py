@@ -32,6 +32,13 @@ from mochi.text import as_number, nfc, read_xml, shown
 logger = logging.getLogger(__name__)
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
+_TAGS = {
+    ".": ("object", "size", "filename"),
+    "size": ("width", "height"),
+    "object": ("name", "bndbox", "difficult"),
+    "object/bndbox": _SIDES,
+}
+"""Path of an element -> the tags in it that decide what is read."""
 
 
 def read(root: Path, image_set: str, classes: Sequence[str], broken_objects: str) -> Annotations:
@@ -279,8 +286,14 @@ def _objects(annotations: Names, name: str) -> tuple[Path, ET.Element, list[ET.E
     tree = read_xml(path, "the objects of an image")
     if tree.tag != "annotation":
         raise AnnotationError(f"{path}: found <{tree.tag}> as its root; expected <annotation>")
+    for parent, tags in _TAGS.items():
+        for element in tree.iterfind(f"{parent}/*"):
+            if element.tag not in tags and element.tag.lower() in tags:
+                raise AnnotationError(
+                    f"{path}: found <{element.tag}>; expected <{element.tag.lower()}>: correct the tag"
+                )
     items = tree.findall("object")
-    elsewhere = sum(1 for _ in tree.iter("object")) - len(items)
+    elsewhere = sum(each.tag.lower() == "object" for each in tree.iter()) - len(items)
     if elsewhere:
         raise AnnotationError(
             f"{path}: found {elsewhere} <object> deeper in the file (looked for <object> directly below "

@@ -138,6 +138,36 @@ def test_an_object_that_contradicts_itself_is_named(voc_image: Writer, tag: str,
         voc.read(root, "train", ["square", "bar"], "drop")
 
 
+@pytest.mark.parametrize("broken_objects", ["drop", "fail"])
+@pytest.mark.parametrize(
+    "tag", ["Object", "OBJECT", "Size", "Filename", "Width", "Name", "BndBox", "Difficult", "Xmin"]
+)
+def test_a_tag_in_other_capitals_is_named(voc_image: Writer, tag: str, broken_objects: str) -> None:
+    root = voc_image(
+        "<filename>one.jpg</filename>", voc_object(difficult=1), voc_object("bar", difficult=0)
+    )
+    path = root / "Annotations" / "one.xml"
+    start, end = f"<{tag.lower()}>", f"</{tag.lower()}>"
+    path.write_text(path.read_text().replace(start, f"<{tag}>", 1).replace(end, f"</{tag}>", 1))
+    with pytest.raises(DataError, match=rf"one\.xml: found <{tag}>; expected {start}: correct the tag"):
+        voc.read(root, "train", ["square", "bar"], broken_objects)
+
+
+def test_tags_that_are_not_read_may_have_any_capitals(voc_image: Writer) -> None:
+    part = "<part><Name>head</Name></part>"
+    root = voc_image(
+        "<owner><Name>one</Name></owner><Folder>VOC</Folder>",
+        voc_object().replace("</object>", f"<Pose>Left</Pose>{part}</object>"),
+    )
+    assert len(voc.read(root, "train", ["square"], "fail").images[0].boxes) == 1
+
+
+def test_an_object_deeper_in_the_file_is_named_in_any_capitals(voc_image: Writer) -> None:
+    root = voc_image("<objects><Object/></objects>", voc_object())
+    with pytest.raises(DataError, match=r"one\.xml: found 1 <object> deeper in the file"):
+        voc.read(root, "train", ["square"], "fail")
+
+
 def test_a_long_class_name_is_shortened(voc_image: Writer) -> None:
     root = voc_image(voc_object().replace("square", "square\u2028" + "x" * 5000))
     with pytest.raises(DataError, match="unknown class") as refused:

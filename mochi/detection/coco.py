@@ -26,7 +26,6 @@ from mochi.text import Fields, as_number, nfc, read_json
 _Id = int | str
 _FAR = 1e9
 """Pixels; beyond any image."""
-_NO_PIXEL = "a mask without a pixel"
 
 
 def read(root: Path, split: str, broken_objects: str, masks: bool) -> Annotations:
@@ -249,7 +248,7 @@ def usable_mask(segmentation: object, height: int, width: int) -> RunLengths | s
     """A segmentation as compressed run lengths, or why it cannot be used.
 
     Polygons [[x, y, ...], ...] of at least 3 points each, others are skipped; run lengths,
-    compressed or not, of the image's size. Both cover a pixel: else there is nothing to learn or to match.
+    compressed or not, of the image's size.
 
     Source: pycocotools mask; detectron2 data/datasets/coco.py skips polygons in the same way.
     """
@@ -281,8 +280,7 @@ def usable_mask(segmentation: object, height: int, width: int) -> RunLengths | s
     x, y = (np.concatenate([part[axis::2] for part in parts]) for axis in (0, 1))
     if x.max() <= 0 or y.max() <= 0 or x.min() >= width or y.min() >= height:
         return "a polygon outside the image"
-    shape = run_lengths([part.tolist() for part in parts], height, width)
-    return shape if mask_api.area(shape) else _NO_PIXEL
+    return run_lengths([part.tolist() for part in parts], height, width)
 
 
 def run_lengths(polygons: list[list[float]], height: int, width: int) -> RunLengths:
@@ -303,7 +301,7 @@ def _usable_run_lengths(shape: Mapping[str, Any], height: int, width: int) -> Ru
     if len(whole) != len(numbers) or sum(whole) != height * width:
         return "run lengths that do not fill the image"
     if not sum(whole[1::2]):
-        return _NO_PIXEL
+        return "a mask without a pixel"
     if isinstance(counts, str):
         return {"size": [height, width], "counts": counts.encode()}
     return dict(mask_api.frPyObjects([{"size": [height, width], "counts": whole}], height, width)[0])

@@ -89,7 +89,8 @@ def main(
     if device.type != "cuda" and not small:
         raise typer.BadParameter("found no GPU; expected one, or --small to try the script on a CPU")
     make_deterministic()
-    print(conditions(device))
+    before = conditions(device)
+    print(before)
     found = run(
         device,
         SMALL if small else Sizes(),
@@ -99,7 +100,7 @@ def main(
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{re.sub(r'[^a-z0-9]+', '-', card.lower())}.json"
-    path.write_text(json.dumps({"conditions": conditions(device), "tables": found}, indent=1) + "\n")
+    path.write_text(json.dumps({"conditions": before, "tables": found}, indent=1) + "\n")
     print(f"\n{path}")
 
 

@@ -1,9 +1,9 @@
 """Time and peak memory of alternatives, as ratios to a baseline that is measured in the same run.
 
 The alternatives are interleaved, so that other load on the machine slows all of them; torch.utils.benchmark
-finishes one before it starts the next. A ratio compares calls of the same round; its median and range are
-reported. If the load average in the first line is not near 0, or two runs differ by more than 10%, measure
-again.
+finishes one before it starts the next. `compare_in_turn` does that too, for alternatives that do not fit
+into a GPU's memory together. A ratio compares calls of the same round; its median and range are reported.
+If the load average in the first line is not near 0, or two runs differ by more than 10%, measure again.
 """
 
 import ctypes
@@ -59,8 +59,8 @@ def compare(
         rounds: at least 1.
         device: synchronised before the clock is read.
         memory: also measure the peak memory of this process, in calls that are not timed.
-        queued: on a GPU, time the kernels alone: the GPU is kept busy until all are queued, as by the
-            encoders in a training step.
+        queued: on a GPU, measure the time of the kernels alone: the GPU is kept busy until all of them are
+            queued, so that launching them costs no time.
     """
     clock = _time_of_kernels if queued and device.type == "cuda" else _time
     peaks = {name: _warm_up(work, device, memory) for name, work in alternatives.items()}
@@ -74,10 +74,11 @@ def compare(
 def compare_in_turn(
     alternatives: Mapping[str, Callable[[], Callable[[], object]]], *, rounds: int, device: torch.device
 ) -> list[Measurement]:
-    """Time and peak memory of alternatives whose memory a GPU has only for one at a time.
+    """Time and peak memory of alternatives that do not fit into a GPU's memory together.
 
-    Each is made, called, and freed before the next; the machine must be idle meanwhile. A round is several
-    calls, queued as in training without waiting for each; seconds are those of one.
+    Each is made, called, and freed before the next; nothing else may run meanwhile. A round is several
+    calls, queued as in training without waiting for each; seconds are those of one. Peak memory is all that
+    torch has reserved, including the memory of CUDA graphs.
 
     Args:
         alternatives: name -> a function that makes the call. The first is the baseline.

@@ -57,9 +57,10 @@ def run(
 ) -> list[Measurement]:
     """Steps of every contrastive method on the same batches, the encoders alone and the data alone.
 
-    The baseline is the first contrastive method without synthetic negatives. `encoders alone` is its step
-    without loss, queue and update of the momentum encoder. With plain batch normalisation, without groups,
-    it is the lower bound. A GPU measures one after the other: its memory holds one at a time.
+    The baseline is the first contrastive method without synthetic negatives. `encoders alone` is its
+    forward and backward passes, without loss, queue, optimizer and update of the momentum encoder. With
+    plain batch normalisation, without groups, it is the lower bound. On a GPU the alternatives are measured
+    one after another, because its memory may not hold all of them.
 
     Args:
         experiment: its contrastive rows are compared.
@@ -168,6 +169,7 @@ def _encoders(
         use_cuda_graph(moco.momentum_encoder, batch.key)
 
     def work() -> None:
+        moco.zero_grad(set_to_none=True)
         with autocast(device, recipe.precision):
             query = moco.query_encoder(batch.query)
             with torch.no_grad():

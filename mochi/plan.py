@@ -345,7 +345,7 @@ def _totals(
     if not measure:
         return
     if machine.device.type == "cuda":
-        peak = f"{readable_size(torch.cuda.max_memory_allocated())} of GPU memory per run"
+        peak = f"{readable_size(torch.cuda.max_memory_reserved())} of GPU memory per run"
     else:
         peak = (
             f"{readable_size(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)} per run, "

@@ -84,6 +84,7 @@ STAGES = {
             "mochi.pretraining.loop",
             "mochi.pretraining.objectives",
             "mochi.pretraining.optimizers",
+            "mochi.runtime.cuda_graphs",
             "mochi.runtime.seeding",
             *_ENCODERS,
             *_VIEWS,

@@ -247,8 +247,8 @@ def _some(ids: Mapping[_Id, object]) -> str:
 def usable_mask(segmentation: object, height: int, width: int) -> RunLengths | str:
     """A segmentation as compressed run lengths, or why it cannot be used.
 
-    Polygons [[x, y, ...], ...] of at least 3 points each, others are skipped; run lengths,
-    compressed or not, of the image's size.
+    Polygons [[x, y, ...], ...] of at least 3 points each, others are skipped; they may cover no pixel. Run
+    lengths, compressed or not, of the image's size, which cover at least one pixel.
 
     Source: pycocotools mask; detectron2 data/datasets/coco.py skips polygons in the same way.
     """

@@ -201,10 +201,10 @@ class _Reader:
         return _File(name, image, width, height, objects)
 
     def _image(self, name: str, stated: str | None) -> Path:
-        """The image of an XML file: by the image set's name, or else by the file's own `filename`.
+        """The image of an XML file: the one with the image set's name, otherwise the one in `filename`.
 
-        Of several images of that name, the one that `filename` names. Other names are often those before
-        renaming, and may be those of other images.
+        If several images have that name and differ in suffix, `filename` chooses. A `filename` with another
+        name is ignored then: it is often the name before renaming, and may now belong to another image.
         """
         stated = (stated or "").strip().replace("\\", "/").rpartition("/")[2]
         named = self._images.find(stated) if stated else None

@@ -175,7 +175,7 @@ class SupervisedObjective:
             self._backbone = build(run.encoder, SharedBatchNorm2d)
             classifier = nn.Linear(self._backbone.num_features, num_classes)
         self.module: nn.Module = nn.Sequential(self._backbone, classifier)
-        self._has_graph = False
+        self._graph_requested = False
         self.num_images = int((split.labels >= 0).sum())
         self._seed = run.seed
 
@@ -203,9 +203,9 @@ class SupervisedObjective:
 
     def loss(self, batch: Images, epoch: int, step: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Cross-entropy in float32."""
-        if not self._has_graph:
+        if not self._graph_requested:
             use_cuda_graph(self.module, batch.images)
-            self._has_graph = True
+            self._graph_requested = True
         logits = self.module(batch.images).float()
         loss = F.cross_entropy(logits, batch.labels)
         accuracy = (logits.argmax(1) == batch.labels).float().mean()

@@ -1,8 +1,8 @@
-"""Launch all kernels of an encoder at once, which a GPU otherwise receives one by one.
+"""CUDA graphs: launch all kernels of an encoder with one call.
 
-A training step has thousands of kernels, and the host needs longer to launch them than a GPU to compute
-them (`python -m benchmarks.gpu`). A CUDA graph records them once. The kernels are the same, so are the
-results.
+A training step has thousands of kernels. The host needs longer to launch them one by one than the GPU to
+compute them (`python -m benchmarks.gpu`). A CUDA graph records them once and replays them. The kernels are
+the same, so the results are too.
 """
 
 import logging
@@ -29,9 +29,14 @@ def use_cuda_graph(module: nn.Module, images: Tensor) -> None:
     still runs. If the capture fails, nothing changes, with a warning. Activations stay in memory between
     steps.
 
+    The next call overwrites the output. Each backward pass must come before the next forward pass, and
+    overwrites the gradients of the last: set them to None, do not accumulate. There is no gradient with
+    respect to the images.
+
     Args:
-        module: maps images to one tensor, a function of its parameters only; they must not be replaced.
-        images: (B, 3, H, W), like those of every later call, which must be within the same autocast.
+        module: maps images to one tensor, without random numbers or synchronisation; its parameters and
+            buffers may be changed in place, but not replaced.
+        images: (B, 3, H, W); later calls must have the same shape and the same autocast settings.
     """
     if images.device.type != "cuda" or world_size() > 1:
         return
@@ -42,6 +47,7 @@ def use_cuda_graph(module: nn.Module, images: Tensor) -> None:
         logger.warning("kernels are launched one by one, because no CUDA graph can be made: %s", error)
         return
     finally:
+        torch.cuda.synchronize(images.device)  # warm-up calls on another stream write them too
         for buffer, before in buffers:  # running statistics
             buffer.copy_(before)
     one_by_one = module.forward
@@ -115,9 +121,10 @@ class _Replay(torch.autograd.Function):
 def parallel_branches(
     device: torch.device, count: int
 ) -> Iterator[Callable[[int], AbstractContextManager[Any]]]:
-    """Independent branches of the CUDA graph that is being captured, which the GPU computes concurrently.
+    """Compute independent branches concurrently, in the CUDA graph that is being captured.
 
-    Elsewhere everything stays in order: to the host, streams would cost more than they save.
+    Outside a capture the branches run in order: launching on several streams would cost the host more than
+    it saves.
 
     Args:
         device: of the computation.

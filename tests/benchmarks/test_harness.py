@@ -1,13 +1,14 @@
 """The harness on alternatives with known times, which set the clock themselves."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Measurement, compare, table
+from benchmarks.harness import Measurement, compare, compare_in_turn, table
 
 
 class Clock:
@@ -38,6 +39,32 @@ def test_alternatives_are_interleaved_and_ratios_are_within_a_round(
     assert clock.calls == "ab" + 3 * "ab"
     assert base == Measurement("a", [1, 8, 2], [1, 1, 1], None)
     assert other == Measurement("b", [2, 24, 4], [2, 3, 2], None)
+
+
+def test_each_alternative_is_freed_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round is several calls after some that are not timed; seconds are those of one."""
+    clock, alive = Clock(monkeypatch), []
+
+    class Alternative:
+        def __init__(self, name: str, *seconds: float) -> None:
+            assert not alive
+            alive.append(name)
+            untimed = [100.0] * harness._CALLS_BEFORE
+            timed = [each for each in seconds for _ in range(harness._CALLS)]
+            self._work = clock.takes(name, *untimed, *timed)
+
+        def __call__(self) -> None:
+            self._work()
+
+        def __del__(self) -> None:
+            alive.clear()
+
+    makes = {"a": partial(Alternative, "a", 1, 8), "b": partial(Alternative, "b", 2, 24)}
+    base, other = compare_in_turn(makes, rounds=2, device=torch.device("cpu"))
+    calls = harness._CALLS_BEFORE + 2 * harness._CALLS
+    assert clock.calls == "a" * calls + "b" * calls
+    assert base == Measurement("a", [1, 8], [1, 1], None)
+    assert other == Measurement("b", [2, 24], [2, 3], None)
 
 
 def test_the_table_shows_medians_ranges_and_rates() -> None:

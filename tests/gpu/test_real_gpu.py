@@ -451,4 +451,6 @@ def test_running_out_of_memory_is_one_line() -> None:
             torch.empty(1 << 30, device=GPU)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, GPU)
-    assert "expected room for the weights and one batch" in str(gpus.reason(error.value))
+    advice = str(gpus.reason(error.value))
+    assert "expected room for the weights and one batch" in advice
+    assert "\n" not in advice

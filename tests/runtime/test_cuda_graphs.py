@@ -39,7 +39,7 @@ def test_a_capture_that_fails_is_a_warning_and_changes_nothing(caplog: pytest.Lo
         assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
-def prepare_a_rank() -> None:
+def use_cuda_graph_on_a_rank() -> None:
     def capture(*_: object) -> NoReturn:
         raise AssertionError("captured in a run of several processes")
 
@@ -51,7 +51,7 @@ def prepare_a_rank() -> None:
 
 def test_several_processes_launch_kernels_one_by_one() -> None:
     """They average gradients during the backward pass."""
-    run_ranks(prepare_a_rank, 2)
+    run_ranks(use_cuda_graph_on_a_rank, 2)
 
 
 def test_branches_stay_in_order_outside_a_capture() -> None:

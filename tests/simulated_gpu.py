@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 import mochi
+from mochi.runtime import cuda_graphs
 
 _PACKAGE = str(Path(mochi.__file__).parent) + "/"
 _RealGenerator = torch.Generator
@@ -295,6 +296,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "synchronize", lambda *device: None),
         (torch.cuda, "manual_seed_all", lambda seed: None),
         (torch.cuda, "CUDAGraph", _no_graph),
+        (cuda_graphs, "_WARM_UP_CALLS", 1),  # of captures, which fail
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),

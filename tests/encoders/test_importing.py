@@ -632,6 +632,28 @@ def test_a_standard_deviation_must_be_finite_and_positive(std: tuple[float, ...]
         import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "e.safetensors", Choices(std=std))
 
 
+@pytest.mark.parametrize("mean", [(0.0, 0.0, 0.0), (-1.0, 0.456, 0.406)])
+def test_a_mean_may_be_zero_or_negative(mean: tuple[float, ...], tmp_path: Path) -> None:
+    """It is refused as different from this project's, not as no number."""
+    torch.save(QUERY_WEIGHTS, tmp_path / "c.pth")
+    with pytest.raises(EncoderError, match="trained on images with the RGB mean"):
+        import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "e.safetensors", Choices(mean=mean))
+
+
+def test_converted_pixels_are_listed(tmp_path: Path) -> None:
+    torch.save(QUERY_WEIGHTS, tmp_path / "c.pth")
+    order = "conv1's input channels reversed from BGR to RGB"
+    deviation = "the standard deviation [0.2, 0.2, 0.2] folded into conv1; here it is [0.229, 0.224, 0.225]"
+    std = (0.2, 0.2, 0.2)
+    for choices, listed in (
+        (Choices(), []),
+        (Choices(channel_order="BGR", mean=IMAGENET_MEAN[::-1]), [order]),
+        (Choices(channel_order="RGB", mean=IMAGENET_MEAN, std=std), [deviation]),
+    ):
+        lines = "\n".join(import_checkpoint(str(tmp_path / "c.pth"), tmp_path / "e.safetensors", choices))
+        assert [each for each in (order, deviation) if each in lines] == listed
+
+
 def test_a_negative_variance_is_refused(tmp_path: Path) -> None:
     torch.save({**QUERY_WEIGHTS, "bn1.running_var": -QUERY_WEIGHTS["bn1.running_var"]}, tmp_path / "c.pth")
     with pytest.raises(EncoderError, match=r"bn1\.running_var: found a variance below 0"):

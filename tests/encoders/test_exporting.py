@@ -115,19 +115,21 @@ def test_the_line_to_load_a_file_quotes_its_path(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("architecture", "expected"),
+    ("architecture", "width", "expected"),
     [
-        ("resnet18", {"DEPTH": 18, "RES2_OUT_CHANNELS": 64}),
-        ("resnet50", {}),
-        ("resnet101", {"DEPTH": 101}),
-        ("resnext50_32x4d", {"NUM_GROUPS": 32, "WIDTH_PER_GROUP": 4}),
-        ("wide_resnet50_2", {"WIDTH_PER_GROUP": 128}),
+        ("resnet18", 64, {"DEPTH": 18, "RES2_OUT_CHANNELS": 64}),
+        ("resnet50", 64, {}),
+        ("resnet50", 32, {"WIDTH_PER_GROUP": 32, "STEM_OUT_CHANNELS": 32, "RES2_OUT_CHANNELS": 128}),
+        ("resnet101", 64, {"DEPTH": 101}),
+        ("resnext50_32x4d", 64, {"NUM_GROUPS": 32, "WIDTH_PER_GROUP": 4}),
+        ("wide_resnet50_2", 64, {"WIDTH_PER_GROUP": 128}),
     ],
 )
 def test_detectron2_is_told_what_differs_from_its_defaults(
-    architecture: str, expected: dict[str, int], tmp_path: Path
+    architecture: str, width: int, expected: dict[str, int], tmp_path: Path
 ) -> None:
-    line = export_encoder(saved(tmp_path, architecture), "detectron2", tmp_path / "x.pkl")[1]
+    path = saved(tmp_path, architecture, width=width)
+    line = export_encoder(path, "detectron2", tmp_path / "x.pkl")[1]
     settings = yaml.safe_load("{" + line.removeprefix("  load: ") + "}")
     start = "MODEL.RESNETS."
     found = {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}

@@ -189,6 +189,7 @@ def test_the_detectron2_file_has_detectron2s_names_and_arrays(tmp_path: Path) ->
         (("resnet18", "half", 64), "moco", r"moco builds ResNets with the 7x7 stem"),
         (("resnet18", "full", 64), "detectron2", "detectron2 builds ResNets with the 7x7 stem"),
         (("resnet10", "imagenet", 64), "detectron2", "detectron2 has no ResNet-10"),
+        (("resnet10", "imagenet", 64), "moco", "moco has no ResNet-10"),
     ],
 )
 def test_an_encoder_that_a_format_cannot_represent_is_refused(

@@ -53,6 +53,17 @@ def test_the_report_lists_the_content(tree: Path, tmp_path: Path) -> None:
         assert part in text, text
 
 
+def test_a_terminal_does_not_execute_the_names_of_files_and_classes(tree: Path) -> None:
+    (tree / "train" / "an\x1b[2Jt").mkdir()
+    (tree / "train" / "ant" / "a\nwarning: b\x9b.jpg").touch()
+    report = inspect(tree, jobs=1)
+    text = render(report)
+    assert text.replace("\n", "").isprintable()
+    assert r"train/ant/a\nwarning: b\x9b.jpg (0 bytes): empty file" in text
+    assert r"an\x1b[2Jt" in text
+    assert report["unreadable"][0]["path"] == "train/ant/a\nwarning: b\x9b.jpg", "JSON has its own escapes"
+
+
 def test_classes_without_splits_are_read_as_init_reads_them(tree: Path, tmp_path: Path) -> None:
     """They were once reported as images without labels, for which no probe is recommended."""
     shutil.rmtree(tree / "train/dog", ignore_errors=True)

@@ -152,7 +152,6 @@ def test_the_package_passes_its_tests(image: Image) -> None:
         "report",
         "test_documents.py",
         "test_dvc.py",
-        "test_extending.py",
         "test_reruns.py",
     )
     suite += [f"--ignore=tests/{name}" for name in same]

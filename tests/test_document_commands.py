@@ -139,8 +139,8 @@ NOT_RUN = {
 PYTHON = {
     ("README.md", "from mochi import MoCHiLoss"): "tests/test_library_example.py",
     ("docs/library.md", "*"): "tests/test_library_example.py",
-    ("docs/extending.md", '"""InfoNCE against the hardest negatives alone."""'): "tests/test_extending.py",
-    ("docs/extending.md", '"""Classification by the nearest class mean."""'): "tests/test_extending.py",
+    ("docs/extending.md", '"""InfoNCE against the hardest negatives alone."""'): ".ci/test_extending.py",
+    ("docs/extending.md", '"""Classification by the nearest class mean."""'): ".ci/test_extending.py",
     ("docs/use.md", "import numpy as np"): "tests/test_document_commands.py",
 }
 """(Document, first line of a block) -> the file that runs it."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import finished  # noqa: F401 (a fixture)
 from tests.project import CONFIG, Project
 
 MOCHI = "mochi-16-24-8"
@@ -21,7 +20,7 @@ RUNNING = re.compile(r"Running stage '(.+)'")
 
 
 @pytest.fixture(scope="module")
-def recorded(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:  # noqa: F811
+def recorded(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("dvc")
     # No accent: `dvc exp run --temp` fails on one in .git/config, which names the origin.
     project = finished.copy(folder / "an origin")
@@ -91,7 +90,7 @@ def test_a_changed_setting_without_snakemakes_metadata(clone: Project) -> None:
     assert changed <= {"random-init.knn.top1", f"{MOCHI}.knn.top1"}
 
 
-def test_results_that_snakemake_computed_are_stored(finished: Project, tmp_path: Path) -> None:  # noqa: F811
+def test_results_that_snakemake_computed_are_stored(finished: Project, tmp_path: Path) -> None:
     project = finished.copy(tmp_path / "computed")
     before = project.digests(COMPUTED)
     project.succeed("git", "init", "--quiet")

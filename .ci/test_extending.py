@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.conftest import finished  # noqa: F401 (a fixture)
 from tests.project import CONFIG, ROOT, Project
 from tests.tiny import FILE, TINY
 
@@ -22,10 +21,7 @@ def block(language: str, containing: str) -> str:
     return str(found)
 
 
-def test_a_new_evaluation_is_one_file_and_one_line(
-    finished: Project,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_a_new_evaluation_is_one_file_and_one_line(finished: Project, tmp_path: Path) -> None:
     code = block("python", "class NearestMean(Task)")
     assert len(code.splitlines()) < 30
     project = finished.copy(tmp_path / "project")
@@ -49,10 +45,7 @@ def test_a_new_evaluation_is_one_file_and_one_line(
     assert "evaluation.centered.centre: unknown key 'centre'; did you mean 'center'?" in output
 
 
-def test_a_new_rule_of_negatives_is_one_file_and_one_line(
-    finished: Project,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_a_new_rule_of_negatives_is_one_file_and_one_line(finished: Project, tmp_path: Path) -> None:
     code = block("python", "class Hardest(Rule)")
     assert len(code.splitlines()) < 30
     project = finished.copy(tmp_path / "project")

@@ -20,7 +20,7 @@ from mochi import __version__
 from mochi.errors import UserError
 from mochi.extras import EXTRAS, not_installed
 from mochi.provenance.wanted import Result
-from mochi.runtime.progress import configure_logging
+from mochi.runtime.progress import configure_logging, printable
 
 if TYPE_CHECKING:
     from mochi.inference.encoder import LoadedEncoder, Overrides
@@ -138,7 +138,8 @@ def inspect(
         from mochi.detection import sets
 
         contents = sets.inspect(data, jobs)
-        typer.echo(sets.render(contents))
+        for line in sets.render(contents).split("\n"):
+            typer.echo(printable(line))
         summary["detection"] = contents._asdict()
     if report is not None:
         write_json(report, summary)
@@ -784,7 +785,7 @@ def main() -> NoReturn:
     except (UserError, OSError, MemoryError) as error:
         text = str(error) if isinstance(error, UserError) else _explained(error)
         for line in text.splitlines():
-            typer.echo(f"error: {line}", err=True)
+            typer.echo(f"error: {printable(line)}", err=True)
         sys.exit(1)
     except RuntimeError as error:
         from mochi.runtime import gpus, watchdog

@@ -302,6 +302,11 @@ def test_inspect_reports_on_a_folder_of_images(tmp_path: Path) -> None:
     assert "nowhere" in refused("inspect", "nowhere")
 
 
+def test_errors_have_no_control_characters_in_names() -> None:
+    """A terminal would execute them."""
+    assert refused("inspect", "images \x07\x9b2J").startswith(r"error: images \x07\x9b2J: no such folder")
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -14,6 +14,7 @@ from mochi.data.ingest import classes, duplicates
 from mochi.data.ingest.raw import FileSplit, Progress, as_text, class_counts
 from mochi.data.ingest.validate import Validator
 from mochi.data.recommend import FEWEST, Facts, advise
+from mochi.runtime.progress import printable
 
 _SHOWN = 5  # examples of each kind; the JSON report has all
 
@@ -203,18 +204,13 @@ def render(report: dict[str, Any]) -> str:
     if report["too_few"]:
         count = report["splits"].get("train", {"images": 0})["images"]
         lines.append(f"warning: {count} training images are too few to pretrain on; expected thousands")
-    lines = [_printable(line) for line in lines]  # names of files and classes may hold anything
+    lines = [printable(line) for line in lines]  # names of files and classes may hold anything
     lines += _section(
         "recommended settings to start with",
         [f"{_yaml(advice['key'], advice['value'])}\n      {advice['why']}" for advice in report["advice"]],
         limit=None,
     )
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    """Unprintable characters as Python's escapes, such as \\n, which a terminal would execute."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _yaml(key: str, value: object) -> str:

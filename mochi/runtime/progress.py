@@ -1,4 +1,4 @@
-"""Log lines and progress on stderr, from the first rank only."""
+"""Log lines and progress on stderr, from the first rank only, without control characters."""
 
 import atexit
 import io
@@ -20,8 +20,24 @@ def configure_logging() -> None:
     """Log plain messages on stderr: everything from info up; from ranks other than 0 warnings only."""
     _open_standard_streams()
     level = logging.INFO if _is_first_rank() else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable())
+    logging.basicConfig(level=level, handlers=[handler])
     atexit.register(_abandon_log)
+
+
+class _Printable(logging.Formatter):
+    """The message alone, without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+def printable(line: str) -> str:
+    """A line with unprintable characters as Python's escapes: names of files may contain codes that a
+    terminal executes.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
 def _open_standard_streams() -> None:

@@ -47,6 +47,15 @@ def test_only_the_first_rank_shows_progress(
     assert len(capsys.readouterr().err.splitlines()) == lines
 
 
+def test_control_characters_are_not_logged(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    configure_logging()
+    logging.getLogger("mochi").warning("a\x1b[2J.jpg: empty\nanother line")
+    assert capsys.readouterr().err == "a\\x1b[2J.jpg: empty\nanother line\n"
+
+
 @pytest.mark.parametrize(("rank", "expected"), [("0", ["plain", "warned"]), ("3", ["warned"])])
 def test_other_ranks_log_warnings_only(
     capsys: pytest.CaptureFixture[str],

@@ -63,7 +63,7 @@ def test_boxes_are_clipped_on_each_side() -> None:
 def test_boxes_that_clipping_changes_are_counted_and_rounding_is_not() -> None:
     counts = Counter[str]()
     whole = [[0, 0, 30, 20], [-1e-9, 0, 30 + 1e-13, 20]]
-    beyond = [[-1, 0, 30, 20], [0, -1, 30, 20], [0, 0, 30.01, 20], [0, 0, 30, 1e300], [-1, -1, 31, 21]]
+    beyond = [[-1, 0, 30, 20], [0, -1, 30, 20], [0, 0, 30.0002, 20], [0, 0, 30, 1e300], [-1, -1, 31, 21]]
     count_cut(np.array(whole), 20, 30, counts)
     assert counts["boxes cut to the image"] == 0
     count_cut(np.array(whole + beyond), 20, 30, counts)

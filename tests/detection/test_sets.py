@@ -140,7 +140,8 @@ def test_an_object_that_contradicts_itself_is_named(voc_image: Writer, tag: str,
 
 @pytest.mark.parametrize("broken_objects", ["drop", "fail"])
 @pytest.mark.parametrize(
-    "tag", ["Object", "OBJECT", "Size", "Filename", "Width", "Name", "BndBox", "Difficult", "Xmin"]
+    "tag",
+    ["Object", "OBJECT", "Size", "Filename", "Width", "Height", "Name", "BndBox", "Difficult", "Xmin"],
 )
 def test_a_tag_in_other_capitals_is_named(voc_image: Writer, tag: str, broken_objects: str) -> None:
     root = voc_image(

@@ -159,7 +159,9 @@ def test_main_lincls_misses_only_its_classifier(tmp_path: Path) -> None:
     """The lines of MoCo's main_lincls.py that load a checkpoint."""
     export_encoder(saved(tmp_path), "moco", tmp_path / "x.pth")
     model = torchvision.models.resnet18()
-    state_dict = torch.load(tmp_path / "x.pth", weights_only=True)["state_dict"]
+    checkpoint = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert checkpoint["arch"] == "resnet18", "as main_moco.py saves it"
+    state_dict = checkpoint["state_dict"]
     for k in list(state_dict.keys()):
         if k.startswith("module.encoder_q") and not k.startswith("module.encoder_q.fc"):
             state_dict[k[len("module.encoder_q.") :]] = state_dict[k]
@@ -167,6 +169,13 @@ def test_main_lincls_misses_only_its_classifier(tmp_path: Path) -> None:
     found = model.load_state_dict(state_dict, strict=False)
     assert set(found.missing_keys) == {"fc.weight", "fc.bias"}
     assert not found.unexpected_keys
+
+
+def test_timms_file_says_that_its_tensors_are_torchs(tmp_path: Path) -> None:
+    """transformers refuses a file without this."""
+    export_encoder(saved(tmp_path), "timm", tmp_path / "x.safetensors")
+    with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_the_detectron2_file_has_detectron2s_names_and_arrays(tmp_path: Path) -> None:

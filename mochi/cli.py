@@ -92,7 +92,7 @@ def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        typer.echo(f"mochi {__version__}")
+        _echo(f"mochi {__version__}")
         raise typer.Exit
 
 
@@ -110,10 +110,10 @@ def check(
     experiment = load_experiment(config)
     findings = preflight.check(experiment, verify=verify)
     for finding in findings:
-        typer.echo(finding)
+        _echo(str(finding))
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
-    typer.echo(f"{experiment.name}: {len(experiment.methods)} methods, ready")
+    _echo(f"{experiment.name}: {len(experiment.methods)} methods, ready")
 
 
 @app.command(rich_help_panel=_INSPECT)
@@ -133,13 +133,12 @@ def inspect(
     if report is not None:
         require_writable_file(report)
     summary = inspection.inspect(folder, jobs=jobs, progress=counter("inspect"))
-    typer.echo(inspection.render(summary))
+    _echo(inspection.render(summary))
     if data := detection_data(folder):
         from mochi.detection import sets
 
         contents = sets.inspect(data, jobs)
-        for line in sets.render(contents).split("\n"):
-            typer.echo(printable(line))
+        _echo(sets.render(contents))
         summary["detection"] = contents._asdict()
     if report is not None:
         write_json(report, summary)
@@ -163,7 +162,7 @@ def init(
     from mochi.new_experiment import new_experiment
 
     for line in new_experiment(folder, out, hours=hours, force=force):
-        typer.echo(line)
+        _echo(line)
 
 
 @app.command(rich_help_panel=_INSPECT)
@@ -179,7 +178,7 @@ def plan(
     from mochi.config import load_experiment
 
     for line in planning.plan(load_experiment(config), measure=measure):
-        typer.echo(line)
+        _echo(line)
 
 
 @app.command(rich_help_panel=_INSPECT)
@@ -189,7 +188,7 @@ def status(config: ConfigArgument = DEFAULT_CONFIG) -> None:
     from mochi.status import status as experiment_status
 
     for line in experiment_status(load_experiment(config)):
-        typer.echo(line)
+        _echo(line)
 
 
 @app.command(rich_help_panel=_INSPECT)
@@ -208,7 +207,7 @@ def adopt(
     from mochi.config import load_experiment
 
     for line in adopt_results(load_experiment(config), config, accept_code=accept_code, restore=restore):
-        typer.echo(line)
+        _echo(line)
 
 
 @app.command(rich_help_panel=_INSPECT)
@@ -222,7 +221,7 @@ def explain(
     from mochi.report.explain import explain as trace
 
     for line in trace(load_experiment(config), method, task):
-        typer.echo(line)
+        _echo(line)
 
 
 @app.command(rich_help_panel=_INSPECT)
@@ -232,7 +231,7 @@ def schema() -> None:
 
     from mochi.config.schema import schema as experiment_schema
 
-    typer.echo(json.dumps(experiment_schema(), indent=2))
+    _echo(json.dumps(experiment_schema(), indent=2))
 
 
 @app.command(rich_help_panel=_USE)
@@ -259,9 +258,9 @@ def features(
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
     _, encoded = _load_and_encode(encoder, overrides, images, batch_size, jobs)
     listed = write_features(out, encoded)
-    typer.echo(f"{out}: {len(encoded.paths)} images, vectors of {encoded.vectors.shape[1]} numbers")
+    _echo(f"{out}: {len(encoded.paths)} images, vectors of {encoded.vectors.shape[1]} numbers")
     if listed is not None:
-        typer.echo(f"{len(encoded.quarantined)} files are not usable images; see {listed}")
+        _echo(f"{len(encoded.quarantined)} files are not usable images; see {listed}")
     _echo_ignored(encoded)
 
 
@@ -300,9 +299,9 @@ def neighbors(
     overrides = Overrides(config, architecture, stem, width, image_size, resize)
     loaded, encoded = _load_and_encode(encoder, overrides, images, batch_size, jobs)
     sheet(loaded, images, encoded, query or [], out, k=k, num_queries=num_queries, hardest=hardest)
-    typer.echo(f"{out}: written")
+    _echo(f"{out}: written")
     for path, reason in encoded.quarantined:
-        typer.echo(f"skipped: {path!r}: {reason}")
+        _echo(f"skipped: {path!r}: {reason}")
     _echo_ignored(encoded)
 
 
@@ -337,12 +336,12 @@ def import_(
     numbers = _numbers("--mean", mean), _numbers("--std", std)
     choices = Choices(which, architecture, stem, image_size, channel_order, *numbers)
     for line in import_checkpoint(file, out, choices):
-        typer.echo(line)
+        _echo(line)
 
 
 def _echo_ignored(encoded: "FolderFeatures") -> None:
     if encoded.ignored:
-        typer.echo(f"ignored: {dict(encoded.ignored)}")
+        _echo(f"ignored: {dict(encoded.ignored)}")
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -370,7 +369,7 @@ def export(
     from mochi.encoders.exporting import export_encoder
 
     for line in export_encoder(file, format, out):
-        typer.echo(line)
+        _echo(line)
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -429,17 +428,17 @@ def prepare(
         finish=lambda new: write_record(new, result, watch),
     )  # fmt: skip
     for name, split in manifest["splits"].items():
-        typer.echo(f"{name}: {split['count']} images, {split['unlabelled']} of them without a label")
-    typer.echo(f"{len(manifest['classes'])} classes; ignored: {manifest['ignored'] or 'nothing'}")
+        _echo(f"{name}: {split['count']} images, {split['unlabelled']} of them without a label")
+    _echo(f"{len(manifest['classes'])} classes; ignored: {manifest['ignored'] or 'nothing'}")
     for name, split in manifest["splits"].items():
         if split["shrunk"]:
-            typer.echo(f"{name}: {split['shrunk']} images were larger than max_side and are stored smaller")
+            _echo(f"{name}: {split['shrunk']} images were larger than max_side and are stored smaller")
         if note := open_dataset(folder).split(name).oversized():
-            typer.echo(f"note: {note}")
+            _echo(f"note: {note}")
     for warning in repeated(manifest["duplicates"]):
-        typer.echo(f"warning: {warning}; {folder / 'duplicates.csv'} lists them")
+        _echo(f"warning: {warning}; {folder / 'duplicates.csv'} lists them")
     if manifest["quarantined"]:
-        typer.echo(f"{manifest['quarantined']} unreadable files are listed in {folder / 'quarantine.csv'}")
+        _echo(f"{manifest['quarantined']} unreadable files are listed in {folder / 'quarantine.csv'}")
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -471,7 +470,7 @@ def scenes(
     splits = generate_scenes(data, folder)["splits"]
     write_record(folder, result, watch)
     for split, counts in splits.items():
-        typer.echo(f"{folder} {split}: {counts['images']} images, {counts['objects']} objects")
+        _echo(f"{folder} {split}: {counts['images']} images, {counts['objects']} objects")
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -619,18 +618,18 @@ def report(config: ConfigFile = DEFAULT_CONFIG) -> None:
         return
     from mochi.report import stage as reporting
 
-    typer.echo(f"table: {reporting.run(experiment, result)}")
+    _echo(f"table: {reporting.run(experiment, result)}")
 
 
 def _is_current(result: Result) -> bool:
     """Whether the result is current; print this, or why it is computed again."""
     reason = result.why_stale()
     if reason is None:
-        typer.echo(f"{result.label}: up to date; to compute it again, remove {result.record}", err=True)
+        _echo(f"{result.label}: up to date; to compute it again, remove {result.record}", err=True)
     elif reason != "missing":
-        typer.echo(f"{result.label}: computed again, stale: {reason}", err=True)
+        _echo(f"{result.label}: computed again, stale: {reason}", err=True)
         if "recipe.epochs " in reason:
-            typer.echo(
+            _echo(
                 "  from the beginning, because `epochs` changes the learning rate at every step; the "
                 "existing encoder is kept until the new one is done; to keep both, add a row with the "
                 "new epochs",
@@ -744,7 +743,7 @@ def _work(
         except OSError:  # not empty: files of another job, or checkpoints of other settings
             break
     if computed:
-        typer.echo(f"{result.label}: up to date, computed by another process meanwhile", err=True)
+        _echo(f"{result.label}: up to date, computed by another process meanwhile", err=True)
         raise typer.Exit
 
 
@@ -768,6 +767,11 @@ _HINTS = {
 }
 
 
+def _echo(text: str, *, err: bool = False) -> None:
+    """Print lines without the control characters of names in them."""
+    typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
+
+
 def _explained(error: OSError | MemoryError) -> str:
     """An error of the system: its file and what to do."""
     if isinstance(error, MemoryError):
@@ -785,7 +789,7 @@ def main() -> NoReturn:
     except (UserError, OSError, MemoryError) as error:
         text = str(error) if isinstance(error, UserError) else _explained(error)
         for line in text.splitlines():
-            typer.echo(f"error: {printable(line)}", err=True)
+            _echo(f"error: {line}", err=True)
         sys.exit(1)
     except RuntimeError as error:
         from mochi.runtime import gpus, watchdog
@@ -795,11 +799,11 @@ def main() -> NoReturn:
             reason = f"{error}; {_FEWER}"
         if reason is None:
             raise
-        typer.echo(f"error: {reason}", err=True)
+        _echo(f"error: {reason}", err=True)
         sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        typer.echo(f"error: {not_installed(error.name)}", err=True)
+        _echo(f"error: {not_installed(error.name)}", err=True)
         sys.exit(1)
     sys.exit(0)

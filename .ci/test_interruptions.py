@@ -61,10 +61,11 @@ def written(project: Project, pattern: str) -> list[int]:
     return [path.stat().st_mtime_ns for path in (project.folder / f"work/tiny/{MOCHI}/seed0").glob(pattern)]
 
 
+@pytest.mark.parametrize("command", [("pretrain", "--method", MOCHI, "--seed", "0"), ("adopt",)])
 def test_a_job_killed_after_its_last_write_leaves_no_checkpoint(
-    copy: Project, monkeypatch: pytest.MonkeyPatch
+    copy: Project, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
-    """Its result exists: the next run only removes what is left."""
+    """Its result exists: the next run only removes what is left. After `adopt` there is no next run."""
     monkeypatch.chdir(copy.folder)
     result = pretrained(load_experiment(Path(CONFIG)), MOCHI, 0)
     inputs = {name: file_digest(path) for name, path in result.inputs.items()}
@@ -72,7 +73,7 @@ def test_a_job_killed_after_its_last_write_leaves_no_checkpoint(
     leave(job / digest([result.settings, inputs]) / "previous-checkpoint.safetensors")
     leave(job / "status.json")
     of_other_settings = leave(job / "abcdef0123456789" / "checkpoint.safetensors")
-    copy.mochi("pretrain", "--method", MOCHI, "--seed", "0")
+    copy.mochi(*command)
     assert [path for path in job.rglob("*") if path.is_file()] == [of_other_settings]
 
 

@@ -23,6 +23,7 @@ from mochi.provenance.wanted import Result
 from mochi.runtime.progress import configure_logging, printable
 
 if TYPE_CHECKING:
+    from mochi.config import Experiment
     from mochi.inference.encoder import LoadedEncoder, Overrides
     from mochi.inference.folder import FolderFeatures
 
@@ -206,8 +207,10 @@ def adopt(
     from mochi.adopt import adopt as adopt_results
     from mochi.config import load_experiment
 
-    for line in adopt_results(load_experiment(config), config, accept_code=accept_code, restore=restore):
+    experiment = load_experiment(config)
+    for line in adopt_results(experiment, config, accept_code=accept_code, restore=restore):
         _echo(line)
+    _remove_leftovers(experiment)
 
 
 @app.command(rich_help_panel=_INSPECT)
@@ -640,14 +643,36 @@ def _is_current(result: Result) -> bool:
 
 def _is_done(experiment: str, method: str, seed: int, task: str, result: Result) -> bool:
     """Whether the result is current; if so, remove the work folder of a job killed after its last write."""
+    done = _is_current(result)
+    if done:
+        _remove_work(experiment, method, seed, task, result)
+    return done
+
+
+def _remove_leftovers(experiment: "Experiment") -> None:
+    """Remove such work folders of all current results, whose jobs Snakemake will not start again."""
+    from mochi.config import all_runs
+    from mochi.layout import Paths
+    from mochi.provenance.wanted import analyzed, evaluated, evaluations, pretrained, searches
+    from mochi.stages import ANALYSIS
+
+    results = {(*run, "pretrain"): pretrained(experiment, *run) for run in all_runs(experiment)}
+    results |= {
+        job: evaluated(experiment, *job) for job in (*searches(experiment), *evaluations(experiment))
+    }
+    results |= {(*run, ANALYSIS): analyzed(experiment, *run) for run in all_runs(experiment)}
+    for job, result in results.items():
+        if Paths(experiment.name).work(*job).exists() and result.why_stale() is None:
+            _remove_work(experiment.name, *job, result)
+
+
+def _remove_work(experiment: str, method: str, seed: int, task: str, result: Result) -> None:
     from mochi.layout import Paths
 
-    done = _is_current(result)
-    if done and Paths(experiment).work(method, seed, task).exists():
+    if Paths(experiment).work(method, seed, task).exists():
         # Another process at work, or a read-only folder: both leave the result as it is.
         with suppress(UserError), _work(experiment, method, seed, task, result, done=True) as (work, _):
             shutil.rmtree(work)
-    return done
 
 
 def _with_options(result: Result, encoder: Path | None, out: Path | None) -> Result:

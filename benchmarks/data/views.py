@@ -34,9 +34,10 @@ def small(rounds: int) -> list[str]:
 
     def ours() -> None:
         epoch = next(epochs)
-        for view in (0, 1):
-            cut, flips = crops.draw(rows, side, side, min_scale=0.2, seed=0, epoch=epoch, view=view)
-            images = crops.crop_resize(tensor, cut, flips, 32)
+        draws = [
+            crops.draw(rows, side, side, min_scale=0.2, seed=0, epoch=epoch, view=view) for view in (0, 1)
+        ]
+        for view, images in enumerate(crops.crop_resize(tensor, draws, 32)):
             parameters = augment.draw(config, rows, seed=0, epoch=epoch, view=view)
             augment.photometric(images, parameters, "v2")
 

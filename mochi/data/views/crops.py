@@ -4,7 +4,7 @@ Shapes: B images, S side of a view.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,8 +22,13 @@ _TOP, _LEFT, _FLIP, _COLUMNS = 20, 21, 22, 23
 
 _LONGEST_RATIO = 16  # of the sides, in the part of an image that a centre crop is cut from
 
-# Images per pass on the CPU: few enough for the cache of one core, enough to amortise the calls.
-_CACHE_FLOATS = 300_000
+# Floats per pass on the CPU: few enough for its caches, enough to amortise the calls. An image that nearly
+# fills the cache of one core is a pass of its own.
+_CACHE_FLOATS, _LARGE_IMAGE = 800_000, 100_000
+
+
+Draw = tuple[NDArray[np.int64], NDArray[np.bool_]]
+"""Windows (B, 4): top, left, height, width; and flips (B,), for one view of each image."""
 
 
 def draw(
@@ -35,8 +40,8 @@ def draw(
     seed: int,
     epoch: int,
     view: int,
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Windows (B, 4): top, left, height, width; and flips (B,), for one view of the images `rows`.
+) -> Draw:
+    """One view of the images `rows`.
 
     The area is `min_scale` to 1 of the image's, the ratio of the sides 3/4 to 4/3. The first of ten
     windows that fits is used, else the largest central one of an allowed ratio.
@@ -62,8 +67,12 @@ def draw(
     return windows, uniforms[:, _FLIP] < 0.5
 
 
-def resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
+def resampling(
+    start: Tensor, length: Tensor, source: int, target: int, mirrored: Tensor | None = None
+) -> Tensor:
     """(B, target, source) weights of antialiased bilinear resizing of [start, start + length).
+
+    `mirrored` (B,) bool: where true, from right to left.
 
     Source: PIL's and torch's triangle filter, widened by the downsampling factor, truncated and
     renormalised at the window's edges.
@@ -71,34 +80,36 @@ def resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tenso
     scale = length.float() / target  # (B,)
     support = scale.clamp(min=1)
     steps = torch.arange(target, device=start.device) + 0.5
+    if mirrored is not None:
+        steps = torch.where(mirrored[:, None], steps.flip(0), steps)
     centres = start[:, None] + steps * scale[:, None]  # (B, target)
     pixels = torch.arange(source, device=start.device) + 0.5
     distance = (pixels - centres[:, :, None]).abs_()  # (B, target, source)
-    weights = distance.div_(support[:, None, None]).neg_().add_(1).clamp_(min=0)
+    weights = distance.div_(-support[:, None, None]).add_(1).clamp_(min=0)
     inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])  # (B, source)
-    weights *= inside[:, None]
+    weights *= inside[:, None].float()
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
-def crop_resize(pixels: Tensor, windows: NDArray[np.int64], flip: NDArray[np.bool_], size: int) -> Tensor:
-    """Crop, resize and flip: (B, H, W, 3) uint8 -> (B, 3, S, S) float32 in [0, 1].
+def crop_resize(pixels: Tensor, draws: Sequence[Draw], size: int) -> list[Tensor]:
+    """Crop, resize and flip: (B, H, W, 3) uint8 -> for each draw (B, 3, S, S) float32 in [0, 1].
 
     All three are linear and separable, so an image is multiplied by one matrix from each side.
     """
     _, height, width, _ = pixels.shape
-    output = torch.empty(len(pixels), 3, size, size, device=pixels.device)
+    outputs = [torch.empty(len(pixels), 3, size, size, device=pixels.device) for _ in draws]
     for chunk in chunks(len(pixels), 3 * max(size, height) * max(size, width), pixels.device):
-        boxes, mirrored = arrays_to(pixels.device, windows[chunk], flip[chunk])
-        top, left, h, w = boxes.unbind(1)
-        down = resampling(top, h, height, size)  # (B, S, H)
-        across = resampling(left, w, width, size).div_(255)  # (B, S, W)
-        across = torch.where(mirrored[:, None, None], across.flip(1), across)
         # (B, H, 3, W): one product for the three channels on each side, three times as fast as one per
         # channel.
-        images = pixels[chunk].permute(0, 1, 3, 2).float().reshape(-1, height, 3 * width)
-        images = (down @ images).view(-1, size * 3, width) @ across.mT
-        output[chunk] = images.view(-1, size, 3, size).permute(0, 2, 1, 3)
-    return output
+        images = torch.stack(pixels[chunk].float().unbind(3), 2).view(-1, height, 3 * width)
+        for output, (windows, flips) in zip(outputs, draws, strict=True):
+            boxes, mirrored = arrays_to(pixels.device, windows[chunk], flips[chunk])
+            top, left, h, w = boxes.unbind(1)
+            down = resampling(top, h, height, size)  # (B, S, H)
+            across = resampling(left, w, width, size, mirrored).div_(255)  # (B, S, W)
+            views = (down @ images).view(-1, size * 3, width) @ across.mT
+            output[chunk] = views.view(-1, size, 3, size).permute(0, 2, 1, 3)
+    return outputs
 
 
 def crop_image(image: Tensor, window: NDArray[np.int64], flip: bool, size: int) -> Tensor:
@@ -161,7 +172,9 @@ def _margin(side: int, size: int) -> int:
 
 
 def chunks(count: int, floats: int, device: torch.device) -> Iterator[slice]:
-    """The batch in pieces that fit the cache of a core, `floats` per image; undivided on an accelerator."""
-    size = max(1, _CACHE_FLOATS // floats) if device.type == "cpu" else count
+    """The batch in pieces that fit the caches of a CPU, `floats` per image; undivided on an accelerator."""
+    size = count
+    if device.type == "cpu":
+        size = _CACHE_FLOATS // floats if floats < _LARGE_IMAGE else 1
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))

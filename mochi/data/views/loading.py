@@ -252,7 +252,9 @@ def _cropped_on_device(
 ) -> Iterator[tuple[Rows, list[Tensor]]]:
     """Each batch's rows and views, of a split whose pixels are on the device."""
     for epoch, rows in parts:
-        views = crop.of_pixels(pixels[to_device(torch.from_numpy(rows), pixels.device)], epoch, rows)
+        views = crop.of_pixels(
+            pixels.index_select(0, to_device(torch.from_numpy(rows), pixels.device)), epoch, rows
+        )
         yield rows, [finish(images, epoch, rows, view) for view, images in enumerate(views)]
 
 

@@ -32,8 +32,8 @@ class RandomCrops:
         """(B, H, W, 3) uint8 -> for each view (B, 3, S, S) float32 in [0, 1]."""
         count, height, width, _ = pixels.shape
         sides = np.full(count, height), np.full(count, width)
-        drawn = (self._draw(rows, *sides, epoch=epoch, view=view) for view in range(self.views))
-        return [crops.crop_resize(pixels, windows, flip, self.size) for windows, flip in drawn]
+        drawn = [self._draw(rows, *sides, epoch=epoch, view=view) for view in range(self.views)]
+        return crops.crop_resize(pixels, drawn, self.size)
 
     def of_split(
         self, split: StoredSplit, epoch: int, rows: Rows, done: Callable[[], None] = do_nothing

@@ -81,7 +81,11 @@ def test_crop_resize_equals_torchvision(
     images = [np.array(picture(seed, height, width)) for seed in range(12)]
     sides = np.full(12, height), np.full(12, width)
     windows, flips = crops.draw(np.arange(12), *sides, min_scale=0.1, seed=0, epoch=0, view=0)
-    ours = crops.crop_resize(torch.from_numpy(np.stack(images)), windows, flips, size)
+    other = crops.draw(np.arange(12), *sides, min_scale=0.1, seed=0, epoch=0, view=1)
+    pixels = torch.from_numpy(np.stack(images))
+    both = crops.crop_resize(pixels, [other, (windows, flips)], size)
+    ours = both[1]
+    assert torch.equal(both[0], crops.crop_resize(pixels, [other], size)[0])
     assert ours.shape == (12, 3, size, size)
     for row, image in enumerate(images):
         tensor = torch.from_numpy(image).permute(2, 0, 1)
@@ -141,11 +145,12 @@ def test_only_the_centre_of_a_strip_is_resized(
 
 
 def test_a_large_image_is_a_chunk_of_its_own() -> None:
-    few = list(crops.chunks(5, 100_000, torch.device("cpu")))
-    assert few == [slice(0, 3), slice(3, 5)]
-    large = list(crops.chunks(2, 1_000_000, torch.device("cpu")))
+    small = list(crops.chunks(10, 3 * 160**2, torch.device("cpu")))
+    assert small == [slice(0, 10)]
+    assert list(crops.chunks(11, 3 * 160**2, torch.device("cpu"))) == [*small, slice(10, 11)]
+    large = list(crops.chunks(2, 3 * 224**2, torch.device("cpu")))
     assert large == [slice(0, 1), slice(1, 2)]
-    assert list(crops.chunks(5, 100_000, torch.device("meta"))) == [slice(0, 5)]
+    assert list(crops.chunks(2, 3 * 224**2, torch.device("meta"))) == [slice(0, 2)]
 
 
 def test_resampling_rows_sum_to_one_and_stay_in_the_window() -> None:

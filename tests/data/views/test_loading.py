@@ -228,8 +228,8 @@ def test_views_are_the_augmented_crops_of_the_image(split: StoredSplit) -> None:
     side = np.array([image.shape[0]]), np.array([image.shape[1]])
     for view, ours in enumerate((batch.query, batch.key)):
         where = np.array([row])
-        windows, flips = crops.draw(where, *side, min_scale=0.2, seed=0, epoch=0, view=view)
-        crop = crops.crop_resize(torch.from_numpy(np.array(image))[None], windows, flips, 16)
+        draw = crops.draw(where, *side, min_scale=0.2, seed=0, epoch=0, view=view)
+        (crop,) = crops.crop_resize(torch.from_numpy(np.array(image))[None], [draw], 16)
         parameters = augment.draw(AUGMENTATION, where, seed=0, epoch=0, view=view)
         expected = augment.photometric(crop, parameters, "v2")[0]
         # Encoded images are cropped in 8 bits; contrast and saturation can double the difference.

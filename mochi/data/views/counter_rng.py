@@ -7,8 +7,6 @@ resume change nothing, and there is no state.
 Source: splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
 """
 
-from functools import lru_cache
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +20,6 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-@lru_cache
 def _state(purpose: str, key: tuple[int, ...]) -> NDArray[np.uint64]:
     """Fold a purpose and its numbers into one 64-bit state, shape (1,)."""
     state = np.array([len(key)], dtype=np.uint64)
